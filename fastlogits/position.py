@@ -1,0 +1,63 @@
+"""Where in its sequence a row of logits stands, and so which step of the run it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+Index: TypeAlias = int | torch.Tensor
+"""An integer for all rows, on the host; or an integer tensor on the scores' device, ``()`` or one per row ``(B,)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Position:
+    """Position of the logits of one step, on the host or on the device, for all rows or per row.
+
+    Args:
+        cache_position: index in the sequence (and in the KV cache) of the token whose logits these are, at least -1;
+            -1 where nothing precedes the first generated token, as with ``inputs_embeds``.
+        prompt_length: number of tokens of this run's prompt, padding included, at least 0.
+
+    Raises:
+        ValueError: not an integer or an integer tensor of at most one dimension; a host value out of range; two
+            tensors on different devices or with different numbers of rows.
+
+    Example:
+        >>> Position(cache_position=9, prompt_length=10).step
+        0
+        >>> Position(torch.tensor([9, 14]), prompt_length=10).step
+        tensor([0, 5])
+    """
+
+    cache_position: Index
+    prompt_length: Index
+
+    def __post_init__(self) -> None:
+        check_index("cache_position", self.cache_position, at_least=-1)
+        check_index("prompt_length", self.prompt_length, at_least=0)
+        first, second = self.cache_position, self.prompt_length
+        if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+            if first.device != second.device:
+                raise ValueError(f"cache_position is on {first.device}, but prompt_length is on {second.device}")
+            if first.ndim and second.ndim and first.shape != second.shape:
+                raise ValueError(f"cache_position has {len(first)} rows, but prompt_length has {len(second)}")
+
+    @property
+    def step(self) -> Index:
+        """``cache_position + 1 - prompt_length``: 0 for the first generated token."""
+        return self.cache_position + 1 - self.prompt_length
+
+
+def check_index(argument: str, value: object, *, at_least: int) -> None:
+    """Raise a ValueError that names ``argument`` unless ``value`` is an ``Index``."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool or value.ndim > 1:
+            raise ValueError(
+                f"{argument} must be an integer tensor of shape () or (B,), got {value.dtype} of {tuple(value.shape)}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{argument} must be an integer or an integer tensor, got {value!r}")
+    elif value < at_least:
+        raise ValueError(f"{argument} must be at least {at_least}, got {value}")

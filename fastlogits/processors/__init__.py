@@ -1,0 +1,1 @@
+"""Processors under the names of transformers, one file per family."""

@@ -1,0 +1,282 @@
+"""A set of token ids, precomputed once and kept in the form that each use reads fastest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from fastlogits_kernels.bits import pack_bits, unpack_bits, words
+
+from fastlogits.token_text import token_texts
+
+TokenSet: TypeAlias = "TokenMask | tuple[int, ...]"
+"""A mask, or token ids whose vocabulary is not known before the first scores are seen."""
+
+_matched: WeakKeyDictionary[Any, dict[tuple[Any, ...], TokenMask]] = WeakKeyDictionary()
+
+
+class TokenMask:
+    """An immutable set of tokens of a vocabulary; combine with ``|``, ``&`` and ``~``.
+
+    A mask made from a tokenizer holds for logits of any width: models pad their vocabulary, and a token that the
+    tokenizer doesn't know is in no such mask, nor in its complement. Any other mask holds for its own vocabulary
+    size only.
+
+    Args:
+        row: bool ``[V]``, True for the tokens of the set.
+        any_width: whether the logits may be wider or narrower than ``V``.
+
+    Raises:
+        ValueError: ``row`` is not a one-dimensional bool tensor.
+
+    Example:
+        >>> even = TokenMask.from_ids(range(0, 10, 2), vocab_size=10)
+        >>> low = TokenMask.from_ids([0, 1, 2], vocab_size=10)
+        >>> list(even & ~low)
+        [4, 6, 8]
+    """
+
+    def __init__(self, row: torch.Tensor, *, any_width: bool = False) -> None:
+        if row.ndim != 1 or row.dtype != torch.bool:
+            raise ValueError(f"row must be a bool tensor of shape (V,), got {row.dtype} of shape {tuple(row.shape)}")
+        self._row = row.detach().cpu().clone()
+        self._any_width = any_width
+        self._forms: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    @classmethod
+    def from_ids(cls, ids: Iterable[int] | torch.Tensor, vocab_size: int) -> TokenMask:
+        """The tokens with these ids, each in ``0 .. vocab_size - 1``; duplicates count once.
+
+        Raises:
+            ValueError: an id is not an integer, is negative or is outside the vocabulary.
+        """
+        return _from_checked("ids", checked_ids("ids", ids), vocab_size)
+
+    @classmethod
+    def from_strings(cls, tokenizer: Any, strings: str | Iterable[str]) -> TokenMask:
+        """The tokens whose whole text is one of ``strings``, also with one space before it.
+
+        ``"1"`` finds ``"1"``, its space-prefixed twin and its byte token; ``" 1"`` finds the twin alone.
+
+        Raises:
+            ValueError: no single token has one of the texts, which a tokenizer may well split into several.
+        """
+        wanted = [strings] if isinstance(strings, str) else list(strings)
+        texts = token_texts(tokenizer)
+        missing = set(wanted) - set(texts) - {text[1:] for text in texts if text and text[0] == " "}
+        if missing:
+            raise ValueError(
+                f"strings must each be the text of one token, but {sorted(missing)} are not; the tokenizer splits "
+                "them into several tokens, so use matching() with a pattern for the first of these"
+            )
+        either = {*wanted, *(f" {string}" for string in wanted)}
+        return cls(torch.tensor([text in either for text in texts]), any_width=True)
+
+    @classmethod
+    def matching(
+        cls,
+        tokenizer: Any,
+        pattern: str | re.Pattern[str],
+        *,
+        how: Literal["match", "search", "fullmatch"] = "match",
+    ) -> TokenMask:
+        r"""The tokens whose text matches a regular expression; kept per tokenizer and pattern.
+
+        Texts carry their leading space (see ``fastlogits.token_text``), so ``r"\s*\d"`` finds every token that begins
+        with a digit: space-prefixed twins, byte tokens and multi-digit tokens. Special tokens have no text.
+
+        Args:
+            tokenizer: a tokenizer of transformers or a ``tokenizers.Tokenizer``.
+            pattern: a regular expression of Python's ``re``, or one compiled with flags.
+            how: ``"match"`` at the beginning of the text, ``"search"`` anywhere in it, or ``"fullmatch"``.
+
+        Raises:
+            ValueError: the pattern is not a regular expression, or ``how`` is none of the three.
+        """
+        if how not in ("match", "search", "fullmatch"):
+            raise ValueError(f"how must be 'match', 'search' or 'fullmatch', got {how!r}")
+        try:
+            compiled = re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"pattern must be a regular expression, got {pattern!r}: {error}") from error
+        texts = token_texts(tokenizer)
+        known = _matched.setdefault(tokenizer, {})
+        key = (compiled, how, len(texts))
+        if key not in known:
+            test = getattr(compiled, how)
+            known[key] = cls.from_predicate(tokenizer, lambda text: test(text) is not None)
+        return known[key]
+
+    @classmethod
+    def from_predicate(cls, tokenizer: Any, predicate: Callable[[str], bool]) -> TokenMask:
+        """The tokens for whose text ``predicate`` is true; special tokens have no text and are never in it."""
+        row = [text is not None and bool(predicate(text)) for text in token_texts(tokenizer)]
+        return cls(torch.tensor(row, dtype=torch.bool), any_width=True)
+
+    @classmethod
+    def from_bitmask(cls, bitmask: torch.Tensor, vocab_size: int | None = None) -> TokenMask:
+        """The tokens whose bit is 1 in one row of a grammar engine's bitmask: those that it allows.
+
+        Args:
+            bitmask: int32 ``[W]`` or ``[1, W]``; bit ``i`` of word ``w`` is token ``32 * w + i``.
+            vocab_size: at most ``32 * W``, which is the default.
+
+        Raises:
+            ValueError: another dtype or shape, or a vocabulary that the words don't hold.
+        """
+        row = bitmask.squeeze(0) if bitmask.ndim == 2 else bitmask
+        if row.dtype != torch.int32 or row.ndim != 1:
+            raise ValueError(
+                f"bitmask must be int32 of shape (W,) or (1, W), got {bitmask.dtype} of {tuple(bitmask.shape)}"
+            )
+        size = 32 * row.shape[0] if vocab_size is None else vocab_size
+        if words(size) != row.shape[0]:
+            raise ValueError(f"vocab_size {size} takes {words(size)} words of 32 bits, bitmask has {row.shape[0]}")
+        return cls(unpack_bits(row.cpu(), size))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the mask decides on."""
+        return self._row.shape[0]
+
+    def bits(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Packed words int32 ``[ceil(V / 32)]``; bit ``i`` of word ``w`` is token ``32 * w + i``. Don't write to it."""
+        return self._form("bits", device, torch.int32, lambda: pack_bits(self._row))
+
+    def ids(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """Token ids in ascending order, an integer ``[N]``. Don't write to it."""
+        return self._form("ids", device, dtype, lambda: self._row.nonzero().flatten().to(dtype))
+
+    def row(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool) -> torch.Tensor:
+        """Bool ``[V]``; with a floating ``dtype``, 0 outside the set and -inf in it, to be added. Don't write to it."""
+        if not dtype.is_floating_point:
+            return self._form("row", device, dtype, lambda: self._row.to(dtype))
+        zeros = torch.zeros(self.vocab_size, dtype=dtype)
+        return self._form("row", device, dtype, lambda: zeros.masked_fill_(self._row, float("-inf")))
+
+    def fit(self, vocab_size: int) -> TokenMask:
+        """This mask for logits of ``vocab_size`` tokens.
+
+        Raises:
+            ValueError: the mask has another vocabulary size and was not made from a tokenizer.
+        """
+        if vocab_size == self.vocab_size:
+            return self
+        if not self._any_width:
+            raise ValueError(
+                f"the mask has a vocabulary of {self.vocab_size} tokens, but {vocab_size} are needed here; "
+                f"build it with vocab_size={vocab_size}"
+            )
+        row = torch.nn.functional.pad(self._row[:vocab_size], (0, max(0, vocab_size - self.vocab_size)))
+        return TokenMask(row, any_width=True)
+
+    def _form(
+        self, form: str, device: torch.device | str, dtype: torch.dtype, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        key = (form, torch.device(device), dtype)
+        made = self._forms.get(key)
+        if made is None:
+            made = self._forms[key] = make().to(device)
+        return made
+
+    def _with(self, other: object) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
+        """Both rows at one width, and whether any width goes for the two together."""
+        if not isinstance(other, TokenMask):
+            return None
+        if self._any_width and other._any_width:
+            size = max(self.vocab_size, other.vocab_size)
+        else:
+            size = other.vocab_size if self._any_width else self.vocab_size
+        return self.fit(size)._row, other.fit(size)._row, self._any_width and other._any_width
+
+    def __or__(self, other: object) -> TokenMask:
+        both = self._with(other)
+        return NotImplemented if both is None else TokenMask(both[0] | both[1], any_width=both[2])
+
+    def __and__(self, other: object) -> TokenMask:
+        both = self._with(other)
+        return NotImplemented if both is None else TokenMask(both[0] & both[1], any_width=both[2])
+
+    def __invert__(self) -> TokenMask:
+        return TokenMask(~self._row, any_width=self._any_width)
+
+    def __len__(self) -> int:
+        return int(self._row.sum())
+
+    def __iter__(self) -> Any:
+        return iter(self.ids().tolist())
+
+    def __contains__(self, token_id: object) -> bool:
+        return isinstance(token_id, int) and 0 <= token_id < self.vocab_size and bool(self._row[token_id])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenMask):
+            return NotImplemented
+        return self._any_width == other._any_width and torch.equal(self._row, other._row)
+
+    def __hash__(self) -> int:
+        return hash((self.vocab_size, tuple(self)))
+
+    def __repr__(self) -> str:
+        return f"TokenMask({len(self)} of {self.vocab_size} tokens)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_forms": {}}
+
+
+def checked_ids(argument: str, ids: Iterable[int] | torch.Tensor) -> tuple[int, ...]:
+    """Distinct token ids in their order, as Python integers.
+
+    Raises:
+        ValueError: an id is not an integer or is negative; the message names ``argument``.
+    """
+    if isinstance(ids, torch.Tensor):
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"{argument} must be integer token ids, got a tensor of {ids.dtype}")
+        ids = ids.flatten().tolist()
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        raise ValueError(f"{argument} must be token ids or a TokenMask, got {ids!r}")
+    distinct: dict[int, None] = {}
+    for token_id in ids:
+        if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+            raise ValueError(f"{argument} must be integer token ids, got {token_id!r} among them")
+        if token_id < 0:
+            raise ValueError(f"{argument} must be token ids of at least 0, got {token_id} among them")
+        distinct[int(token_id)] = None
+    return tuple(distinct)
+
+
+def checked_set(argument: str, tokens: TokenMask | Iterable[int] | torch.Tensor) -> TokenSet:
+    """``tokens`` as it is where it is a mask, else as checked ids."""
+    return tokens if isinstance(tokens, TokenMask) else checked_ids(argument, tokens)
+
+
+def fitted(argument: str, tokens: TokenSet, vocab_size: int) -> TokenMask:
+    """``tokens`` as a mask for logits of ``vocab_size`` tokens.
+
+    Raises:
+        ValueError: an id is outside the vocabulary, or the mask has another one; the message names ``argument``.
+    """
+    if not isinstance(tokens, TokenMask):
+        return _from_checked(argument, tokens, vocab_size)
+    try:
+        return tokens.fit(vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
+
+
+def _from_checked(argument: str, ids: Sequence[int], vocab_size: int) -> TokenMask:
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 0:
+        raise ValueError(f"vocab_size must be an integer of at least 0, got {vocab_size!r}")
+    for token_id in ids:
+        if token_id >= vocab_size:
+            raise ValueError(
+                f"{argument}: token id {token_id} is outside the vocabulary of {vocab_size} tokens "
+                f"(0 to {vocab_size - 1})"
+            )
+    row = torch.zeros(vocab_size, dtype=torch.bool)
+    row[list(ids)] = True
+    return TokenMask(row)

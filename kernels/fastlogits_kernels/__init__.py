@@ -1,0 +1,1 @@
+"""Device code of fastlogits: kernels that know tensors and no processor, each beside its torch reference."""

@@ -1,0 +1,74 @@
+"""Triton where it is installed, elsewhere a stand-in that lets the kernel files import; and a fast way to relaunch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # macOS, Windows, or a CPU-only environment: every operation takes its torch path
+
+    class _Absent:
+        """Stands in for the two modules while kernels are being defined; none is ever launched."""
+
+        constexpr = object
+
+        @staticmethod
+        def jit(function: Any = None, **_: Any) -> Any:
+            return function if function is not None else _Absent.jit
+
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+__all__ = ["HAS_TRITON", "Launcher", "tl", "triton"]
+
+# Relaunching relies on how Triton itself launches a compiled kernel; before 3.4 that was another way.
+_RELAUNCHES = HAS_TRITON and tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 4)
+_MANY_DEVICES = torch.cuda.device_count() > 1
+
+
+class Launcher:
+    """Launches a kernel; from the second time on without the JIT's binding of arguments, which costs more host time.
+
+    Args:
+        kernel: a ``triton.jit`` function whose last parameters are its constants.
+        options: ``num_warps`` and the like.
+    """
+
+    def __init__(self, kernel: Any, **options: int) -> None:
+        self.kernel = kernel
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self._options = options
+
+    def __call__(self, key: tuple[Any, ...], programs: int, args: tuple[Any, ...]) -> None:
+        """Launch ``programs`` programs on the device that ``key`` begins with.
+
+        The rest of ``key`` is all of ``args`` that a variant of the kernel depends on: constants, dtypes, absent
+        arguments, alignments, specialised integers.
+        """
+        device = key[0]
+        if _MANY_DEVICES and device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(key, programs, args)
+            return
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            compiled = self.kernel[programs,](*args, **self._options)
+            if _RELAUNCHES and compiled is not None:  # the interpreter returns nothing
+                self.compiled[key] = compiled
+        elif _has_hooks():
+            compiled[programs, 1, 1](*args)
+        else:
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
+            compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def _has_hooks() -> bool:
+    """Whether a profiler listens to launches."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
