@@ -15,21 +15,9 @@ from fastlogits import (
     SuppressSpecificBOSTokenLogitsProcessor,
     TokenMask,
 )
+from fastlogits.demo.article_loop import ArticleLoop
 
 INF = float("inf")
-
-
-class ArticleLoop:
-    """The published processor, its global replaced by an argument: the result to reproduce."""
-
-    def __init__(self, bad_bos_token_id_list, begin_index):
-        self.bad_bos_token_id_list, self.begin_index = bad_bos_token_id_list, begin_index
-
-    def __call__(self, input_ids, scores):
-        if input_ids.shape[-1] == self.begin_index:
-            for token_id in self.bad_bos_token_id_list:
-                scores[:, token_id] = -INF
-        return scores
 
 
 @settings(deadline=None)
@@ -48,7 +36,7 @@ def test_same_as_the_loop_and_as_transformers(batch, vocab, step, dtype, id_dtyp
     scores = scores[:, vocab : 2 * vocab] if strided else scores[:, :vocab].contiguous()
     input_ids = torch.zeros(batch, 5 + step, dtype=id_dtype)
     before = scores.clone()
-    expected = ArticleLoop(ids, begin_index=5)(input_ids, scores.clone())
+    expected = ArticleLoop(ids, prompt_length=5)(input_ids, scores.clone())
     assert torch.equal(SuppressTokensAtBeginLogitsProcessor(ids, 5)(input_ids, scores), expected)
 
     for processor in (SuppressFirstTokens(ids), SuppressSpecificBOSTokenLogitsProcessor(ids)):

@@ -13,6 +13,7 @@ logit, which all rows but the first read from the L2.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -244,11 +245,22 @@ def _open_gates(bans: Bans, windows: torch.Tensor, vocab_size: int) -> torch.Ten
     return is_open
 
 
+@lru_cache(maxsize=64)
+def _minus_infinity(count: int) -> torch.Tensor:
+    return torch.full((1, count), float("-inf"))
+
+
 def reference_mask_tokens(scores: torch.Tensor, out: torch.Tensor | None, bans: Bans) -> torch.Tensor:
     """The same in torch, and the path of the CPU; ``out`` is ``scores`` itself, or None for a new tensor."""
-    if bans.tokens is not None and bans.windows is None and bans.allowed is None:
-        return (scores.clone() if out is None else out).index_fill_(1, bans.tokens, float("-inf"))
-    V = scores.shape[1]
+    B, V = scores.shape
+    tokens = bans.tokens
+    if tokens is not None and bans.windows is None and bans.allowed is None:
+        out = scores.clone() if out is None else out
+        if out.dtype != torch.float32 or out.is_cuda:
+            return out.index_fill_(1, tokens, float("-inf"))
+        # Twice as fast, in float32 on the CPU only.
+        N = tokens.shape[0]
+        return out.scatter_(1, tokens.expand(B, N), _minus_infinity(N).expand(B, N))
     banned = torch.zeros(1, 1, dtype=torch.bool, device=scores.device)
     if bans.sets is not None:
         banned = _rows(bans.sets, V)  # [G, V]

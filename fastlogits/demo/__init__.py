@@ -1,0 +1,1 @@
+"""A chat demonstration on a tiny language model that is trained on the spot."""
