@@ -245,6 +245,10 @@ def _open_gates(bans: Bans, windows: torch.Tensor, vocab_size: int) -> torch.Ten
     return is_open
 
 
+# From about this many tokens on, torch's scatter is twice as fast as its index_fill, in float32 on the CPU only.
+_FEW = 64
+
+
 @lru_cache(maxsize=64)
 def _minus_infinity(count: int) -> torch.Tensor:
     return torch.full((1, count), float("-inf"))
@@ -256,10 +260,9 @@ def reference_mask_tokens(scores: torch.Tensor, out: torch.Tensor | None, bans: 
     tokens = bans.tokens
     if tokens is not None and bans.windows is None and bans.allowed is None:
         out = scores.clone() if out is None else out
-        if out.dtype != torch.float32 or out.is_cuda:
-            return out.index_fill_(1, tokens, float("-inf"))
-        # Twice as fast, in float32 on the CPU only.
         N = tokens.shape[0]
+        if N < _FEW or out.dtype != torch.float32 or out.is_cuda:
+            return out.index_fill_(1, tokens, float("-inf"))
         return out.scatter_(1, tokens.expand(B, N), _minus_infinity(N).expand(B, N))
     banned = torch.zeros(1, 1, dtype=torch.bool, device=scores.device)
     if bans.sets is not None:
