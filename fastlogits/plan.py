@@ -54,11 +54,13 @@ class Run:
             if isinstance(index, torch.Tensor)
         ]
         self._first_lengths: dict[int, int] = {}
+        # What was built for this run, with the launch, rows and tables that it was built for.
         self.allowed: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._placed: tuple[int, _MaskTables, Bans] | None = None
 
     def locate(self, input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[Index, Index]:
         """``cache_position`` and ``prompt_length`` of a call."""
-        for argument, index in self._on_device:  # neither on the usual path
+        for argument, index in self._on_device:
             if index.device != scores.device:
                 raise ValueError(f"{argument} is on {index.device}, but scores are on {scores.device}")
             if index.ndim and index.shape[0] != scores.shape[0]:
@@ -69,6 +71,22 @@ class Run:
             # In assisted decoding one processor serves a draft model too, whose tokenizer may count another length.
             prompt_length = self._first_lengths.setdefault(scores.shape[1], length)
         return length - 1 if cache_position is None else cache_position, prompt_length
+
+    def bans(self, tables: _MaskTables, input_ids: torch.Tensor, scores: torch.Tensor) -> Bans | None:
+        """What is banned at a call, as far as it doesn't depend on the row's allowed set."""
+        placed = self._placed
+        if placed is not None and placed[1] is tables and placed[0] == scores.shape[0]:
+            return placed[2]
+        cache_position, prompt_length = self.locate(input_ids, scores)
+        if isinstance(cache_position, int) and isinstance(prompt_length, int) and not tables.has_blanks:
+            return tables.at_step(cache_position + 1 - prompt_length)
+        if tables.gated is None:
+            return None
+        bans = _placed(tables.gated, input_ids, cache_position, prompt_length)
+        if self._cache_position is not None and self._prompt_length is not None and not tables.has_blanks:
+            # Nothing here changes from call to call but the contents of the tensors.
+            self._placed = (scores.shape[0], tables, bans)
+        return bans
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,19 +205,14 @@ class MaskLaunch:
             tables = self._tables(scores)
         if input_ids.device != device:
             raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {device}")
-        prompt_length: Index
         if not self._needs_position:
-            bans, prompt_length = tables.at_step(0), 0
+            bans = tables.at_step(0)
+        elif run is not None:
+            bans = run.bans(tables, input_ids, scores)
         else:
-            if run is None:
-                raise UnknownRunStartError(next(name for name, stage in self.named if stage.needs_position))
-            cache_position, prompt_length = run.locate(input_ids, scores)
-            if isinstance(cache_position, int) and isinstance(prompt_length, int) and not tables.has_blanks:
-                bans = tables.at_step(cache_position + 1 - prompt_length)
-            else:
-                bans = tables.gated and _placed(tables.gated, input_ids, cache_position, prompt_length)
+            raise UnknownRunStartError(next(name for name, stage in self.named if stage.needs_position))
         if self._allows:
-            bans = (bans or Bans())._replace(allowed=self._allowed(tables, input_ids, scores, run, prompt_length))
+            bans = (bans or Bans())._replace(allowed=self._allowed(tables, input_ids, scores, run))
         if bans is None:
             return scores
         if in_place:
@@ -226,19 +239,16 @@ class MaskLaunch:
         return tables
 
     def _allowed(
-        self,
-        tables: _MaskTables,
-        input_ids: torch.Tensor,
-        scores: torch.Tensor,
-        run: Run | None,
-        prompt_length: Index,
+        self, tables: _MaskTables, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None
     ) -> torch.Tensor:
         """Allowed tokens ``[B or 1, ..]``, built once a run, or once for all where they don't depend on the run."""
         B, V = scores.shape
         key = (self, B, V, scores.device)
-        kept = self._kept_allowed if run is None or not self._needs_position else run.allowed
+        of_run = run if self._needs_position else None
+        kept = self._kept_allowed if of_run is None else of_run.allowed
         rows = kept.get(key)
         if rows is None:
+            prompt_length = 0 if of_run is None else of_run.locate(input_ids, scores)[1]
             rows = tables.allows[0].rows(input_ids, B, V, prompt_length)
             for allow in tables.allows[1:]:
                 rows = rows & allow.rows(input_ids, B, V, prompt_length)
@@ -253,8 +263,9 @@ def _placed(bans: Bans, input_ids: torch.Tensor, cache_position: Index, prompt_l
     """``bans`` with the position that its gates compare, on the host or on the device."""
     cache, cache_offset = (None, cache_position) if isinstance(cache_position, int) else (cache_position, 0)
     prompt, prompt_offset = (None, prompt_length) if isinstance(prompt_length, int) else (prompt_length, 0)
+    ids = None if bans.blanks is None else input_ids
     return Bans(
-        bans.sets, bans.tokens, None, bans.windows, bans.blanks, input_ids, cache, prompt, cache_offset, prompt_offset
+        bans.sets, bans.tokens, None, bans.windows, bans.blanks, ids, cache, prompt, cache_offset, prompt_offset
     )
 
 

@@ -65,6 +65,7 @@ class Launcher:
             compiled[programs, 1, 1](*args)
         else:
             stream = triton.runtime.driver.active.get_current_stream(device.index)
+            # No hooks, so no metadata for them.
             compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
 
 

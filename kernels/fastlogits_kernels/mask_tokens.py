@@ -279,7 +279,8 @@ def reference_mask_tokens(scores: torch.Tensor, out: torch.Tensor | None, bans: 
 def _copying(scores: torch.Tensor, bans: Bans) -> torch.Tensor:
     if not (scores.is_cuda and HAS_TRITON):
         return reference_mask_tokens(scores, None, bans)
-    out = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    # Naming the format costs as much host time as an allocation.
+    out = torch.empty_like(scores) if scores.is_contiguous() else scores.new_empty(scores.shape)
     launch_mask_tokens(scores, out, bans)
     return out
 
