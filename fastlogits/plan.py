@@ -74,15 +74,15 @@ class Run:
 
     def bans(self, tables: _MaskTables, input_ids: torch.Tensor, scores: torch.Tensor) -> Bans | None:
         """What is banned at a call, as far as it doesn't depend on the row's allowed set."""
+        if not self._on_device and not tables.has_blanks:
+            cache_position, prompt_length = self.locate(input_ids, scores)
+            return tables.at_step(cache_position + 1 - prompt_length)  # type: ignore[arg-type]
         placed = self._placed
         if placed is not None and placed[1] is tables and placed[0] == scores.shape[0]:
             return placed[2]
-        cache_position, prompt_length = self.locate(input_ids, scores)
-        if isinstance(cache_position, int) and isinstance(prompt_length, int) and not tables.has_blanks:
-            return tables.at_step(cache_position + 1 - prompt_length)
         if tables.gated is None:
             return None
-        bans = _placed(tables.gated, input_ids, cache_position, prompt_length)
+        bans = _placed(tables.gated, input_ids, *self.locate(input_ids, scores))
         if self._cache_position is not None and self._prompt_length is not None and not tables.has_blanks:
             # Nothing here changes from call to call but the contents of the tensors.
             self._placed = (scores.shape[0], tables, bans)
@@ -160,7 +160,7 @@ class _MaskTables:
             )
 
     def at_step(self, step: int) -> Bans | None:
-        """The bans of one step; None where there are none."""
+        """What is banned at one step, without gates; None where nothing is."""
         for window, bans in self._by_step:
             if step < window:
                 return bans
@@ -191,7 +191,12 @@ class MaskLaunch:
         self._last: _MaskTables | None = None
 
     def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any], in_place: bool
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None = None,
+        kwargs: Mapping[str, Any] = _NONE,
+        in_place: bool = False,
     ) -> torch.Tensor:
         """Mask the scores of one step."""
         tables, device = self._last, scores.device
@@ -279,7 +284,12 @@ class Barrier:
         self._parameters, self._extra = parameters, parameters[2:]
 
     def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any], in_place: bool
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None = None,
+        kwargs: Mapping[str, Any] = _NONE,
+        in_place: bool = False,
     ) -> torch.Tensor:
         """Run the processor as ``LogitsProcessorList`` of transformers does."""
         if self._extra:

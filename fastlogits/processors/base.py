@@ -27,14 +27,16 @@ class RunProcessor(LogitsProcessor):
 
     def __init__(self, plan: Plan, run: Run) -> None:
         self._plan, self._run = plan, run
+        # Most plans are one launch, which then needs no loop around it.
+        self._process = plan.steps[0] if len(plan.steps) == 1 else plan
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Processed scores ``[B, V]``, see ``StagedProcessor``."""
-        return self._plan(input_ids, scores, self._run)
+        return self._process(input_ids, scores, self._run)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place."""
-        return self._plan(input_ids, scores, self._run, in_place=True)
+        return self._process(input_ids, scores, self._run, in_place=True)
 
     def explain(self) -> str:
         """The plan as text."""
