@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from fastlogits_kernels.bits import pack_bits, unpack_bits, words
 
-from fastlogits.token_text import token_texts
+from fastlogits.token_text import kept_with, token_texts
 
 TokenSet: TypeAlias = "TokenMask | tuple[int, ...]"
 """A mask, or token ids whose vocabulary is not known before the first scores are seen."""
-
-_matched: WeakKeyDictionary[Any, dict[tuple[Any, ...], TokenMask]] = WeakKeyDictionary()
 
 
 class TokenMask:
@@ -103,12 +100,12 @@ class TokenMask:
         except (re.error, TypeError) as error:
             raise ValueError(f"pattern must be a regular expression, got {pattern!r}: {error}") from error
         texts = token_texts(tokenizer)
-        known = _matched.setdefault(tokenizer, {})
-        key = (compiled, how, len(texts))
-        if key not in known:
+        known, key = kept_with(tokenizer), (compiled, how, len(texts))
+        mask: TokenMask | None = known.get(key)
+        if mask is None:
             test = getattr(compiled, how)
-            known[key] = cls.from_predicate(tokenizer, lambda text: test(text) is not None)
-        return known[key]
+            mask = known[key] = cls.from_predicate(tokenizer, lambda text: test(text) is not None)
+        return mask
 
     @classmethod
     def from_predicate(cls, tokenizer: Any, predicate: Callable[[str], bool]) -> TokenMask:

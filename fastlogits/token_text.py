@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
-_read_before: WeakKeyDictionary[Any, list[str | None]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 # Any letter does: decoded before a token, it keeps decoders from stripping the space that the token begins with.
 _ANCHOR = "a"
@@ -23,10 +23,19 @@ def token_texts(tokenizer: Any) -> list[str | None]:
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
-    texts = _read_before.get(tokenizer)
-    if texts is None or len(texts) != size:  # tokens were added
-        texts = _read_before[tokenizer] = _read(tokenizer, vocabulary, size)
+    known = kept_with(tokenizer)
+    if size not in known:  # new, or tokens were added
+        known[size] = _read(tokenizer, vocabulary, size)
+    texts: list[str | None] = known[size]
     return texts
+
+
+def kept_with(tokenizer: Any) -> dict[Any, Any]:
+    """What was computed from a tokenizer, kept as long as it lives, or not at all where no weak reference can be."""
+    try:
+        return _kept.setdefault(tokenizer, {})
+    except TypeError:  # tokenizers.Tokenizer before 0.23
+        return {}
 
 
 def _read(tokenizer: Any, vocabulary: dict[str, int], size: int) -> list[str | None]:

@@ -88,14 +88,14 @@ def test_texts_rebuild_the_text(tokenizer):
     assert spaced == text.replace(" ", "")
 
 
-def test_matching_is_cached_until_tokens_are_added(raw_tokenizer):
-    raw_tokenizer = copy.deepcopy(raw_tokenizer)
-    first = TokenMask.matching(raw_tokenizer, DIGIT)
-    assert TokenMask.matching(raw_tokenizer, DIGIT) is first
-    assert TokenMask.matching(raw_tokenizer, re.compile(DIGIT)) is first
-    assert TokenMask.matching(raw_tokenizer, re.compile(DIGIT, re.IGNORECASE)) is not first
-    raw_tokenizer.add_tokens(["12345678"])
-    assert len(TokenMask.matching(raw_tokenizer, DIGIT)) == len(first) + 1
+def test_matching_is_cached_until_tokens_are_added(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    first = TokenMask.matching(tokenizer, DIGIT)
+    assert TokenMask.matching(tokenizer, DIGIT) is first
+    assert TokenMask.matching(tokenizer, re.compile(DIGIT)) is first
+    assert TokenMask.matching(tokenizer, re.compile(DIGIT, re.IGNORECASE)) is not first
+    tokenizer.add_tokens(["12345678"])
+    assert len(TokenMask.matching(tokenizer, DIGIT)) == len(first) + 1
 
 
 def test_how(sentencepiece):
