@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -259,7 +260,8 @@ class MaskLaunch:
                 rows = rows & allow.rows(input_ids, B, V, prompt_length)
             if scores.device.type == "cpu":
                 rows = unpack_bits(rows, V)
-            kept.clear()
+            if of_run is None:
+                kept.clear()  # it would otherwise grow with every batch size seen
             kept[key] = rows
         return rows
 
@@ -298,7 +300,7 @@ class Barrier:
                     f"Make sure that all the required parameters: {self._parameters} for "
                     f"{type(self.processor)} are passed to the logits processor."
                 )
-            processed = self.processor(input_ids, scores, **kwargs)
+            processed = self.processor(input_ids, scores, **{name: kwargs[name] for name in self._extra})
         else:
             processed = self.processor(input_ids, scores)
         if in_place and processed is not scores:
@@ -312,27 +314,21 @@ class Barrier:
 
 
 class Plan:
-    """Launches and barriers that together do what a list of processors does, in its order.
+    """Launches and barriers that together do what a list of processors does, in its order."""
 
-    Args:
-        named: the name and the stage of each processor.
-    """
+    def __init__(self, steps: Sequence[MaskLaunch | Barrier]) -> None:
+        self.steps = steps
 
-    def __init__(self, named: Iterable[NamedStage]) -> None:
-        self.steps: list[MaskLaunch | Barrier] = []
-        masks: list[NamedStage] = []
-        for name, stage in named:
-            if isinstance(stage, Opaque):
-                self._merge(masks)
-                self.steps.append(Barrier(name, stage.processor))
+    @classmethod
+    def compile(cls, named: Iterable[NamedStage]) -> Plan:
+        """Merge what the laws allow, given the name and the stage of each processor."""
+        steps: list[MaskLaunch | Barrier] = []
+        for is_opaque, group in groupby(named, key=lambda each: isinstance(each[1], Opaque)):
+            if is_opaque:
+                steps += [Barrier(name, stage.processor) for name, stage in group if isinstance(stage, Opaque)]
             else:
-                masks.append((name, stage))
-        self._merge(masks)
-
-    def _merge(self, masks: list[NamedStage]) -> None:
-        if masks:
-            self.steps.append(MaskLaunch(masks))
-            masks.clear()
+                steps.append(MaskLaunch(list(group)))
+        return cls(steps)
 
     def __call__(
         self,

@@ -157,6 +157,12 @@ def test_processors_that_ask_for_more():
             each(ids, scores)
 
 
+def test_each_processor_gets_what_it_asks_for_only():
+    processors = fl.LogitsProcessorList([fl.SuppressFirstTokens([1]), AddFromKwargs()])
+    processed = processors(torch.zeros(1, 1).long(), torch.zeros(1, 2), prompt_length=1, amount=3)
+    assert processed.tolist() == [[3, -INF]]
+
+
 def test_a_subclass_that_overrides_the_call_is_a_barrier():
     class Loud(fl.SuppressFirstTokens):
         def __call__(self, input_ids, scores):

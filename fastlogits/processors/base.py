@@ -86,7 +86,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
     @cached_property
     def plan(self) -> Plan:
         """The compiled plan of this processor alone."""
-        return Plan([(type(self).__name__, self.stage())])
+        return Plan.compile([(type(self).__name__, self.stage())])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Process the scores of one step; the input is never written.
@@ -136,7 +136,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
                 return plan
             processors = super().__iter__()
         known = tuple(processors)
-        plan = Plan((type(processor).__name__, _stage_of(processor)) for processor in known)
+        plan = Plan.compile((type(processor).__name__, _stage_of(processor)) for processor in known)
         self._planned = (known, plan)
         return plan
 
@@ -191,7 +191,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
             if isinstance(step, Barrier):
                 yield step.processor
             else:
-                yield RunProcessor(Plan(step.named), Run())
+                yield RunProcessor(Plan([step]), Run())  # the launch and its tables serve all runs
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_planned"}
