@@ -74,7 +74,16 @@ class _Planned:
 class StagedProcessor(_Planned, LogitsProcessor):
     """Base of processors that say which stage they are and leave the rest to the plan.
 
-    A subclass defines ``stage()``; calling it, merging it with its neighbours and running it in place follow.
+    A subclass defines ``stage()``, with a stage of ``fastlogits.stages``; calling it, merging it with its neighbours
+    and running it in place follow.
+
+    Example:
+        >>> from fastlogits.stages import Ban
+        >>> class NoThree(StagedProcessor):
+        ...     def stage(self):
+        ...         return Ban((3,))
+        >>> NoThree()(torch.tensor([[1, 2]]), torch.zeros(1, 4))
+        tensor([[0., 0., 0., -inf]])
     """
 
     supports_continuous_batching: ClassVar[bool | None] = False
