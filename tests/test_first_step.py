@@ -141,14 +141,14 @@ def test_padded_vocabulary(sentencepiece):
 
 
 def test_empty_set_warns_once_and_does_nothing():
-    with pytest.warns(UserWarning, match="tokens is empty: SuppressFirstTokens does nothing") as seen:
+    with pytest.warns(UserWarning, match="mask_or_ids is empty: SuppressFirstTokens does nothing") as seen:
         processor = SuppressFirstTokens([])
     scores = torch.zeros(1, 4)
     assert processor.for_run(1)(torch.zeros(1, 1, dtype=torch.int64), scores) is scores
     assert len(seen) == 1
     with pytest.warns(UserWarning, match="bad_bos_token_id_list is empty"):
         SuppressSpecificBOSTokenLogitsProcessor([])
-    with pytest.warns(UserWarning, match="tokens is empty"):
+    with pytest.warns(UserWarning, match="mask_or_ids is empty"):
         SuppressFirstTokens(TokenMask.from_ids([], 10))
 
 
@@ -159,10 +159,10 @@ def one(length=1):
 @pytest.mark.parametrize(
     ("attempt", "message"),
     [
-        (lambda: SuppressFirstTokens([-1]), "tokens must be token ids of at least 0, got -1"),
-        (lambda: SuppressFirstTokens(["1"]), "tokens must be integer token ids, got '1'"),
-        (lambda: SuppressFirstTokens([0.5]), "tokens must be integer token ids, got 0.5"),
-        (lambda: SuppressFirstTokens("123"), "tokens must be token ids or a TokenMask, got '123'"),
+        (lambda: SuppressFirstTokens([-1]), "mask_or_ids must be token ids of at least 0, got -1"),
+        (lambda: SuppressFirstTokens(["1"]), "mask_or_ids must be integer token ids, got '1'"),
+        (lambda: SuppressFirstTokens([0.5]), "mask_or_ids must be integer token ids, got 0.5"),
+        (lambda: SuppressFirstTokens("123"), "mask_or_ids must be token ids or a TokenMask, got '123'"),
         (lambda: SuppressFirstTokens([1], window=0), "window must be an integer of at least 1, got 0"),
         (lambda: SuppressFirstTokens([1], window=True), "window must be an integer of at least 1, got True"),
         (lambda: SuppressFirstTokens([1], window=1.5), "window must be an integer of at least 1, got 1.5"),
@@ -173,7 +173,7 @@ def one(length=1):
         ),
         (
             lambda: SuppressFirstTokens([4]).for_run(1)(one(), torch.zeros(1, 4)),
-            "tokens: token id 4 is outside the vocabulary of 4 tokens (0 to 3)",
+            "mask_or_ids: token id 4 is outside the vocabulary of 4 tokens (0 to 3)",
         ),
         (
             lambda: SuppressSpecificBOSTokenLogitsProcessor([4]).for_run(1)(one(), torch.zeros(1, 4)),
@@ -185,7 +185,7 @@ def one(length=1):
         ),
         (
             lambda: SuppressFirstTokens(TokenMask.from_ids([1], 5)).for_run(1)(one(), torch.zeros(1, 4)),
-            "tokens: the mask has a vocabulary of 5 tokens, but 4 are needed here",
+            "mask_or_ids: the mask has a vocabulary of 5 tokens, but 4 are needed here",
         ),
         (
             lambda: SuppressFirstTokens([1]).for_run(1)(one(), torch.zeros(4)),

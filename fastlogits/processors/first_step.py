@@ -19,7 +19,7 @@ class SuppressFirstTokens(StagedProcessor):
     step is read from cache positions and never counted; see ``fastlogits.Position``.
 
     Args:
-        tokens: a ``TokenMask``, or token ids; none at all is allowed, with a warning.
+        mask_or_ids: a ``TokenMask``, or token ids; none at all is allowed, with a warning.
         window: number of steps, at least 1, for which they are forbidden.
         blank: a ``TokenMask`` or token ids that don't end the ban. Some tokenizers begin an answer with a bare space;
             with that token blank, the ban holds after the window too until the first token that is not blank. On the
@@ -38,18 +38,18 @@ class SuppressFirstTokens(StagedProcessor):
         tensor([[0., 0., 0., 0.]])
     """
 
-    _argument = "tokens"
+    _argument = "mask_or_ids"
 
     def __init__(
         self,
-        tokens: TokenMask | Iterable[int] | torch.Tensor,
+        mask_or_ids: TokenMask | Iterable[int] | torch.Tensor,
         window: int = 1,
         *,
         blank: TokenMask | Iterable[int] | torch.Tensor | None = None,
     ) -> None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"window must be an integer of at least 1, got {window!r}")
-        self.tokens = checked_set(self._argument, tokens)
+        self.tokens = checked_set(self._argument, mask_or_ids)
         self.window = window
         self.blank = None if blank is None else checked_set("blank", blank)
         if not len(self.tokens):
