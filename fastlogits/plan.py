@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any, ClassVar, TypeAlias
 
@@ -83,7 +84,7 @@ class Run:
             return placed[2]
         if tables.gated is None:
             return None
-        bans = _placed(tables.gated, input_ids, *self.locate(input_ids, scores))
+        bans = _at_position(tables.gated, input_ids, *self.locate(input_ids, scores))
         if self._cache_position is not None and self._prompt_length is not None and not tables.has_blanks:
             # Nothing here changes from call to call but the contents of the tensors.
             self._placed = (scores.shape[0], tables, bans)
@@ -134,7 +135,7 @@ class _MaskTables:
     def __init__(self, bans: Sequence[Ban], allows: Sequence[AllowFrom], vocab_size: int, device: torch.device) -> None:
         self.vocab_size, self.device = vocab_size, device
         self.allows = [_AllowTables.of(stage, vocab_size, device) for stage in allows]
-        # Bans behind the same gate are one set.
+        # Bans behind the same gate are one set; gates that close sooner come first.
         gates: dict[tuple[int, TokenMask | None], TokenMask] = {}
         for stage in bans:
             tokens = fitted(stage.argument, stage.tokens, vocab_size)
@@ -142,23 +143,31 @@ class _MaskTables:
             gate = (_ALWAYS if stage.window is None else stage.window, blank)
             if len(tokens):
                 gates[gate] = gates[gate] | tokens if gate in gates else tokens
-        ordered = sorted(gates.items(), key=lambda item: item[0][0])
-        self.has_blanks = any(blank is not None for (_, blank), _ in ordered)
-        # Where the step is known on the host, what is banned at it is one set that needs no gate.
-        self._by_step: list[tuple[int, Bans]] = []
-        for i, ((window, _), merged) in enumerate(ordered):
-            for _, later in ordered[i + 1 :]:
+        self._gates = sorted(gates.items(), key=lambda item: item[0][0])
+        self.has_blanks = any(blank is not None for (_, blank), _ in self._gates)
+
+    @cached_property
+    def _by_step(self) -> list[tuple[int, Bans]]:
+        """Where the step is known on the host, what is banned below each window: one set that needs no gate."""
+        found: list[tuple[int, Bans]] = []
+        for i, ((window, _), merged) in enumerate(self._gates):
+            for _, later in self._gates[i + 1 :]:
                 merged = merged | later
-            if not self._by_step or self._by_step[-1][0] != window:
-                self._by_step.append((window, self._bans([merged])))
-        self.gated: Bans | None = None
-        if ordered:
-            windows = torch.tensor([window for (window, _), _ in ordered], dtype=torch.int32, device=device)
-            none = TokenMask.from_ids([], vocab_size)
-            blanks = self._sets([none if blank is None else blank for (_, blank), _ in ordered])
-            self.gated = self._bans([mask for _, mask in ordered])._replace(
-                windows=windows, blanks=blanks if self.has_blanks else None
-            )
+            if not found or found[-1][0] != window:
+                found.append((window, self._bans([merged])))
+        return found
+
+    @cached_property
+    def gated(self) -> Bans | None:
+        """What is banned where the step is known on the device only: a set for each gate; None where nothing is."""
+        if not self._gates:
+            return None
+        windows = torch.tensor([window for (window, _), _ in self._gates], dtype=torch.int32, device=self.device)
+        blanks = None
+        if self.has_blanks:
+            none = TokenMask.from_ids([], self.vocab_size)
+            blanks = self._sets([none if blank is None else blank for (_, blank), _ in self._gates])
+        return self._bans([mask for _, mask in self._gates])._replace(windows=windows, blanks=blanks)
 
     def at_step(self, step: int) -> Bans | None:
         """What is banned at one step, without gates; None where nothing is."""
@@ -266,7 +275,7 @@ class MaskLaunch:
         return rows
 
 
-def _placed(bans: Bans, input_ids: torch.Tensor, cache_position: Index, prompt_length: Index) -> Bans:
+def _at_position(bans: Bans, input_ids: torch.Tensor, cache_position: Index, prompt_length: Index) -> Bans:
     """``bans`` with the position that its gates compare, on the host or on the device."""
     cache, cache_offset = (None, cache_position) if isinstance(cache_position, int) else (cache_position, 0)
     prompt, prompt_offset = (None, prompt_length) if isinstance(prompt_length, int) else (prompt_length, 0)

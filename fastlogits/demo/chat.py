@@ -19,9 +19,8 @@ from transformers.generation.logits_process import LogitsProcessor
 from fastlogits import LogitsProcessorList, Position, SuppressSpecificBOSTokenLogitsProcessor, TokenMask
 from fastlogits.demo.article_loop import ArticleLoop
 from fastlogits.demo.corpus import FIRST_REQUEST, NEXT_REQUEST, sample_article
-from fastlogits.demo.tiny_model import load_or_train
+from fastlogits.demo.tiny_model import DIGITS, load_or_train
 
-DIGITS = r"\s*\d"
 MAX_NEW_TOKENS = 80
 TIMED_CALLS = 100
 
@@ -66,7 +65,8 @@ def show(model_name: str | None, device: str) -> None:
     for name, chosen in (("without the processor", LogitsProcessorList()), ("with the processor", processors)):
         _chat(console, name, model, tokenizer, articles, chosen)
     console.print(Panel(Text(processors.explain()), title="the plan", title_align="left"))
-    console.print(_times(list(digits), model.config.get_text_config().vocab_size, torch.device(device)))
+    vocab_size = model.config.get_text_config().vocab_size
+    console.print(_times(list(digits.fit(vocab_size)), vocab_size, torch.device(device)))
 
 
 def _chat(

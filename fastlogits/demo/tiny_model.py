@@ -30,6 +30,9 @@ SINGLE_TURN_STEPS = 260
 CHATS_PER_STEP = 32
 PEAK_LEARNING_RATE = 7e-3
 
+# Tokens that begin with a digit, whether or not a space comes before it.
+DIGITS = r"\s*\d"
+
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -145,7 +148,7 @@ def _has_learned(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     )
-    digits = TokenMask.matching(tokenizer, r"\s*\d")
+    digits = TokenMask.matching(tokenizer, DIGITS)
     right = 0
     for processors, answer in ((), "list_answer"), ((SuppressFirstTokens(digits),), "sentence_answer"):
         output = model.generate(

@@ -138,15 +138,13 @@ class LogitsProcessorList(_Planned, _TransformersList):
     @property
     def plan(self) -> Plan:
         """The compiled plan of the processors that the list holds now."""
-        processors = super().__iter__()
+        processors = tuple(super().__iter__())
         if self._planned is not None:
             known, plan = self._planned
-            if len(self) == len(known) and all(map(operator.is_, processors, known)):
+            if len(known) == len(processors) and all(map(operator.is_, processors, known)):
                 return plan
-            processors = super().__iter__()
-        known = tuple(processors)
-        plan = Plan.compile((type(processor).__name__, _stage_of(processor)) for processor in known)
-        self._planned = (known, plan)
+        plan = Plan.compile((type(processor).__name__, _stage_of(processor)) for processor in processors)
+        self._planned = (processors, plan)
         return plan
 
     def __call__(

@@ -279,7 +279,7 @@ def reference_mask_tokens(scores: torch.Tensor, out: torch.Tensor | None, bans: 
 def _copying(scores: torch.Tensor, bans: Bans) -> torch.Tensor:
     if not (scores.is_cuda and HAS_TRITON):
         return reference_mask_tokens(scores, None, bans)
-    # Naming the format costs as much host time as an allocation.
+    # Of a strided input, empty_like would keep the strides where it can.
     out = torch.empty_like(scores) if scores.is_contiguous() else scores.new_empty(scores.shape)
     launch_mask_tokens(scores, out, bans)
     return out
