@@ -6,34 +6,156 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastlogits.plan import Plan as Plan
     from fastlogits.position import Position as Position
+    from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
+    from fastlogits.processors.audio import BarkEosPrioritizerLogitsProcessor as BarkEosPrioritizerLogitsProcessor
+    from fastlogits.processors.audio import (
+        DiaClassifierFreeGuidanceLogitsProcessor as DiaClassifierFreeGuidanceLogitsProcessor,
+    )
+    from fastlogits.processors.audio import DiaEOSChannelFilterLogitsProcessor as DiaEOSChannelFilterLogitsProcessor
+    from fastlogits.processors.audio import DiaEOSDelayPatternLogitsProcessor as DiaEOSDelayPatternLogitsProcessor
+    from fastlogits.processors.audio import WhisperNoSpeechDetection as WhisperNoSpeechDetection
+    from fastlogits.processors.audio import WhisperTimeStampLogitsProcessor as WhisperTimeStampLogitsProcessor
     from fastlogits.processors.base import LogitsProcessor as LogitsProcessor
     from fastlogits.processors.base import LogitsProcessorList as LogitsProcessorList
     from fastlogits.processors.base import StagedProcessor as StagedProcessor
+    from fastlogits.processors.beams import HammingDiversityLogitsProcessor as HammingDiversityLogitsProcessor
+    from fastlogits.processors.constrained import PrefixConstrainedLogitsProcessor as PrefixConstrainedLogitsProcessor
+    from fastlogits.processors.dry import DRYLogitsProcessor as DRYLogitsProcessor
     from fastlogits.processors.first_step import SuppressFirstTokens as SuppressFirstTokens
     from fastlogits.processors.first_step import (
         SuppressSpecificBOSTokenLogitsProcessor as SuppressSpecificBOSTokenLogitsProcessor,
     )
+    from fastlogits.processors.guidance import (
+        ClassifierFreeGuidanceLogitsProcessor as ClassifierFreeGuidanceLogitsProcessor,
+    )
+    from fastlogits.processors.guidance import (
+        UnbatchedClassifierFreeGuidanceLogitsProcessor as UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    )
+    from fastlogits.processors.length import ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty
+    from fastlogits.processors.length import ForcedBOSTokenLogitsProcessor as ForcedBOSTokenLogitsProcessor
+    from fastlogits.processors.length import ForcedEOSTokenLogitsProcessor as ForcedEOSTokenLogitsProcessor
+    from fastlogits.processors.length import MinLengthLogitsProcessor as MinLengthLogitsProcessor
+    from fastlogits.processors.length import MinNewTokensLengthLogitsProcessor as MinNewTokensLengthLogitsProcessor
+    from fastlogits.processors.penalties import (
+        EncoderRepetitionPenaltyLogitsProcessor as EncoderRepetitionPenaltyLogitsProcessor,
+    )
+    from fastlogits.processors.penalties import FrequencyPenaltyLogitsProcessor as FrequencyPenaltyLogitsProcessor
+    from fastlogits.processors.penalties import PresencePenaltyLogitsProcessor as PresencePenaltyLogitsProcessor
+    from fastlogits.processors.penalties import RepetitionPenaltyLogitsProcessor as RepetitionPenaltyLogitsProcessor
+    from fastlogits.processors.sequences import (
+        EncoderNoRepeatNGramLogitsProcessor as EncoderNoRepeatNGramLogitsProcessor,
+    )
+    from fastlogits.processors.sequences import LogitBiasLogitsProcessor as LogitBiasLogitsProcessor
+    from fastlogits.processors.sequences import NoBadWordsLogitsProcessor as NoBadWordsLogitsProcessor
+    from fastlogits.processors.sequences import NoRepeatNGramLogitsProcessor as NoRepeatNGramLogitsProcessor
+    from fastlogits.processors.sequences import SequenceBiasLogitsProcessor as SequenceBiasLogitsProcessor
+    from fastlogits.processors.suppress import AllowedTokensLogitsProcessor as AllowedTokensLogitsProcessor
+    from fastlogits.processors.suppress import MinTokensLogitsProcessor as MinTokensLogitsProcessor
+    from fastlogits.processors.suppress import (
+        SuppressTokensAtBeginLogitsProcessor as SuppressTokensAtBeginLogitsProcessor,
+    )
+    from fastlogits.processors.suppress import SuppressTokensLogitsProcessor as SuppressTokensLogitsProcessor
+    from fastlogits.processors.truncation import EpsilonLogitsWarper as EpsilonLogitsWarper
+    from fastlogits.processors.truncation import EtaLogitsWarper as EtaLogitsWarper
+    from fastlogits.processors.truncation import MinPLogitsWarper as MinPLogitsWarper
+    from fastlogits.processors.truncation import TopHLogitsWarper as TopHLogitsWarper
+    from fastlogits.processors.truncation import TopKLogitsWarper as TopKLogitsWarper
+    from fastlogits.processors.truncation import TopNSigmaLogitsWarper as TopNSigmaLogitsWarper
+    from fastlogits.processors.truncation import TopPLogitsWarper as TopPLogitsWarper
+    from fastlogits.processors.truncation import TypicalLogitsWarper as TypicalLogitsWarper
+    from fastlogits.processors.truncation import XTCLogitsProcessor as XTCLogitsProcessor
+    from fastlogits.processors.values import InfNanRemoveLogitsProcessor as InfNanRemoveLogitsProcessor
+    from fastlogits.processors.values import LogitNormalization as LogitNormalization
+    from fastlogits.processors.values import TemperatureLogitsWarper as TemperatureLogitsWarper
     from fastlogits.processors.vocabulary import OnlyTokensFrom as OnlyTokensFrom
+    from fastlogits.processors.watermark import (
+        SynthIDTextWatermarkLogitsProcessor as SynthIDTextWatermarkLogitsProcessor,
+    )
+    from fastlogits.processors.watermark import SynthIDTextWatermarkState as SynthIDTextWatermarkState
+    from fastlogits.processors.watermark import WatermarkLogitsProcessor as WatermarkLogitsProcessor
+    from fastlogits.processors.zoo import CiteFromPromptLogitsProcessor as CiteFromPromptLogitsProcessor
+    from fastlogits.processors.zoo import ForceLastPhraseLogitsProcessor as ForceLastPhraseLogitsProcessor
+    from fastlogits.processors.zoo import GenLengthLogitsProcessor as GenLengthLogitsProcessor
+    from fastlogits.processors.zoo import MaxTimeLogitsProcessor as MaxTimeLogitsProcessor
+    from fastlogits.processors.zoo import MultipleChoiceLogitsProcessor as MultipleChoiceLogitsProcessor
+    from fastlogits.processors.zoo import PreventHallucinationLogitsProcessor as PreventHallucinationLogitsProcessor
+    from fastlogits.processors.zoo import TriggerPhraseLogitsProcessor as TriggerPhraseLogitsProcessor
     from fastlogits.token_mask import TokenMask as TokenMask
 
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported on first use: importing fastlogits must not import transformers.
 _HOME = {
+    "AllowedTokensLogitsProcessor": "processors.suppress",
+    "AlternatingCodebooksLogitsProcessor": "processors.audio",
+    "BarkEosPrioritizerLogitsProcessor": "processors.audio",
+    "CiteFromPromptLogitsProcessor": "processors.zoo",
+    "ClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
+    "DRYLogitsProcessor": "processors.dry",
+    "DiaClassifierFreeGuidanceLogitsProcessor": "processors.audio",
+    "DiaEOSChannelFilterLogitsProcessor": "processors.audio",
+    "DiaEOSDelayPatternLogitsProcessor": "processors.audio",
+    "EncoderNoRepeatNGramLogitsProcessor": "processors.sequences",
+    "EncoderRepetitionPenaltyLogitsProcessor": "processors.penalties",
+    "EpsilonLogitsWarper": "processors.truncation",
+    "EtaLogitsWarper": "processors.truncation",
+    "ExponentialDecayLengthPenalty": "processors.length",
+    "ForceLastPhraseLogitsProcessor": "processors.zoo",
+    "ForcedBOSTokenLogitsProcessor": "processors.length",
+    "ForcedEOSTokenLogitsProcessor": "processors.length",
+    "FrequencyPenaltyLogitsProcessor": "processors.penalties",
+    "GenLengthLogitsProcessor": "processors.zoo",
+    "HammingDiversityLogitsProcessor": "processors.beams",
+    "InfNanRemoveLogitsProcessor": "processors.values",
+    "LogitBiasLogitsProcessor": "processors.sequences",
+    "LogitNormalization": "processors.values",
     "LogitsProcessor": "processors.base",
     "LogitsProcessorList": "processors.base",
+    "MaxTimeLogitsProcessor": "processors.zoo",
+    "MinLengthLogitsProcessor": "processors.length",
+    "MinNewTokensLengthLogitsProcessor": "processors.length",
+    "MinPLogitsWarper": "processors.truncation",
+    "MinTokensLogitsProcessor": "processors.suppress",
+    "MultipleChoiceLogitsProcessor": "processors.zoo",
+    "NoBadWordsLogitsProcessor": "processors.sequences",
+    "NoRepeatNGramLogitsProcessor": "processors.sequences",
     "OnlyTokensFrom": "processors.vocabulary",
     "Plan": "plan",
     "Position": "position",
+    "PrefixConstrainedLogitsProcessor": "processors.constrained",
+    "PresencePenaltyLogitsProcessor": "processors.penalties",
+    "PreventHallucinationLogitsProcessor": "processors.zoo",
+    "RepetitionPenaltyLogitsProcessor": "processors.penalties",
+    "SequenceBiasLogitsProcessor": "processors.sequences",
     "StagedProcessor": "processors.base",
     "SuppressFirstTokens": "processors.first_step",
     "SuppressSpecificBOSTokenLogitsProcessor": "processors.first_step",
+    "SuppressTokensAtBeginLogitsProcessor": "processors.suppress",
+    "SuppressTokensLogitsProcessor": "processors.suppress",
+    "SynthIDTextWatermarkLogitsProcessor": "processors.watermark",
+    "SynthIDTextWatermarkState": "processors.watermark",
+    "TemperatureLogitsWarper": "processors.values",
     "TokenMask": "token_mask",
+    "TopHLogitsWarper": "processors.truncation",
+    "TopKLogitsWarper": "processors.truncation",
+    "TopNSigmaLogitsWarper": "processors.truncation",
+    "TopPLogitsWarper": "processors.truncation",
+    "TriggerPhraseLogitsProcessor": "processors.zoo",
+    "TypicalLogitsWarper": "processors.truncation",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
+    "WatermarkLogitsProcessor": "processors.watermark",
+    "WhisperNoSpeechDetection": "processors.audio",
+    "WhisperTimeStampLogitsProcessor": "processors.audio",
+    "XTCLogitsProcessor": "processors.truncation",
 }
-__all__ = sorted(_HOME)
+# Those that not every supported version of transformers has.
+_OPTIONAL = ("HammingDiversityLogitsProcessor", "TopHLogitsWarper")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        theirs = import_module("transformers.generation.logits_process")
+        return sorted(name for name in _HOME if name not in _OPTIONAL or hasattr(theirs, name))
     if name not in _HOME:
         raise AttributeError(f"module 'fastlogits' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"fastlogits.{_HOME[name]}"), name)
@@ -41,4 +163,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    names: list[str] = __getattr__("__all__")
+    return names

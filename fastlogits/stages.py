@@ -2,24 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
+from fastlogits_kernels.truncate import Rule
 
-from fastlogits.token_mask import TokenMask, TokenSet
+from fastlogits.token_mask import TokenMask, TokenSet, fitted
+
+Kind: TypeAlias = Literal[
+    "mask", "bias", "scale", "penalty", "clean", "truncate", "normalise", "mix", "force", "opaque"
+]
+
+
+@dataclass(frozen=True)
+class When:
+    """The calls at which a stage acts: ``start <= index < stop``, at every ``period``-th index from ``start``.
+
+    Args:
+        of: what is compared: the ``"step"`` of the run, 0 for its first generated token, or the ``"length"`` of the
+            sequence, prompt included.
+        start: first index; None for no lower bound.
+        stop: the index after the last; None for no upper bound.
+        period: with a ``period`` of 2 every other index; reaches below ``start`` where ``start`` is ``phase`` only.
+        phase: index from which the period counts.
+    """
+
+    of: Literal["step", "length"]
+    start: int | None = None
+    stop: int | None = None
+    period: int = 1
+    phase: int = 0
+
+    def describe(self) -> str:
+        """In a few words, for ``explain()``."""
+        low = "" if self.start is None else f"{self.start} <= "
+        high = "" if self.stop is None else f" < {self.stop}"
+        if self.start is not None and self.stop == self.start + 1:
+            return f"at {self.of} {self.start}"
+        every = "" if self.period == 1 else f", every {self.period}. from {self.phase}"
+        return f"while {low}{self.of}{high}{every}" if low or high else f"always{every}"
+
+
+# -- Sources: which tokens of a row a stage speaks of -------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """Tokens of the sequence itself.
+
+    Args:
+        span: ``"all"`` of it, its ``"prompt"``, or what was ``"generated"``.
+        ignore: number of leading tokens that don't count: an integer, or one for each row ``(B,)``.
+    """
+
+    span: Literal["all", "prompt", "generated"] = "all"
+    ignore: int | torch.Tensor = 0
+
+    def describe(self) -> str:
+        """In a few words, for ``explain()``."""
+        skipped = "" if isinstance(self.ignore, int) and not self.ignore else ", without the first ones"
+        return {"all": "the sequence", "prompt": "the prompt", "generated": "the generated text"}[self.span] + skipped
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Tokens of another text.
+
+    Args:
+        ids: integer ``(R, L)``, one text for each ``B / R`` neighbouring rows; ids outside the vocabulary don't count.
+    """
+
+    ids: torch.Tensor
+
+    def describe(self) -> str:
+        """In a few words, for ``explain()``."""
+        return f"a source of shape {tuple(self.ids.shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Repeated:
+    """Tokens that would complete an n-gram which the sequence, or another text, already holds.
+
+    Args:
+        size: tokens of an n-gram, at least 1.
+        text: the text that holds the n-grams; None for the sequence itself.
+    """
+
+    size: int
+    text: Given | None = None
+
+    def describe(self) -> str:
+        """In a few words, for ``explain()``."""
+        return f"{self.size}-grams of {'the sequence' if self.text is None else self.text.describe()}"
+
+
+Source: TypeAlias = "TokenMask | tuple[int, ...] | History | Given | Repeated"
+
+
+# -- Stages -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
     """What one processor does to the logits."""
 
-    kind: ClassVar[str]
+    kind: ClassVar[Kind]
     """The law it obeys: stages of kind ``"mask"`` merge; an ``"opaque"`` one is a barrier."""
 
     @property
     def needs_position(self) -> bool:
         """Whether it asks which step of the run it is in."""
+        return False
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether it reads ``input_ids``."""
         return False
 
     def describe(self) -> str:
@@ -33,25 +132,39 @@ class Ban(Stage):
 
     Args:
         tokens: the banned tokens.
-        window: steps for which the gate stays open; None for always.
+        when: when the gate is open; None for always.
         blank: tokens that leave the gate open when all tokens generated so far are among them.
         argument: what the processor calls ``tokens``, for error messages.
+        lenient: whether ids outside the vocabulary are ignored rather than refused.
+        inverted: whether it is all others that are banned.
     """
 
     kind = "mask"
-    tokens: TokenSet
-    window: int | None = None
+    tokens: Source
+    when: When | None = None
     blank: TokenSet | None = None
     argument: str = "tokens"
+    lenient: bool = False
+    inverted: bool = False
+
+    def mask(self, vocab_size: int) -> TokenMask:
+        """The banned tokens of a vocabulary, where they are a mask or token ids."""
+        assert isinstance(self.tokens, (TokenMask, tuple))
+        mask = fitted(self.argument, self.tokens, vocab_size, lenient=self.lenient)
+        return ~mask if self.inverted else mask
 
     @property
     def needs_position(self) -> bool:
-        return self.window is not None
+        return (self.when is not None and self.when.of == "step") or _asks_position(self.tokens)
+
+    @property
+    def needs_history(self) -> bool:
+        return self.when is not None or isinstance(self.tokens, (History, Repeated))
 
     def describe(self) -> str:
-        until = "" if self.blank is None else f", then until a token outside {_count(self.blank)} blank"
-        when = "always" if self.window is None else f"while step < {self.window}{until}"
-        return f"ban {_count(self.tokens)} {when}"
+        until = "" if self.blank is None else f", then until a token outside {_words(self.blank)} blank"
+        others = "all but " if self.inverted else ""
+        return f"ban {others}{_words(self.tokens)} {'always' if self.when is None else self.when.describe()}{until}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +188,204 @@ class AllowFrom(Stage):
     def needs_position(self) -> bool:
         return isinstance(self.source, str)
 
+    @property
+    def needs_history(self) -> bool:
+        return isinstance(self.source, str)
+
     def describe(self) -> str:
         source = "the prompt" if isinstance(self.source, str) else f"a source of shape {tuple(self.source.shape)}"
-        return f"allow the tokens of {source}, {_count(self.extra)} extra, {len(self.eos)} to end with"
+        return f"allow the tokens of {source}, {_words(self.extra)} extra, {len(self.eos)} to end with"
+
+
+@dataclass(frozen=True, eq=False)
+class Penalize(Stage):
+    """Scores of some tokens are divided by the penalty where positive or zero, and multiplied by it where negative."""
+
+    kind = "penalty"
+    tokens: History | Given
+    penalty: float
+
+    @property
+    def needs_position(self) -> bool:
+        return _asks_position(self.tokens)
+
+    @property
+    def needs_history(self) -> bool:
+        return isinstance(self.tokens, History)
+
+    def describe(self) -> str:
+        return f"penalise the tokens of {self.tokens.describe()} by {self.penalty:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Stage):
+    """All scores are divided by the divisor."""
+
+    kind = "scale"
+    divisor: float
+
+    def describe(self) -> str:
+        return f"divide by {self.divisor:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class Bias(Stage):
+    """A value is added to the scores of some tokens.
+
+    Args:
+        tokens: the tokens.
+        value: what is added to each of them.
+        counted: what is added to each once for every time that it occurs in ``tokens``, which is a ``History`` then.
+        when: when it is added; None for always.
+        argument: what the processor calls ``tokens``, for error messages.
+    """
+
+    kind = "bias"
+    tokens: Source
+    value: float
+    counted: float = 0.0
+    when: When | None = None
+    argument: str = "tokens"
+
+    @property
+    def needs_position(self) -> bool:
+        return (self.when is not None and self.when.of == "step") or _asks_position(self.tokens)
+
+    @property
+    def needs_history(self) -> bool:
+        return self.when is not None or isinstance(self.tokens, (History, Repeated))
+
+    def describe(self) -> str:
+        counted = f", {self.counted:+g} for each occurrence" if self.counted else ""
+        when = "" if self.when is None else f" {self.when.describe()}"
+        return f"add {self.value:+g}{counted} to {_words(self.tokens)}{when}"
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceBias(Stage):
+    """A value is added to the last token of each sequence whose other tokens end the history.
+
+    Args:
+        sequences: token ids of each sequence, with its value; one of a single token always counts. A token that ends
+            several sequences gets their sum, added up in the order of the sequences, shorter prefixes that came first.
+    """
+
+    kind = "bias"
+    sequences: tuple[tuple[tuple[int, ...], float], ...]
+
+    @property
+    def needs_history(self) -> bool:
+        return any(len(ids) > 1 for ids, _ in self.sequences)
+
+    def describe(self) -> str:
+        values = {value for _, value in self.sequences}
+        value = f"{values.pop():+g}" if len(values) == 1 else "a value each"
+        return f"add {value} to the ends of {len(self.sequences)} sequences"
+
+
+@dataclass(frozen=True, eq=False)
+class Decay(Stage):
+    """Scores of the tokens that end the text grow by ``|score| * (factor ** (length - start) - 1)`` beyond ``start``.
+
+    Args:
+        tokens: tokens that end the text.
+        start: length from which on they grow.
+        factor: growth per token.
+    """
+
+    kind = "bias"
+    tokens: tuple[int, ...]
+    start: int
+    factor: float
+
+    @property
+    def needs_history(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"raise {_words(self.tokens)} by a factor of {self.factor:g} a token while length > {self.start}"
+
+
+@dataclass(frozen=True, eq=False)
+class Force(Stage):
+    """While its gate is open some tokens get 0 and all others -inf.
+
+    Args:
+        tokens: the tokens that get 0.
+        when: when the gate is open.
+        argument: what the processor calls ``tokens``, for error messages.
+    """
+
+    kind = "force"
+    tokens: TokenSet
+    when: When
+    argument: str = "tokens"
+
+    @property
+    def needs_position(self) -> bool:
+        return self.when.of == "step"
+
+    @property
+    def needs_history(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"force {_words(self.tokens)} {self.when.describe()}"
+
+
+@dataclass(frozen=True, eq=False)
+class Clean(Stage):
+    """NaN becomes 0, infinities become the largest finite values of their sign."""
+
+    kind = "clean"
+
+    def describe(self) -> str:
+        return "replace NaN and infinities"
+
+
+@dataclass(frozen=True, eq=False)
+class Truncate(Stage):
+    """Tokens outside a set of likely ones get a fill value: rules in order, each on what the one before has left."""
+
+    kind = "truncate"
+    rules: tuple[Rule, ...]
+
+    def describe(self) -> str:
+        return ", then ".join(rule.describe() for rule in self.rules)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Stage):
+    """A function of whole rows, in torch: what needs sums or maxima over the vocabulary, or mixes rows.
+
+    The function takes ``(input_ids, scores)``, and the integers or tensors ``(cache_position, prompt_length)`` too
+    where ``positioned``. It returns new scores, never writes what it is given, and never waits for the device.
+
+    Args:
+        law: the kind of stage that it is.
+        function: the function.
+        description: its parameters in a few words.
+        positioned: whether it asks which step of the run it is in.
+        reads_history: whether it reads ``input_ids``.
+    """
+
+    kind = "normalise"
+    law: Kind
+    function: Callable[..., torch.Tensor]
+    description: str
+    positioned: bool = False
+    reads_history: bool = True
+
+    @property
+    def needs_position(self) -> bool:
+        return self.positioned
+
+    @property
+    def needs_history(self) -> bool:
+        return self.reads_history or self.positioned
+
+    def describe(self) -> str:
+        return self.description
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +399,22 @@ class Opaque(Stage):
         return "unknown to fastlogits: runs as it is"
 
 
-def _count(tokens: TokenSet) -> str:
-    of = f" of {tokens.vocab_size}" if isinstance(tokens, TokenMask) else ""
-    return f"{len(tokens)}{of} {'token' if len(tokens) == 1 and not of else 'tokens'}"
+def _asks_position(source: Source) -> bool:
+    return isinstance(source, History) and source.span != "all"
+
+
+def _words(source: Source) -> str:
+    if not isinstance(source, (TokenMask, tuple)):
+        return source.describe()
+    of = f" of {source.vocab_size}" if isinstance(source, TokenMask) else ""
+    return f"{len(source)}{of} {'token' if len(source) == 1 and not of else 'tokens'}"
+
+
+class Member(NamedTuple):
+    """One processor of a plan."""
+
+    name: str
+    """Its class name, for people."""
+    stage: Stage
+    original: Callable[..., torch.Tensor] | None = None
+    """transformers' own implementation, for what the plan doesn't take; None where there is none."""

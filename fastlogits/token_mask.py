@@ -251,14 +251,15 @@ def checked_set(argument: str, tokens: TokenMask | Iterable[int] | torch.Tensor)
     return tokens if isinstance(tokens, TokenMask) else checked_ids(argument, tokens)
 
 
-def fitted(argument: str, tokens: TokenSet, vocab_size: int) -> TokenMask:
-    """``tokens`` as a mask for logits of ``vocab_size`` tokens.
+def fitted(argument: str, tokens: TokenSet, vocab_size: int, *, lenient: bool = False) -> TokenMask:
+    """``tokens`` as a mask for logits of ``vocab_size`` tokens; ``lenient`` drops ids that are outside it.
 
     Raises:
         ValueError: an id is outside the vocabulary, or the mask has another one; the message names ``argument``.
     """
     if not isinstance(tokens, TokenMask):
-        return _from_checked(argument, tokens, vocab_size)
+        known = [token for token in tokens if 0 <= token < vocab_size] if lenient else tokens
+        return _from_checked(argument, known, vocab_size)
     try:
         return tokens.fit(vocab_size)
     except ValueError as error:

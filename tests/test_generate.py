@@ -10,7 +10,7 @@ from transformers import DynamicCache, SuppressTokensLogitsProcessor
 from transformers.generation.logits_process import LogitsProcessor
 
 import fastlogits as fl
-from fastlogits import plan
+from fastlogits import mask_launch
 
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61], [1, 5, 90, 33, 12, 64, 28]])
 # Half the vocabulary: greedy decoding wants some of it at almost every step, so a ban at a wrong step shows.
@@ -160,8 +160,8 @@ def test_each_prompt_one_token_longer_and_one_new_token_at_a_time(llama):
 
 
 def test_masks_are_built_once_for_all_runs(llama, monkeypatch):
-    built, tables = [], plan._MaskTables
-    monkeypatch.setattr(plan, "_MaskTables", lambda *arguments: built.append(1) or tables(*arguments))
+    built, tables = [], mask_launch._MaskTables
+    monkeypatch.setattr(mask_launch, "_MaskTables", lambda *arguments: built.append(1) or tables(*arguments))
     processors = ours()
     for _ in range(3):
         generate(llama, processors, max_new_tokens=2)

@@ -90,15 +90,15 @@ def test_explain_says_what_merged_and_what_did_not():
         [fl.SuppressFirstTokens([1, 2]), fl.OnlyTokensFrom("prompt", eos_token_id=3), Add(1)]
     )
     assert processors.explain().splitlines() == [
-        "3 processors, 1 launch",
+        "3 processors, 1 fused step",
         "1. mask_tokens: 2 masks in one (mask . mask = mask (or))",
-        "     SuppressFirstTokens  mask    ban 2 tokens while step < 1",
-        "     OnlyTokensFrom       mask    allow the tokens of the prompt, 0 tokens extra, 1 to end with",
+        "     SuppressFirstTokens  mask       ban 2 tokens while step < 1",
+        "     OnlyTokensFrom       mask       allow the tokens of the prompt, 0 tokens extra, 1 to end with",
         "     moves: one read and one write of the logits; in place, the banned words only",
         "2. barrier",
-        "     Add                  opaque  unknown to fastlogits: runs as it is",
+        "     Add                  opaque     unknown to fastlogits: runs as it is",
     ]
-    assert fl.LogitsProcessorList([]).explain() == "0 processors, 0 launches"
+    assert fl.LogitsProcessorList([]).explain() == "0 processors, 0 fused steps"
     assert (
         fl.SuppressFirstTokens([1], 2, blank=[3])
         .explain()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Iterator
-from functools import cached_property
+from importlib import import_module
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
-from fastlogits.plan import Barrier, Plan, Run
-from fastlogits.stages import Opaque, Stage
+from fastlogits.plan import Barrier, Plan
+from fastlogits.run import Run
+from fastlogits.stages import Member, Opaque, Stage
 
 if TYPE_CHECKING:
     from fastlogits.position import Index
@@ -27,16 +29,14 @@ class RunProcessor(LogitsProcessor):
 
     def __init__(self, plan: Plan, run: Run) -> None:
         self._plan, self._run = plan, run
-        # Most plans are one launch, which then needs no loop around it.
-        self._process = plan.steps[0] if len(plan.steps) == 1 else plan
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Processed scores ``[B, V]``, see ``StagedProcessor``."""
-        return self._process(input_ids, scores, self._run)
+        return self._plan(input_ids, scores, self._run)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place."""
-        return self._process(input_ids, scores, self._run, in_place=True)
+        return self._plan(input_ids, scores, self._run, in_place=True)
 
     def explain(self) -> str:
         """The plan as text."""
@@ -74,8 +74,9 @@ class _Planned:
 class StagedProcessor(_Planned, LogitsProcessor):
     """Base of processors that say which stage they are and leave the rest to the plan.
 
-    A subclass defines ``stage()``, with a stage of ``fastlogits.stages``; calling it, merging it with its neighbours
-    and running it in place follow.
+    A subclass defines ``stage()``, with a stage of ``fastlogits.stages``; calling it, fusing it with its neighbours
+    and running it in place follow. A subclass that overrides ``__call__`` is a barrier instead, as any
+    ``LogitsProcessor`` is.
 
     Example:
         >>> from fastlogits.stages import Ban
@@ -86,16 +87,20 @@ class StagedProcessor(_Planned, LogitsProcessor):
         tensor([[0., 0., 0., -inf]])
     """
 
-    supports_continuous_batching: ClassVar[bool | None] = False
+    _plan: Plan | None = None
+    _revision = 0
 
     def stage(self) -> Stage:
-        """What this processor does; asked once."""
+        """What this processor does; asked once, and again after an attribute has been set."""
         raise NotImplementedError(f"{type(self).__name__} must define stage()")
 
-    @cached_property
+    @property
     def plan(self) -> Plan:
         """The compiled plan of this processor alone."""
-        return Plan.compile([(type(self).__name__, self.stage())])
+        plan = self._plan
+        if plan is None:
+            plan = self.__dict__["_plan"] = Plan.compile([_staged(self)])
+        return plan
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Process the scores of one step; the input is never written.
@@ -111,21 +116,29 @@ class StagedProcessor(_Planned, LogitsProcessor):
             ValueError: scores of another shape or dtype; tensors on different devices; a token id or mask that
                 doesn't fit the vocabulary; or a first-step processor that can't know where the run starts.
         """
-        return self.plan(input_ids, scores)
+        return (self._plan or self.plan)(input_ids, scores)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place; returns ``scores``."""
         return self.plan(input_ids, scores, in_place=True)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if not name.startswith("_"):
+            # What stage() reads may have changed, as with set_begin_index.
+            self.__dict__["_plan"] = None
+            self.__dict__["_revision"] = self._revision + 1
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "plan"}
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
 
 class LogitsProcessorList(_Planned, _TransformersList):
     """``LogitsProcessorList`` of transformers that runs as one plan.
 
-    Given to ``model.generate(logits_processor=...)``, it tells its first-step processors where each run starts:
-    ``generate`` iterates the list once a run, before the first step, and gets processors made for that run.
+    transformers' own processors in it run as fastlogits' do. Given to ``model.generate(logits_processor=...)``, it
+    tells its first-step processors where each run starts: ``generate`` iterates the list before the first step, and
+    gets processors made for that run.
 
     Example:
         >>> processors = LogitsProcessorList([])
@@ -133,18 +146,20 @@ class LogitsProcessorList(_Planned, _TransformersList):
         tensor([[0., 0., 0.]])
     """
 
-    _planned: tuple[tuple[Any, ...], Plan] | None = None
+    _planned: tuple[list[Any], list[Any], Plan] | None = None
 
     @property
     def plan(self) -> Plan:
         """The compiled plan of the processors that the list holds now."""
-        processors = tuple(super().__iter__())
-        if self._planned is not None:
-            known, plan = self._planned
-            if len(known) == len(processors) and all(map(operator.is_, processors, known)):
+        processors = list(super().__iter__())
+        revisions = list(map(_revision, processors))
+        planned = self._planned
+        if planned is not None:
+            known, known_revisions, plan = planned
+            if revisions == known_revisions and all(map(operator.is_, known, processors)):
                 return plan
-        plan = Plan.compile((type(processor).__name__, _stage_of(processor)) for processor in processors)
-        self._planned = (processors, plan)
+        plan = Plan.compile(map(_member, processors))
+        self._planned = (processors, revisions, plan)
         return plan
 
     def __call__(
@@ -188,13 +203,29 @@ class LogitsProcessorList(_Planned, _TransformersList):
         return self.plan(input_ids, scores, run, in_place=True)
 
     def __iter__(self) -> Iterator[Any]:
-        if _is_transformers(sys._getframe(1)):
-            return self._for_generate()
+        frame = sys._getframe(1)
+        if _assembles(frame):
+            return self._for_generate(frame.f_locals)
         return iter(super().__iter__())
 
-    def _for_generate(self) -> Iterator[Any]:
-        """The processors of one run: a fresh one for each launch, what fastlogits doesn't know as it is."""
-        for step in self.plan.steps:
+    def _for_generate(self, merging: dict[str, Any]) -> Iterator[Any]:
+        """The processors of one run: a fresh one for each fused step, what fastlogits doesn't know as it is.
+
+        ``generate`` drops each processor of its own that it finds in the list too, by its exact type: those are
+        handed to it as transformers' own, and once.
+        """
+        made = {type(processor) for processor in merging.get("default_list", ())}
+        present = {type(processor) for processor in merging.get("final_list", ())}
+        rest = []
+        for processor in super().__iter__():
+            twin = _their_class(type(processor))
+            if twin in made:
+                if twin not in present:
+                    yield processor if type(processor) is twin else _as_theirs(processor, twin)
+            else:
+                rest.append(processor)
+        plan = self.plan if len(rest) == len(self) else Plan.compile(map(_member, rest))
+        for step in plan.steps:
             if isinstance(step, Barrier):
                 yield step.processor
             else:
@@ -204,14 +235,57 @@ class LogitsProcessorList(_Planned, _TransformersList):
         return {name: value for name, value in self.__dict__.items() if name != "_planned"}
 
 
-def _is_transformers(frame: FrameType) -> bool:
-    """Whether the code of a frame is transformers' own, or that of a model's remote code under it."""
-    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    return package in ("transformers", "transformers_modules")
+def _assembles(frame: FrameType) -> bool:
+    """Whether a frame is transformers', assembling a run's list, or runs the list as a model's remote code does."""
+    module = str(frame.f_globals.get("__name__", ""))
+    if module.partition(".")[0] == "transformers_modules":
+        return True
+    return module.startswith("transformers.") and frame.f_code.co_name == "_merge_criteria_processor_list"
 
 
-def _stage_of(processor: Any) -> Stage:
-    # A subclass that overrides the call does more than its stage says.
-    if isinstance(processor, StagedProcessor) and type(processor).__call__ is StagedProcessor.__call__:
-        return processor.stage()
-    return Opaque(processor)
+def _their_class(cls: type) -> type | None:
+    """The class of transformers that ``cls`` is or stands for."""
+    name = cls.__name__
+    twin = getattr(theirs, name, None)
+    if twin is cls or (
+        twin is not None and cls.__module__.startswith("fastlogits.processors.") and issubclass(cls, twin)
+    ):
+        return twin
+    return None
+
+
+def _as_theirs(processor: Any, twin: type) -> Any:
+    """A processor of transformers' own class with the same attributes."""
+    same: Any = object.__new__(twin)
+    same.__dict__.update(
+        {name: value for name, value in processor.__dict__.items() if name not in ("_plan", "_revision")}
+    )
+    return same
+
+
+def _revision(processor: Any) -> Any:
+    """Something that changes when an attribute of the processor is set."""
+    if isinstance(processor, StagedProcessor):
+        return processor._revision
+    return [id(value) for value in getattr(processor, "__dict__", {}).values()]
+
+
+def _staged(processor: StagedProcessor) -> Member:
+    original = super(StagedProcessor, processor).__call__
+    is_theirs = getattr(original, "__func__", None) is not LogitsProcessor.__call__
+    return Member(type(processor).__name__, processor.stage(), original if is_theirs else None)
+
+
+def _member(processor: Any) -> Member:
+    """What a processor is to the plan of a list."""
+    cls = type(processor)
+    name = cls.__name__
+    if isinstance(processor, StagedProcessor):
+        # A subclass that overrides the call does more than its stage says.
+        if cls.__call__ is StagedProcessor.__call__:
+            return _staged(processor)
+    elif getattr(theirs, name, None) is cls:
+        twin = getattr(import_module("fastlogits"), name, None)
+        if twin is not None and issubclass(twin, StagedProcessor) and twin.__call__ is StagedProcessor.__call__:
+            return Member(name, twin.stage(processor), processor)
+    return Member(name, Opaque(processor), processor)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.stages import Ban
+from fastlogits.stages import Ban, When
 from fastlogits.token_mask import TokenMask, checked_set
 
 
@@ -38,6 +38,7 @@ class SuppressFirstTokens(StagedProcessor):
         tensor([[0., 0., 0., 0.]])
     """
 
+    supports_continuous_batching = False
     _argument = "mask_or_ids"
 
     def __init__(
@@ -57,7 +58,7 @@ class SuppressFirstTokens(StagedProcessor):
 
     def stage(self) -> Ban:
         """A mask behind a gate that closes with the window."""
-        return Ban(self.tokens, self.window, self.blank, self._argument)
+        return Ban(self.tokens, When("step", stop=self.window), self.blank, self._argument)
 
 
 class SuppressSpecificBOSTokenLogitsProcessor(SuppressFirstTokens):

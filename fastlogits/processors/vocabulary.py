@@ -35,6 +35,8 @@ class OnlyTokensFrom(StagedProcessor):
         tensor([[0., 0., -inf, 0., -inf]])
     """
 
+    supports_continuous_batching = False
+
     def __init__(
         self,
         source_ids: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Literal["prompt"],

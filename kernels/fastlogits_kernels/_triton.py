@@ -16,7 +16,11 @@ except ImportError:  # macOS, Windows, or a CPU-only environment: every operatio
     class _Absent:
         """Stands in for the two modules while kernels are being defined; none is ever launched."""
 
-        constexpr = object
+        class constexpr:  # noqa: N801
+            """A constant of the kernels that the host reads too."""
+
+            def __init__(self, value: Any = None) -> None:
+                self.value = value
 
         @staticmethod
         def jit(function: Any = None, **_: Any) -> Any:
@@ -25,7 +29,7 @@ except ImportError:  # macOS, Windows, or a CPU-only environment: every operatio
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "Launcher", "tl", "triton"]
+__all__ = ["HAS_TRITON", "Launcher", "tl", "to_device", "triton"]
 
 # Relaunching relies on how Triton itself launches a compiled kernel; before 3.4 that was another way.
 _RELAUNCHES = HAS_TRITON and tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 4)
@@ -73,3 +77,10 @@ def _has_hooks() -> bool:
     """Whether a profiler listens to launches."""
     hook = triton.knobs.runtime.launch_enter_hook
     return bool(getattr(hook, "calls", hook))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on the device, without the host waiting for the copy."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -13,7 +13,6 @@ logit, which all rows but the first read from the L2.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import HAS_TRITON, Launcher, tl, triton
 from fastlogits_kernels.bits import unpack_bits, words
+from fastlogits_kernels.columns import fill_columns
 
 # What changes from step to step (positions, lengths, the strides of a growing history) must not make a new variant
 # of a kernel, nor must the alignment of what is read one element at a time.
@@ -245,25 +245,12 @@ def _open_gates(bans: Bans, windows: torch.Tensor, vocab_size: int) -> torch.Ten
     return is_open
 
 
-# From about this many tokens on, torch's scatter is twice as fast as its index_fill, in float32 on the CPU only.
-_FEW = 64
-
-
-@lru_cache(maxsize=64)
-def _minus_infinity(count: int) -> torch.Tensor:
-    return torch.full((1, count), float("-inf"))
-
-
 def reference_mask_tokens(scores: torch.Tensor, out: torch.Tensor | None, bans: Bans) -> torch.Tensor:
     """The same in torch, and the path of the CPU; ``out`` is ``scores`` itself, or None for a new tensor."""
-    B, V = scores.shape
+    V = scores.shape[1]
     tokens = bans.tokens
     if tokens is not None and bans.windows is None and bans.allowed is None:
-        out = scores.clone() if out is None else out
-        N = tokens.shape[0]
-        if N < _FEW or out.dtype != torch.float32 or out.is_cuda:
-            return out.index_fill_(1, tokens, float("-inf"))
-        return out.scatter_(1, tokens.expand(B, N), _minus_infinity(N).expand(B, N))
+        return fill_columns(scores.clone() if out is None else out, tokens, float("-inf"))
     banned = torch.zeros(1, 1, dtype=torch.bool, device=scores.device)
     if bans.sets is not None:
         banned = _rows(bans.sets, V)  # [G, V]

@@ -1,0 +1,83 @@
+"""The tokens that each row may use, where a source text says so: built once a run, or once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from fastlogits_kernels.bits import unpack_bits
+from fastlogits_kernels.pack_ids import pack_ids
+
+from fastlogits.position import Index
+from fastlogits.run import Run
+from fastlogits.stages import AllowFrom
+from fastlogits.token_mask import fitted
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What an ``AllowFrom`` reads, for one vocabulary size and device: words int32 ``[W]`` and ids ``[R, L]``."""
+
+    source: torch.Tensor | None
+    always: torch.Tensor
+    counted: torch.Tensor
+
+    @classmethod
+    def of(cls, stage: AllowFrom, vocab_size: int, device: torch.device) -> _Tables:
+        source = None
+        if isinstance(stage.source, torch.Tensor):
+            if stage.source.numel() and stage.source.max() >= vocab_size:
+                raise ValueError(
+                    f"source_ids: token id {stage.source.max()} is outside the vocabulary of {vocab_size} tokens"
+                )
+            source = stage.source.to(device)
+        always = fitted("extra", stage.extra, vocab_size) | fitted("eos_token_id", stage.eos, vocab_size)
+        return cls(source, always.bits(device), ~fitted("exclude", stage.exclude, vocab_size).bits(device))
+
+    def rows(self, input_ids: torch.Tensor, batch_size: int, vocab_size: int, prompt_length: Index) -> torch.Tensor:
+        """Words int32 ``[B or 1, W]`` of the allowed tokens; launches only, so that a new run waits for nothing."""
+        if self.source is not None:
+            source = self.source
+            if batch_size % source.shape[0]:
+                raise ValueError(
+                    f"source_ids has {source.shape[0]} rows, which don't divide the {batch_size} rows of scores"
+                )
+        elif isinstance(prompt_length, int):
+            source = input_ids[:, :prompt_length]
+        else:
+            column = torch.arange(input_ids.shape[1], device=input_ids.device)
+            source = input_ids.masked_fill(column >= prompt_length.reshape(-1, 1), -1)
+        rows = pack_ids(source, vocab_size) & self.counted | self.always
+        # Beams and returned sequences of one source are neighbours; a single source broadcasts.
+        return rows if rows.shape[0] == 1 else rows.repeat_interleave(batch_size // max(1, rows.shape[0]), 0)
+
+
+class AllowedRows:
+    """Tokens that all of some stages allow: packed words int32 ``[B or 1, W]``, on the CPU bool ``[B or 1, V]``."""
+
+    def __init__(self, stages: Sequence[AllowFrom]) -> None:
+        self._stages = stages
+        self._of_run = any(stage.needs_position for stage in stages)
+        self._tables: dict[tuple[int, torch.device], list[_Tables]] = {}
+        # Never dropped: captured graphs go on reading what they saw.
+        self._kept: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None) -> torch.Tensor:
+        """The rows for a call."""
+        B, V = scores.shape
+        key = (self, B, V, scores.device)
+        of_run = run if self._of_run else None
+        kept = self._kept if of_run is None else of_run.allowed
+        rows = kept.get(key)
+        if rows is None:
+            tables = self._tables.get((V, scores.device))
+            if tables is None:
+                tables = [_Tables.of(stage, V, scores.device) for stage in self._stages]
+                self._tables[V, scores.device] = tables
+            prompt_length = 0 if of_run is None else of_run.locate(input_ids, scores)[1]
+            rows = tables[0].rows(input_ids, B, V, prompt_length)
+            for table in tables[1:]:
+                rows = rows & table.rows(input_ids, B, V, prompt_length)
+            kept[key] = rows = unpack_bits(rows, V) if scores.device.type == "cpu" else rows
+        return rows

@@ -1,0 +1,315 @@
+"""Processors of the speech and music models: Whisper, Bark, Dia."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers.generation.logits_process import AlternatingCodebooksLogitsProcessor as _AlternatingCodebooks
+from transformers.generation.logits_process import BarkEosPrioritizerLogitsProcessor as _BarkEosPrioritizer
+from transformers.generation.logits_process import DiaClassifierFreeGuidanceLogitsProcessor as _DiaGuidance
+from transformers.generation.logits_process import DiaEOSChannelFilterLogitsProcessor as _DiaEOSChannelFilter
+from transformers.generation.logits_process import DiaEOSDelayPatternLogitsProcessor as _DiaEOSDelayPattern
+from transformers.generation.logits_process import WhisperNoSpeechDetection as _WhisperNoSpeechDetection
+from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor as _WhisperTimeStamp
+
+from fastlogits.processors.base import StagedProcessor
+from fastlogits.processors.guidance import conditional_and_not
+from fastlogits.stages import Rows
+
+_INF = float("inf")
+
+
+class WhisperTimeStampLogitsProcessor(StagedProcessor, _WhisperTimeStamp):
+    """Hold Whisper to timestamps that come in pairs and never go back.
+
+    Text is forbidden after the first timestamp of a pair, timestamps after the second; no timestamp goes below the
+    last one. Where all timestamps together are likelier than any other token, a timestamp must follow.
+
+    Args:
+        generate_config: a generation config with ``no_timestamps_token_id``, after which the timestamps begin,
+            ``eos_token_id``, and optionally ``max_initial_timestamp_index``.
+        begin_index: number of tokens before the first generated one.
+        _detect_timestamp_from_logprob: whether likely timestamps are forced; None for what the config says, or True.
+
+    Raises:
+        ValueError: ``begin_index`` is None.
+
+    Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, 2022 (arXiv 2212.04356).
+
+    Example:
+        >>> from transformers import GenerationConfig
+        >>> config = GenerationConfig(eos_token_id=2, no_timestamps_token_id=3)  # timestamps are 4, 5, 6
+        >>> processor = WhisperTimeStampLogitsProcessor(config, begin_index=1, _detect_timestamp_from_logprob=False)
+        >>> processor(torch.tensor([[0, 4, 1, 5]]), torch.zeros(1, 7))
+        tensor([[-inf, -inf, 0., -inf, -inf, 0., 0.]])
+    """
+
+    def stage(self) -> Rows:
+        """A mask that depends on the row's timestamps and on its sums."""
+        function = partial(WhisperTimeStampLogitsProcessor._rows, self)
+        return Rows("mask", function, f"timestamps from token {self.timestamp_begin} on, in pairs and in order")
+
+    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        first = self.timestamp_begin
+        out = scores.clone()
+        out[:, self.no_timestamps_token_id] = -_INF
+        generated = input_ids[:, self.begin_index :]
+        count = generated.shape[1]
+        if count:
+            is_timestamp = generated >= first
+            ends = is_timestamp[:, -1:]
+            pairs = ends & is_timestamp[:, -2:-1] if count > 1 else ends  # [B, 1], as below
+            opens = ends & ~pairs
+            # Where the row's last timestamp is, or 0: a token of text there forbids no timestamp.
+            index = (is_timestamp * torch.arange(count, device=generated.device)).amax(1, keepdim=True)
+            # The second timestamp of a pair may repeat the first; later ones may not repeat it again.
+            lowest = generated.gather(1, index) + ~opens
+            token = torch.arange(first, scores.shape[1], device=scores.device)
+            out[:, first:].masked_fill_(pairs | (token < lowest), -_INF)
+            out[:, : self.eos_token_id].masked_fill_(opens, -_INF)
+        if input_ids.shape[1] == self.begin_index:
+            out[:, :first] = -_INF
+            if self.max_initial_timestamp_index is not None:
+                out[:, first + self.max_initial_timestamp_index + 1 :] = -_INF
+        if self._detect_timestamp_from_logprob:
+            logprobs = torch.log_softmax(out.float(), -1)
+            likely = logprobs[:, first:].logsumexp(-1) > logprobs[:, :first].amax(-1)
+            out[:, :first].masked_fill_(likely.unsqueeze(1), -_INF)
+        return out
+
+
+class WhisperNoSpeechDetection(StagedProcessor, _WhisperNoSpeechDetection):
+    """Record at the first step how likely Whisper finds silence; the scores stay as they are.
+
+    The probabilities ``(B,)`` stand in ``no_speech_prob``. ``set_model``, ``set_inputs`` and ``set_begin_index`` are
+    transformers'. Where the start of the transcription lies before the first step, the model runs once more.
+
+    Args:
+        no_speech_token: the token that stands for silence.
+        begin_index: number of tokens before the first generated one.
+        scores_is_logprobs: whether the scores are log-probabilities already.
+
+    Example:
+        >>> detection = WhisperNoSpeechDetection(no_speech_token=1, begin_index=1)
+        >>> scores = detection(torch.tensor([[0]]), torch.zeros(1, 4))
+        >>> detection.no_speech_prob
+        tensor([0.2500])
+    """
+
+    def stage(self) -> Rows:
+        """A look at the scores as they are here, which nothing may pass by."""
+        function = partial(WhisperNoSpeechDetection._rows, self)
+        return Rows("opaque", function, f"note the probability of token {self.no_speech_token} at the first step")
+
+    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] == self.begin_index:
+            seen, is_logprobs = scores, self.is_scores_logprobs
+            if self.start_of_trans_offset > 1:
+                with torch.no_grad():
+                    logits = self.model(**self.inputs).logits
+                seen, is_logprobs = logits[:, self.begin_index - self.start_of_trans_offset], False
+            probs = seen.exp() if is_logprobs else seen.float().softmax(-1)
+            self._no_speech_prob = probs[:, self.no_speech_token]
+        return scores
+
+
+class BarkEosPrioritizerLogitsProcessor(StagedProcessor, _BarkEosPrioritizer):
+    """Leave only the tokens that end the text where one of them is likelier than a threshold.
+
+    Args:
+        eos_token_id: the id or ids that end the text, an integer, a list or an integer tensor ``(N,)``.
+        min_eos_p: the threshold, above 0; None to leave the scores as they are.
+        device: device of the scores.
+
+    Raises:
+        ValueError: ids that are not integers or are negative; ``min_eos_p`` of 0 or less.
+
+    Example:
+        >>> processor = BarkEosPrioritizerLogitsProcessor(eos_token_id=2, min_eos_p=0.4)
+        >>> processor(torch.tensor([[0]]), torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
+        tensor([[-inf, -inf, 1.],
+                [0., 0., 0.]])
+    """
+
+    def stage(self) -> Rows:
+        """A row is forced to its end, or left."""
+        ids: dict[torch.device, torch.Tensor] = {}
+        return Rows(
+            "force",
+            partial(BarkEosPrioritizerLogitsProcessor._rows, self, ids),
+            "nothing" if not self.min_eos_p else f"end the text where its end is likelier than {self.min_eos_p:g}",
+            reads_history=False,
+        )
+
+    def _rows(
+        self, ids: dict[torch.device, torch.Tensor], input_ids: torch.Tensor | None, scores: torch.Tensor
+    ) -> torch.Tensor:
+        if not self.min_eos_p:
+            return scores
+        eos = ids.get(scores.device)
+        if eos is None:
+            eos = ids[scores.device] = self.eos_token_id.to(scores.device)
+        ends = (scores.float().softmax(-1)[:, eos] > self.min_eos_p).any(1, keepdim=True)
+        out = torch.where(ends, -_INF, scores)
+        out[:, eos] = scores[:, eos]
+        return out
+
+
+class AlternatingCodebooksLogitsProcessor(StagedProcessor, _AlternatingCodebooks):
+    """Hold Bark to its two codebooks in turn: the first at even steps, the second at odd ones.
+
+    Args:
+        input_start_len: length of the sequence at step 0.
+        semantic_vocab_size: number of semantic tokens, which come first in the vocabulary.
+        codebook_size: number of tokens of the first codebook, which follow them; all others are the second's.
+
+    Raises:
+        ValueError: ``input_start_len`` is not an integer or is negative.
+
+    Example:
+        >>> processor = AlternatingCodebooksLogitsProcessor(1, semantic_vocab_size=2, codebook_size=1)
+        >>> processor(torch.tensor([[0]]), torch.zeros(1, 5))
+        tensor([[-inf, -inf, 0., -inf, -inf]])
+        >>> processor(torch.tensor([[0, 2]]), torch.zeros(1, 5))
+        tensor([[-inf, -inf, -inf, 0., 0.]])
+    """
+
+    def stage(self) -> Rows:
+        """One of two masks, by the parity of the length."""
+        function = partial(AlternatingCodebooksLogitsProcessor._rows, self)
+        return Rows("mask", function, f"two codebooks in turn, from length {self.input_start_len}")
+
+    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        second = self.semantic_vocab_size + self.codebook_size
+        is_first = (input_ids.shape[-1] - self.input_start_len) % 2 == 0
+        if is_first:
+            # A small part of the vocabulary: only that is read.
+            start = min(self.semantic_vocab_size, scores.shape[1])
+            allowed = scores[:, start:second]
+            return torch.nn.functional.pad(allowed, (start, scores.shape[1] - start - allowed.shape[1]), value=-_INF)
+        out = scores.clone()
+        out[:, :second] = -_INF
+        return out
+
+
+class DiaClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _DiaGuidance):
+    """Mix conditional and unconditional logits of one batch, ``[2 * B, V]`` in, ``[B, V]`` out, and keep the best.
+
+    Args:
+        guidance_scale: weight of the difference that is added to the conditional logits, above 1.
+        guidance_top_k: number of tokens of the mix to keep, with their conditional logits; None to return the mix.
+
+    Raises:
+        ValueError: ``guidance_scale`` of 1 or less, ``guidance_top_k`` below 1; on a call, scores without twice the
+            rows of ``input_ids``.
+
+    Example:
+        >>> processor = DiaClassifierFreeGuidanceLogitsProcessor(3.0, guidance_top_k=1)
+        >>> processor(torch.tensor([[5, 7]]), torch.tensor([[1.0, 2.0], [0.0, 4.0]]))
+        tensor([[1., -inf]])
+    """
+
+    def stage(self) -> Rows:
+        """Two rows become one."""
+        function = partial(DiaClassifierFreeGuidanceLogitsProcessor._rows, self)
+        kept = "" if self.guidance_top_k is None else f", keep {self.guidance_top_k}"
+        return Rows("mix", function, f"conditional and unconditional halves, scale {self.guidance_scale:g}{kept}")
+
+    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        conditional, unconditional = conditional_and_not(input_ids, scores)
+        mixed: torch.Tensor = (conditional - unconditional).mul_(self.guidance_scale).add_(conditional)
+        if self.guidance_top_k is None:
+            return mixed
+        best = mixed.topk(self.guidance_top_k).indices
+        return mixed.fill_(-_INF).scatter_(1, best, conditional.gather(1, best))
+
+
+class DiaEOSChannelFilterLogitsProcessor(StagedProcessor, _DiaEOSChannelFilter):
+    """Let only Dia's first channel end the audio, and only where that is its best token; then nothing else is left.
+
+    Args:
+        num_channels: channels of a sequence, neighbouring rows, at least 1.
+        eos_token_id: the token that ends the audio, above 0; the special tokens above it are forbidden everywhere.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> processor = DiaEOSChannelFilterLogitsProcessor(num_channels=2, eos_token_id=2)
+        >>> processor(torch.tensor([[0], [0]]), torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]]))
+        tensor([[-inf, -inf, 2., -inf],
+                [0., 1., -inf, -inf]])
+    """
+
+    def stage(self) -> Rows:
+        """A mask that depends on the row's best token."""
+        function = partial(DiaEOSChannelFilterLogitsProcessor._rows, self)
+        return Rows(
+            "mask",
+            function,
+            f"token {self.eos_id} in the first of {self.num_channels} channels where it is the best",
+            reads_history=False,
+        )
+
+    def _rows(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        V, eos = scores.shape[-1], self.eos_id
+        channels = scores.reshape(-1, self.num_channels, V)
+        ends = (channels[:, 0, : eos + 1].argmax(-1) == eos).unsqueeze(1)  # [B, 1]
+        out = torch.full_like(channels, -_INF, memory_format=torch.contiguous_format)
+        out[:, 1:, :eos] = channels[:, 1:, :eos]
+        out[:, 0, :eos] = channels[:, 0, :eos].masked_fill(ends, -_INF)
+        out[:, 0, eos : eos + 1] = channels[:, 0, eos : eos + 1].masked_fill(~ends, -_INF)
+        return out.view(-1, V)
+
+
+class DiaEOSDelayPatternLogitsProcessor(StagedProcessor, _DiaEOSDelayPattern):
+    """End Dia's channels one after the other, each at its delay after the first.
+
+    From where the first channel's best token ends the audio, or the length runs out, a countdown runs for each
+    channel; at its end the channel is forced to end. The countdown is carried from call to call in ``active_batches``
+    and ``delay_pattern``, from the first call on, as in transformers: one object for one run, and no reordering of
+    rows. They are updated in place, so that a captured graph carries them on.
+
+    Args:
+        delay_pattern: the delay of each channel in steps.
+        eos_token_id: the token that ends the audio.
+        max_generation_len: length at which all channels have ended.
+        device: device of the scores.
+
+    Example:
+        >>> processor = DiaEOSDelayPatternLogitsProcessor([0, 1], eos_token_id=1, max_generation_len=9)
+        >>> scores = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+        >>> processor(torch.tensor([[0], [0]]), scores)
+        tensor([[-inf, 0.],
+                [2., 1.]])
+        >>> processor(torch.tensor([[0, 1], [0, 0]]), scores)
+        tensor([[0., 1.],
+                [-inf, 0.]])
+    """
+
+    def stage(self) -> Rows:
+        """Channels are forced when their countdown, which earlier calls began, is over."""
+        function = partial(DiaEOSDelayPatternLogitsProcessor._rows, self)
+        return Rows("force", function, f"end {self.num_channels} channels one after the other, each at its delay")
+
+    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        V, eos = scores.shape[-1], self.eos_token_id
+        channels = scores.reshape(-1, self.num_channels, V)
+        state: dict[str, torch.Tensor] = self.__dict__
+        if state["active_batches"] is None:
+            B = channels.shape[0]
+            # Not by assignment, which has the stage asked anew: it doesn't read these two.
+            state["delay_pattern"] = state["delay_pattern"].repeat(B, 1)
+            state["active_batches"] = torch.zeros(B, device=self.device, dtype=torch.bool)
+        active, delays = state["active_batches"], state["delay_pattern"]
+        active.logical_or_(channels[:, 0].argmax(-1) == eos)
+        if input_ids.shape[1] == self.max_generation_len:
+            active.fill_(True)
+        forced = active.unsqueeze(1) & (delays == 0)  # [B, C]
+        delays.sub_(active.unsqueeze(1).int())
+        if forced.is_cpu and not forced.any():
+            return scores
+        out = channels.masked_fill(forced.unsqueeze(2), -_INF)
+        out[:, :, eos].masked_fill_(forced, 0.0)
+        return out.reshape(-1, V)

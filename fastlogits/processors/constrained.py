@@ -1,0 +1,99 @@
+"""Generation that follows a function of the prefix."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import torch
+from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor as _PrefixConstrained
+
+from fastlogits.processors.base import StagedProcessor
+from fastlogits.stages import Rows
+
+
+class PrefixConstrainedLogitsProcessor(StagedProcessor, _PrefixConstrained):
+    """Allow in each row only the tokens that a Python function names for its prefix.
+
+    The function runs on the host for every row and step, so a plan that holds this class can't be captured in a CUDA
+    graph. What it returns for all rows goes to the device together, and nothing waits for it.
+
+    Recent versions of transformers give the allowed tokens a score of 0 where all of them are -inf already in all
+    beams of a sequence; older ones leave such rows at -inf. This class does what the installed one does.
+
+    Args:
+        prefix_allowed_tokens_fn: called with the index of the sequence in the batch and the row of ``input_ids``
+            ``(L,)``; returns the allowed tokens, a list or a tensor.
+        num_beams: beams of a sequence, neighbouring rows.
+
+    Raises:
+        ValueError: on a call, the function returned no token at all.
+
+    Source: De Cao et al., Autoregressive Entity Retrieval, 2020 (arXiv 2010.00904).
+
+    Example:
+        >>> processor = PrefixConstrainedLogitsProcessor(lambda batch_id, sent: [0, sent[-1].item()], num_beams=1)
+        >>> processor(torch.tensor([[3, 2], [0, 1]]), torch.ones(2, 4))
+        tensor([[1., -inf, 1., -inf],
+                [1., 1., -inf, -inf]])
+    """
+
+    def stage(self) -> Rows:
+        """A mask of its own for each row, built on the host."""
+        function = partial(PrefixConstrainedLogitsProcessor._rows, self)
+        return Rows("mask", function, f"allow what a function names for each prefix, {self._num_beams} beams")
+
+    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        beams = self._num_beams
+        batch = input_ids.shape[0] // beams
+        mask = torch.full_like(scores, -float("inf"))
+        allowed: list[torch.Tensor] = []
+        for row in range(batch * beams):
+            tokens = self._prefix_allowed_tokens_fn(row // beams, input_ids[row])
+            if len(tokens) == 0:
+                raise ValueError(
+                    f"prefix_allowed_tokens_fn returned no tokens for sequence {row // beams} of the batch: it must "
+                    "allow at least one"
+                )
+            if mask.is_cpu:
+                mask[row, tokens] = 0
+            else:
+                allowed.append(_as_ids(tokens))
+        if allowed:
+            mask[_index(allowed, scores.device)] = 0
+        processed = scores + mask
+        if not _forces_hopeless():
+            return processed
+        hopeless = processed.amax(-1).isneginf().view(batch, beams).all(-1, keepdim=True)
+        if mask.is_cpu and not hopeless.any():
+            return processed
+        return torch.where(hopeless.repeat_interleave(beams, 0), mask, processed)
+
+
+def _as_ids(tokens: Any) -> torch.Tensor:
+    """Ids ``(N,)``, from ids or from a boolean row."""
+    ids = torch.as_tensor(tokens)
+    return ids.nonzero().flatten() if ids.dtype == torch.bool else ids.flatten()
+
+
+def _index(allowed: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and tokens of all allowed tokens, on the device."""
+    rows = torch.repeat_interleave(torch.arange(len(allowed)), torch.tensor([len(ids) for ids in allowed]))
+    if all(ids.device == rows.device for ids in allowed):
+        return _sent(rows, device), _sent(torch.cat(allowed), device)
+    return _sent(rows, device), torch.cat([_sent(ids, device) for ids in allowed])
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, to which it goes without a wait."""
+    if tensor.is_cpu and device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory waits
+    return tensor.to(device, non_blocking=True)
+
+
+@cache
+def _forces_hopeless() -> bool:
+    """Whether the installed transformers forces allowed tokens that are all -inf."""
+    processor = _PrefixConstrained(lambda batch_id, sent: [0], 1)
+    scores = processor(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 2), -float("inf")))
+    return bool(scores[0, 0] == 0)

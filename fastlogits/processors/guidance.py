@@ -1,0 +1,93 @@
+"""Classifier-free guidance: away from what a model says without the condition."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers.generation.logits_process import ClassifierFreeGuidanceLogitsProcessor as _ClassifierFreeGuidance
+from transformers.generation.logits_process import (
+    UnbatchedClassifierFreeGuidanceLogitsProcessor as _UnbatchedClassifierFreeGuidance,
+)
+
+from fastlogits.processors.base import StagedProcessor
+from fastlogits.stages import Rows
+
+
+def conditional_and_not(input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of scores ``[2 * B, V]``, with the condition and without it."""
+    B = input_ids.shape[0]
+    if scores.shape[0] != 2 * B:
+        raise ValueError(
+            f"scores must have two rows for each row of input_ids, all conditional ones first: got {scores.shape[0]} "
+            f"rows for {B} rows of input_ids"
+        )
+    return scores[:B], scores[B:]
+
+
+class ClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _ClassifierFreeGuidance):
+    """Mix conditional and unconditional logits of one batch: ``[2 * B, V]`` in, ``[B, V]`` out.
+
+    Args:
+        guidance_scale: weight of the conditional logits, above 1.
+
+    Raises:
+        ValueError: ``guidance_scale`` of 1 or less; on a call, scores without twice the rows of ``input_ids``.
+
+    Source: Copet et al., Simple and Controllable Music Generation, 2023 (arXiv 2306.05284).
+
+    Example:
+        >>> processor = ClassifierFreeGuidanceLogitsProcessor(3.0)
+        >>> processor(torch.tensor([[5, 7]]), torch.tensor([[1.0, 2.0], [0.0, 4.0]]))
+        tensor([[ 3., -2.]])
+    """
+
+    def stage(self) -> Rows:
+        """Two rows become one."""
+        function = partial(ClassifierFreeGuidanceLogitsProcessor._rows, self)
+        return Rows("mix", function, f"conditional and unconditional halves, scale {self.guidance_scale:g}")
+
+    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        conditional, unconditional = conditional_and_not(input_ids, scores)
+        mixed: torch.Tensor = (conditional - unconditional).mul_(self.guidance_scale).add_(unconditional)
+        return mixed
+
+
+class UnbatchedClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _UnbatchedClassifierFreeGuidance):
+    """Mix the scores with those of the same model, or another one, run on an unconditional or negative prompt.
+
+    The model runs inside the call, once a step, with a cache of its own that the object carries from step to step:
+    one object for one run, and no reordering of rows.
+
+    Args:
+        guidance_scale: weight of the scores against the unconditional ones; 1 for the scores alone, less than 1 to
+            go towards the unconditional prompt.
+        model: the model; with the vocabulary of the scores.
+        unconditional_ids: unconditional prompt, int64 ``(B, L)``; None for the last token of the prompt.
+        unconditional_attention_mask: its mask, int64 ``(B, L)``; None for all ones.
+        use_cache: whether the model keeps keys and values from step to step.
+
+    Source: Sanchez et al., Stay on topic with Classifier-Free Guidance, 2023 (arXiv 2306.17806).
+
+    Example:
+        >>> def model(input_ids, **_):
+        ...     from transformers.modeling_outputs import CausalLMOutputWithPast
+        ...     return CausalLMOutputWithPast(logits=torch.zeros(*input_ids.shape, 2))
+        >>> processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(2.0, model)
+        >>> processor(torch.tensor([[5, 7]]), torch.tensor([[0.75, 0.25]]).log())
+        tensor([[ 0.1178, -2.0794]])
+    """
+
+    def stage(self) -> Rows:
+        """Log-probabilities, mixed with those of a model that the host runs."""
+        function = partial(UnbatchedClassifierFreeGuidanceLogitsProcessor._rows, self)
+        return Rows("mix", function, f"log-probabilities with and without the prompt, scale {self.guidance_scale:g}")
+
+    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        conditional = torch.log_softmax(scores, -1)
+        if self.guidance_scale == 1:
+            return conditional
+        unconditional = torch.log_softmax(self.get_unconditional_logits(input_ids)[:, -1], -1)
+        # The two may differ in dtype: only their difference has the wider one.
+        mixed: torch.Tensor = (conditional - unconditional).mul_(self.guidance_scale).add_(unconditional)
+        return mixed

@@ -1,0 +1,113 @@
+"""Processors that make tokens likelier or less likely because they have occurred."""
+
+from __future__ import annotations
+
+from transformers.generation import logits_process as theirs
+
+from fastlogits.processors.base import StagedProcessor
+from fastlogits.stages import Bias, Given, History, Penalize
+
+
+class RepetitionPenaltyLogitsProcessor(StagedProcessor, theirs.RepetitionPenaltyLogitsProcessor):
+    """Penalise tokens that the sequence, prompt included, already holds.
+
+    Their scores are divided by the penalty where positive, multiplied by it where negative (arXiv 1909.05858).
+
+    Args:
+        penalty: a float above 0; above 1 it discourages, below 1 it rewards repetition.
+        prompt_ignore_length: number of leading tokens that don't count, an integer or, with left padding, an integer
+            tensor ``(B,)``.
+
+    Raises:
+        ValueError: a penalty that is not a float above 0; a negative length, or a tensor of other than one dimension;
+            on a call, a tensor of another batch size.
+
+    Example:
+        >>> import torch
+        >>> RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([[0, 1]]), torch.tensor([[1.0, -1.0, 1.0]]))
+        tensor([[ 0.5000, -2.0000,  1.0000]])
+    """
+
+    def stage(self) -> Penalize:
+        """A penalty on the history."""
+        ignore = getattr(self, "prompt_ignore_length", None)
+        return Penalize(History("all", 0 if ignore is None else ignore), self.penalty)
+
+
+class EncoderRepetitionPenaltyLogitsProcessor(StagedProcessor, theirs.EncoderRepetitionPenaltyLogitsProcessor):
+    """Reward tokens of the encoder's input, against hallucination: the inverse of the repetition penalty.
+
+    Args:
+        penalty: a float above 0; above 1 it rewards the tokens of the input.
+        encoder_input_ids: integer ``(R, L)``; beams and returned sequences of one input are neighbours.
+
+    Raises:
+        ValueError: a penalty that is not a float above 0.
+
+    Example:
+        >>> import torch
+        >>> processor = EncoderRepetitionPenaltyLogitsProcessor(2.0, torch.tensor([[0, 1]]))
+        >>> processor(torch.tensor([[5]]), torch.tensor([[1.0, -1.0, 1.0]]))
+        tensor([[ 2.0000, -0.5000,  1.0000]])
+    """
+
+    def stage(self) -> Penalize:
+        """A penalty on another text."""
+        return Penalize(Given(self.encoder_input_ids), self.penalty)
+
+
+class _OutputPenalty(StagedProcessor):
+    """A penalty on what was generated."""
+
+    supports_continuous_batching = False
+
+    def __init__(self, penalty: float) -> None:
+        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not abs(penalty) < float("inf"):
+            raise ValueError(f"penalty must be a finite number, got {penalty!r}")
+        self.penalty = float(penalty)
+
+
+class PresencePenaltyLogitsProcessor(_OutputPenalty):
+    """Subtract a penalty from the scores of tokens that this run has generated, however often.
+
+    The definition is OpenAI's: the prompt doesn't count. The run's start is found as for every first-step processor.
+
+    Args:
+        penalty: a finite number, in OpenAI's interface from -2 to 2; positive values discourage repetition.
+
+    Raises:
+        ValueError: not a finite number; on a call, a run whose start isn't known.
+
+    Example:
+        >>> import torch
+        >>> run = PresencePenaltyLogitsProcessor(0.5).for_run(prompt_length=1)
+        >>> run(torch.tensor([[0, 1, 1]]), torch.zeros(1, 3))
+        tensor([[ 0.0000, -0.5000,  0.0000]])
+    """
+
+    def stage(self) -> Bias:
+        """A bias on what was generated."""
+        return Bias(History("generated"), -self.penalty)
+
+
+class FrequencyPenaltyLogitsProcessor(_OutputPenalty):
+    """Subtract a penalty from the score of a token once for every time that this run has generated it.
+
+    The definition is OpenAI's: the prompt doesn't count. The run's start is found as for every first-step processor.
+
+    Args:
+        penalty: a finite number, in OpenAI's interface from -2 to 2; positive values discourage repetition.
+
+    Raises:
+        ValueError: not a finite number; on a call, a run whose start isn't known.
+
+    Example:
+        >>> import torch
+        >>> run = FrequencyPenaltyLogitsProcessor(0.5).for_run(prompt_length=1)
+        >>> run(torch.tensor([[0, 1, 1]]), torch.zeros(1, 3))
+        tensor([[ 0., -1.,  0.]])
+    """
+
+    def stage(self) -> Bias:
+        """A bias for each occurrence in what was generated."""
+        return Bias(History("generated"), 0.0, counted=-self.penalty)

@@ -1,0 +1,289 @@
+"""Processors that leave only likely tokens: transformers' warpers and two of our own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache, partial
+
+import torch
+from fastlogits_kernels.truncate import Rule
+from transformers.generation import logits_process as theirs
+
+from fastlogits.processors.base import StagedProcessor
+from fastlogits.stages import Rows, Truncate
+from fastlogits.token_mask import checked_ids
+
+
+class TopKLogitsWarper(StagedProcessor, theirs.TopKLogitsWarper):
+    """Keep the ``top_k`` most likely tokens and all that tie with the last of them.
+
+    Args:
+        top_k: an integer of at least 1.
+        filter_value: written over the scores of all other tokens.
+        min_tokens_to_keep: takes the place of a smaller ``top_k``.
+
+    Raises:
+        ValueError: ``top_k`` is not an integer or is below 1.
+
+    Example:
+        >>> TopKLogitsWarper(2)(None, torch.tensor([[3.0, 1.0, 2.0, 2.0, 0.0]]))
+        tensor([[3., -inf, 2., 2., -inf]])
+    """
+
+    def stage(self) -> Truncate:
+        """A truncation."""
+        return Truncate((Rule("top_k", self.top_k, 1, self.filter_value),))
+
+
+class TopPLogitsWarper(StagedProcessor, theirs.TopPLogitsWarper):
+    """Keep the nucleus: the fewest most likely tokens whose probabilities add up to ``top_p`` (arXiv 1904.09751).
+
+    Of tokens that tie at its edge as many stay as it takes, those with the largest ids.
+
+    Args:
+        top_p: a probability, 0 to 1.
+        filter_value: written over the scores of all other tokens.
+        min_tokens_to_keep: at least so many tokens stay.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> TopPLogitsWarper(0.7)(None, torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()).exp()
+        tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
+    """
+
+    def stage(self) -> Truncate:
+        """A truncation."""
+        return Truncate((Rule("top_p", self.top_p, self.min_tokens_to_keep, self.filter_value),))
+
+
+if hasattr(theirs, "TopHLogitsWarper"):  # from transformers 5 on
+
+    class TopHLogitsWarper(StagedProcessor, theirs.TopHLogitsWarper):
+        """Keep the most likely tokens that make up a share of the entropy of the first 100 (arXiv 2509.02510).
+
+        Args:
+            top_h: the share, above 0 and at most 1.
+            filter_value: written over the scores of all other tokens.
+
+        Raises:
+            ValueError: ``top_h`` out of range.
+
+        Example:
+            >>> TopHLogitsWarper(0.7)(None, torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()).exp()
+            tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
+        """
+
+        def stage(self) -> Truncate:
+            """A truncation."""
+            if self.top_n != 100:
+                raise ValueError(f"`top_n` has to be 100, the number transformers sets, but is {self.top_n}")
+            return Truncate((Rule("top_h", self.top_h, 1, self.filter_value),))
+
+
+class MinPLogitsWarper(StagedProcessor, theirs.MinPLogitsWarper):
+    """Keep tokens that are at least ``min_p`` times as likely as the likeliest (arXiv 2407.01082).
+
+    Args:
+        min_p: the ratio, 0 to 1.
+        filter_value: written over the scores of all other tokens.
+        min_tokens_to_keep: at least so many tokens stay.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> MinPLogitsWarper(0.4)(None, torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()).exp()
+        tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
+    """
+
+    def stage(self) -> Truncate:
+        """A truncation."""
+        return Truncate((Rule("min_p", self.min_p, self.min_tokens_to_keep, self.filter_value),))
+
+
+class TypicalLogitsWarper(StagedProcessor, theirs.TypicalLogitsWarper):
+    """Keep the tokens whose surprise is nearest to the entropy, up to a mass (arXiv 2202.00666).
+
+    Args:
+        mass: a probability, between 0 and 1.
+        filter_value: written over the scores of all other tokens.
+        min_tokens_to_keep: at least so many tokens stay.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> TypicalLogitsWarper(0.3)(None, torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()).exp()
+        tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
+    """
+
+    def stage(self) -> Truncate:
+        """A truncation."""
+        return Truncate((Rule("typical", self.mass, self.min_tokens_to_keep, self.filter_value),))
+
+
+class EpsilonLogitsWarper(StagedProcessor, theirs.EpsilonLogitsWarper):
+    """Keep tokens of at least a probability (arXiv 2210.15191).
+
+    Args:
+        epsilon: the probability, between 0 and 1.
+        filter_value: written over the scores of all other tokens.
+        min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> EpsilonLogitsWarper(0.2)(None, torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()).exp()
+        tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
+    """
+
+    def stage(self) -> Truncate:
+        """A truncation."""
+        return Truncate((Rule("epsilon", self.epsilon, self.min_tokens_to_keep, self.filter_value),))
+
+
+class EtaLogitsWarper(StagedProcessor, theirs.EtaLogitsWarper):
+    """Keep tokens of at least a probability, which is lower in rows of high entropy (arXiv 2210.15191).
+
+    Args:
+        epsilon: the probability, between 0 and 1; where ``sqrt(epsilon) * exp(-entropy)`` is less, that counts.
+        filter_value: written over the scores of all other tokens.
+        min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
+        device: where transformers' attribute ``epsilon`` is kept.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> EtaLogitsWarper(0.2)(None, torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()).exp()
+        tensor([[0.5000, 0.0000, 0.2500, 0.1500]])
+    """
+
+    def stage(self) -> Truncate:
+        """A truncation."""
+        # A tensor, perhaps on a device: read here, where a plan is made, and not when it runs.
+        return Truncate((Rule("eta", float(self.epsilon), self.min_tokens_to_keep, self.filter_value),))
+
+
+class TopNSigmaLogitsWarper(StagedProcessor):
+    """Keep tokens whose logits are at most ``top_n_sigma`` standard deviations below the largest (arXiv 2411.07641).
+
+    The deviation is that of the row's finite logits, with N - 1 as in the paper's code. What is kept doesn't depend
+    on a temperature applied before.
+
+    Args:
+        top_n_sigma: a finite number above 0; the paper takes 1.
+        filter_value: written over the scores of all other tokens.
+        min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> TopNSigmaLogitsWarper(1.0)(None, torch.tensor([[9.0, 1.0, 0.0, 8.0, 2.0]]))
+        tensor([[9., -inf, -inf, 8., -inf]])
+    """
+
+    def __init__(self, top_n_sigma: float, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1) -> None:
+        if not _is_number(top_n_sigma) or not 0 < top_n_sigma < math.inf:
+            raise ValueError(f"`top_n_sigma` has to be a finite number above 0, but is {top_n_sigma!r}")
+        if isinstance(min_tokens_to_keep, bool) or not isinstance(min_tokens_to_keep, int) or min_tokens_to_keep < 1:
+            raise ValueError(f"`min_tokens_to_keep` has to be an integer of at least 1, but is {min_tokens_to_keep!r}")
+        self.top_n_sigma = float(top_n_sigma)
+        self.filter_value = filter_value
+        self.min_tokens_to_keep = min_tokens_to_keep
+
+    def stage(self) -> Truncate:
+        """A truncation."""
+        return Truncate((Rule("top_n_sigma", self.top_n_sigma, self.min_tokens_to_keep, self.filter_value),))
+
+
+class XTCLogitsProcessor(StagedProcessor):
+    """Exclude top choices: now and then, remove all tokens of at least a probability but the least likely of them.
+
+    Each row decides at each step, by a random number from its device. Nothing happens where fewer than two tokens are
+    that likely, or where one of the removed would be a special token, so that a text can still end. Source:
+    text-generation-webui, pull request 6335.
+
+    Args:
+        threshold: the probability, above 0 and at most 1; above 0.5 nothing is ever removed.
+        probability: how often it happens, 0 to 1.
+        special_token_ids: ids of tokens that must not be removed, such as those of the end of the text and of a new
+            line.
+        generator: where the random numbers come from, on the device of the scores; None for torch's own.
+        filter_value: written over the scores of removed tokens.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> scores = torch.tensor([[0.5, 0.05, 0.25, 0.2]]).log()
+        >>> XTCLogitsProcessor(0.1, 1.0)(None, scores).exp()
+        tensor([[0.0000, 0.0500, 0.0000, 0.2000]])
+        >>> XTCLogitsProcessor(0.1, 1.0, special_token_ids=[2])(None, scores).exp()
+        tensor([[0.5000, 0.0500, 0.2500, 0.2000]])
+    """
+
+    def __init__(
+        self,
+        threshold: float,
+        probability: float,
+        special_token_ids: Iterable[int] | torch.Tensor = (),
+        generator: torch.Generator | None = None,
+        filter_value: float = -float("inf"),
+    ) -> None:
+        if not _is_number(threshold) or not 0 < threshold <= 1:
+            raise ValueError(f"`threshold` has to be a number above 0 and at most 1, but is {threshold!r}")
+        if not _is_number(probability) or not 0 <= probability <= 1:
+            raise ValueError(f"`probability` has to be a number from 0 to 1, but is {probability!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"`generator` has to be a torch.Generator or None, but is {generator!r}")
+        self.threshold = float(threshold)
+        self.probability = float(probability)
+        self.special_token_ids = checked_ids("special_token_ids", special_token_ids)
+        self.generator = generator
+        self.filter_value = filter_value
+
+    def stage(self) -> Rows:
+        """A truncation from above."""
+        function = partial(
+            _exclude_top_choices, self.threshold, self.probability, self.special_token_ids, self.generator,
+            self.filter_value,
+        )  # fmt: skip
+        description = f"exclude top choices of at least {self.threshold:g}, {self.probability:.0%} of the time"
+        return Rows("truncate", function, description, reads_history=False)
+
+
+def _exclude_top_choices(
+    threshold: float,
+    probability: float,
+    special: tuple[int, ...],
+    generator: torch.Generator | None,
+    filter_value: float,
+    input_ids: torch.Tensor,
+    scores: torch.Tensor,
+) -> torch.Tensor:
+    B, V = scores.shape
+    # No more tokens than that can be so likely; one more, for the rounding of their probabilities.
+    top, tokens = scores.topk(min(V, int(1 / threshold) + 1))  # [B, T], the likeliest first
+    likely = scores.softmax(-1).gather(1, tokens) >= threshold
+    drop = torch.zeros_like(likely)
+    drop[:, :-1] = likely[:, 1:]  # one that is less likely is likely enough
+    drop &= torch.rand(B, 1, device=scores.device, generator=generator) < probability
+    if special:
+        barred = (tokens.unsqueeze(2) == _ids_on(scores.device, special)).any(2) & drop
+        drop &= ~barred.any(1, keepdim=True)
+    return scores.scatter(1, tokens, top.masked_fill(drop, filter_value))
+
+
+@lru_cache(maxsize=64)
+def _ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(ids, device=device)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

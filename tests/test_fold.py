@@ -1,0 +1,346 @@
+"""The fold: stages of every kind in one pass, kernel against torch, on the host's positions and on the device's."""
+
+import math
+
+import pytest
+import torch
+from fastlogits_kernels import fold as fold_kernels
+from fastlogits_kernels._triton import HAS_TRITON
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastlogits as fl
+from fastlogits.plan import FoldLaunch, Plan
+from fastlogits.run import Run
+from fastlogits.stages import (
+    AllowFrom,
+    Ban,
+    Bias,
+    Clean,
+    Decay,
+    Force,
+    Given,
+    History,
+    Member,
+    Penalize,
+    Repeated,
+    Scale,
+    SequenceBias,
+    When,
+)
+
+V = 77
+# Triton's interpreter truncates to bfloat16, where the GPU rounds.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+INF = math.inf
+
+
+class Kernels:
+    """Both backends on the same tensors: torch, and Triton by its interpreter where there is no GPU."""
+
+    def __init__(self, monkeypatch, device):
+        self._monkeypatch, self._device = monkeypatch, device
+
+    def torch(self, *arguments, **options):
+        self._monkeypatch.setattr(fold_kernels, "FORCE_KERNEL", False)
+        if self._device == "cuda":
+            self._monkeypatch.setattr(fold_kernels, "HAS_TRITON", False)
+        try:
+            return fold(*arguments, **options)
+        finally:
+            self._monkeypatch.undo()
+
+    def triton(self, *arguments, **options):
+        self._monkeypatch.setattr(fold_kernels, "FORCE_KERNEL", True)
+        try:
+            return fold(*arguments, **options)
+        finally:
+            self._monkeypatch.undo()
+
+
+@pytest.fixture
+def kernels(device):
+    if not HAS_TRITON:
+        pytest.skip("needs Triton")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield Kernels(monkeypatch, device)
+
+
+def fold(stages, input_ids, scores, run=None, in_place=False):
+    return FoldLaunch([Member("stage", stage) for stage in stages])(input_ids, scores, run, in_place=in_place)
+
+
+tokens = st.integers(0, V - 1)
+some = st.lists(tokens, min_size=1, max_size=6, unique=True).map(tuple)
+histories = st.builds(History, st.sampled_from(["all", "prompt", "generated"]), st.integers(0, 3))
+texts = st.builds(
+    lambda rows: Given(torch.tensor(rows)),
+    st.lists(st.lists(st.integers(-1, V + 3), min_size=5, max_size=5), min_size=1, max_size=2),
+)
+whens = st.builds(
+    lambda of, start, long, period: When(of, start, None if long is None else (start or 0) + long, period, start or 0),
+    st.sampled_from(["step", "length"]),
+    st.none() | st.integers(0, 9),
+    st.none() | st.integers(1, 4),
+    st.integers(1, 2),
+)
+# Powers of two: dividing and multiplying by the reciprocal are then the same, on every backend.
+factors = st.sampled_from([0.25, 0.5, 2.0, 4.0])
+values = st.integers(-16, 16).map(lambda n: n / 8)
+stages = st.one_of(
+    st.builds(Ban, some, st.none() | whens),
+    st.builds(Ban, some, whens, some),
+    st.builds(Ban, histories),
+    st.builds(Ban, st.builds(Repeated, st.integers(1, 3), st.none() | texts)),
+    st.builds(AllowFrom, st.just("prompt"), some, st.just((1,)), some),
+    st.builds(Penalize, histories | texts, factors),
+    st.builds(Scale, factors),
+    st.builds(Bias, some, values, st.just(0.0), st.none() | whens),
+    st.builds(Bias, histories, values, values),
+    st.builds(Bias, texts, values),
+    st.builds(
+        lambda found: SequenceBias(tuple(found.items())),
+        st.dictionaries(
+            st.lists(st.integers(0, 5), min_size=1, max_size=3).map(tuple),
+            values | st.just(-INF),
+            min_size=1,
+            max_size=8,
+        ),
+    ),
+    st.builds(lambda found: SequenceBias(tuple((ids, -INF) for ids in found)), st.sets(some, min_size=1, max_size=8)),
+    st.builds(Decay, some, st.integers(0, 9), factors),
+    st.builds(Force, some, whens),
+    st.builds(Clean),
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    chain=st.lists(stages, min_size=1, max_size=6).filter(
+        lambda chain: sum(isinstance(s, AllowFrom) for s in chain) < 2
+    ),
+    shape=st.sampled_from([(2, 1, 1), (2, 7, 4), (5, 9, 5)]),
+    dtype=st.sampled_from(DTYPES),
+    on_device=st.booleans(),
+    in_place=st.booleans(),
+    odd=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_kernels_equal_torch(device, chain, shape, dtype, on_device, in_place, odd, seed):
+    if not HAS_TRITON:
+        pytest.skip("needs Triton")
+    B, L, prompt = shape
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 6, (B, L), generator=generator).to(device)
+    scores = (torch.randint(-16, 16, (B, 2 * V), generator=generator) / 4).to(device, dtype)
+    scores[0, :4] = torch.tensor([INF, -INF, math.nan, 0.0])
+    scores = scores[:, :V] if odd else scores[:, :V].contiguous()
+    run = Run(torch.full((B,), prompt, device=device), torch.tensor(L - 1, device=device)) if on_device else Run(prompt)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backends = Kernels(monkeypatch, device)
+        expected = backends.torch(chain, ids, scores, run)
+        given_scores = scores.clone() if in_place else scores
+        found = backends.triton(chain, ids, given_scores, run, in_place)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    if in_place:
+        assert found is given_scores
+
+
+def test_positions_on_the_device_differ_by_row(kernels, device):
+    """Rows of one buffer stand at different lengths, and what lies beyond a row's length doesn't count."""
+    ids = torch.tensor([[1, 2, 3, 1, 9, 9], [1, 2, 1, 2, 1, 9], [5, 5, 5, 5, 5, 5]], device=device)
+    lengths = [4, 5, 2]
+    prompts = [1, 2, 2]
+    chain = [
+        Penalize(History("generated"), 2.0),
+        Ban(Repeated(2)),
+        SequenceBias((((1, 7), -INF), ((2, 1, 8), 3.0), ((6,), 1.0))),
+        Ban((10,), When("step", stop=1)),
+        Ban((11,), When("length", stop=5)),
+        Decay((12,), 3, 2.0),
+        Force((13,), When("length", 2, 3)),
+        Bias(History("prompt"), 0.5, 0.25),
+    ]
+    scores = torch.arange(3 * V, device=device).reshape(3, V).float() - 100
+    alone = [
+        kernels.torch(chain, ids[i : i + 1, :n], scores[i : i + 1], Run(p))
+        for i, (n, p) in enumerate(zip(lengths, prompts, strict=True))
+    ]
+    run = Run(torch.tensor(prompts, device=device), torch.tensor(lengths, device=device) - 1)
+    for backend in (kernels.torch, kernels.triton):
+        torch.testing.assert_close(backend(chain, ids, scores, run), torch.cat(alone), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 1023, 1024, 1025, 2500])
+def test_long_histories(kernels, device, length):
+    """More than one block of positions, and more than one range of words."""
+    vocab_size = 32 * 1024 * 2 + 5
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(0, vocab_size, (2, length), generator=generator)
+    ids[:, length // 2 :] = ids[:, : length - length // 2]  # so that n-grams repeat
+    scores = torch.randn(2, vocab_size, generator=generator)
+    chain = [
+        Penalize(History("all"), 2.0),
+        Ban(Repeated(3)),
+        Bias(History("all"), 0.0, counted=0.5),
+        SequenceBias((*(((i, i + 1), 1.0) for i in range(1500)), ((int(ids[0, -1]), 7), -2.0))),
+    ]
+    ids, scores = ids.to(device), scores.to(device)
+    expected = kernels.torch(chain, ids, scores)
+    assert not torch.equal(expected, scores)
+    torch.testing.assert_close(kernels.triton(chain, ids, scores), expected, rtol=0, atol=0)
+
+
+def test_bans_are_one_set_wherever_they_may_be():
+    def sets(*stages):
+        launch = FoldLaunch([Member("stage", stage) for stage in stages])
+        launch(torch.zeros(1, 3).long(), torch.zeros(1, V), Run(1))
+        chain = launch._last[3]
+        return [op.kind for op in chain.ops].count(fold_kernels.BAN.value)
+
+    assert sets(Ban((1,)), Scale(2.0), Ban(Repeated(2)), Penalize(History(), 2.0), Ban((2,), When("step", stop=3))) == 1
+    assert sets(Ban((1,)), Clean(), Ban((2,))) == 2
+    assert sets(Ban((1,)), Force((3,), When("length", 9, 10)), Ban((2,))) == 2
+    assert sets(Ban((1,)), Scale(INF), Ban((2,))) == 2  # -inf / inf is NaN
+
+
+def test_a_list_that_does_nothing_at_a_step_returns_its_input():
+    processors = fl.LogitsProcessorList(
+        [fl.MinLengthLogitsProcessor(3, 1), fl.SuppressTokensAtBeginLogitsProcessor([2], 2)]
+    )
+    scores = torch.zeros(1, V)
+    assert processors(torch.zeros(1, 9).long(), scores) is scores
+    assert processors(torch.zeros(1, 2).long(), scores)[0, :3].tolist() == [0, -INF, -INF]
+
+
+def test_other_shapes_and_gradients_go_to_transformers():
+    processors = fl.LogitsProcessorList([fl.TemperatureLogitsWarper(0.5), fl.SuppressTokensLogitsProcessor([1])])
+    assert processors(None, torch.ones(3)).tolist() == [2, -INF, 2]
+    assert processors(None, torch.ones(1, 1, 3)).tolist() == [[[2, -INF, 2]]]
+    scores = torch.ones(1, 3, requires_grad=True)
+    processors(None, scores)[0, 0].backward()
+    assert scores.grad.tolist() == [[2, 0, 0]]
+
+
+def test_double_precision():
+    scores = torch.randn(2, V, dtype=torch.float64)
+    found = fl.TemperatureLogitsWarper(0.7)(None, scores)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, scores / 0.7)
+
+
+def test_an_attribute_set_later_counts():
+    processor = fl.TemperatureLogitsWarper(0.5)
+    processors = fl.LogitsProcessorList([processor, fl.SuppressTokensAtBeginLogitsProcessor([0], 5)])
+    ids, scores = torch.zeros(1, 3).long(), torch.ones(1, 2)
+    assert processors(ids, scores).tolist() == [[2, 2]]
+    processor.temperature = 0.25
+    processors[1].set_begin_index(3)
+    assert processor(ids, scores).tolist() == [[4, 4]]
+    assert processors(ids, scores).tolist() == [[-INF, 4]]
+
+
+def test_guidance_in_place_is_refused():
+    processors = fl.LogitsProcessorList([fl.ClassifierFreeGuidanceLogitsProcessor(2.0)])
+    with pytest.raises(ValueError, match="in place"):
+        processors.apply_(torch.zeros(1, 3).long(), torch.zeros(2, V))
+
+
+def test_a_tensor_of_another_batch_size_is_refused():
+    try:
+        processor = fl.RepetitionPenaltyLogitsProcessor(1.5, torch.tensor([1, 2]))
+    except (ValueError, RuntimeError):
+        pytest.skip("this version of transformers takes no tensor")
+    with pytest.raises(ValueError, match="prompt_ignore_length"):
+        processor(torch.zeros(3, 4).long(), torch.zeros(3, V))
+
+
+def test_one_operation_for_a_compiler(device):
+    processors = fl.LogitsProcessorList(
+        [fl.RepetitionPenaltyLogitsProcessor(1.3), fl.NoRepeatNGramLogitsProcessor(2), fl.TemperatureLogitsWarper(0.7)]
+    )
+    plan = processors.plan
+    ids, scores = torch.randint(0, 9, (2, 8), device=device), torch.randn(2, V, device=device)
+    expected = plan(ids, scores)
+    compiled = torch.compile(lambda ids, scores: plan(ids, scores) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, scores), expected * 2)
+    in_place = torch.compile(
+        lambda ids, scores: plan(ids, scores, in_place=True) * 2, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(in_place(ids, scores.clone()), expected * 2)
+
+
+def test_opcheck(device):
+    processors = fl.LogitsProcessorList(
+        [fl.RepetitionPenaltyLogitsProcessor(1.3), fl.SuppressTokensLogitsProcessor([3])]
+    )
+    ids, scores = torch.randint(0, 9, (2, 8), device=device), torch.randn(2, V, device=device)
+    processors(ids, scores)
+    chain = processors.plan.steps[0]._last[3]
+    for operation in (torch.ops.fastlogits.fold.default, torch.ops.fastlogits.fold_.default):
+        torch.library.opcheck(operation, (scores.clone(), chain.handle, ids), {"cache_offset": 7})
+
+
+def test_a_plan_goes_on_without_its_list(device):
+    """A registered operation finds its chain by a handle, which lives as long as the plan."""
+    plan = Plan.compile([Member("one", Scale(2.0)), Member("two", Ban((1,), When("length", stop=9)))])
+    ids, scores = torch.zeros(1, 3, device=device).long(), torch.ones(1, 3, device=device)
+    compiled = torch.compile(plan, fullgraph=True, backend="aot_eager")
+    plan(ids, scores)
+    assert compiled(ids, scores).tolist() == [[0.5, -INF, 0.5]]
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_one_graph_for_every_step():
+    """Captured once over a buffer and a position on the device, replayed at other steps on other tokens and logits."""
+    processors = fl.LogitsProcessorList(
+        [
+            fl.RepetitionPenaltyLogitsProcessor(1.3),
+            fl.NoRepeatNGramLogitsProcessor(2),
+            fl.SequenceBiasLogitsProcessor({(1, 2): 1.5, (3,): -2.0}),
+            fl.FrequencyPenaltyLogitsProcessor(0.5),
+            fl.SuppressFirstTokens([4]),
+            fl.MinLengthLogitsProcessor(9, 5),
+            fl.ExponentialDecayLengthPenalty((2, 1.5), 6, 5),
+            fl.TemperatureLogitsWarper(0.7),
+        ]
+    )
+    B, longest = 3, 16
+    buffer = torch.zeros(B, longest, dtype=torch.int64, device="cuda")
+    position = torch.zeros(B, dtype=torch.int64, device="cuda")
+    scores = torch.zeros(B, V, device="cuda")
+    start = torch.full((B,), 5, device="cuda")
+    run = processors.for_run(prompt_length=start, cache_position=position)
+    run(buffer, scores)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            out = run(buffer, scores)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for length in (5, 6, 8, 12):
+        buffer.random_(0, 7)
+        scores.normal_()
+        position.fill_(length - 1)
+        graph.replay()
+        expected = processors(buffer[:, :length], scores, prompt_length=5)
+        assert torch.equal(out, expected), length
+
+
+@needs_gpu
+def test_more_than_two_to_the_31_elements():
+    B, vocab_size = 66_000, 33_000
+    scores = torch.ones(B, vocab_size, dtype=torch.bfloat16, device="cuda")
+    ids = torch.zeros(B, 2, dtype=torch.int64, device="cuda")
+    ids[-1] = vocab_size - 1
+    chain = [Penalize(History(), 2.0), Bias(History(), 0.0, counted=1.0), Scale(2.0)]
+    found = fold(chain, ids, scores)
+    assert found[0, :2].tolist() == [1.25, 0.5]
+    assert found[-1, -2:].tolist() == [0.5, 1.25]
+    assert found[-1, 0] == 0.5
