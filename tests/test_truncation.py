@@ -1,0 +1,429 @@
+"""Truncations: against transformers' warpers one by one, against them in float64, and on rows made to trip them."""
+
+import math
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+from fastlogits_kernels import truncate as module
+from fastlogits_kernels.truncate import Rule, reference_truncate, truncate
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as theirs
+
+from fastlogits.processors import truncation as ours
+from fastlogits.processors.base import LogitsProcessorList
+
+INF = float("inf")
+FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+
+MAKE = {
+    "top_k": lambda lib, value, keep, fill: lib.TopKLogitsWarper(int(value), fill, keep),
+    "top_p": lambda lib, value, keep, fill: lib.TopPLogitsWarper(value, fill, keep),
+    "min_p": lambda lib, value, keep, fill: lib.MinPLogitsWarper(value, fill, keep),
+    "typical": lambda lib, value, keep, fill: lib.TypicalLogitsWarper(value, fill, keep),
+    "epsilon": lambda lib, value, keep, fill: lib.EpsilonLogitsWarper(value, fill, keep),
+    "eta": lambda lib, value, keep, fill: lib.EtaLogitsWarper(value, fill, keep),
+    "top_h": lambda lib, value, keep, fill: lib.TopHLogitsWarper(value, fill),
+}
+if not hasattr(theirs, "TopHLogitsWarper"):
+    del MAKE["top_h"]
+VALUES = {
+    "top_k": st.integers(1, 60) | st.integers(1, 3000),
+    "top_p": st.sampled_from([0.0, 0.1, 0.9, 0.95, 1.0]) | st.floats(0, 1),
+    "min_p": st.sampled_from([0.0, 0.05, 1.0]) | st.floats(1e-4, 1),
+    "typical": st.floats(0.05, 0.97),
+    "epsilon": st.sampled_from([3e-4, 9e-4]) | st.floats(1e-5, 0.5),
+    "eta": st.sampled_from([3e-4, 2e-3]) | st.floats(1e-5, 0.5),
+    "top_h": st.floats(0.05, 1.0),
+}
+# From 256 tokens on the end of the row is looked at; from 1,100 on it is found by groups; 6,000 take an estimate.
+VOCABS = st.sampled_from([1, 2, 7, 64, 300, 700, 1111, 2500, 6000])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Of many small operations the threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def is_refused(scores: torch.Tensor) -> torch.Tensor:
+    """The rows that ``torch.distributions`` takes for no distribution."""
+    return scores.isnan().any(-1) | (scores == INF).any(-1) | (scores == -INF).all(-1)
+
+
+def transformers_chain(scores: torch.Tensor, rules, moved: float = 0.0) -> torch.Tensor:
+    """Warper after warper; ties in the order of a stable sort, and rows that transformers refuses as they are."""
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        with patch.object(torch, "sort", partial(torch.sort, stable=True)):
+            for rule in rules:
+                value = rule.value
+                if rule.kind in ("top_p", "typical"):
+                    value = min(1.0 - 1e-9 * (rule.kind == "typical"), max(0.0, value + moved))
+                elif rule.kind != "top_k":
+                    value = min(1.0, value * (1 + moved))
+                warper = MAKE[rule.kind](theirs, value, rule.min_tokens_to_keep, rule.filter_value)
+                refused = is_refused(scores) & (rule.kind in ("eta", "top_h"))
+                scores = torch.where(refused[:, None], scores, warper(None, scores))
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(True)
+    return scores
+
+
+def is_decided(scores: torch.Tensor, rules) -> bool:
+    """Whether rounding can't change what is kept: not in float64, with values and scores moved, ties staying ties."""
+    wide = scores.double()
+    kept = [transformers_chain(wide, rules) == wide]
+    for moved in (5e-6, -5e-6):
+        shaken = wide + moved / 2 * (1 + wide.abs() / 10) * torch.sin(wide * 1e4)
+        shaken = torch.where(wide.isfinite(), shaken, wide)
+        kept.append(transformers_chain(shaken, rules, moved) == shaken)
+    return all(torch.equal(each, kept[0]) for each in kept[1:])
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.equal(found.nan_to_num(1e30), expected.nan_to_num(1e30)) and torch.equal(
+        found.isnan(), expected.isnan()
+    )
+
+
+def same_but_for_ties(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return same(found.sort(-1).values, expected.sort(-1).values)
+
+
+@st.composite
+def rows(draw, dtype=torch.float32, broken=False):
+    """Scores ``[B, V]`` of any layout, with the rows that trip a truncation."""
+    B, V = draw(st.integers(1, 4)), draw(VOCABS)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scores = torch.randn(B, V, generator=generator) * draw(st.sampled_from([0.1, 1.0, 3.0, 30.0]))
+    if draw(st.booleans()):
+        scores = scores.bfloat16().float()  # ties
+    for row in range(B):
+        shape = draw(st.sampled_from(["as it is"] * 3 + ["equal", "spike", "zipf", "masked", "few", "far"]))
+        if shape == "equal":
+            scores[row] = 1.5
+        elif shape == "spike":
+            scores[row] = -2.0
+            scores[row, V // 2] = 8.0
+        elif shape == "zipf":
+            scores[row] = -1.5 * torch.log(torch.randperm(V, generator=generator) + 1.0)
+        elif shape == "masked":
+            scores[row, torch.rand(V, generator=generator) < 0.5] = -INF
+        elif shape == "few":
+            scores[row, torch.arange(V) % max(1, V // 3) != 0] = -INF
+        elif shape == "far":
+            scores[row] += 1000.0
+    if broken:
+        for value in (-INF, math.nan, INF):
+            if draw(st.booleans()):
+                scores[draw(st.integers(0, B - 1)), : draw(st.sampled_from([1, V // 2 + 1, V]))] = value
+    scores = scores.to(dtype)
+    layout = draw(st.sampled_from(["plain", "slice", "columns"]))
+    if layout == "slice":
+        return torch.full((B, V + 5), math.nan, dtype=dtype)[:, 2:-3].copy_(scores)
+    return scores.t().contiguous().t() if layout == "columns" else scores
+
+
+@st.composite
+def rule_of(draw, kind, fill=None, keep=None):
+    fill = draw(st.sampled_from([-INF, -INF, -1e4, 0.0])) if fill is None else fill
+    keep = draw(st.sampled_from([1, 1, 2, 70])) if keep is None else keep
+    return Rule(kind, draw(VALUES[kind]), 1 if kind in ("top_k", "top_h") else keep, fill)
+
+
+# -- Against transformers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@given(data=st.data())
+@FAST
+def test_one_rule_keeps_what_transformers_keeps(kind, data):
+    scores, rule = data.draw(rows()), data.draw(rule_of(kind))
+    before = scores.clone()
+    found = truncate(scores, [rule])
+    assert torch.equal(scores, before)
+    assert found.is_contiguous()
+    assert found.data_ptr() != scores.data_ptr()
+    kept = found == scores
+    assert bool((kept | (found == rule.filter_value)).all())
+    assume(is_decided(scores, [rule]))
+    expected = transformers_chain(scores, [rule])
+    # Which ones of equal tokens come out of torch.topk is left open.
+    open_ties = kind == "top_h" or (kind in ("min_p", "typical") and rule.min_tokens_to_keep > 1)
+    assert (same_but_for_ties if open_ties else same)(found, expected)
+
+
+@given(data=st.data())
+@settings(FAST, max_examples=120)
+def test_a_chain_is_the_warpers_one_by_one(data):
+    kinds = data.draw(st.lists(st.sampled_from(list(MAKE)), min_size=2, max_size=4))
+    rules = [data.draw(rule_of(kind, None if data.draw(st.booleans()) else -INF, keep=1)) for kind in kinds]
+    scores = data.draw(rows())
+    assume(is_decided(scores, rules))
+    agree = same_but_for_ties if "top_h" in kinds else same
+    assert agree(truncate(scores, rules), transformers_chain(scores, rules))
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@given(data=st.data())
+@FAST
+def test_rows_of_nan_and_infinities(kind, data):
+    scores, rule = data.draw(rows(broken=True)), data.draw(rule_of(kind, keep=1))
+    refused = is_refused(scores)
+    assert same(truncate(scores, [rule])[refused], transformers_chain(scores, [rule])[refused])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", MAKE)
+@given(data=st.data())
+@settings(FAST, max_examples=25)
+def test_half_precision_is_rounded_as_transformers_rounds_it(dtype, kind, data):
+    scores, rule = data.draw(rows(dtype)), data.draw(rule_of(kind, keep=1))
+    agree = same_but_for_ties if kind == "top_h" else same
+    assert agree(truncate(scores, [rule]), transformers_chain(scores, [rule]))
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@given(data=st.data())
+@settings(FAST, max_examples=25)
+def test_the_reference_is_transformers_in_every_bit(kind, data):
+    scores, rule = data.draw(rows(data.draw(st.sampled_from([torch.float32, torch.float64])))), data.draw(rule_of(kind))
+    open_ties = kind == "min_p" and rule.min_tokens_to_keep > 1  # 4.57 has another sort
+    agree = same_but_for_ties if open_ties else same
+    assert agree(reference_truncate(scores, [rule]), transformers_chain(scores, [rule]))
+
+
+# -- Against float64 -------------------------------------------------------------------------------------------------
+
+ORACLE_ROWS = {
+    "gauss": lambda V: torch.randn(V) * 3,
+    "flat": lambda V: torch.randn(V) * 0.01,
+    "equal": lambda V: torch.zeros(V),
+    "ties": lambda V: (torch.randn(V) * 3).bfloat16().float(),
+    "spike": lambda V: torch.cat([torch.tensor([math.log(0.95 * V / 0.05)]), torch.zeros(V - 1)]),
+    "zipf": lambda V: -1.5 * torch.log(torch.randperm(V) + 1.0),
+}
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.3, 0.9, 0.95, 0.99, 0.999, 1.0])
+@pytest.mark.parametrize("row", ORACLE_ROWS)
+def test_a_nucleus_holds_its_mass_and_no_token_too_many(row, p):
+    torch.manual_seed(0)
+    scores = torch.stack([ORACLE_ROWS[row](20_000) for _ in range(2)])
+    kept = truncate(scores, [Rule("top_p", p)]) > -INF
+    mass = scores.double().softmax(-1)
+    least = mass.masked_fill(~kept, INF).amin(-1)
+    assert bool(((mass * kept).sum(-1) >= p - 1e-6).all())
+    assert bool((((mass * kept).sum(-1) - least < p + 1e-6) | (kept.sum(-1) == 1)).all())
+    assert bool((mass.masked_fill(kept, 0).amax(-1) <= least).all())  # the likelier first
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "eta", "min_p", "typical"])
+@pytest.mark.parametrize("row", ORACLE_ROWS)
+def test_a_token_far_from_the_boundary_is_never_on_the_wrong_side(row, kind):
+    torch.manual_seed(1)
+    scores = torch.stack([ORACLE_ROWS[row](20_000) for _ in range(2)])
+    for value in (1e-4, 1e-3, 0.2, 0.9):
+        kept = truncate(scores, [Rule(kind, value)]) > -INF
+        for off in (1e-5, -1e-5):
+            moved = MAKE[kind](theirs, min(value * (1 + off), 1.0), 1, -INF)(None, scores.double()) > -INF
+            wrong = (moved & ~kept) if (off > 0) != (kind == "typical") else (kept & ~moved)
+            if kind == "typical":  # whose order, too, is subject to rounding
+                surprise = -scores.double().log_softmax(-1)
+                likeness = (surprise - (surprise * (-surprise).exp()).sum(-1, keepdim=True)).abs()
+                edge = likeness.masked_fill(~moved, 0).amax(-1, keepdim=True)
+                wrong &= (likeness - edge).abs() > 1e-5
+            assert not bool(wrong.any())
+
+
+@pytest.mark.parametrize("row", ORACLE_ROWS)
+@pytest.mark.parametrize("masked", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_n_sigma_is_its_definition(row, masked, dtype):
+    torch.manual_seed(2)
+    scores = torch.stack([ORACLE_ROWS[row](5_000) for _ in range(2)]).to(dtype)
+    scores[torch.rand(scores.shape) < masked] = -INF
+    for n in (0.5, 1.0, 2.5):
+        found = truncate(scores, [Rule("top_n_sigma", n)])
+        for one, kept in zip(scores.double(), found > -INF, strict=True):
+            limit = one.max() - n * one[one.isfinite()].std()
+            slack = 1e-4 * (1 + limit.abs())
+            assert not bool((kept & (one < limit - slack)).any())
+            assert not bool((~kept & (one > limit + slack)).any())
+        assert torch.equal(found, truncate(scores * 4, [Rule("top_n_sigma", n)]) / 4)
+
+
+def test_top_n_sigma_keeps_a_lone_token_and_as_many_as_asked_for():
+    lone = torch.full((1, 400), -INF)
+    lone[0, 7] = 3.0
+    assert torch.equal(truncate(lone, [Rule("top_n_sigma", 1.0)]), lone)
+    for V in (2, 400):
+        two = torch.full((1, V), -INF)
+        two[0, :2] = torch.tensor([0.0, 1.0])  # 0.71 apart with N - 1, 0.5 with N
+        assert torch.equal(truncate(two, [Rule("top_n_sigma", 1.5)]), two)
+        assert int((truncate(two, [Rule("top_n_sigma", 1.4)]) > -INF).sum()) == 1
+    scores = torch.arange(400.0).reshape(1, -1)
+    assert int((truncate(scores, [Rule("top_n_sigma", 1e-6, 5)]) > -INF).sum()) == 5
+
+
+# -- What holds for all ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*MAKE, "top_n_sigma"])
+def test_a_row_doesn_t_depend_on_its_batch(kind):
+    torch.manual_seed(3)
+    scores = torch.cat([(torch.randn(12, 9_000) * scale).bfloat16().float() for scale in (0.5, 2.0, 4.0)])
+    rule = Rule(kind, {"top_k": 50, "top_n_sigma": 1.0}.get(kind, 0.6 if kind in ("top_h", "typical") else 0.01))
+    if kind == "top_p":
+        rule = Rule(kind, 0.8)
+    together = truncate(scores, [rule])
+    for row, alone in zip(together, scores, strict=True):
+        assert torch.equal(row, truncate(alone[None], [rule])[0])
+
+
+@pytest.mark.parametrize("kind", [*MAKE, "top_n_sigma"])
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0)])
+def test_nothing_to_do(kind, shape):
+    scores = torch.zeros(shape)
+    assert truncate(scores, [Rule(kind, 0.5 if kind != "top_k" else 2)]).shape == shape
+    assert truncate(scores, []).shape == shape
+
+
+def test_no_rule_is_a_copy():
+    scores = torch.randn(2, 5)
+    found = truncate(scores, [])
+    assert torch.equal(found, scores)
+    assert found.data_ptr() != scores.data_ptr()
+
+
+def test_after_a_top_k_no_whole_row_is_sorted(monkeypatch):
+    torch.manual_seed(4)
+    widest = []
+
+    def watched(scores, rules):
+        widest.append(scores.shape[1])
+        return reference_truncate(scores, rules)
+
+    monkeypatch.setattr(module, "reference_truncate", watched)
+    truncate(torch.randn(3, 5_000), [Rule("top_k", 50), Rule("top_p", 0.9), Rule("min_p", 0.05)])
+    assert max(widest) < 100
+
+
+CHAIN = [Rule("top_k", 50), Rule("top_p", 0.9, 2), Rule("min_p", 0.05, 1, -1e4), Rule("top_n_sigma", 2.0)]
+
+
+def test_compiled_it_is_one_operation():
+    scores = torch.randn(3, 700)
+    compiled = torch.compile(lambda scores: truncate(scores * 2, CHAIN), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(scores), truncate(scores * 2, CHAIN))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_registered_operation():
+    columns = [list(column) for column in zip(*CHAIN, strict=True)]
+    arguments = (torch.randn(3, 700), [module._KINDS.index(kind) for kind in columns[0]], *columns[1:])
+    torch.library.opcheck(torch.ops.fastlogits.truncate.default, arguments)
+    assert torch.equal(torch.ops.fastlogits.truncate(*arguments), truncate(arguments[0], CHAIN))
+
+
+# -- The classes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_class_and_a_list_of_classes(kind):
+    torch.manual_seed(5)
+    scores = torch.randn(3, 700) * 3
+    value = 20 if kind == "top_k" else 0.4
+    mine, other = (MAKE[kind](lib, value, 2, -1e4) for lib in (ours, theirs))
+    assert isinstance(mine, type(other))
+    expected = other(None, scores)
+    assert torch.equal(mine(None, scores), expected)
+    assert type(mine).stage(other).rules == mine.stage().rules
+    assert torch.equal(LogitsProcessorList([mine, other])(None, scores), other(None, expected))
+    if kind == "top_k":
+        mine.top_k = 3
+        assert int((mine(None, scores) > -1e4).sum()) == 9
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda: ours.TopNSigmaLogitsWarper(0), "top_n_sigma"),
+        (lambda: ours.TopNSigmaLogitsWarper(INF), "top_n_sigma"),
+        (lambda: ours.TopNSigmaLogitsWarper("1"), "top_n_sigma"),
+        (lambda: ours.TopNSigmaLogitsWarper(1.0, min_tokens_to_keep=0), "min_tokens_to_keep"),
+        (lambda: ours.XTCLogitsProcessor(0.0, 0.5), "threshold"),
+        (lambda: ours.XTCLogitsProcessor(0.1, 1.5), "probability"),
+        (lambda: ours.XTCLogitsProcessor(0.1, math.nan), "probability"),
+        (lambda: ours.XTCLogitsProcessor(0.1, 0.5, [-1]), "special_token_ids"),
+        (lambda: ours.XTCLogitsProcessor(0.1, 0.5, generator=3), "generator"),
+    ],
+)
+def test_a_bad_argument_is_named(make, argument):
+    with pytest.raises(ValueError, match=argument):
+        make()
+
+
+def test_top_h_looks_at_a_hundred_tokens():
+    if "top_h" not in MAKE:
+        pytest.skip("transformers 5 has it")
+    processor = ours.TopHLogitsWarper(0.5)
+    processor.top_n = 50
+    with pytest.raises(ValueError, match="top_n"):
+        processor(None, torch.zeros(1, 5))
+
+
+# -- XTC -------------------------------------------------------------------------------------------------------------
+
+
+def xtc_by_hand(probabilities, threshold, special=()):
+    likely = sorted((p, token) for token, p in enumerate(probabilities) if p >= threshold)
+    removed = {token for _, token in likely[1:]}
+    return set() if removed & set(special) else removed
+
+
+@given(data=st.data())
+@FAST
+def test_xtc_removes_all_likely_tokens_but_the_least(data):
+    V, seed = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 2**31))
+    scores = torch.randn(3, V, generator=torch.Generator().manual_seed(seed)) * 1.5
+    threshold = data.draw(st.floats(0.01, 1.0))
+    special = data.draw(st.lists(st.integers(0, V + 3), max_size=2))
+    found = ours.XTCLogitsProcessor(threshold, 1.0, special)(None, scores)
+    for row, after in zip(scores, found, strict=True):
+        removed = xtc_by_hand(row.softmax(-1).tolist(), torch.tensor(threshold).item(), special)
+        assert set((after == -INF).nonzero().flatten().tolist()) == removed
+        kept = after > -INF
+        assert torch.equal(after[kept], row[kept])
+
+
+def is_as_often(struck: torch.Tensor, probability: float) -> bool:
+    """Whether a count is within four standard deviations of its expectation."""
+    spread = math.sqrt(len(struck) * probability * (1 - probability))
+    return abs(int(struck.sum()) - len(struck) * probability) < 4 * spread
+
+
+def test_xtc_strikes_rows_on_their_own_as_often_as_asked_for():
+    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().expand(4000, 4)
+    processor = ours.XTCLogitsProcessor(0.15, 0.3, generator=torch.Generator().manual_seed(0))
+    first, second = (processor(None, scores)[:, 0] == -INF for _ in range(2))
+    for struck in (first, second):
+        assert is_as_often(struck, 0.3)
+    assert is_as_often(first & second, 0.09)  # each step anew
+    assert is_as_often(first[1:] & first[:-1], 0.09)  # each row for itself
+    assert not bool((ours.XTCLogitsProcessor(0.15, 0.0)(None, scores) == -INF).any())
+
+
+def test_xtc_leaves_alone_what_has_no_choices():
+    scores = torch.tensor([[0.9, 0.05, 0.05], [math.nan, 0.0, 1.0]])
+    scores[0].log_()
+    assert same(ours.XTCLogitsProcessor(0.1, 1.0)(None, scores), scores)
+    masked = torch.tensor([[0.5, 0.5]]).log()
+    masked = torch.cat([masked, torch.full((1, 5), -INF)], 1)
+    assert int((ours.XTCLogitsProcessor(0.1, 1.0)(None, masked) > -INF).sum()) == 1
