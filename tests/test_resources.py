@@ -17,15 +17,17 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.backends.nvidia.compiler import get_ptxas
-from fastlogits_kernels import fold, mask_tokens, pack_ids, token_sets
+from fastlogits_kernels import fold, mask_tokens, pack_ids, synthid, token_sets
 
 capability = int(sys.argv[1])
 STREAMED = ("scores_ptr", "out_ptr", "rounds_like_ptr")
 TYPES = {name: "i64" for name in ("ids_ptr", "tokens_ptr", "cache_position_ptr", "prompt_length_ptr")}
 TYPES |= {name: "fp32" for name in ("planes_ptr", "row_values_ptr", "biases_ptr")}
+TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr")}
+TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
 
 
-def compile_(kernel, dtype, absent, constants, warps=4):
+def compile_(case, kernel, dtype, absent, constants, warps=4):
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants or name in absent or name in ("stride_token", "stride_out_token"):
@@ -33,9 +35,9 @@ def compile_(kernel, dtype, absent, constants, warps=4):
         elif name == "numbers_ptr":
             signature[name] = "*fp64" if "TASKS" in constants else "*fp32"
         elif name.endswith("_ptr"):
-            signature[name] = "*" + (dtype if name in STREAMED else TYPES.get(name, "i32"))
+            signature[name] = "*" + (dtype if name in STREAMED else TYPES.get(f"{name} {case.split()[0]}", TYPES.get(name, "i32")))
         else:
-            signature[name] = "i32"
+            signature[name] = "i64" if name == "multiplier" else "i32"
         if name in STREAMED or name in ("V", "stride_row", "stride_out"):
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
@@ -68,9 +70,17 @@ for dtype in ("fp32", "fp16", "bf16"):
     cases[f"token_sets short {dtype}"] = (token_sets._token_sets_kernel, dtype, absent, search, 8)
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
+for form, (done, more, first, wraps) in {
+    "first": (0, 3, True, False), "second": (3, 3, True, False), "middle": (3, 3, False, False),
+    "last": (3, 0, False, False), "wraps": (3, 3, False, True),
+}.items():
+    step = {"DONE": done, "NEXT": more, "FROM_SCORES": first, "WRAPS": wraps}
+    step |= {"WIDTH": 8, "BLOCKS": 64, "BLOCK_V": 2048} | ({} if wraps else {"multiplier": 1})
+    cases[f"synthid {form}"] = (synthid._synthid_kernel, "fp32", (), step)
+
 report = {}
 for name, case in cases.items():
-    compiled = compile_(*case)
+    compiled = compile_(name, *case)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(compiled.asm["ptx"])
         ptx.flush()
@@ -88,6 +98,10 @@ print(json.dumps(report))
 """
 
 
+# One register may spill in a search of all kinds at once, which no list of processors is, and in SynthID's rare form.
+HEAVY = ("token_sets fp32", "token_sets fp16", "token_sets bf16", "synthid wraps")
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_registers_spills_and_widths(capability):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -101,8 +115,8 @@ def test_registers_spills_and_widths(capability):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     for name, kernel in report.items():
-        # A search of all kinds at once, which no list of processors is, may spill one register.
-        assert kernel["spilled"] <= (4 if name.startswith("token_sets fp") or name == "token_sets bf16" else 0), name
-        assert kernel["registers"] <= 128, (name, kernel)
+        assert kernel["spilled"] <= (4 if name in HEAVY else 0), (name, kernel)
+        # Nine hashes of 64 bits are in flight where a table's size is no power of two.
+        assert kernel["registers"] <= (192 if name == "synthid wraps" else 136), (name, kernel)
         if name.startswith(("mask_tokens", "fold")):
             assert kernel["wide"] >= 2, (name, kernel)
