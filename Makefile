@@ -1,9 +1,11 @@
 # Each target builds .venv from nothing the first time and reuses it until the requirements change.
 PYTHON ?= python3
 VENV := .venv
+# The oldest transformers that is supported, with its own tokenizers and huggingface_hub.
+OLD_VENV := .venv-4.57
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-matrix lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -11,6 +13,9 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(RUN) -m pytest $(ARGS)
+
+test-matrix: test $(OLD_VENV)/ready
+	$(OLD_VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -25,5 +30,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
+$(OLD_VENV)/ready: pyproject.toml constraints-4.57.txt
+	$(PYTHON) -m venv $(OLD_VENV)
+	$(OLD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-4.57.txt \
+		--editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLD_VENV) build *.egg-info

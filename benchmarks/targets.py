@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.processors import CHAIN_6, CHAIN_9, CLASSES
 from benchmarks.results import Result, Results
 from benchmarks.workloads import (
     ADD,
@@ -18,6 +19,7 @@ from benchmarks.workloads import (
     FIRST_STEP,
     LATER_STEP,
     LOOP,
+    THEIRS,
     TRANSFORMERS,
 )
 
@@ -83,6 +85,27 @@ def _in_place_gpu(results: Results, text: str, half: bool) -> Verdict | None:
     return Verdict(text, f"{us:.2f} us, empty kernel {_us(empty)} us {_place(worst)}", us <= limit)
 
 
+# What a few launches may take where the logits are few.
+_FEW_LOGITS_US = 15.0
+
+
+def _chain_of_few_logits(results: Results) -> Verdict | None:
+    times = [
+        (result.timing.median, result)
+        for result in results.all
+        if (result.workload, result.metric, result.contender) == (CHAIN_6, "gpu_us", FAST)
+        if result.case.batch <= 8 and result.case.vocab <= 128256 and result.timing is not None
+    ]
+    if not times:
+        return None
+    us, worst = max(times, key=lambda pair: pair[0])
+    return Verdict("GPU time of chain 6, batch 1 and 8: <= 15 us", f"{us:.2f} us {_place(worst)}", us <= _FEW_LOGITS_US)
+
+
+def _is_large(result: Result) -> bool:
+    return (result.case.batch, result.case.vocab) in ((64, 128256), (256, 151936))
+
+
 def _is_8_x_128256(ids: int) -> Callable[[Result], bool]:
     return lambda result: (result.case.batch, result.case.vocab, result.case.ids) == (8, 128256, ids)
 
@@ -108,6 +131,16 @@ _TARGETS = (
         "CPU never slower than transformers, first step",
         "cpu_us", [FAST, FAST_], TRANSFORMERS, 1,
     ),
+    _Target("GPU time of chain 6 <= 1.7 x copy_", "gpu_us", [FAST], COPY, 1.7, [CHAIN_6], _is_large),
+    _Target("host time of chain 6 <= 6 x add_", "host_us", [FAST], ADD, 6, [CHAIN_6]),
+    _Target(
+        "CPU chain 9: >= 5 x faster than transformers",
+        "cpu_us", [FAST], THEIRS, 1 / 5, [CHAIN_9], speed_up=True,
+    ),
+    _Target(
+        "CPU: no class slower than that of transformers",
+        "cpu_us", [FAST], THEIRS, 1, list(CLASSES), lambda result: result.case.batch in (1, 8, 64),
+    ),
     _Target(
         "CPU never slower than transformers, later steps",
         "cpu_us", [FAST], TRANSFORMERS, 1, workloads=[LATER_STEP],
@@ -120,6 +153,7 @@ def verdicts(results: Results) -> list[Verdict]:
     found = [
         _in_place_gpu(results, "GPU time in place, to 64 x 128256: empty kernel + 1 us", half=False),
         _in_place_gpu(results, "the same with half the vocabulary", half=True),
+        _chain_of_few_logits(results),
         *(target.verdict(results) for target in _TARGETS),
     ]
     return [verdict for verdict in found if verdict is not None]
@@ -130,4 +164,4 @@ def _us(us: float | None) -> str:
 
 
 def _place(result: Result) -> str:
-    return f"{result.contender}, {result.case.size}, {result.case.set_name}"
+    return f"{result.workload}: {result.contender}, {result.case.size}, {result.case.set_name}"

@@ -7,17 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers.generation.logits_process as theirs
 from fastlogits_kernels._triton import HAS_TRITON, triton
 from transformers import SuppressTokensAtBeginLogitsProcessor
 
+import fastlogits
+from benchmarks.processors import CHAINS, CLASSES, DOUBLED, HISTORY, ON_THE_HOST, STATEFUL, WRITING, Made, history
 from benchmarks.timing import Call
 from fastlogits import SuppressFirstTokens
 from fastlogits.demo.article_loop import ArticleLoop
 
 LOOP = "article loop"
 TRANSFORMERS = "transformers SuppressTokensAtBegin"
+THEIRS = "transformers"
 FILL = "torch masked_fill"
 FILL_ = "torch masked_fill_"
 FAST = "fastlogits"
@@ -33,13 +38,15 @@ _PROMPT_LENGTH = 512
 _MANY_IDS = 10_000
 # Fewer logits than these would take hundreds of rotating inputs to outgrow an L2, and time little but the launch.
 _LEAST_COLD = 2**19
+# transformers sorts 256 rows for seconds on a CPU; what is asked there ends here.
+_MOST_ON_CPU = 64 * 128256
 # After the first step no contender touches the logits, so a larger batch has nothing to tell.
 _MOST_LATER = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """One size on one device; the logits are float32 ``[batch, vocab]``."""
+    """One size on one device; the logits are float32 ``[batch, vocab]``. Workloads of no set of ids have 0 ``ids``."""
 
     device: torch.device
     batch: int
@@ -54,6 +61,8 @@ class Case:
     @property
     def set_name(self) -> str:
         """The set of tokens, for people."""
+        if not self.ids:
+            return f"history {HISTORY}"
         return "half the vocabulary" if self.is_half else f"{self.ids} ids"
 
     @property
@@ -89,6 +98,9 @@ class Workload:
         metrics: what is timed in a case.
         baseline: the contender to whose time the others are set in tables.
         rotates: whether the inputs rotate, together larger than the L2.
+        takes_ids: whether it is measured for several numbers of ids.
+        quick: whether a quick run holds it.
+        rounds: whether results are right that differ from the expected ones by rounding.
     """
 
     contenders: Callable[[Case], list[Contender]]
@@ -96,6 +108,9 @@ class Workload:
     metrics: Callable[[Case], tuple[str, ...]]
     baseline: str = LOOP
     rotates: bool = False
+    takes_ids: bool = True
+    quick: bool = True
+    rounds: bool = False
 
 
 @triton.jit
@@ -222,6 +237,38 @@ def _unchanged(case: Case, scores: torch.Tensor) -> torch.Tensor:
     return scores.clone()
 
 
+def _bind_processors(name: str, made: Made, ours: bool, case: Case, scores: torch.Tensor) -> Call:
+    input_ids = history(case.batch, case.vocab, case.device)
+    if name in DOUBLED:
+        scores = torch.cat((scores, scores.flip(-1)))
+    if name in WRITING and not ours:
+        scores = scores.clone()
+    module: Any = fastlogits if ours else theirs
+    processors = made(module, input_ids, case.vocab)
+    process = processors[0] if len(processors) == 1 else module.LogitsProcessorList(processors)
+    return partial(process, input_ids, scores)
+
+
+def _processors(name: str, made: Made) -> Workload:
+    """Some of transformers' processors, from its module and from ours."""
+
+    def contenders(case: Case) -> list[Contender]:
+        largest = case.batch * case.vocab > _MOST_ON_CPU
+        if largest and (case.device.type == "cpu" or name in CLASSES):
+            return []
+        return [
+            Contender(THEIRS, partial(_bind_processors, name, made, False, case)),
+            Contender(FAST, partial(_bind_processors, name, made, True, case)),
+            *_yardsticks(case),
+        ]
+
+    def expected(case: Case, scores: torch.Tensor) -> torch.Tensor:
+        return _bind_processors(name, made, False, case, scores)()
+
+    metrics = _host_metric if name in STATEFUL or name in ON_THE_HOST else _all_metrics
+    return Workload(contenders, expected, metrics, baseline=THEIRS, takes_ids=False, quick=name in CHAINS, rounds=True)
+
+
 def _all_metrics(case: Case) -> tuple[str, ...]:
     if case.device.type == "cpu":
         return ("cpu_us",)
@@ -237,5 +284,6 @@ WORKLOADS: dict[str, Workload] = {
     FIRST_STEP: Workload(_first_step, _forbidden, _all_metrics),
     COLD: Workload(_cold, _forbidden, lambda case: ("gpu_us",), rotates=True),
     LATER_STEP: Workload(_later_step, _unchanged, _host_metric, baseline=TRANSFORMERS),
+    **{name: _processors(name, made) for name, made in (CHAINS | CLASSES).items()},
 }
 """All workloads by name, in the order in which they run."""

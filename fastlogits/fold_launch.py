@@ -161,6 +161,8 @@ class _Builder:
             self.tasks.append(Task(tasks.ALLOWED.value, self._banned()))
         elif isinstance(stage, Penalize):
             self._keep_bans_behind(stage.penalty)
+            if isinstance(stage.tokens, Given):
+                self._check_inside(stage.tokens.ids)
             at = self._divisor(stage.penalty)
             self.ops.append(Op(ops.PENALIZE.value, self._found(stage.tokens), at, at + 1))
         elif isinstance(stage, Scale):
@@ -296,6 +298,14 @@ class _Builder:
             raise RuntimeError(f"the source has {R} rows, but scores have {B}")
         each = ids.repeat_interleave(B // R, 0) if R else ids
         return torch.nn.functional.pad(each, (0, 0, 0, B - each.shape[0]), value=-1)
+
+    def _check_inside(self, ids: torch.Tensor) -> None:
+        """Refuse ids outside the vocabulary, where asking costs no wait; on a GPU they are ignored."""
+        if ids.device.type == "cpu" and ids.numel() and not (ids.min() >= 0 and ids.max() < self.V):
+            raise RuntimeError(
+                f"the source has token ids from {int(ids.min())} to {int(ids.max())}, but the vocabulary has {self.V} "
+                f"tokens (0 to {self.V - 1})"
+            )
 
     def _found(self, source: History | Given) -> int:
         """The set of a history or text, which all stages that speak of it share."""

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -19,6 +20,10 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+# The same examples each time, so that a failure is a change's own; FASTLOGITS_FUZZ=1 looks for new ones.
+settings.register_profile("same", derandomize=os.environ.get("FASTLOGITS_FUZZ") is None)
+settings.load_profile("same")
 
 CORPUS = [
     "In 1990 the number 7 tram ran 12 km and cost 3.50 in 2 zones.",

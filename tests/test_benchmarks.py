@@ -6,12 +6,27 @@ from functools import partial
 
 import pytest
 import torch
+import zoo
 
 from benchmarks import results, workloads
 from benchmarks.__main__ import main
+from benchmarks.processors import CHAINS, CLASSES
 from benchmarks.targets import verdicts
 from benchmarks.timing import Timing
-from benchmarks.workloads import COPY, EMPTY, FAST, FAST_, FIRST_STEP, LOOP, TRANSFORMERS, Case, Contender
+from benchmarks.workloads import (
+    COPY,
+    EMPTY,
+    FAST,
+    FAST_,
+    FIRST_STEP,
+    LATER_STEP,
+    LOOP,
+    THEIRS,
+    TRANSFORMERS,
+    WORKLOADS,
+    Case,
+    Contender,
+)
 
 _TINY = ["--device", "cpu", "--quick", "--vocab", "64", "--batch", "1", "--ids", "3"]
 
@@ -38,6 +53,8 @@ def test_a_run_prints_tables_and_leaves_a_csv_and_a_plot(tiny_run, tmp_path, cap
     assert "later step, 12 ids: wall time" in printed
     assert "CPU never slower than transformers, first step" in printed
     rows = _rows(tmp_path)
+    assert {row["workload"] for row in rows} == {FIRST_STEP, LATER_STEP, *CHAINS}
+    rows = [row for row in rows if row["workload"] in (FIRST_STEP, LATER_STEP)]
     assert tuple(rows[0]) == results.COLUMNS
     assert {row["commit"] for row in rows} == {"abc1234"}
     assert {row["metric"] for row in rows} == {"cpu_us"}
@@ -114,7 +131,36 @@ def test_a_contender_that_writes_its_input_must_say_so(tiny_run, capsys, monkeyp
     assert f"3 ids: {FAST_} wrote its input" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [["--ids", "100"], ["--ids", "some"], ["--batch", "0"], ["--device", "tpu"]])
+def test_every_class_is_measured_and_right(tiny_run, tmp_path, capsys):
+    """All of them at a small size, against transformers' own."""
+    assert tiny_run("--workload", "*", "--batch", "8", "--vocab", "2000") == 0, capsys.readouterr().out
+    rows = _rows(tmp_path)
+    assert {row["workload"] for row in rows} >= set(CLASSES) | set(CHAINS)
+    assert {row["contender"] for row in rows if row["workload"] == "TopPLogitsWarper"} >= {THEIRS, FAST}
+    assert "CPU: no class slower than that of transformers" in capsys.readouterr().out
+    assert set(CLASSES) == set(zoo.names())
+
+
+def test_only_some_workloads(tiny_run, tmp_path):
+    assert tiny_run("--workload", "chain 9") == 0
+    assert {row["workload"] for row in _rows(tmp_path)} == {"chain 9"}
+
+
+def test_rounding_is_right_only_where_a_workload_rounds(tiny_run, monkeypatch):
+    chain = WORKLOADS["chain 9"]
+
+    def rounded(by):
+        made = lambda scores: chain.contenders(Case(scores.device, *scores.shape, 0))[1].bind(scores)  # noqa: E731
+        return lambda case: [Contender("rounded", lambda scores: lambda: made(scores)() * (1 + by))]
+
+    for by, status in ((1e-7, 0), (1e-3, 1)):
+        monkeypatch.setitem(workloads.WORKLOADS, "chain 9", replace(chain, contenders=rounded(by)))
+        assert tiny_run("--no-csv", "--workload", "chain 9") == status
+
+
+@pytest.mark.parametrize(
+    "more", [["--ids", "100"], ["--workload", "chain 10"], ["--ids", "some"], ["--batch", "0"], ["--device", "tpu"]]
+)
 def test_bad_options_are_refused(tiny_run, more, capsys):
     with pytest.raises(SystemExit, match="2"):
         tiny_run(*more)

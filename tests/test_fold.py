@@ -75,7 +75,7 @@ some = st.lists(tokens, min_size=1, max_size=6, unique=True).map(tuple)
 histories = st.builds(History, st.sampled_from(["all", "prompt", "generated"]), st.integers(0, 3))
 texts = st.builds(
     lambda rows: Given(torch.tensor(rows)),
-    st.lists(st.lists(st.integers(-1, V + 3), min_size=5, max_size=5), min_size=1, max_size=2),
+    st.lists(st.lists(st.integers(0, V - 1), min_size=5, max_size=5), min_size=1, max_size=2),
 )
 whens = st.builds(
     lambda of, start, long, period: When(of, start, None if long is None else (start or 0) + long, period, start or 0),

@@ -35,7 +35,8 @@ def compile_(case, kernel, dtype, absent, constants, warps=4):
         elif name == "numbers_ptr":
             signature[name] = "*fp64" if "TASKS" in constants else "*fp32"
         elif name.endswith("_ptr"):
-            signature[name] = "*" + (dtype if name in STREAMED else TYPES.get(f"{name} {case.split()[0]}", TYPES.get(name, "i32")))
+            own = TYPES.get(f"{name} {case.split()[0]}", TYPES.get(name, "i32"))
+            signature[name] = "*" + (dtype if name in STREAMED else own)
         else:
             signature[name] = "i64" if name == "multiplier" else "i32"
         if name in STREAMED or name in ("V", "stride_row", "stride_out"):

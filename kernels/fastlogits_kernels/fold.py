@@ -295,7 +295,7 @@ def _fold(
     position: Position,
     allowed: torch.Tensor | None,
 ) -> torch.Tensor:
-    if FORCE_KERNEL or (scores.is_cuda and HAS_TRITON and scores.dtype in _MAX):
+    if (FORCE_KERNEL or (scores.is_cuda and HAS_TRITON)) and scores.dtype in _MAX:
         return run_kernels(scores, out, chain, input_ids, position, allowed)
     return reference_fold(scores, out, chain, input_ids, position, allowed)
 

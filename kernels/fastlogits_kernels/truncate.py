@@ -16,10 +16,10 @@ Which tokens a rule keeps is what transformers' warper of that name keeps, ties 
 
 Where transformers refuses a row (NaN or nothing but -inf, for eta and top_h), the row stays as it is.
 
-Bytes moved on the CPU: one to four reads of the scores and one write, where about a hundred tokens stay; the rules after
-the first see only those. Nothing is sorted but them, and where more stay, the neighbourhood of the edge. In float16 and
-bfloat16 transformers rounds its sums to that dtype, so there only the selections (top_k, top_h) take this way. On CUDA
-each rule is some operations of torch on whole rows, without a host sync.
+Bytes moved on the CPU: one to four reads of the scores and one write, where about a hundred tokens stay; the rules
+after the first see only those. Nothing is sorted but them, and where more stay, the neighbourhood of the edge. In
+float16 and bfloat16 transformers rounds its sums to that dtype, so there only the selections (top_k, top_h) take this
+way. On CUDA each rule is some operations of torch on whole rows, without a host sync.
 """
 
 from __future__ import annotations
