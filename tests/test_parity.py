@@ -52,6 +52,15 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _validated_distributions():
+    """``torch.compile`` turns this off for the whole process; transformers then takes rows that it refuses otherwise."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(True)
+    yield
+    torch.distributions.Distribution.set_default_validate_args(before)
+
+
 @pytest.fixture
 def kernels(monkeypatch) -> str:
     """The kernels process the scores: on the GPU as always, on the CPU in the interpreter."""
