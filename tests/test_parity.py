@@ -54,7 +54,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True, scope="module")
 def _validated_distributions():
-    """``torch.compile`` turns this off for the whole process; transformers then takes rows that it refuses otherwise."""
+    """``torch.compile`` turns this off for all that follows; transformers then takes rows that it refuses otherwise."""
     before = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(True)
     yield
