@@ -9,7 +9,7 @@ import torch
 from fastlogits_kernels.bits import unpack_bits
 from fastlogits_kernels.pack_ids import pack_ids
 
-from fastlogits.position import Index
+from fastlogits.position import Index, prompt_of
 from fastlogits.run import Run
 from fastlogits.stages import AllowFrom
 from fastlogits.token_mask import fitted
@@ -37,17 +37,11 @@ class _Tables:
 
     def rows(self, input_ids: torch.Tensor, batch_size: int, vocab_size: int, prompt_length: Index) -> torch.Tensor:
         """Words int32 ``[B or 1, W]`` of the allowed tokens; launches only, so that a new run waits for nothing."""
-        if self.source is not None:
-            source = self.source
-            if batch_size % source.shape[0]:
-                raise ValueError(
-                    f"source_ids has {source.shape[0]} rows, which don't divide the {batch_size} rows of scores"
-                )
-        elif isinstance(prompt_length, int):
-            source = input_ids[:, :prompt_length]
-        else:
-            column = torch.arange(input_ids.shape[1], device=input_ids.device)
-            source = input_ids.masked_fill(column >= prompt_length.reshape(-1, 1), -1)
+        source = prompt_of(input_ids, prompt_length) if self.source is None else self.source
+        if self.source is not None and batch_size % source.shape[0]:
+            raise ValueError(
+                f"source_ids has {source.shape[0]} rows, which don't divide the {batch_size} rows of scores"
+            )
         rows = pack_ids(source, vocab_size) & self.counted | self.always
         # Beams and returned sequences of one source are neighbours; a single source broadcasts.
         return rows if rows.shape[0] == 1 else rows.repeat_interleave(batch_size // max(1, rows.shape[0]), 0)

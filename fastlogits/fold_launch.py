@@ -16,7 +16,8 @@ from fastlogits_kernels.pack_ids import pack_ids
 from fastlogits_kernels.token_sets import Gate, Operands, Position, Search, Sequences, Task, Texts, endings, sums
 
 from fastlogits.allowed import AllowedRows
-from fastlogits.run import Run, UnknownRunStartError
+from fastlogits.position import split
+from fastlogits.run import Run, known
 from fastlogits.stages import (
     AllowFrom,
     Ban,
@@ -35,18 +36,17 @@ from fastlogits.stages import (
     Stage,
     When,
 )
+from fastlogits.step import NO_ARGUMENTS, Step
 from fastlogits.token_mask import TokenMask, fitted
 
 FOLDED = (AllowFrom, Ban, Bias, Clean, Decay, Force, Penalize, Scale, SequenceBias)
 
-_NONE: Mapping[str, Any] = {}
 
-
-class FoldLaunch:
+class FoldLaunch(Step):
     """Stages that map each logit by itself, folded into one pass in the user's order."""
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self.members = tuple(members)
+        super().__init__(members)
         self._stages = [member.stage for member in members]
         allows = [stage for stage in self._stages if isinstance(stage, AllowFrom)]
         self._allowed = AllowedRows(allows) if allows else None
@@ -62,7 +62,7 @@ class FoldLaunch:
         input_ids: torch.Tensor,
         scores: torch.Tensor,
         run: Run | None = None,
-        kwargs: Mapping[str, Any] = _NONE,
+        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
         in_place: bool = False,
     ) -> torch.Tensor:
         """Fold the scores of one call."""
@@ -78,12 +78,13 @@ class FoldLaunch:
             if input_ids.device != device:
                 raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {device}")
             ids = input_ids
-            if run is None:
-                if self._needs_position:
-                    raise UnknownRunStartError(next(each.name for each in self.members if each.stage.needs_position))
+            if run is None and not self._needs_position:
                 position = Position(input_ids.shape[1] - 1)
             else:
-                position = _position(*run.locate(input_ids, scores))
+                cache_position, prompt_length = known(run, self.members).locate(input_ids, scores)
+                cache_offset, cache = split(cache_position)
+                prompt_offset, prompt = split(prompt_length)
+                position = Position(cache_offset, prompt_offset, cache, prompt)
         allowed = None if self._allowed is None else self._allowed(input_ids, scores, run)
         return fold(scores, chain, ids, position, allowed, in_place)
 
@@ -106,12 +107,6 @@ class FoldLaunch:
             chain = self._kept[key] = builder.chain()
         self._last = (V, scores.device, B, chain)
         return chain
-
-
-def _position(cache_position: Any, prompt_length: Any) -> Position:
-    cache = (cache_position, None) if isinstance(cache_position, int) else (0, cache_position)
-    prompt = (prompt_length, None) if isinstance(prompt_length, int) else (0, prompt_length)
-    return Position(cache[0], prompt[0], cache[1], prompt[1])
 
 
 def _differs_by_row(stage: Stage) -> bool:

@@ -10,12 +10,12 @@ import torch
 from fastlogits_kernels.mask_tokens import Bans, mask_tokens, mask_tokens_
 
 from fastlogits.allowed import AllowedRows
-from fastlogits.position import Index
-from fastlogits.run import Run, UnknownRunStartError
+from fastlogits.position import Index, split
+from fastlogits.run import Run, known
 from fastlogits.stages import AllowFrom, Ban, Member, Stage
+from fastlogits.step import NO_ARGUMENTS, Step
 from fastlogits.token_mask import TokenMask, fitted
 
-_NONE: Mapping[str, Any] = {}
 _ALWAYS = torch.iinfo(torch.int32).max
 
 
@@ -84,13 +84,13 @@ class _MaskTables:
         return torch.stack([mask.row() if self.device.type == "cpu" else mask.bits() for mask in masks]).to(self.device)
 
 
-class MaskLaunch:
+class MaskLaunch(Step):
     """Mask stages, in one launch: the law is mask . mask = mask (or)."""
 
     law: ClassVar[str] = "mask . mask = mask (or)"
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self.members = tuple(members)
+        super().__init__(members)
         stages = [member.stage for member in members]
         self._bans = [stage for stage in stages if isinstance(stage, Ban)]
         allows = [stage for stage in stages if isinstance(stage, AllowFrom)]
@@ -104,7 +104,7 @@ class MaskLaunch:
         input_ids: torch.Tensor,
         scores: torch.Tensor,
         run: Run | None = None,
-        kwargs: Mapping[str, Any] = _NONE,
+        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
         in_place: bool = False,
     ) -> torch.Tensor:
         """Mask the scores of one step."""
@@ -121,10 +121,8 @@ class MaskLaunch:
             raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {device}")
         if not self._needs_position:
             bans = tables.at_step(0)
-        elif run is not None:
-            bans = _bans(run, tables, input_ids, scores)
         else:
-            raise UnknownRunStartError(next(each.name for each in self.members if each.stage.needs_position))
+            bans = _bans(known(run, self.members), tables, input_ids, scores)
         if self._allowed is not None:
             allowed = self._allowed(input_ids, scores, run)
             bans = (bans or Bans())._replace(allowed=allowed)
@@ -172,8 +170,8 @@ def _bans(run: Run, tables: _MaskTables, input_ids: torch.Tensor, scores: torch.
 
 def _at_position(bans: Bans, input_ids: torch.Tensor, cache_position: Index, prompt_length: Index) -> Bans:
     """``bans`` with the position that its gates compare, on the host or on the device."""
-    cache, cache_offset = (None, cache_position) if isinstance(cache_position, int) else (cache_position, 0)
-    prompt, prompt_offset = (None, prompt_length) if isinstance(prompt_length, int) else (prompt_length, 0)
+    cache_offset, cache = split(cache_position)
+    prompt_offset, prompt = split(prompt_length)
     ids = None if bans.blanks is None else input_ids
     return Bans(
         bans.sets, bans.tokens, None, bans.windows, bans.blanks, ids, cache, prompt, cache_offset, prompt_offset

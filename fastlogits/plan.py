@@ -4,59 +4,32 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from fastlogits_kernels.truncate import truncate
 
 from fastlogits.fold_launch import FOLDED, FoldLaunch
 from fastlogits.mask_launch import MaskLaunch, is_plain_mask
-from fastlogits.run import Run, UnknownRunStartError
+from fastlogits.run import Run, known
 from fastlogits.stages import AllowFrom, Clean, Force, Member, Opaque, Rows, Truncate
-
-__all__ = ["Barrier", "Plan", "RowsLaunch", "Run", "TruncateLaunch", "UnknownRunStartError"]
-
-_NONE: Mapping[str, Any] = {}
+from fastlogits.step import NO_ARGUMENTS, Step, placed
 
 
-class Step(Protocol):
-    """A part of a plan: what several processors do, or one of them."""
-
-    members: tuple[Member, ...]
-
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: torch.Tensor,
-        run: Run | None = None,
-        kwargs: Mapping[str, Any] = _NONE,
-        in_place: bool = False,
-    ) -> torch.Tensor:
-        """Process the scores of one call."""
-
-    def describe(self) -> str:
-        """What it is, for ``explain()``; then a line each for what it moves, if that is known."""
-
-
-class TruncateLaunch:
+class TruncateLaunch(Step):
     """Truncations that follow each other, as one: they act on the same sorted view."""
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self.members = tuple(members)
+        super().__init__(members)
         self._rules = tuple(
             rule for member in members if isinstance(member.stage, Truncate) for rule in member.stage.rules
         )
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: torch.Tensor,
-        run: Run | None = None,
-        kwargs: Mapping[str, Any] = _NONE,
-        in_place: bool = False,
+    def process(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """Truncate the scores of one call."""
-        return _placed(truncate(scores, self._rules), scores, in_place)
+        return truncate(scores, self._rules)
 
     def describe(self) -> str:
         """The launch in a line, for ``explain()``."""
@@ -65,49 +38,37 @@ class TruncateLaunch:
         return "truncate"
 
 
-class RowsLaunch:
+class RowsLaunch(Step):
     """A function of whole rows, in torch."""
 
     def __init__(self, member: Member, stage: Rows) -> None:
-        self.members: tuple[Member, ...] = (member,)
+        super().__init__([member])
         self._stage = stage
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: torch.Tensor,
-        run: Run | None = None,
-        kwargs: Mapping[str, Any] = _NONE,
-        in_place: bool = False,
+    def process(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """Process the scores of one call."""
         if not self._stage.positioned:
-            return _placed(self._stage.function(input_ids, scores), scores, in_place)
-        if run is None:
-            raise UnknownRunStartError(self.members[0].name)
-        return _placed(self._stage.function(input_ids, scores, *run.locate(input_ids, scores)), scores, in_place)
+            return self._stage.function(input_ids, scores)
+        return self._stage.function(input_ids, scores, *known(run, self.members).locate(input_ids, scores))
 
     def describe(self) -> str:
         """The function in a word, for ``explain()``."""
         return f"torch: {self._stage.law}"
 
 
-class Barrier:
+class Barrier(Step):
     """A processor that fastlogits doesn't know: it runs as it is, and nothing merges across it."""
 
     def __init__(self, member: Member, processor: Any) -> None:
-        self.members: tuple[Member, ...] = (member,)
+        super().__init__([member])
         self.processor = processor
         parameters = list(inspect.signature(processor.__call__).parameters)
         self._parameters, self._extra = parameters, parameters[2:]
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: torch.Tensor,
-        run: Run | None = None,
-        kwargs: Mapping[str, Any] = _NONE,
-        in_place: bool = False,
+    def process(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """Run the processor as ``LogitsProcessorList`` of transformers does."""
         if self._extra:
@@ -116,10 +77,8 @@ class Barrier:
                     f"Make sure that all the required parameters: {self._parameters} for "
                     f"{type(self.processor)} are passed to the logits processor."
                 )
-            processed = self.processor(input_ids, scores, **{name: kwargs[name] for name in self._extra})
-        else:
-            processed = self.processor(input_ids, scores)
-        return _placed(processed, scores, in_place)
+            return self.processor(input_ids, scores, **{name: kwargs[name] for name in self._extra})  # type: ignore[no-any-return]
+        return self.processor(input_ids, scores)  # type: ignore[no-any-return]
 
     def describe(self) -> str:
         """The barrier in a word, for ``explain()``."""
@@ -169,7 +128,7 @@ class Plan:
         input_ids: torch.Tensor,
         scores: torch.Tensor,
         run: Run | None = None,
-        kwargs: Mapping[str, Any] = _NONE,
+        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
         in_place: bool = False,
     ) -> torch.Tensor:
         """Processed scores ``[B, V]``: new ones, or ``scores`` itself where nothing changes it or ``in_place``."""
@@ -180,7 +139,7 @@ class Plan:
                 processed = scores
                 for original in originals:
                     processed = original(input_ids, processed)
-                return _placed(processed, scores, in_place)
+                return placed(processed, scores, in_place)
         for step in self.steps:
             scores = step(input_ids, scores, run, kwargs, in_place)
         return scores
@@ -212,18 +171,6 @@ def _fuses(group: list[Member], member: Member) -> bool:
     # A launch reads one set of allowed rows, and bans don't move across what brings a score back from -inf.
     parted = any(isinstance(each.stage, (Clean, Force)) for each in group)
     return not (parted and isinstance(stage, AllowFrom) and any(isinstance(each.stage, AllowFrom) for each in group))
-
-
-def _placed(processed: torch.Tensor, scores: torch.Tensor, in_place: bool) -> torch.Tensor:
-    """``processed``, or ``scores`` that has been given its values."""
-    if not in_place or processed is scores:
-        return processed
-    if processed.shape != scores.shape:
-        raise ValueError(
-            f"scores of shape {tuple(scores.shape)} can't be processed in place: the result is of shape "
-            f"{tuple(processed.shape)}; call the processor instead"
-        )
-    return scores.copy_(processed)
 
 
 def _plural(count: int, noun: str) -> str:

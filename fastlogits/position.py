@@ -50,6 +50,19 @@ class Position:
         return self.cache_position + 1 - self.prompt_length
 
 
+def split(index: Index) -> tuple[int, torch.Tensor | None]:
+    """The part of an index that the host knows, and the tensor that is to be added to it, if any."""
+    return (index, None) if isinstance(index, int) else (0, index)
+
+
+def prompt_of(input_ids: torch.Tensor, prompt_length: Index) -> torch.Tensor:
+    """The prompt's tokens ``(B, N)`` of the tokens so far; behind a row's own, -1."""
+    if isinstance(prompt_length, int):
+        return input_ids[:, :prompt_length]
+    column = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return input_ids.masked_fill(column >= prompt_length.reshape(-1, 1), -1)
+
+
 def check_index(argument: str, value: object, *, at_least: int) -> None:
     """Raise a ValueError that names ``argument`` unless ``value`` is an ``Index``."""
     if isinstance(value, torch.Tensor):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from fastlogits.position import Index, Position
+from fastlogits.stages import Member
 
 
 class UnknownRunStartError(ValueError):
@@ -68,3 +70,14 @@ class Run:
             # In assisted decoding one processor serves a draft model too, whose tokenizer may count another length.
             prompt_length = self._first_lengths.setdefault(scores.shape[1], length)
         return length - 1 if cache_position is None else cache_position, prompt_length
+
+
+def known(run: Run | None, members: Iterable[Member]) -> Run:
+    """The run of a call of some processors.
+
+    Raises:
+        UnknownRunStartError: there is none; the message names the first processor that asks for its start.
+    """
+    if run is None:
+        raise UnknownRunStartError(next(member.name for member in members if member.stage.needs_position))
+    return run

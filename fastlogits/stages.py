@@ -126,8 +126,27 @@ class Stage:
         raise NotImplementedError
 
 
+class _OfTokens(Stage):
+    """A stage that speaks of some ``tokens``, and may have a gate ``when`` it acts."""
+
+    tokens: Any
+
+    @property
+    def _gate(self) -> When | None:
+        return getattr(self, "when", None)
+
+    @property
+    def needs_position(self) -> bool:
+        asks = isinstance(self.tokens, History) and self.tokens.span != "all"
+        return asks or (self._gate is not None and self._gate.of == "step")
+
+    @property
+    def needs_history(self) -> bool:
+        return self._gate is not None or isinstance(self.tokens, (History, Repeated))
+
+
 @dataclass(frozen=True, eq=False)
-class Ban(Stage):
+class Ban(_OfTokens):
     """Tokens that get -inf: always, or while its gate is open.
 
     Args:
@@ -152,14 +171,6 @@ class Ban(Stage):
         assert isinstance(self.tokens, (TokenMask, tuple))
         mask = fitted(self.argument, self.tokens, vocab_size, lenient=self.lenient)
         return ~mask if self.inverted else mask
-
-    @property
-    def needs_position(self) -> bool:
-        return (self.when is not None and self.when.of == "step") or _asks_position(self.tokens)
-
-    @property
-    def needs_history(self) -> bool:
-        return self.when is not None or isinstance(self.tokens, (History, Repeated))
 
     def describe(self) -> str:
         until = "" if self.blank is None else f", then until a token outside {_words(self.blank)} blank"
@@ -190,7 +201,7 @@ class AllowFrom(Stage):
 
     @property
     def needs_history(self) -> bool:
-        return isinstance(self.source, str)
+        return self.needs_position
 
     def describe(self) -> str:
         source = "the prompt" if isinstance(self.source, str) else f"a source of shape {tuple(self.source.shape)}"
@@ -198,20 +209,12 @@ class AllowFrom(Stage):
 
 
 @dataclass(frozen=True, eq=False)
-class Penalize(Stage):
+class Penalize(_OfTokens):
     """Scores of some tokens are divided by the penalty where positive or zero, and multiplied by it where negative."""
 
     kind = "penalty"
     tokens: History | Given
     penalty: float
-
-    @property
-    def needs_position(self) -> bool:
-        return _asks_position(self.tokens)
-
-    @property
-    def needs_history(self) -> bool:
-        return isinstance(self.tokens, History)
 
     def describe(self) -> str:
         return f"penalise the tokens of {self.tokens.describe()} by {self.penalty:g}"
@@ -229,7 +232,7 @@ class Scale(Stage):
 
 
 @dataclass(frozen=True, eq=False)
-class Bias(Stage):
+class Bias(_OfTokens):
     """A value is added to the scores of some tokens.
 
     Args:
@@ -246,14 +249,6 @@ class Bias(Stage):
     counted: float = 0.0
     when: When | None = None
     argument: str = "tokens"
-
-    @property
-    def needs_position(self) -> bool:
-        return (self.when is not None and self.when.of == "step") or _asks_position(self.tokens)
-
-    @property
-    def needs_history(self) -> bool:
-        return self.when is not None or isinstance(self.tokens, (History, Repeated))
 
     def describe(self) -> str:
         counted = f", {self.counted:+g} for each occurrence" if self.counted else ""
@@ -307,7 +302,7 @@ class Decay(Stage):
 
 
 @dataclass(frozen=True, eq=False)
-class Force(Stage):
+class Force(_OfTokens):
     """While its gate is open some tokens get 0 and all others -inf.
 
     Args:
@@ -320,14 +315,6 @@ class Force(Stage):
     tokens: TokenSet
     when: When
     argument: str = "tokens"
-
-    @property
-    def needs_position(self) -> bool:
-        return self.when.of == "step"
-
-    @property
-    def needs_history(self) -> bool:
-        return True
 
     def describe(self) -> str:
         return f"force {_words(self.tokens)} {self.when.describe()}"
@@ -397,10 +384,6 @@ class Opaque(Stage):
 
     def describe(self) -> str:
         return "unknown to fastlogits: runs as it is"
-
-
-def _asks_position(source: Source) -> bool:
-    return isinstance(source, History) and source.span != "all"
 
 
 def _words(source: Source) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
+from fastlogits_kernels._triton import to_device
 from fastlogits_kernels.bits import pack_bits, unpack_bits, words
 
 from fastlogits.token_text import kept_with, token_texts
@@ -244,6 +246,12 @@ def checked_ids(argument: str, ids: Iterable[int] | torch.Tensor) -> tuple[int, 
             raise ValueError(f"{argument} must be token ids of at least 0, got {token_id} among them")
         distinct[int(token_id)] = None
     return tuple(distinct)
+
+
+@lru_cache(maxsize=256)
+def ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
+    """Token ids int64 ``[N]`` on a device, kept there. Don't write to it."""
+    return to_device(torch.tensor(ids), device)
 
 
 def checked_set(argument: str, tokens: TokenMask | Iterable[int] | torch.Tensor) -> TokenSet:

@@ -88,20 +88,13 @@ MODES = {
     "beams": {"num_beams": 3},
     "beam sampling": {"num_beams": 3, "do_sample": True},
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LISTS = [(fl.LogitsProcessorList, fl), (fl.LogitsProcessorList, reference), (transformers.LogitsProcessorList, fl)]
 # ``generate`` compares types exactly, so what stands in a list of its own acts beside the same flag, not in its place.
 OUR_LISTS = LISTS[:2]
 # The rows that they were made for are those of the prompt: beams and several samples have more.
 ONE_ROW_EACH = ("a penalty on a source",) if IS_4 else ()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they save on a model of this size, above all where the cores have other work too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def generate(model, processors, inputs=None, **options):

@@ -30,6 +30,7 @@ RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 KERNEL_EXAMPLES = 8
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),  # NaN in Triton's interpreter
 ]
@@ -41,15 +42,6 @@ class Inputs:
 
     ids: list[torch.Tensor]
     scores: list[torch.Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they save on tensors of this size, above all where the cores have other work too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")

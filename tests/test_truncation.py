@@ -38,17 +38,10 @@ VALUES = {
     "eta": st.sampled_from([3e-4, 2e-3]) | st.floats(1e-5, 0.5),
     "top_h": st.floats(0.05, 1.0),
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # From 256 tokens on the end of the row is looked at; from 1,100 on it is found by groups; 6,000 take an estimate.
 VOCABS = st.sampled_from([1, 2, 7, 64, 300, 700, 1111, 2500, 6000])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Of many small operations the threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def is_refused(scores: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from fastlogits_kernels._triton import to_device
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor as _PrefixConstrained
 
 from fastlogits.processors.base import StagedProcessor
@@ -80,15 +81,8 @@ def _index(allowed: list[torch.Tensor], device: torch.device) -> tuple[torch.Ten
     """Rows and tokens of all allowed tokens, on the device."""
     rows = torch.repeat_interleave(torch.arange(len(allowed)), torch.tensor([len(ids) for ids in allowed]))
     if all(ids.device == rows.device for ids in allowed):
-        return _sent(rows, device), _sent(torch.cat(allowed), device)
-    return _sent(rows, device), torch.cat([_sent(ids, device) for ids in allowed])
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device, to which it goes without a wait."""
-    if tensor.is_cpu and device.type == "cuda":
-        tensor = tensor.pin_memory()  # a copy from other memory waits
-    return tensor.to(device, non_blocking=True)
+        return to_device(rows, device), to_device(torch.cat(allowed), device)
+    return to_device(rows, device), torch.cat([to_device(ids, device) for ids in allowed])
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from fastlogits_kernels._triton import to_device
 from torch.nn.functional import pad
 
+from fastlogits.processors.arguments import finite_number, whole_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Rows
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
@@ -54,12 +55,10 @@ class DRYLogitsProcessor(StagedProcessor):
         sequence_breakers: TokenMask | Iterable[int] | torch.Tensor = (),
         range_: int = 0,
     ) -> None:
-        for argument, number, least in (("multiplier", multiplier, 0), ("base", base, 1)):
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number < float("inf"):
-                raise ValueError(f"{argument} must be a finite number of at least {least}, got {number!r}")
-        for argument, count in (("allowed_length", allowed_length), ("range_", range_)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"{argument} must be an integer of at least 0, got {count!r}")
+        finite_number("multiplier", multiplier, 0)
+        finite_number("base", base, 1)
+        whole_number("allowed_length", allowed_length)
+        whole_number("range_", range_)
         try:
             float(base) ** _LONGEST
         except OverflowError:

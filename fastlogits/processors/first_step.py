@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from fastlogits.processors.arguments import whole_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Ban, When
 from fastlogits.token_mask import TokenMask, checked_set
@@ -48,8 +49,7 @@ class SuppressFirstTokens(StagedProcessor):
         *,
         blank: TokenMask | Iterable[int] | torch.Tensor | None = None,
     ) -> None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(f"window must be an integer of at least 1, got {window!r}")
+        whole_number("window", window, 1)
         self.tokens = checked_set(self._argument, mask_or_ids)
         self.window = window
         self.blank = None if blank is None else checked_set("blank", blank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers.generation import logits_process as theirs
 
+from fastlogits.processors.arguments import finite_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Bias, Given, History, Penalize
 
@@ -62,9 +63,7 @@ class _OutputPenalty(StagedProcessor):
     supports_continuous_batching = False
 
     def __init__(self, penalty: float) -> None:
-        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not abs(penalty) < float("inf"):
-            raise ValueError(f"penalty must be a finite number, got {penalty!r}")
-        self.penalty = float(penalty)
+        self.penalty = float(finite_number("penalty", penalty))
 
 
 class PresencePenaltyLogitsProcessor(_OutputPenalty):

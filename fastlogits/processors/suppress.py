@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from transformers.generation import logits_process as theirs
 
+from fastlogits.processors.arguments import whole_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.processors.length import ids_of
 from fastlogits.stages import Ban, When
@@ -98,9 +99,7 @@ class MinTokensLogitsProcessor(StagedProcessor):
     supports_continuous_batching = False
 
     def __init__(self, min_tokens: int, stop_token_ids: Iterable[int] | torch.Tensor) -> None:
-        if isinstance(min_tokens, bool) or not isinstance(min_tokens, int) or min_tokens < 0:
-            raise ValueError(f"min_tokens must be an integer of at least 0, got {min_tokens!r}")
-        self.min_tokens = min_tokens
+        self.min_tokens = whole_number("min_tokens", min_tokens)
         self.stop_token_ids = checked_ids("stop_token_ids", stop_token_ids)
 
     def stage(self) -> Ban:

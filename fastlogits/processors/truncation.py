@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from fastlogits_kernels.truncate import Rule
@@ -12,7 +12,7 @@ from transformers.generation import logits_process as theirs
 
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Rows, Truncate
-from fastlogits.token_mask import checked_ids
+from fastlogits.token_mask import checked_ids, ids_on
 
 
 class TopKLogitsWarper(StagedProcessor, theirs.TopKLogitsWarper):
@@ -275,14 +275,9 @@ def _exclude_top_choices(
     drop[:, :-1] = likely[:, 1:]  # one that is less likely is likely enough
     drop &= torch.rand(B, 1, device=scores.device, generator=generator) < probability
     if special:
-        barred = (tokens.unsqueeze(2) == _ids_on(scores.device, special)).any(2) & drop
+        barred = (tokens.unsqueeze(2) == ids_on(scores.device, special)).any(2) & drop
         drop &= ~barred.any(1, keepdim=True)
     return scores.scatter(1, tokens, top.masked_fill(drop, filter_value))
-
-
-@lru_cache(maxsize=64)
-def _ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor(ids, device=device)
 
 
 def _is_number(value: object) -> bool:

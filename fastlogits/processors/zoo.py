@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from threading import get_ident
 from time import monotonic
 from typing import Any
 
 import torch
-from fastlogits_kernels._triton import to_device
 from torch.nn.functional import pad
 
-from fastlogits.position import Index
+from fastlogits.position import Index, prompt_of
+from fastlogits.processors.arguments import finite_number, whole_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Ban, Rows
-from fastlogits.token_mask import TokenMask
+from fastlogits.token_mask import TokenMask, ids_on
 from fastlogits.token_text import token_texts
 
 _INF = float("inf")
@@ -64,8 +64,8 @@ class GenLengthLogitsProcessor(StagedProcessor):
         complete_sentences: bool = False,
         boost_token_str: str | None = None,
     ) -> None:
-        self.boost_factor = _number("boost_factor", boost_factor)
-        self.p = _number("p", p, 0, 32)
+        self.boost_factor = finite_number("boost_factor", boost_factor)
+        self.p = finite_number("p", p, 0, 32)
         self.complete_sentences = complete_sentences
         self.boost_token = _boosted(tokenizer, boost_token_str)
         self.sentence_ends = _sentence_ends(tokenizer) if complete_sentences else None
@@ -114,9 +114,9 @@ class CiteFromPromptLogitsProcessor(StagedProcessor):
         boost_eos: bool = True,
         conditional_boost_factor: float = 0.0,
     ) -> None:
-        self.boost_factor = _number("boost_factor", boost_factor)
+        self.boost_factor = finite_number("boost_factor", boost_factor)
         self.boost_eos = boost_eos
-        self.conditional_boost_factor = _number("conditional_boost_factor", conditional_boost_factor)
+        self.conditional_boost_factor = finite_number("conditional_boost_factor", conditional_boost_factor)
         self.eos_token_id = _end_of_text(tokenizer) if boost_eos else None
 
     def stage(self) -> Rows:
@@ -169,7 +169,7 @@ class MultipleChoiceLogitsProcessor(StagedProcessor):
         self.choice_tokens = tuple(_token("choices", tokenizer, text) for text in texts)
         if not texts or len(set(self.choice_tokens)) < len(texts):
             raise ValueError(f"choices must be at least one text, each another token, got {texts!r}")
-        self.boost_first_words = _number("boost_first_words", boost_first_words)
+        self.boost_first_words = finite_number("boost_first_words", boost_first_words)
         self.delimiter_token = _token("delimiter", tokenizer, delimiter)
         if self.boost_first_words:
             self.new_lines = TokenMask.matching(tokenizer, r"[\s\S]*\n", how="fullmatch")
@@ -277,8 +277,8 @@ class TriggerPhraseLogitsProcessor(StagedProcessor):
         self.trigger_token = (
             None if trigger_token_phrase is None else _token("trigger_token_phrase", tokenizer, trigger_token_phrase)
         )
-        self.trigger_time = None if trigger_time is None else _number("trigger_time", trigger_time, 0)
-        self.trigger_count = _count("trigger_count", trigger_count)
+        self.trigger_time = None if trigger_time is None else finite_number("trigger_time", trigger_time, 0)
+        self.trigger_count = whole_number("trigger_count", trigger_count)
         self.trigger_after = trigger_after
 
     def stage(self) -> Rows:
@@ -330,8 +330,8 @@ class PreventHallucinationLogitsProcessor(StagedProcessor):
         tolerate: int = 1,
         phrase: str = "...I don't know actually.\n",
     ) -> None:
-        self.minp = _number("minp", minp, 0, 1)
-        self.tolerate = _count("tolerate", tolerate)
+        self.minp = finite_number("minp", minp, 0, 1)
+        self.tolerate = whole_number("tolerate", tolerate)
         self.phrase_tokens = _phrase(phrase, tokenizer)
 
     def stage(self) -> Rows:
@@ -378,7 +378,7 @@ class MaxTimeLogitsProcessor(StagedProcessor):
         complete_sentences: bool = False,
         boost_token_str: str | None = None,
     ) -> None:
-        self.max_time = _number("max_time", max_time, 0)
+        self.max_time = finite_number("max_time", max_time, 0)
         self.complete_sentences = complete_sentences
         self.boost_token = _boosted(tokenizer, boost_token_str)
         self.sentence_ends = _sentence_ends(tokenizer) if complete_sentences else None
@@ -426,7 +426,7 @@ def _cite(
     cache_position: Index,
     prompt_length: Index,
 ) -> torch.Tensor:
-    prompt = _prompt(input_ids, prompt_length)
+    prompt = prompt_of(input_ids, prompt_length)
     cited = prompt
     if eos is not None:
         _check_tokens(scores, eos)
@@ -464,7 +464,7 @@ def _choose(
 ) -> torch.Tensor:
     _check_tokens(scores, *choices)
     V = scores.shape[1]
-    prompt = _prompt(input_ids, prompt_length)
+    prompt = prompt_of(input_ids, prompt_length)
     L = prompt.shape[1]
     starts = _are_in(new_lines, prompt[:, :-3]) & _are_in(delimiters, prompt[:, 2:-1])  # [B, L - 3]
     column = torch.arange(starts.shape[1], device=prompt.device)
@@ -475,7 +475,7 @@ def _choose(
         # The first that comes after the choice before it; none comes after one that isn't there.
         after = column.where(found, L).amin(1, keepdim=True)
         words.append(pad(prompt, (0, L + 3), value=-1)[:, 3:].gather(1, after))
-    chosen = _ids_on(scores.device, choices).expand(scores.shape[0], -1)
+    chosen = ids_on(scores.device, choices).expand(scores.shape[0], -1)
     kept = scores.gather(1, chosen)
     if words:
         word = torch.cat(words, 1)
@@ -589,7 +589,7 @@ def _forced(scores: torch.Tensor, due: torch.Tensor, phrase: tuple[int, ...], sa
     """Scores that leave nothing but the phrase's token after ``said`` in the rows that are due."""
     if scores.is_cpu and not due.any():
         return scores
-    token = _ids_on(scores.device, phrase)[said.clamp(0, len(phrase) - 1)].unsqueeze(1)
+    token = ids_on(scores.device, phrase)[said.clamp(0, len(phrase) - 1)].unsqueeze(1)
     due = due.unsqueeze(1)
     processed = scores.masked_fill(due, -_INF)
     return processed.scatter_(1, token, scores.gather(1, token).masked_fill(due, 0.0))
@@ -706,14 +706,6 @@ def _column(index: Index) -> Index:
     return index if isinstance(index, int) else index.reshape(-1, 1)
 
 
-def _prompt(input_ids: torch.Tensor, prompt_length: Index) -> torch.Tensor:
-    """The prompt's tokens ``[B, N]``, then -1."""
-    if isinstance(prompt_length, int):
-        return input_ids[:, :prompt_length]
-    column = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return input_ids.masked_fill(column >= prompt_length.reshape(-1, 1), -1)
-
-
 def _last(input_ids: torch.Tensor, cache_position: Index) -> torch.Tensor:
     """The last token of each row ``[B]``, -1 where there is none."""
     if isinstance(cache_position, int):
@@ -737,11 +729,6 @@ def _are_in(mask: TokenMask, ids: torch.Tensor) -> torch.Tensor:
     """Which of some ids are in a mask; those that it doesn't know are not."""
     row = mask.row(ids.device)
     return row[ids.clamp(0, mask.vocab_size - 1).long()] & (ids >= 0) & (ids < mask.vocab_size)
-
-
-@lru_cache(maxsize=256)
-def _ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
-    return to_device(torch.tensor(ids), device)
 
 
 def _check_tokens(scores: torch.Tensor, *tokens: int) -> None:
@@ -795,17 +782,3 @@ def _same_text(tokenizer: Any, token: int) -> TokenMask:
     text = texts[token]
     same = [i for i, other in enumerate(texts) if text and other in (text.lstrip(" "), " " + text.lstrip(" "))]
     return TokenMask.from_ids({token, *same}, len(texts))
-
-
-def _number(argument: str, value: object, low: float = -_INF, high: float = _INF) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or abs(value) == _INF:
-        least = "" if low == -_INF else f" of at least {low}"
-        most = "" if high == _INF else f" and at most {high}"
-        raise ValueError(f"{argument} must be a finite number{least}{most}, got {value!r}")
-    return value
-
-
-def _count(argument: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{argument} must be an integer of at least 0, got {value!r}")
-    return value

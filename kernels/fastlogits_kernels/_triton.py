@@ -29,7 +29,7 @@ except ImportError:  # macOS, Windows, or a CPU-only environment: every operatio
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "Launcher", "tl", "to_device", "triton"]
+__all__ = ["HAS_TRITON", "Launcher", "empty_out", "row_stride", "tl", "to_device", "triton"]
 
 # Relaunching relies on how Triton itself launches a compiled kernel; before 3.4 that was another way.
 _RELAUNCHES = HAS_TRITON and tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 4)
@@ -84,3 +84,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def row_stride(index: torch.Tensor | None) -> int:
+    """The stride by which the rows read an index ``[B]``; one of no dimensions, or none, serves all rows."""
+    return index.stride(0) if index is not None and index.ndim else 0
+
+
+def empty_out(scores: torch.Tensor) -> torch.Tensor:
+    """A new contiguous tensor of the shape of ``scores``."""
+    # Of a strided input, empty_like would keep the strides where it can.
+    return torch.empty_like(scores) if scores.is_contiguous() else scores.new_empty(scores.shape)

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, tl, to_device, triton
+from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, tl, to_device, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.token_places import find_places, find_row_value
 from fastlogits_kernels.token_sets import (
@@ -215,8 +215,7 @@ def run_kernels(
         elif B and V:
             found = launch_token_sets(scores, search, input_ids, position, allowed)
     if out is None:
-        # Of a strided input, empty_like would keep the strides where it can.
-        out = torch.empty_like(scores) if scores.is_contiguous() else scores.new_empty(scores.shape)
+        out = empty_out(scores)
     if B and V:
         launch_fold(scores, out, chain, found)
     return out

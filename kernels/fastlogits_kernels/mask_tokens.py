@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, tl, triton
+from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, row_stride, tl, triton
 from fastlogits_kernels.bits import unpack_bits, words
 from fastlogits_kernels.columns import fill_columns
 
@@ -185,9 +185,7 @@ def launch_mask_tokens(scores: torch.Tensor, out: torch.Tensor, bans: Bans) -> N
     else:
         L = input_ids.shape[1]
         stride_ids_row, stride_id = input_ids.stride()
-    # A position of no dimensions serves all rows.
-    stride_cache = cache_position.stride(0) if cache_position is not None and cache_position.ndim else 0
-    stride_prompt = prompt_length.stride(0) if prompt_length is not None and prompt_length.ndim else 0
+    stride_cache, stride_prompt = row_stride(cache_position), row_stride(prompt_length)
     key: tuple[object, ...] = (
         scores.device, scores.dtype, scores.data_ptr() % 16, V,
         stride_row == 1, stride_row % 16, stride_row >> 31, stride_token,
@@ -266,8 +264,7 @@ def reference_mask_tokens(scores: torch.Tensor, out: torch.Tensor | None, bans: 
 def _copying(scores: torch.Tensor, bans: Bans) -> torch.Tensor:
     if not (scores.is_cuda and HAS_TRITON):
         return reference_mask_tokens(scores, None, bans)
-    # Of a strided input, empty_like would keep the strides where it can.
-    out = torch.empty_like(scores) if scores.is_contiguous() else scores.new_empty(scores.shape)
+    out = empty_out(scores)
     launch_mask_tokens(scores, out, bans)
     return out
 

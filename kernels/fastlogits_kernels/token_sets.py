@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlogits_kernels._triton import Launcher, tl, triton
+from fastlogits_kernels._triton import Launcher, row_stride, tl, triton
 from fastlogits_kernels.bits import pack_bits, words
 
 # Kinds of tasks; each is followed by the meaning of ``a`` and ``b``.
@@ -62,9 +62,9 @@ class Gate(NamedTuple):
     period: int
     phase: int
 
-    def is_open(self, step: int | None, length: int) -> bool:
-        """Whether it is open, given positions on the host; ``step`` is None where the gate is one of length."""
-        index = length if self.of == LENGTH or step is None else step
+    def is_open(self, step: int, length: int) -> bool:
+        """Whether it is open, given positions on the host."""
+        index = length if self.of == LENGTH else step
         return self.start <= index < self.stop and (index - self.phase) % self.period == 0
 
 
@@ -77,7 +77,6 @@ class Position(NamedTuple):
     prompt_length: torch.Tensor | None = None
 
 
-_SIZE = len(Task._fields)
 _STEPWISE = ["B", "W", "L", "source_length", "stride_ids_row", "stride_id", "stride_allowed", "stride_cache"]
 _STEPWISE += ["stride_prompt", "cache_offset", "prompt_offset"]
 _UNALIGNED = ["ids_ptr", "masks_ptr", "rows_ptr", "sources_ptr", "starts_ptr", "gates_ptr", "table_ptr", "numbers_ptr"]
@@ -547,8 +546,7 @@ def launch_token_sets(
         found, planes, row_values, scores,
         B, V, W, L, 0 if sources is None else sources.shape[2],
         stride_ids_row, stride_id, 0 if allowed is None or allowed.shape[0] == 1 else allowed.stride(0),
-        cache_position.stride(0) if cache_position is not None and cache_position.ndim else 0,
-        prompt_length.stride(0) if prompt_length is not None and prompt_length.ndim else 0,
+        row_stride(cache_position), row_stride(prompt_length),
         cache_offset, prompt_offset,
         search.flat, sets, search.row_values, splits, _BLOCK,
     ))  # fmt: skip

@@ -1,0 +1,59 @@
+"""A part of a plan: what several processors do in one launch, or what one of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastlogits.run import Run
+from fastlogits.stages import Member
+
+NO_ARGUMENTS: Mapping[str, Any] = {}
+
+
+class Step:
+    """A part of a plan, which makes new scores that are then copied where they are wanted in place.
+
+    A part that can write in place itself overrides the call instead of ``process``.
+
+    Args:
+        members: the processors.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None = None,
+        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Process the scores of one call."""
+        return placed(self.process(input_ids, scores, run, kwargs), scores, in_place)
+
+    def process(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """New scores, or ``scores`` itself where nothing changes."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What it is, for ``explain()``; then a line each for what it moves, if that is known."""
+        raise NotImplementedError
+
+
+def placed(processed: torch.Tensor, scores: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """``processed``, or ``scores`` that has been given its values."""
+    if not in_place or processed is scores:
+        return processed
+    if processed.shape != scores.shape:
+        raise ValueError(
+            f"scores of shape {tuple(scores.shape)} can't be processed in place: the result is of shape "
+            f"{tuple(processed.shape)}; call the processor instead"
+        )
+    return scores.copy_(processed)
