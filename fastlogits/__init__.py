@@ -4,6 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastlogits.acceleration import accelerate as accelerate
+    from fastlogits.acceleration import restore as restore
+    from fastlogits.decoding import decode as decode
     from fastlogits.plan import Plan as Plan
     from fastlogits.position import Position as Position
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
@@ -80,6 +83,9 @@ if TYPE_CHECKING:
     from fastlogits.processors.zoo import MultipleChoiceLogitsProcessor as MultipleChoiceLogitsProcessor
     from fastlogits.processors.zoo import PreventHallucinationLogitsProcessor as PreventHallucinationLogitsProcessor
     from fastlogits.processors.zoo import TriggerPhraseLogitsProcessor as TriggerPhraseLogitsProcessor
+    from fastlogits.sampling import Sample as Sample
+    from fastlogits.sampling import Sampler as Sampler
+    from fastlogits.sampling import sample as sample
     from fastlogits.token_mask import TokenMask as TokenMask
 
 __version__ = "0.1.0"
@@ -126,6 +132,8 @@ _HOME = {
     "PresencePenaltyLogitsProcessor": "processors.penalties",
     "PreventHallucinationLogitsProcessor": "processors.zoo",
     "RepetitionPenaltyLogitsProcessor": "processors.penalties",
+    "Sample": "sampling",
+    "Sampler": "sampling",
     "SequenceBiasLogitsProcessor": "processors.sequences",
     "StagedProcessor": "processors.base",
     "SuppressFirstTokens": "processors.first_step",
@@ -147,6 +155,10 @@ _HOME = {
     "WhisperNoSpeechDetection": "processors.audio",
     "WhisperTimeStampLogitsProcessor": "processors.audio",
     "XTCLogitsProcessor": "processors.truncation",
+    "accelerate": "acceleration",
+    "decode": "decoding",
+    "restore": "acceleration",
+    "sample": "sampling",
 }
 # Those that not every supported version of transformers has.
 _OPTIONAL = ("HammingDiversityLogitsProcessor", "TopHLogitsWarper")

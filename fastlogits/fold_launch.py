@@ -66,6 +66,12 @@ class FoldLaunch(Step):
         in_place: bool = False,
     ) -> torch.Tensor:
         """Fold the scores of one call."""
+        return fold(scores, *self.inputs(input_ids, scores, run), in_place)
+
+    def inputs(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None
+    ) -> tuple[Chain, torch.Tensor | None, Position, torch.Tensor | None]:
+        """What the operation takes besides the scores: the chain, the ids that it reads, its position, its rows."""
         device = scores.device
         B, V = scores.shape
         last = self._last
@@ -86,7 +92,7 @@ class FoldLaunch(Step):
                 prompt_offset, prompt = split(prompt_length)
                 position = Position(cache_offset, prompt_offset, cache, prompt)
         allowed = None if self._allowed is None else self._allowed(input_ids, scores, run)
-        return fold(scores, chain, ids, position, allowed, in_place)
+        return chain, ids, position, allowed
 
     def describe(self) -> str:
         """The launch in a line, for ``explain()``."""

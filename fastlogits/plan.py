@@ -7,35 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from fastlogits_kernels.truncate import truncate
 
 from fastlogits.fold_launch import FOLDED, FoldLaunch
 from fastlogits.mask_launch import MaskLaunch, is_plain_mask
 from fastlogits.run import Run, known
-from fastlogits.stages import AllowFrom, Clean, Force, Member, Opaque, Rows, Truncate
+from fastlogits.stages import AllowFrom, Clean, Force, Member, Normalise, Opaque, Rows, Truncate
 from fastlogits.step import NO_ARGUMENTS, Step, placed
-
-
-class TruncateLaunch(Step):
-    """Truncations that follow each other, as one: they act on the same sorted view."""
-
-    def __init__(self, members: Sequence[Member]) -> None:
-        super().__init__(members)
-        self._rules = tuple(
-            rule for member in members if isinstance(member.stage, Truncate) for rule in member.stage.rules
-        )
-
-    def process(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
-    ) -> torch.Tensor:
-        """Truncate the scores of one call."""
-        return truncate(scores, self._rules)
-
-    def describe(self) -> str:
-        """The launch in a line, for ``explain()``."""
-        if len(self.members) > 1:
-            return f"truncate: {len(self.members)} truncations in one (what the first leaves, the others look at)"
-        return "truncate"
+from fastlogits.truncate_launch import SelectLaunch, TruncateLaunch
 
 
 class RowsLaunch(Step):
@@ -44,6 +22,7 @@ class RowsLaunch(Step):
     def __init__(self, member: Member, stage: Rows) -> None:
         super().__init__([member])
         self._stage = stage
+        self.is_normalisation = isinstance(stage, Normalise)
 
     def process(
         self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
@@ -93,6 +72,8 @@ class Plan:
         members = [member for step in steps for member in step.members]
         known = [member.original for member in members if member.original is not None]
         self._originals = known if len(known) == len(members) else None
+        self.gpu_steps = _selected(steps)
+        """The same for kernels: truncations take in what stands before them, and the normalisation after them."""
 
     @classmethod
     def compile(cls, members: Iterable[Member]) -> Plan:
@@ -140,7 +121,7 @@ class Plan:
                 for original in originals:
                     processed = original(input_ids, processed)
                 return placed(processed, scores, in_place)
-        for step in self.steps:
+        for step in self.gpu_steps if scores.is_cuda else self.steps:
             scores = step(input_ids, scores, run, kwargs, in_place)
         return scores
 
@@ -158,7 +139,23 @@ class Plan:
                 kind = stage.law if isinstance(stage, Rows) else stage.kind
                 lines.append(f"     {member.name:<{width}}  {kind:<9}  {stage.describe()}")
             lines += [f"     {note}" for note in notes]
+        lines += [f"on a GPU {step.describe()}" for step in self.gpu_steps if isinstance(step, SelectLaunch)]
         return "\n".join(lines)
+
+
+def _selected(steps: Sequence[Step]) -> Sequence[Step]:
+    """The steps with truncations and their neighbours as one."""
+    found: list[Step] = []
+    for number, step in enumerate(steps, 1):
+        last = found[-1] if found else None
+        if isinstance(step, TruncateLaunch):
+            before = found.pop() if isinstance(last, (FoldLaunch, MaskLaunch)) else None
+            found.append(SelectLaunch(step, before, first=number - (before is not None)))
+        elif isinstance(step, RowsLaunch) and step.is_normalisation and isinstance(last, SelectLaunch):
+            found[-1] = last.followed_by(step)
+        else:
+            found.append(step)
+    return found
 
 
 def _fuses(group: list[Member], member: Member) -> bool:

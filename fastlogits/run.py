@@ -41,16 +41,13 @@ class Run:
             for argument, index in (("prompt_length", prompt_length), ("cache_position", cache_position))
             if isinstance(index, torch.Tensor)
         ]
+        self.on_device = len(self._on_device) > 0
+        """Whether a position of it is a tensor, and so known on the device only."""
         self._first_lengths: dict[int, int] = {}
         self.allowed: dict[Any, torch.Tensor] = {}
         """Allowed rows that were built for this run."""
         self.placed: tuple[Any, ...] | None = None
         """What a launch of masks has built for it: tables, rows and bans."""
-
-    @property
-    def on_device(self) -> bool:
-        """Whether a position of it is a tensor, and so known on the device only."""
-        return bool(self._on_device)
 
     @property
     def is_fixed(self) -> bool:

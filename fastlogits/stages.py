@@ -375,6 +375,10 @@ class Rows(Stage):
         return self.description
 
 
+class Normalise(Rows):
+    """The logarithms of each row's probabilities."""
+
+
 @dataclass(frozen=True, eq=False)
 class Opaque(Stage):
     """A processor that says nothing of itself: it runs as it is, in its place."""

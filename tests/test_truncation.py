@@ -7,13 +7,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from fastlogits_kernels import truncate as module
-from fastlogits_kernels.truncate import Rule, reference_truncate, truncate
+from fastlogits_kernels.truncate import RANGES, Rule, reference_truncate, truncate
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
+from fastlogits.plan import Plan
 from fastlogits.processors import truncation as ours
 from fastlogits.processors.base import LogitsProcessorList
+from fastlogits.stages import Member, Truncate
+from tests.oracle import broken_rows, check_mass, check_truncation, hard_rows
 
 INF = float("inf")
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
@@ -265,6 +268,168 @@ def test_top_n_sigma_keeps_a_lone_token_and_as_many_as_asked_for():
     assert int((truncate(scores, [Rule("top_n_sigma", 1e-6, 5)]) > -INF).sum()) == 5
 
 
+# -- Hard rows, on each device, through a plan -------------------------------------------------------------------------
+
+GRID = {
+    "top_k": [1, 3, 50, 700, 10**6],
+    "top_p": [0.0, 1e-7, 0.3, 0.5, 0.9, 0.99, 0.9999, 1.0],
+    "min_p": [0.0, 1e-4, 0.05, 1.0],
+    "typical": [0.05, 0.5, 0.95],
+    "epsilon": [1e-5, 3e-4, 0.3],
+    "eta": [1e-5, 3e-4, 0.3],
+    "top_h": [0.1, 0.5, 0.9, 1.0],
+    "top_n_sigma": [0.5, 1.0, 3.0],
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
+)
+def device(request):
+    return request.param
+
+
+def planned(scores: torch.Tensor, rules) -> torch.Tensor:
+    return Plan.compile([Member("rules", Truncate(tuple(rules)))])(None, scores)
+
+
+def hard_batch(V: int, seed: int = 0) -> torch.Tensor:
+    return torch.stack([*hard_rows(V, seed).values(), *broken_rows(V).values()])
+
+
+def values_of_rows(kind: str, B: int, generator: torch.Generator) -> torch.Tensor:
+    """A value for each row, now and then one that turns the rule off."""
+    grid = torch.tensor([*GRID[kind], min(RANGES[kind].off, 10**6 if kind == "top_k" else INF)])
+    values = grid[torch.randint(len(grid), (B,), generator=generator)]
+    return values.int() if kind == "top_k" else values.float()
+
+
+@pytest.mark.parametrize("ties", ["all", "lowest"])
+@pytest.mark.parametrize("V", [1, 7, 300, 6000])
+@pytest.mark.parametrize("kind", GRID)
+def test_a_rule_keeps_what_the_oracle_keeps(device, kind, V, ties):
+    if ties == "lowest" and kind not in ("top_k", "top_p"):
+        pytest.skip("knows no such choice")
+    scores = hard_batch(V).to(device)
+    for value in GRID[kind]:
+        for keep in (1,) if kind in ("top_k", "top_h") else (1, 3):
+            rules = [Rule(kind, value, keep, ties=ties)]
+            check_truncation(scores, rules, planned(scores, rules))
+
+
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "min_p", "eta", "top_n_sigma"])
+def test_a_rule_on_a_large_vocabulary(device, kind):
+    scores = torch.stack([row for name, row in hard_rows(128_256).items() if name != "lowest finite"]).to(device)
+    values = torch.tensor(GRID[kind]).repeat(8)[: len(scores)].to(device)
+    for rules in ([Rule(kind, GRID[kind][-2])], [Rule(kind, values.int() if kind == "top_k" else values.float())]):
+        check_truncation(scores, rules, planned(scores, rules))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_rules_in_any_order_with_values_per_row(device, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    V, kinds = choose([7, 300, 2500, 6000]), [choose(list(GRID)) for _ in range(choose([2, 3, 4]))]
+    if "top_h" in kinds:
+        # Which of equal tokens at its edge stay is left open, and so what comes after it. What typical drops for
+        # rounding at the likely end decides which ones are its first 100.
+        kinds = [kind for kind in kinds if kind not in ("top_h", "typical")] + ["top_h"]
+    hard = hard_rows(V, seed)
+    if "typical" in kinds:
+        del hard["spike .50"]  # its two kinds of tokens are equally typical, but for rounding
+    scores = torch.stack([*hard.values(), *broken_rows(V).values()]).to(device)
+    rules = []
+    for kind in kinds:
+        value = choose([*GRID[kind], None, None, None])
+        if value is None:
+            value = values_of_rows(kind, len(scores), generator).to(device)
+        rules.append(Rule(kind, value, 1, choose([-INF, -INF, -(2.0**100)]), choose(["all", "lowest"])))
+    check_truncation(scores, rules, planned(scores, rules))
+
+
+@pytest.mark.parametrize("order", [("top_k", "top_p", "min_p"), ("min_p", "top_k", "top_p")])
+def test_the_orders_of_the_stacks(device, order):
+    scores = hard_batch(6000).to(device)
+    usual = {"top_k": 50, "top_p": 0.9, "min_p": 0.02}
+    rules = [Rule(kind, usual[kind]) for kind in order]
+    check_truncation(scores, rules, planned(scores, rules))
+
+
+@pytest.mark.parametrize("V", [5_000, 128_256])
+@pytest.mark.parametrize(("spike", "p"), [(0.95, 0.99), (0.5, 0.9), (0.95, 0.96), (0.5, 0.99)])
+def test_a_nucleus_that_ends_in_a_flat_tail(device, spike, p, V):
+    scores = torch.zeros(2, V, device=device)
+    scores[:, V // 3] = math.log(spike / (1 - spike) * (V - 1))
+    scores[1] += 0.01 * torch.randn(V, generator=torch.Generator().manual_seed(0)).to(device)
+    for ties in ("all", "lowest"):
+        found = planned(scores, [Rule("top_p", p, ties=ties)])
+        check_truncation(scores, [Rule("top_p", p, ties=ties)], found)
+        check_mass(scores, p, found)
+
+
+@pytest.mark.parametrize("kind", GRID)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_per_row_are_those_of_each_row_alone(device, kind, dtype):
+    scores = hard_batch(700).to(device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    for keep in (1, 3):
+        values = values_of_rows(kind, len(scores), generator)
+        together = planned(scores, [Rule(kind, values.to(device), keep)])
+        for row, value in enumerate(values.tolist()):
+            alone = scores[row : row + 1]
+            if RANGES[kind].has(value) and value < 700:
+                alone = planned(alone, [Rule(kind, value, keep)])
+            assert same(together[row : row + 1], alone), (row, value)
+
+
+@pytest.mark.parametrize("kind", GRID)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_reference_with_values_per_row(kind, dtype):
+    scores = hard_batch(300).to(dtype)
+    values = values_of_rows(kind, len(scores), torch.Generator().manual_seed(1))
+    for ties in ("all", "lowest"):
+        together = reference_truncate(scores, [Rule(kind, values, 1, ties=ties)])
+        for row, value in enumerate(values.tolist()):
+            alone = scores[row : row + 1]
+            if RANGES[kind].has(value) and value < 300:
+                alone = reference_truncate(alone, [Rule(kind, value, 1, ties=ties)])
+            assert same(together[row : row + 1], alone), (row, value)
+
+
+def test_a_value_out_of_range_on_a_device_leaves_its_row():
+    # What the reference does there, where nothing can be raised.
+    scores = torch.randn(4, 50)
+    for kind in GRID:
+        beyond = [0, -3, 0, -1] if kind == "top_k" else [math.nan, -0.5, -INF, math.nan]
+        values = torch.tensor(beyond, dtype=torch.int64 if kind == "top_k" else torch.float32)
+        assert torch.equal(reference_truncate(scores, [Rule(kind, values)]), scores)
+
+
+@pytest.mark.parametrize("V", [20, 900, 6000])
+def test_lowest_ties_are_exactly_k_and_the_lowest(device, V):
+    generator = torch.Generator().manual_seed(V)
+    scores = torch.randint(0, 5, (6, V), generator=generator).float()
+    for k in (1, 7, 19):
+        kept = planned(scores.to(device), [Rule("top_k", k, ties="lowest")]).cpu() > -INF
+        right = scores.sort(descending=True, stable=True).indices[:, :k]
+        assert torch.equal(kept, torch.zeros_like(kept).scatter(1, right, True))
+
+
+def test_a_written_value_counts_from_then_on(device):
+    scores = torch.randn(2, 400, device=device)
+    p = torch.tensor([0.2, 1.0], device=device)
+    processors = LogitsProcessorList([ours.TopPLogitsWarper(p), ours.TopKLogitsWarper(300)])
+    for values in ([0.2, 1.0], [1.0, 0.5]):
+        p.copy_(torch.tensor(values))
+        rules = [Rule("top_p", p), Rule("top_k", 300)]
+        check_truncation(scores, rules, processors(None, scores))
+    assert "top-p per row" in processors.explain()
+
+
 # -- What holds for all ----------------------------------------------------------------------------------------------
 
 
@@ -319,10 +484,10 @@ def test_compiled_it_is_one_operation():
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_registered_operation():
-    columns = [list(column) for column in zip(*CHAIN, strict=True)]
-    arguments = (torch.randn(3, 700), [module._KINDS.index(kind) for kind in columns[0]], *columns[1:])
+    rules = [*CHAIN, Rule("top_p", torch.tensor([0.9, 1.0, 0.2])), Rule("top_k", 3, ties="lowest")]
+    arguments = (torch.randn(3, 700), *module._flattened(rules))
     torch.library.opcheck(torch.ops.fastlogits.truncate.default, arguments)
-    assert torch.equal(torch.ops.fastlogits.truncate(*arguments), truncate(arguments[0], CHAIN))
+    assert torch.equal(torch.ops.fastlogits.truncate(*arguments), truncate(arguments[0], rules))
 
 
 # -- The classes -----------------------------------------------------------------------------------------------------
@@ -347,6 +512,18 @@ def test_a_class_and_a_list_of_classes(kind):
 @pytest.mark.parametrize(
     ("make", "argument"),
     [
+        (lambda: ours.TopKLogitsWarper(torch.tensor([3, 0])), "`top_k` has to be at least 1 .* but is 0 in row 1"),
+        (lambda: ours.TopKLogitsWarper(torch.tensor([3.0])), "`top_k`, given per row, .* of torch.float32"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([0.5, 1.5])), "`top_p` has to be from 0 to 1 .* 1.5 in row 1"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([math.nan])), "`top_p` .* nan in row 0"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([[0.5]])), r"`top_p` .* has shape \(1, 1\)"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([0.5]).double()), "`top_p`, given per row, .* of torch.float64"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([0.5]), min_tokens_to_keep=0), "min_tokens_to_keep"),
+        (lambda: ours.MinPLogitsWarper(torch.tensor([-0.1])), "`min_p` .* -0.1 in row 0"),
+        (lambda: ours.TypicalLogitsWarper(torch.tensor([0.0])), "`typical_p` .* 0 in row 0"),
+        (lambda: ours.EpsilonLogitsWarper(torch.tensor([1.0])), "`epsilon` .* 1 in row 0"),
+        (lambda: ours.EtaLogitsWarper(torch.tensor([1.0])), "`eta` .* 1 in row 0"),
+        (lambda: ours.TopNSigmaLogitsWarper(torch.tensor([0.0])), "`top_n_sigma` .* 0 in row 0"),
         (lambda: ours.TopNSigmaLogitsWarper(0), "top_n_sigma"),
         (lambda: ours.TopNSigmaLogitsWarper(INF), "top_n_sigma"),
         (lambda: ours.TopNSigmaLogitsWarper("1"), "top_n_sigma"),
@@ -361,6 +538,33 @@ def test_a_class_and_a_list_of_classes(kind):
 def test_a_bad_argument_is_named(make, argument):
     with pytest.raises(ValueError, match=argument):
         make()
+
+
+def test_values_that_don_t_fit_the_scores_are_refused():
+    scores = torch.zeros(3, 5)
+    with pytest.raises(ValueError, match="`top_p` has 2 rows, but scores have 3"):
+        ours.TopPLogitsWarper(torch.tensor([0.5, 0.6]))(None, scores)
+    with pytest.raises(ValueError, match="`top_k` is on meta, but scores are on cpu"):
+        truncate(scores, [Rule("top_k", torch.ones(3, dtype=torch.int32, device="meta"))])
+    written = torch.tensor([0.5, 0.6, 0.7])
+    processor = ours.TopPLogitsWarper(written)
+    written[2] = 7.0
+    with pytest.raises(ValueError, match=r"`top_p` .* 7 in row 2"):
+        processor(None, scores)
+
+
+@pytest.mark.parametrize("kind", [*MAKE, "top_n_sigma"])
+def test_a_class_with_values_per_row(kind):
+    scores = hard_batch(700)
+    generator = torch.Generator().manual_seed(2)
+    values = values_of_rows(kind, len(scores), generator)
+    make = {"top_n_sigma": lambda lib, value, keep, fill: lib.TopNSigmaLogitsWarper(value, fill, keep), **MAKE}[kind]
+    if kind == "top_k":
+        processor = ours.TopKLogitsWarper(values, -INF, 3)
+        values = values.clamp(min=3)
+    else:
+        processor = make(ours, values, 1, -INF)
+    assert same(processor(None, scores), truncate(scores, [Rule(kind, values)]))
 
 
 def test_top_h_looks_at_a_hundred_tokens():

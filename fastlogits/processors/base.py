@@ -158,7 +158,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
             known, known_revisions, plan = planned
             if revisions == known_revisions and all(map(operator.is_, known, processors)):
                 return plan
-        plan = Plan.compile(map(_member, processors))
+        plan = Plan.compile(map(self._member_of, processors))
         self._planned = (processors, revisions, plan)
         return plan
 
@@ -218,18 +218,21 @@ class LogitsProcessorList(_Planned, _TransformersList):
         present = {type(processor) for processor in merging.get("final_list", ())}
         rest = []
         for processor in super().__iter__():
-            twin = _their_class(type(processor))
+            twin = their_class(type(processor))
             if twin in made:
                 if twin not in present:
-                    yield processor if type(processor) is twin else _as_theirs(processor, twin)
+                    yield processor if type(processor) is twin else as_theirs(processor, twin)
             else:
                 rest.append(processor)
-        plan = self.plan if len(rest) == len(self) else Plan.compile(map(_member, rest))
+        plan = self.plan if len(rest) == len(self) else Plan.compile(map(self._member_of, rest))
         for step in plan.steps:
             if isinstance(step, Barrier):
                 yield step.processor
             else:
                 yield RunProcessor(Plan([step]), Run())  # the launch and its tables serve all runs
+
+    def _member_of(self, processor: Any) -> Member:
+        return member_of(processor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_planned"}
@@ -243,7 +246,7 @@ def _assembles(frame: FrameType) -> bool:
     return module.startswith("transformers.") and frame.f_code.co_name == "_merge_criteria_processor_list"
 
 
-def _their_class(cls: type) -> type | None:
+def their_class(cls: type) -> type | None:
     """The class of transformers that ``cls`` is or stands for."""
     name = cls.__name__
     twin = getattr(theirs, name, None)
@@ -254,12 +257,10 @@ def _their_class(cls: type) -> type | None:
     return None
 
 
-def _as_theirs(processor: Any, twin: type) -> Any:
-    """A processor of transformers' own class with the same attributes."""
+def as_theirs(processor: Any, twin: type) -> Any:
+    """A processor of transformers' own class with the same attributes, also those that are set later."""
     same: Any = object.__new__(twin)
-    same.__dict__.update(
-        {name: value for name, value in processor.__dict__.items() if name not in ("_plan", "_revision")}
-    )
+    same.__dict__ = processor.__dict__
     return same
 
 
@@ -276,7 +277,7 @@ def _staged(processor: StagedProcessor) -> Member:
     return Member(type(processor).__name__, processor.stage(), original if is_theirs else None)
 
 
-def _member(processor: Any) -> Member:
+def member_of(processor: Any) -> Member:
     """What a processor is to the plan of a list."""
     cls = type(processor)
     name = cls.__name__

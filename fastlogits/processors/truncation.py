@@ -1,4 +1,10 @@
-"""Processors that leave only likely tokens: transformers' warpers and two of our own."""
+"""Processors that leave only likely tokens: transformers' warpers and two of our own.
+
+The parameter that a warper is named for is a number, or a tensor ``(B,)`` on the device of the scores with a value for
+each row: float32, or int32 or int64 for ``top_k``. The tensor is read at each call, so that what is written into it
+counts from then on. Each docstring says which value turns the warper off in a row; one out of range, or NaN, is refused
+where the tensor is on the CPU, and leaves its row as it is elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from fastlogits_kernels.truncate import Rule
+from fastlogits_kernels.truncate import Rule, RuleKind, check_row_values
 from transformers.generation import logits_process as theirs
 
 from fastlogits.processors.base import StagedProcessor
@@ -19,9 +25,9 @@ class TopKLogitsWarper(StagedProcessor, theirs.TopKLogitsWarper):
     """Keep the ``top_k`` most likely tokens and all that tie with the last of them.
 
     Args:
-        top_k: an integer of at least 1.
+        top_k: an integer of at least 1, or integers ``(B,)``; V or more turns it off in a row.
         filter_value: written over the scores of all other tokens.
-        min_tokens_to_keep: takes the place of a smaller ``top_k``.
+        min_tokens_to_keep: takes the place of a smaller ``top_k``; a tensor is then copied, and not read again.
 
     Raises:
         ValueError: ``top_k`` is not an integer or is below 1.
@@ -30,6 +36,16 @@ class TopKLogitsWarper(StagedProcessor, theirs.TopKLogitsWarper):
         >>> TopKLogitsWarper(2)(None, torch.tensor([[3.0, 1.0, 2.0, 2.0, 0.0]]))
         tensor([[3., -inf, 2., 2., -inf]])
     """
+
+    def __init__(
+        self, top_k: int | torch.Tensor, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1
+    ) -> None:
+        rows = _per_row("top_k", top_k)
+        super().__init__(top_k if rows is None else 1, filter_value, min_tokens_to_keep)
+        if rows is not None:
+            # A value out of range stays what it is.
+            least = rows.clamp(min=min_tokens_to_keep) if min_tokens_to_keep > 1 else rows
+            self.top_k = rows if least is rows else torch.where(rows < 1, rows, least)
 
     def stage(self) -> Truncate:
         """A truncation."""
@@ -42,7 +58,7 @@ class TopPLogitsWarper(StagedProcessor, theirs.TopPLogitsWarper):
     Of tokens that tie at its edge as many stay as it takes, those with the largest ids.
 
     Args:
-        top_p: a probability, 0 to 1.
+        top_p: a probability, 0 to 1, or float32 ``(B,)``; there 1 turns it off in a row.
         filter_value: written over the scores of all other tokens.
         min_tokens_to_keep: at least so many tokens stay.
 
@@ -53,6 +69,14 @@ class TopPLogitsWarper(StagedProcessor, theirs.TopPLogitsWarper):
         >>> TopPLogitsWarper(0.7)(None, torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()).exp()
         tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
     """
+
+    def __init__(
+        self, top_p: float | torch.Tensor, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1
+    ) -> None:
+        rows = _per_row("top_p", top_p)
+        super().__init__(top_p if rows is None else 0.5, filter_value, min_tokens_to_keep)
+        if rows is not None:
+            self.top_p = rows
 
     def stage(self) -> Truncate:
         """A truncation."""
@@ -65,7 +89,8 @@ if hasattr(theirs, "TopHLogitsWarper"):  # from transformers 5 on
         """Keep the most likely tokens that make up a share of the entropy of the first 100 (arXiv 2509.02510).
 
         Args:
-            top_h: the share, above 0 and at most 1.
+            top_h: the share, above 0 and at most 1, or float32 ``(B,)``; there 1 turns it off in a row, where as
+                a number it still drops all but the first 100.
             filter_value: written over the scores of all other tokens.
 
         Raises:
@@ -75,6 +100,12 @@ if hasattr(theirs, "TopHLogitsWarper"):  # from transformers 5 on
             >>> TopHLogitsWarper(0.7)(None, torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()).exp()
             tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
         """
+
+        def __init__(self, top_h: float | torch.Tensor, filter_value: float = -float("inf")) -> None:
+            rows = _per_row("top_h", top_h)
+            super().__init__(top_h if rows is None else 0.5, filter_value)
+            if rows is not None:
+                self.top_h = rows
 
         def stage(self) -> Truncate:
             """A truncation."""
@@ -87,7 +118,7 @@ class MinPLogitsWarper(StagedProcessor, theirs.MinPLogitsWarper):
     """Keep tokens that are at least ``min_p`` times as likely as the likeliest (arXiv 2407.01082).
 
     Args:
-        min_p: the ratio, 0 to 1.
+        min_p: the ratio, 0 to 1, or float32 ``(B,)``; there 0 turns it off in a row.
         filter_value: written over the scores of all other tokens.
         min_tokens_to_keep: at least so many tokens stay.
 
@@ -99,6 +130,14 @@ class MinPLogitsWarper(StagedProcessor, theirs.MinPLogitsWarper):
         tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
     """
 
+    def __init__(
+        self, min_p: float | torch.Tensor, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1
+    ) -> None:
+        rows = _per_row("min_p", min_p)
+        super().__init__(min_p if rows is None else 0.5, filter_value, min_tokens_to_keep)
+        if rows is not None:
+            self.min_p = rows
+
     def stage(self) -> Truncate:
         """A truncation."""
         return Truncate((Rule("min_p", self.min_p, self.min_tokens_to_keep, self.filter_value),))
@@ -108,7 +147,7 @@ class TypicalLogitsWarper(StagedProcessor, theirs.TypicalLogitsWarper):
     """Keep the tokens whose surprise is nearest to the entropy, up to a mass (arXiv 2202.00666).
 
     Args:
-        mass: a probability, between 0 and 1.
+        mass: a probability, between 0 and 1, or float32 ``(B,)``; there 1 turns it off in a row.
         filter_value: written over the scores of all other tokens.
         min_tokens_to_keep: at least so many tokens stay.
 
@@ -120,6 +159,14 @@ class TypicalLogitsWarper(StagedProcessor, theirs.TypicalLogitsWarper):
         tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
     """
 
+    def __init__(
+        self, mass: float | torch.Tensor = 0.9, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1
+    ) -> None:
+        rows = _per_row("typical", mass)
+        super().__init__(mass if rows is None else 0.5, filter_value, min_tokens_to_keep)
+        if rows is not None:
+            self.mass = rows
+
     def stage(self) -> Truncate:
         """A truncation."""
         return Truncate((Rule("typical", self.mass, self.min_tokens_to_keep, self.filter_value),))
@@ -129,7 +176,7 @@ class EpsilonLogitsWarper(StagedProcessor, theirs.EpsilonLogitsWarper):
     """Keep tokens of at least a probability (arXiv 2210.15191).
 
     Args:
-        epsilon: the probability, between 0 and 1.
+        epsilon: the probability, between 0 and 1, or float32 ``(B,)``; there 0 turns it off in a row.
         filter_value: written over the scores of all other tokens.
         min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
 
@@ -141,6 +188,14 @@ class EpsilonLogitsWarper(StagedProcessor, theirs.EpsilonLogitsWarper):
         tensor([[0.5000, 0.0000, 0.2500, 0.0000]])
     """
 
+    def __init__(
+        self, epsilon: float | torch.Tensor, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1
+    ) -> None:
+        rows = _per_row("epsilon", epsilon)
+        super().__init__(epsilon if rows is None else 0.5, filter_value, min_tokens_to_keep)
+        if rows is not None:
+            self.epsilon = rows
+
     def stage(self) -> Truncate:
         """A truncation."""
         return Truncate((Rule("epsilon", self.epsilon, self.min_tokens_to_keep, self.filter_value),))
@@ -150,10 +205,11 @@ class EtaLogitsWarper(StagedProcessor, theirs.EtaLogitsWarper):
     """Keep tokens of at least a probability, which is lower in rows of high entropy (arXiv 2210.15191).
 
     Args:
-        epsilon: the probability, between 0 and 1; where ``sqrt(epsilon) * exp(-entropy)`` is less, that counts.
+        epsilon: the probability, between 0 and 1, or float32 ``(B,)``; there 0 turns it off in a row. Where
+            ``sqrt(epsilon) * exp(-entropy)`` is less, that counts.
         filter_value: written over the scores of all other tokens.
         min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
-        device: where transformers' attribute ``epsilon`` is kept.
+        device: where transformers' attribute ``epsilon`` is kept, if a number.
 
     Raises:
         ValueError: an argument out of range.
@@ -163,10 +219,23 @@ class EtaLogitsWarper(StagedProcessor, theirs.EtaLogitsWarper):
         tensor([[0.5000, 0.0000, 0.2500, 0.1500]])
     """
 
+    def __init__(
+        self,
+        epsilon: float | torch.Tensor,
+        filter_value: float = -float("inf"),
+        min_tokens_to_keep: int = 1,
+        device: str = "cpu",
+    ) -> None:
+        rows = _per_row("eta", epsilon)
+        super().__init__(epsilon if rows is None else 0.5, filter_value, min_tokens_to_keep, device)
+        if rows is not None:
+            self.epsilon = rows
+
     def stage(self) -> Truncate:
         """A truncation."""
-        # A tensor, perhaps on a device: read here, where a plan is made, and not when it runs.
-        return Truncate((Rule("eta", float(self.epsilon), self.min_tokens_to_keep, self.filter_value),))
+        # A number is kept as a tensor, perhaps on a device: read here, where a plan is made, and not when it runs.
+        value = self.epsilon if self.epsilon.ndim else float(self.epsilon)
+        return Truncate((Rule("eta", value, self.min_tokens_to_keep, self.filter_value),))
 
 
 class TopNSigmaLogitsWarper(StagedProcessor):
@@ -176,7 +245,7 @@ class TopNSigmaLogitsWarper(StagedProcessor):
     on a temperature applied before.
 
     Args:
-        top_n_sigma: a finite number above 0; the paper takes 1.
+        top_n_sigma: a finite number above 0, or float32 ``(B,)``; there inf turns it off in a row. The paper takes 1.
         filter_value: written over the scores of all other tokens.
         min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
 
@@ -188,12 +257,15 @@ class TopNSigmaLogitsWarper(StagedProcessor):
         tensor([[9., -inf, -inf, 8., -inf]])
     """
 
-    def __init__(self, top_n_sigma: float, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1) -> None:
-        if not _is_number(top_n_sigma) or not 0 < top_n_sigma < math.inf:
+    def __init__(
+        self, top_n_sigma: float | torch.Tensor, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1
+    ) -> None:
+        rows = _per_row("top_n_sigma", top_n_sigma)
+        if rows is None and (not _is_number(top_n_sigma) or not 0 < top_n_sigma < math.inf):
             raise ValueError(f"`top_n_sigma` has to be a finite number above 0, but is {top_n_sigma!r}")
         if isinstance(min_tokens_to_keep, bool) or not isinstance(min_tokens_to_keep, int) or min_tokens_to_keep < 1:
             raise ValueError(f"`min_tokens_to_keep` has to be an integer of at least 1, but is {min_tokens_to_keep!r}")
-        self.top_n_sigma = float(top_n_sigma)
+        self.top_n_sigma = float(top_n_sigma) if rows is None else rows
         self.filter_value = filter_value
         self.min_tokens_to_keep = min_tokens_to_keep
 
@@ -278,6 +350,14 @@ def _exclude_top_choices(
         barred = (tokens.unsqueeze(2) == ids_on(scores.device, special)).any(2) & drop
         drop &= ~barred.any(1, keepdim=True)
     return scores.scatter(1, tokens, top.masked_fill(drop, filter_value))
+
+
+def _per_row(kind: RuleKind, value: object) -> torch.Tensor | None:
+    """A parameter that is a tensor with a value for each row; None for a number, a tensor ``()`` of one included."""
+    if not isinstance(value, torch.Tensor) or not value.ndim:
+        return None
+    check_row_values(kind, value)
+    return value
 
 
 def _is_number(value: object) -> bool:

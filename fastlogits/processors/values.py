@@ -6,7 +6,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.stages import Clean, Rows, Scale
+from fastlogits.stages import Clean, Normalise, Scale
 
 
 class TemperatureLogitsWarper(StagedProcessor, theirs.TemperatureLogitsWarper):
@@ -49,9 +49,9 @@ class LogitNormalization(StagedProcessor, theirs.LogitNormalization):
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
 
-    def stage(self) -> Rows:
+    def stage(self) -> Normalise:
         """A normalisation of each row."""
-        return Rows("normalise", _log_softmax, "log-softmax", reads_history=False)
+        return Normalise("normalise", _log_softmax, "log-softmax", reads_history=False)
 
 
 def _log_softmax(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

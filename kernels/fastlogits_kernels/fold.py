@@ -58,29 +58,18 @@ _UNALIGNED = ["bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr", "numbers
 _STEPWISE = ["W", "row_blocks", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row"]
 
 
-@triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
-def _fold_kernel(
-    # inputs
-    scores_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-    # output
-    out_ptr,
-    # shapes
-    V, W, row_blocks,
-    # strides
-    stride_row, stride_token, stride_out, stride_out_token, stride_set, stride_bits_row, stride_plane,
-    stride_values_row,
+@triton.jit
+def fold_logits(
+    # logits float32, of any shape, rounded to dtype; where they stand: row a scalar, the others broadcast to the shape
+    x, row, word, lane, token, inside,
+    # what the sets and values say
+    bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+    # shapes and strides
+    V, W, stride_set, stride_bits_row, stride_plane, stride_values_row,
     # constants
-    OPS: tl.constexpr, MAX: tl.constexpr, BLOCK_W: tl.constexpr,
+    dtype: tl.constexpr, OPS: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    row = (program // row_blocks).to(tl.int64)
-    word = (program % row_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]  # [BLOCK_W, 1]
-    lane = tl.arange(0, 32)[None, :]
-    token = word * 32 + lane  # [BLOCK_W, 32]
-    inside = token < V
-    dtype = scores_ptr.dtype.element_ty
-    x = tl.load(scores_ptr + row * stride_row + token.to(tl.int64) * stride_token, mask=inside).to(tl.float32)
-
+    """The maps of a chain, one after the other."""
     for i in tl.static_range(0, len(OPS), 4):
         if OPS[i + 1] >= 0:
             here = bits_ptr + OPS[i + 1] * stride_set + row * stride_bits_row + word
@@ -114,6 +103,38 @@ def _fold_kernel(
         if OPS[i] == CLEAN:
             x = tl.where(x != x, 0.0, tl.where(x == float("inf"), MAX, tl.where(x == float("-inf"), -MAX, x)))
         x = x.to(dtype).to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
+def _fold_kernel(
+    # inputs
+    scores_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+    # output
+    out_ptr,
+    # shapes
+    V, W, row_blocks,
+    # strides
+    stride_row, stride_token, stride_out, stride_out_token, stride_set, stride_bits_row, stride_plane,
+    stride_values_row,
+    # constants
+    OPS: tl.constexpr, MAX: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    row = (program // row_blocks).to(tl.int64)
+    word = (program % row_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]  # [BLOCK_W, 1]
+    lane = tl.arange(0, 32)[None, :]
+    token = word * 32 + lane  # [BLOCK_W, 32]
+    inside = token < V
+    dtype = scores_ptr.dtype.element_ty
+    x = tl.load(scores_ptr + row * stride_row + token.to(tl.int64) * stride_token, mask=inside).to(tl.float32)
+
+    x = fold_logits(
+        x, row, word, lane, token, inside,
+        bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+        V, W, stride_set, stride_bits_row, stride_plane, stride_values_row,
+        dtype, OPS, MAX,
+    )  # fmt: skip
     tl.store(out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token, x.to(dtype), mask=inside)
 
 
@@ -204,21 +225,32 @@ def run_kernels(
 ) -> torch.Tensor:
     """The fold in Triton; ``out`` is ``scores`` itself, or None for a new tensor."""
     B, V = scores.shape
-    found = None
     search = chain.search
-    if search.sets:
-        if search.is_static and position.cache_position is None and position.prompt_length is None:
-            static = search.static(position, V)
-            if chain.is_idle(static):
-                return scores
-            found = static.found
-        elif B and V:
-            found = launch_token_sets(scores, search, input_ids, position, allowed)
+    if search.sets and search.is_static and position.cache_position is None and position.prompt_length is None:
+        if chain.is_idle(search.static(position, V)):
+            return scores
+    found = find_sets(scores, chain, input_ids, position, allowed)
     if out is None:
         out = empty_out(scores)
     if B and V:
         launch_fold(scores, out, chain, found)
     return out
+
+
+def find_sets(
+    scores: torch.Tensor,
+    chain: Chain,
+    input_ids: torch.Tensor | None,
+    position: Position,
+    allowed: torch.Tensor | None,
+) -> TokenSets | None:
+    """What the tokens of a chain's maps are at a position: a launch, where they aren't the same for all rows."""
+    search = chain.search
+    if not search.sets or not scores.numel():
+        return None
+    if search.is_static and position.cache_position is None and position.prompt_length is None:
+        return search.static(position, scores.shape[1]).found
+    return launch_token_sets(scores, search, input_ids, position, allowed)
 
 
 def reference_fold(

@@ -1,0 +1,459 @@
+"""Continuous batching of transformers: each request processed with its own history, position and sampling values."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from fastlogits_kernels.truncate import Rule, truncate
+from transformers.generation import logits_process as theirs
+from transformers.utils import logging
+
+from fastlogits.fold_launch import FOLDED
+from fastlogits.plan import Plan
+from fastlogits.processors.base import member_of
+from fastlogits.processors.length import ids_of
+from fastlogits.run import Run
+from fastlogits.stages import (
+    AllowFrom,
+    Ban,
+    Decay,
+    Force,
+    History,
+    Member,
+    Repeated,
+    Rows,
+    SequenceBias,
+    Stage,
+    Truncate,
+    When,
+)
+
+logger = logging.get_logger(__name__)
+
+# Rows of the table of a batch: index of the newest token, tokens of the prompt, and how many the request may generate.
+_NEWEST, _PROMPT, _LIMIT, _POSITIONS = 0, 1, 2, 3
+_NO_LIMIT = 2**30
+_MOST_REQUESTS = 256
+# A prompt length that transformers' processors are made with, and that is taken off them again.
+_MADE_FOR = 2
+
+
+class _Value(NamedTuple):
+    """A sampling value that each request may have for itself."""
+
+    allowed: str
+    is_allowed: Callable[[Any], bool]
+    dtype: torch.dtype
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_VALUES = {
+    "temperature": _Value("a number above 0", lambda value: 0 < value < math.inf, torch.float32),
+    "top_k": _Value("an integer of at least 1", lambda value: isinstance(value, int) and value >= 1, torch.int32),
+    "top_p": _Value("a number above 0, at most 1", lambda value: 0 < value <= 1, torch.float32),
+}
+_IGNORED = ("filter_value", "min_tokens_to_keep")
+
+
+class _Assembled(theirs.LogitsProcessor):  # type: ignore[misc]
+    """What ``_get_logits_processor`` gives a manager that is being made: the whole list, to be taken over."""
+
+    supports_continuous_batching = True
+
+    def __init__(self, processors: Sequence[Any], width: int) -> None:
+        self.processors, self.width = processors, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(
+            "this manager was made without model.init_continuous_batching(), so that its processors can't see the "
+            "requests: make it by that, or by model.generate_batch()"
+        )
+
+
+def assemble_for_requests(model: Any, assemble: Callable[..., Any], generation_config: Any) -> Any:
+    """The processors of a generation config, as one that ``take_over`` finds.
+
+    transformers makes them as for a single ``generate``: with the tokens that end a text, and for a prompt.
+    """
+    config = copy.deepcopy(generation_config)
+    if config.eos_token_id == -1:  # none, to a manager
+        config.eos_token_id = None
+    if config.max_length is None:  # here each request has a limit of its own
+        config.max_length = _NO_LIMIT
+    model._prepare_special_tokens(config, True, device=model.device)
+    processors = assemble(config, input_ids_seq_length=_MADE_FOR)
+    width = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**15
+    return type(processors)([_Assembled(list(processors), width)] if len(processors) else [])
+
+
+def take_over(manager: Any) -> Any:
+    """Give a manager that was just made processors that know its requests."""
+    made = list(manager.logit_processor.logits_processor)
+    if len(made) == 1 and isinstance(made[0], _Assembled):
+        config = manager.continuous_batching_config
+        manager.logit_processor = RequestProcessors(
+            made[0].processors,
+            drop_unsupported=config.drop_unsupported_processors,
+            histories=functools.partial(
+                _Histories, manager.model.device, config.max_requests_per_batch or _MOST_REQUESTS, made[0].width
+            ),
+        )
+    return manager
+
+
+class RequestProcessors:
+    """Processors of a batch of requests, each with its own history and position, fused as in a list.
+
+    It stands where a manager has its ``ContinuousBatchingLogitsProcessorList``, and has its methods.
+
+    Args:
+        processors: as made for a prompt of ``_MADE_FOR`` tokens.
+        drop_unsupported: whether those that can't work here are dropped rather than kept, with a warning either way.
+        histories: makes the buffers of a batch's tokens.
+    """
+
+    def __init__(self, processors: Sequence[Any], drop_unsupported: bool, histories: Callable[[], _Histories]) -> None:
+        self.logits_processor = theirs.LogitsProcessorList()
+        self._defaults: dict[str, float] = {}
+        self._parts: list[_Part] = []
+        self._reads_tokens = False
+        self._make_histories = histories
+        self._histories: dict[int, _Histories] = {}
+        self._current: _Histories | None = None
+        group: list[Member] = []
+        for processor in processors:
+            part = self._part(processor, group, drop_unsupported)
+            if part is not None:
+                self._close(group)
+                if isinstance(part, _Sample) and self._parts and isinstance(self._parts[-1], _Sample):
+                    self._parts[-1].add(part)
+                else:
+                    self._parts.append(part)
+        self._close(group)
+        self.tensors_required = _POSITIONS + len(self._defaults)
+        self.do_processing = len(self._parts) > 0
+
+    def _part(self, processor: Any, group: list[Member], drop_unsupported: bool) -> _Part | None:
+        """A part of its own, or None where the processor has joined the group or been dropped."""
+        member = member_of(processor)
+        stage: Stage = member.stage
+        name = _SAMPLED.get(type(processor))
+        part: _Part | None = None
+        if name is not None:
+            self._defaults[name] = getattr(processor, name)
+            part = _Sample([(name, processor)])
+        elif isinstance(stage, Truncate):
+            part = _Sample([(None, rule) for rule in stage.rules])
+        elif isinstance(processor, theirs.ExponentialDecayLengthPenalty):
+            assert isinstance(stage, Decay)
+            part = _OnClock(
+                [Member(member.name, Decay(stage.tokens, stage.start - _MADE_FOR, stage.factor))], _generated
+            )
+        elif isinstance(processor, theirs.ForcedEOSTokenLogitsProcessor):
+            forced = Force(ids_of(processor.eos_token_id), When("length", start=-1, stop=0), "eos_token_id")
+            part = _OnClock([Member(member.name, forced)], _left)
+        elif isinstance(processor, theirs.MinNewTokensLengthLogitsProcessor):
+            until = When("step", stop=processor.min_new_tokens)
+            group.append(Member(member.name, Ban(ids_of(processor.eos_token_id), until, lenient=True)))
+        elif isinstance(processor, theirs.SuppressTokensAtBeginLogitsProcessor):
+            at_first = When("step", stop=1)
+            group.append(Member(member.name, Ban(ids_of(processor.begin_suppress_tokens), at_first, lenient=True)))
+        elif isinstance(stage, FOLDED) or (isinstance(stage, Rows) and not stage.needs_history):
+            group.append(member._replace(original=None))
+        elif not self._keeps(processor, drop_unsupported):
+            return None
+        else:
+            part = _AsItIs(processor)
+        self.logits_processor.append(processor)
+        return part
+
+    @staticmethod
+    def _keeps(processor: Any, drop_unsupported: bool) -> bool:
+        """Whether a processor that fastlogits can't give a request's history stays, as transformers decides it."""
+        name, supported = type(processor).__name__, getattr(processor, "supports_continuous_batching", None)
+        if supported is None:
+            logger.warning(f"{name} is unknown to continuous batching: it runs as it is, and sees the last tokens only")
+        elif not supported:
+            logger.warning(
+                f"{name} can't work with continuous batching: it is "
+                + ("dropped" if drop_unsupported else "kept, since drop_unsupported_processors is False")
+            )
+        return supported is None or bool(supported) or not drop_unsupported
+
+    def _close(self, group: list[Member]) -> None:
+        if group:
+            self._parts.append(_OnClock(group, _sequence))
+            self._reads_tokens |= any(_reads_tokens(member.stage) for member in group)
+            group.clear()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({[type(each).__name__ for each in self.logits_processor]})"
+
+    def clear(self) -> None:
+        """Hold no processors."""
+        self.logits_processor, self._parts = theirs.LogitsProcessorList(), []
+        self._defaults, self.tensors_required = {}, _POSITIONS
+        self._reads_tokens = self.do_processing = False
+
+    def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse what a request can't have for itself.
+
+        Raises:
+            ValueError: an argument that no processor of this run takes, or a value out of range.
+            TypeError: a value of another type.
+        """
+        for name, value in kwargs.items():
+            if name in self._defaults:
+                known = _VALUES[name]
+                text = f"{name} of a request must be {known.allowed}, got {value!r}"
+                if not _is_number(value) or (known.dtype == torch.int32 and not isinstance(value, int)):
+                    raise TypeError(text)
+                if not known.is_allowed(value):
+                    raise ValueError(text)
+            elif name in _IGNORED:
+                logger.warning(f"{name} of a request is ignored: the processors keep that of the generation config")
+            else:
+                raise ValueError(
+                    f"{name}={value!r}: a request may have its own {', '.join(_VALUES)}, where the generation config "
+                    f"has a value that acts (with do_sample=True); in this run: {', '.join(self._defaults) or 'none'}"
+                )
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        """Write the table's column of a row without a request, int32 ``[tensors_required, 1]``."""
+        int32_tensor.copy_(self._table([]))
+
+    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor) -> torch.Tensor:
+        """Fill the table of a batch, int32 ``[tensors_required, N]``, and the histories beside it."""
+        states = [request.state for request in requests_in_batch if request.has_new_token]
+        arg_storage.copy_(self._table([]))
+        arg_storage[:, : len(states)] = self._table(states)
+        if self._reads_tokens:
+            # Each pair of buffers that takes turns has histories of its own, as it has captured graphs.
+            key = arg_storage.data_ptr()
+            if key not in self._histories:
+                self._histories[key] = self._make_histories()
+            self._current = self._histories[key]
+            self._current.write(states)
+        return arg_storage
+
+    def _table(self, states: Sequence[Any]) -> torch.Tensor:
+        """The table of some requests; of none, the column of a row without one: a prompt of one token."""
+        positions = [_position(state) for state in states] or [(0, 1, _NO_LIMIT)]
+        lines = list(torch.tensor(positions, dtype=torch.int32).T)
+        own = [state.logit_processor_kwargs for state in states] or [{}]
+        for name, default in self._defaults.items():
+            values = torch.tensor([each.get(name, default) for each in own], dtype=_VALUES[name].dtype)
+            lines.append(values.view(torch.int32))
+        return torch.stack(lines)
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
+    ) -> torch.Tensor:
+        """Process the scores of a batch.
+
+        Args:
+            input_ids: the newest token of each row, int32 or int64 ``(B,)``.
+            scores: logits ``(B, V)``.
+            logits_processor_args: the table that ``prepare_tensor_args`` has filled, ``(tensors_required, B)``.
+        """
+        table = logits_processor_args[:, : scores.shape[0]]
+        if self._reads_tokens:
+            assert self._current is not None
+            ids = self._current.read(input_ids, table[_NEWEST])
+        else:
+            ids = input_ids.unsqueeze(1)
+        own = {name: table[_POSITIONS + i].view(_VALUES[name].dtype) for i, name in enumerate(self._defaults)}
+        for part in self._parts:
+            scores = part(ids, scores, table, own, input_ids)
+        return scores
+
+
+_SAMPLED = {
+    theirs.TemperatureLogitsWarper: "temperature",
+    theirs.TopKLogitsWarper: "top_k",
+    theirs.TopPLogitsWarper: "top_p",
+}
+
+
+def _position(state: Any) -> tuple[int, int, int]:
+    """The rows of the table for a request, which may have been taken up again behind what it had generated."""
+    start = len(state.initial_tokens)
+    prompt = state._true_initial_tokens or start
+    limit = _NO_LIMIT if state.max_new_tokens is None else state.max_new_tokens + start - prompt
+    return state.position_offset - 1, prompt, min(limit, _NO_LIMIT)
+
+
+class _Part:
+    """Some processors of a batch that follow each other."""
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        scores: torch.Tensor,
+        table: torch.Tensor,
+        own: Mapping[str, torch.Tensor],
+        newest: torch.Tensor,
+    ) -> torch.Tensor:
+        """Process the scores of one call; none of the tensors is written."""
+        raise NotImplementedError
+
+
+def _sequence(table: torch.Tensor) -> Run:
+    """Lengths count the whole sequence, as in a list."""
+    return Run(table[_PROMPT], table[_NEWEST])
+
+
+def _generated(table: torch.Tensor) -> Run:
+    """Lengths count what was generated."""
+    return Run(0, table[_NEWEST] - table[_PROMPT])
+
+
+def _left(table: torch.Tensor) -> Run:
+    """Lengths count back from the request's last token: -1 where it comes next."""
+    return Run(0, table[_NEWEST] - table[_PROMPT] - table[_LIMIT])
+
+
+class _OnClock(_Part):
+    """Stages that a plan fuses, with positions of their own kind."""
+
+    def __init__(self, members: Iterable[Member], clock: Callable[[torch.Tensor], Run]) -> None:
+        self._plan, self._clock = Plan.compile(members), clock
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        scores: torch.Tensor,
+        table: torch.Tensor,
+        own: Mapping[str, torch.Tensor],
+        newest: torch.Tensor,
+    ) -> torch.Tensor:
+        return self._plan(ids, scores, self._clock(table))
+
+
+class _Sample(_Part):
+    """Temperature and truncations: values of each request, or rules for all; truncations that follow are one launch."""
+
+    def __init__(self, parts: list[tuple[str | None, Any]]) -> None:
+        self._parts_in_order = parts
+
+    def add(self, other: _Sample) -> None:
+        """Append what follows."""
+        self._parts_in_order += other._parts_in_order
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        scores: torch.Tensor,
+        table: torch.Tensor,
+        own: Mapping[str, torch.Tensor],
+        newest: torch.Tensor,
+    ) -> torch.Tensor:
+        rules: list[Rule] = []
+        for name, processor in self._parts_in_order:
+            if name is None:
+                rules.append(processor)
+            elif name == "temperature":
+                if rules:
+                    scores, rules = truncate(scores, tuple(rules)), []
+                scores = scores / own[name].unsqueeze(1)
+            elif name == "top_k":
+                k = own[name].clamp(processor.min_tokens_to_keep, scores.shape[1])
+                rules.append(Rule("top_k", k, 1, processor.filter_value))
+            else:
+                rules.append(Rule("top_p", own[name], processor.min_tokens_to_keep, processor.filter_value))
+        return truncate(scores, tuple(rules)) if rules else scores
+
+
+class _AsItIs(_Part):
+    """A processor that fastlogits can't help: it sees the newest token of each row, as in transformers."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        scores: torch.Tensor,
+        table: torch.Tensor,
+        own: Mapping[str, torch.Tensor],
+        newest: torch.Tensor,
+    ) -> torch.Tensor:
+        return self._processor(newest, scores)  # type: ignore[no-any-return]
+
+
+class _Histories:
+    """The tokens of the requests of a batch, one row each, behind which anything may stand.
+
+    On the CPU it grows with its requests. Elsewhere it stays where it is, since captured graphs read it.
+
+    Args:
+        device: device of the scores.
+        rows: how many requests a batch may hold, elsewhere.
+        width: how many tokens a request may hold, elsewhere.
+    """
+
+    def __init__(self, device: torch.device, rows: int, width: int) -> None:
+        self._device = device
+        self._grows = device.type == "cpu"
+        self._host = torch.zeros((1, 64) if self._grows else (rows, width), dtype=torch.int32)
+        self._ids = self._host.to(device)
+        self._longest = 1
+        self._written: list[tuple[Any, int]] = []
+
+    def write(self, states: Sequence[Any]) -> None:
+        """Bring the rows up to date: most of them lack the one token that was generated last."""
+        self._longest = max([state.position_offset for state in states], default=1)
+        self._fit(len(states), self._longest)
+        del self._written[len(states) :]
+        for row, state in enumerate(states):
+            same = row < len(self._written) and self._written[row][0] is state
+            done = self._written[row][1] if same else 0
+            # Where batches overlap, the newest token is on the device only: read() adds it.
+            known = min(state.position_offset, len(state.initial_tokens) + len(state.generated_tokens))
+            if known > done:
+                start = len(state.initial_tokens)
+                tokens = state.initial_tokens[done:] + state.generated_tokens[max(0, done - start) : known - start]
+                self._host[row, done:known] = torch.tensor(tokens[: known - done], dtype=torch.int32)
+            self._written[row : row + 1] = [(state, known)]
+        if not self._grows:
+            self._ids[: len(states), : self._longest].copy_(self._host[: len(states), : self._longest])
+            # The batch runs on a stream of its own.
+            torch.accelerator.current_stream(self._device).synchronize()
+
+    def read(self, newest: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The histories ``[B, L]`` of a call, with the newest tokens ``[B]`` at their positions."""
+        B = newest.shape[0]
+        if self._grows:
+            self._fit(B, self._longest)
+        ids = self._ids[:B, : self._longest] if self._grows else self._ids[:B]
+        return ids.scatter_(1, position.long().unsqueeze(1), newest.int().unsqueeze(1))
+
+    def _fit(self, rows: int, width: int) -> None:
+        most_rows, most = self._host.shape
+        if rows <= most_rows and width <= most:
+            return
+        if not self._grows:
+            raise ValueError(
+                f"a batch of {rows} requests of up to {width} tokens is more than the {most_rows} of {most} that the "
+                "processors were made for: set max_requests_per_batch, or the model's max_position_embeddings"
+            )
+        larger = torch.zeros(max(rows, most_rows), max(width, 2 * most if width > most else most), dtype=torch.int32)
+        larger[:most_rows, :most] = self._host
+        self._host = self._ids = larger
+
+
+def _reads_tokens(stage: Stage) -> bool:
+    """Whether a stage reads tokens of the history, not only how many there are."""
+    if isinstance(stage, SequenceBias):
+        return stage.needs_history
+    if isinstance(stage, AllowFrom):
+        return isinstance(stage.source, str)
+    return isinstance(getattr(stage, "tokens", None), (History, Repeated)) or getattr(stage, "blank", None) is not None

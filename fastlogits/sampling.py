@@ -1,0 +1,438 @@
+"""From logits to tokens: processors, temperature, truncations and a draw that each request has to itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from fastlogits_kernels import select
+from fastlogits_kernels.draw import draw, report
+from fastlogits_kernels.truncate import (
+    RANGES,
+    Rule,
+    RuleKind,
+    Ties,
+    argument_of,
+    check_row_values,
+    check_rules,
+    truncate,
+)
+
+from fastlogits.fold_launch import FoldLaunch
+from fastlogits.mask_launch import MaskLaunch
+from fastlogits.plan import Plan
+from fastlogits.position import Index
+from fastlogits.processors.base import LogitsProcessorList
+from fastlogits.run import Run
+from fastlogits.stages import Member, Scale
+
+Order: TypeAlias = Literal["transformers", "vllm"]
+Distribution: TypeAlias = Literal["processed", "raw"]
+
+_ORDERS: dict[Order, tuple[RuleKind, ...]] = {
+    "transformers": ("top_n_sigma", "top_h", "top_k", "top_p", "min_p", "typical", "epsilon", "eta"),
+    "vllm": ("top_n_sigma", "min_p", "top_k", "top_p", "top_h", "typical", "epsilon", "eta"),
+}
+
+
+class Sample(NamedTuple):
+    """The tokens of one step, and what was asked about them."""
+
+    tokens: torch.Tensor
+    """int64 ``[B]``."""
+    logprobs: torch.Tensor | None
+    """Log-probability of each token, float32 ``[B]``; NaN in a row of NaN, of +inf or of nothing but -inf."""
+    ranks: torch.Tensor | None
+    """How many tokens are at least as likely as it, int64 ``[B]``: 1 for the likeliest."""
+    top_tokens: torch.Tensor | None
+    """The likeliest tokens of each row, the lowest id first on ties, int64 ``[B, n]``."""
+    top_logprobs: torch.Tensor | None
+    """Their log-probabilities, float32 ``[B, n]``."""
+
+
+class Sampler:
+    """Draws a token for each row of logits: what doesn't change from step to step is prepared here, once.
+
+    A row's token depends on its own logits, parameters, seed and position, and on nothing else: not on the batch, its
+    place there, or the step before. It is ``argmax(x - log(E))`` over the kept tokens, the lowest id on ties, with the
+    processed logits ``x`` in float32 and exponential noise ``E`` from Philox4x32-10, a counter-based generator (Salmon
+    et al., SC 2011), keyed by the seed and counted by token id and position: a draw from their softmax.
+
+    The logits become float32, then pass the processors, the temperature and the truncations. Each parameter is a number
+    for all rows, or a tensor ``(B,)`` on the device of the logits: float32, or int32 or int64 for ``top_k``. Such a
+    tensor is read at each call. A value out of range raises where it is a number or on the CPU; on a device, where
+    nothing can be raised without waiting for it, such a truncation is off for that row, and such a temperature makes it
+    greedy.
+
+    A row whose temperature is 0 is greedy: it takes its largest logit after the processors, the lowest id on ties, and
+    for it neither temperature nor truncations count, in its log-probabilities either. A row with NaN gets the lowest id
+    of NaN, else one with +inf the lowest id of +inf; one of nothing but -inf gets token 0.
+
+    Args:
+        processors: a ``LogitsProcessorList``, or any list of processors, applied first; None for none.
+        temperature: what the logits are divided by, at least 0 and finite; None for 1.
+        top_k: at least 1; V or more turns it off.
+        top_p: from 0 to 1; 1 turns it off.
+        min_p: from 0 to 1; 0 turns it off.
+        typical_p: above 0 and at most 1; 1 turns it off.
+        epsilon: at least 0 and below 1; 0 turns it off.
+        eta: at least 0 and below 1; 0 turns it off.
+        top_h: above 0 and at most 1; 1 turns it off.
+        top_n_sigma: above 0; inf turns it off. For what each of them keeps see the warper of its name.
+        order: in which the truncations act, each on what the one before has left: ``"transformers"`` for top-n-sigma,
+            top-h, top-k, top-p, min-p, typical, epsilon, eta; ``"vllm"`` for top-n-sigma, min-p, top-k, top-p, then the
+            others in that order.
+        ties: of tokens that tie at the edge of top-k or top-p, keep them as transformers does (``"all"``: top-k all,
+            top-p as many as it takes, with the largest ids), or as many as it takes with the ``"lowest"`` ids.
+        logprobs: ``"raw"`` for log-probabilities of the logits as they are given, ``"processed"`` for those of the
+            distribution that is drawn from; None for none.
+        top_logprobs: for how many of the likeliest tokens log-probabilities are wanted besides.
+
+    Raises:
+        ValueError: an argument out of range or of a wrong type.
+
+    Example:
+        >>> sampler = Sampler(temperature=torch.tensor([0.0, 0.7]), top_k=2, logprobs="raw")
+        >>> logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+        >>> sampler(logits, seeds=torch.tensor([7, 11]), positions=5).tokens
+        tensor([1, 2])
+    """
+
+    def __init__(
+        self,
+        processors: Iterable[Any] | None = None,
+        *,
+        temperature: float | torch.Tensor | None = None,
+        top_k: int | torch.Tensor | None = None,
+        top_p: float | torch.Tensor | None = None,
+        min_p: float | torch.Tensor | None = None,
+        typical_p: float | torch.Tensor | None = None,
+        epsilon: float | torch.Tensor | None = None,
+        eta: float | torch.Tensor | None = None,
+        top_h: float | torch.Tensor | None = None,
+        top_n_sigma: float | torch.Tensor | None = None,
+        order: Order = "transformers",
+        ties: Ties = "all",
+        logprobs: Distribution | None = None,
+        top_logprobs: int = 0,
+    ) -> None:
+        _check_choice("order", order, tuple(_ORDERS))
+        _check_choice("ties", ties, get_args(Ties))
+        _check_choice("logprobs", logprobs, (None, *get_args(Distribution)))
+        if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or top_logprobs < 0:
+            raise ValueError(f"`top_logprobs` has to be an integer of at least 0, but is {top_logprobs!r}")
+        if top_logprobs and logprobs is None:
+            raise ValueError(
+                f"`top_logprobs` is {top_logprobs}, but `logprobs` is None: set it to 'raw' or 'processed', so that it "
+                "is known whose log-probabilities are meant"
+            )
+        values: dict[RuleKind, float | torch.Tensor | None] = {
+            "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical": typical_p, "epsilon": epsilon, "eta": eta,
+            "top_h": top_h, "top_n_sigma": top_n_sigma,
+        }  # fmt: skip
+        if isinstance(temperature, torch.Tensor):
+            if temperature.ndim != 1 or temperature.dtype != torch.float32:
+                raise ValueError(
+                    "`temperature` has to be a number or a float32 tensor of shape (B,), but is a tensor of "
+                    f"{temperature.dtype} of shape {tuple(temperature.shape)}"
+                )
+            _check_temperatures(temperature)
+        elif temperature is not None and (not _is_number(temperature) or not 0 <= temperature < math.inf):
+            raise ValueError(f"`temperature` has to be a finite number of at least 0, but is {temperature!r}")
+        if processors is not None and not isinstance(processors, LogitsProcessorList):
+            processors = LogitsProcessorList(processors)
+        self._processors: LogitsProcessorList | None = processors
+        self._temperature = temperature
+        self._rules = tuple(
+            Rule(kind, value, ties=ties)
+            for kind in _ORDERS[order]
+            if (value := _acting(kind, values[kind])) is not None
+        )
+        self._logprobs = logprobs
+        self._top_logprobs = top_logprobs
+        self._fused: _FusedDraw | None = None
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        seeds: Index,
+        positions: Index,
+        input_ids: torch.Tensor | None = None,
+        *,
+        prompt_length: Index | None = None,
+        cache_position: Index | None = None,
+    ) -> Sample:
+        """Draw the tokens of one step.
+
+        Args:
+            logits: float32, float16 or bfloat16 ``[B, V]`` of any strides, V at least 1; never written.
+            seeds: the seed of each request: an integer of up to 64 bits for all rows, or an integer tensor ``(B,)``.
+            positions: the position in its sequence of the token that is drawn, of the same forms. Any number serves
+                that a request doesn't use twice.
+            input_ids: tokens so far, int32 or int64 ``(B, L)``, for processors that read them.
+            prompt_length: see ``LogitsProcessorList``.
+            cache_position: see ``LogitsProcessorList``.
+
+        Raises:
+            ValueError: an argument of another shape, dtype or device than is said here or at the class, or out of
+                range; or what a processor refuses.
+        """
+        if logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
+            raise ValueError(
+                "`logits` have to be floating point of shape (B, V) with V at least 1, but are of "
+                f"{logits.dtype} and shape {tuple(logits.shape)}"
+            )
+        if self._top_logprobs > logits.shape[1]:
+            raise ValueError(
+                f"`top_logprobs` is {self._top_logprobs}, but the vocabulary has only {logits.shape[1]} tokens"
+            )
+        if isinstance(self._temperature, torch.Tensor):
+            _check_rows("temperature", self._temperature, logits)
+            _check_temperatures(self._temperature)
+        if input_ids is None and self._processors is not None:
+            self._check_need_no_history(self._processors)
+        return self._draw(
+            logits.detach(), _for_rows("seeds", seeds, logits), _for_rows("positions", positions, logits),
+            input_ids, prompt_length, cache_position,
+        )  # fmt: skip
+
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        prompt_length: Index | None,
+        cache_position: Index | None,
+    ) -> Sample:
+        """What a call does with arguments that have been checked."""
+        fused = self._logprobs != "processed" and not torch.compiler.is_compiling()
+        if fused and select.is_selectable(logits, self._rules):
+            if self._fused is None:
+                self._fused = _FusedDraw(self._processors, self._temperature, self._rules)
+            run = None if prompt_length is None else Run(prompt_length, cache_position)
+            tokens = self._fused(logits, seeds, positions, input_ids, run)
+            return (
+                Sample(tokens, None, None, None, None)
+                if self._logprobs is None
+                else self._reported(logits.float(), tokens)
+            )
+        raw = logits.float()
+        plain = raw
+        if self._processors is not None:
+            ids: Any = input_ids
+            plain = self._processors(ids, raw, prompt_length=prompt_length, cache_position=cache_position)
+        scores, greedy = self._distribution(plain)
+        tokens = draw(scores, seeds, positions, greedy)
+        if self._logprobs is None:
+            return Sample(tokens, None, None, None, None)
+        return self._reported(raw if self._logprobs == "raw" else scores, tokens)
+
+    def _reported(self, scores: torch.Tensor, tokens: torch.Tensor) -> Sample:
+        asked = report(scores, tokens, self._top_logprobs)
+        top = (asked.top_tokens, asked.top_logprobs) if self._top_logprobs else (None, None)
+        return Sample(tokens, asked.logprobs, asked.ranks, *top)
+
+    def _distribution(self, plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logits that are drawn from, after temperature and truncations, and which rows are greedy."""
+        temperature = self._temperature
+        if isinstance(temperature, torch.Tensor):
+            sampled = (temperature > 0) & (temperature < math.inf)
+            scores = self._truncated(plain / torch.where(sampled, temperature, 1.0).unsqueeze(1))
+            return torch.where(sampled.unsqueeze(1), scores, plain), ~sampled
+        if temperature == 0:
+            return plain, torch.ones(len(plain), dtype=torch.bool, device=plain.device)
+        return self._truncated(plain if temperature is None else plain / temperature), None
+
+    def _truncated(self, scores: torch.Tensor) -> torch.Tensor:
+        return truncate(scores, self._rules) if self._rules else scores
+
+    @staticmethod
+    def _check_need_no_history(processors: LogitsProcessorList) -> None:
+        for step in processors.plan.steps:
+            for member in step.members:
+                if member.stage.needs_history:
+                    raise ValueError(f"{member.name} reads the tokens so far: give them as `input_ids`")
+
+
+class _FusedDraw:
+    """A sampler's tokens from kernels that read the logits once, and write nothing else."""
+
+    def __init__(
+        self,
+        processors: LogitsProcessorList | None,
+        temperature: float | torch.Tensor | None,
+        rules: tuple[Rule, ...],
+    ) -> None:
+        self._processors = processors
+        self._rules = () if temperature == 0 and not isinstance(temperature, torch.Tensor) else rules
+        self._temperature = temperature if isinstance(temperature, torch.Tensor) else None
+        self._is_greedy = self._temperature is None and temperature == 0
+        divides = not isinstance(temperature, torch.Tensor) and temperature not in (None, 0, 1)
+        self._scale = [Member("temperature", Scale(float(temperature or 1)))] if divides else []
+        self._plan: Plan | None = None
+        self._first: Plan | None = None  # what can't be folded into the draw
+        self._fold = FoldLaunch(self._scale) if self._scale else None
+        self._kept: dict[tuple[int, torch.device], tuple[select.Selection, torch.Tensor | None]] = {}
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        run: Run | None,
+    ) -> torch.Tensor:
+        """The tokens of one call."""
+        plan = None if self._processors is None else self._processors.plan
+        if plan is not self._plan:
+            self._plan = plan
+            steps = [] if plan is None else plan.steps
+            fused = len(steps) == 1 and isinstance(steps[0], (FoldLaunch, MaskLaunch))
+            members = [*(steps[0].members if fused else ()), *self._scale]
+            self._fold = FoldLaunch(members) if members else None
+            self._first = None if fused or plan is None else plan
+        if self._first is not None:
+            ids: Any = input_ids
+            logits = self._first(ids, logits.float(), run)
+        key = (logits.shape[1], logits.device)
+        kept = self._kept.get(key)
+        if kept is None:
+            zero = torch.zeros((), device=logits.device) if self._is_greedy else None
+            kept = self._kept[key] = (select.Selection(self._rules, *key), zero)
+        selection, temperature = kept
+        temperature = self._temperature if temperature is None else temperature
+        check_rules(logits, self._rules)
+        if self._fold is None:
+            return select.select_tokens(logits, selection, seeds, positions, temperature)
+        given: Any = input_ids
+        inputs = self._fold.inputs(given, logits, run)
+        return select.select_tokens(logits, selection, seeds, positions, temperature, *inputs)
+
+
+def sample(
+    logits: torch.Tensor,
+    processors: Iterable[Any] | None = None,
+    *,
+    seeds: Index,
+    positions: Index,
+    input_ids: torch.Tensor | None = None,
+    prompt_length: Index | None = None,
+    cache_position: Index | None = None,
+    temperature: float | torch.Tensor | None = None,
+    top_k: int | torch.Tensor | None = None,
+    top_p: float | torch.Tensor | None = None,
+    min_p: float | torch.Tensor | None = None,
+    typical_p: float | torch.Tensor | None = None,
+    epsilon: float | torch.Tensor | None = None,
+    eta: float | torch.Tensor | None = None,
+    top_h: float | torch.Tensor | None = None,
+    top_n_sigma: float | torch.Tensor | None = None,
+    order: Order = "transformers",
+    ties: Ties = "all",
+    logprobs: Distribution | None = None,
+    top_logprobs: int = 0,
+) -> Sample:
+    """Draw a token for each row of logits, once; in a loop over steps, make a ``Sampler`` and call that.
+
+    Args:
+        logits: float32, float16 or bfloat16 ``[B, V]``; never written.
+        processors: applied first.
+        seeds: the seed of each request, an integer or an integer tensor ``(B,)``.
+        positions: the position of the token that is drawn, of the same forms.
+        input_ids: tokens so far ``(B, L)``, for processors that read them.
+        prompt_length: see ``LogitsProcessorList``.
+        cache_position: see ``LogitsProcessorList``.
+        temperature: this and all that follow: see ``Sampler``.
+        top_k: see ``Sampler``.
+        top_p: see ``Sampler``.
+        min_p: see ``Sampler``.
+        typical_p: see ``Sampler``.
+        epsilon: see ``Sampler``.
+        eta: see ``Sampler``.
+        top_h: see ``Sampler``.
+        top_n_sigma: see ``Sampler``.
+        order: see ``Sampler``.
+        ties: see ``Sampler``.
+        logprobs: see ``Sampler``.
+        top_logprobs: see ``Sampler``.
+
+    Raises:
+        ValueError: see ``Sampler``.
+
+    Example:
+        >>> logits = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]]).log()
+        >>> sample(logits, seeds=torch.tensor([7, 11]), positions=5, top_p=0.6, logprobs="processed").logprobs
+        tensor([0., 0.])
+        >>> sample(logits, seeds=0, positions=0, temperature=0.0).tokens
+        tensor([2, 0])
+    """
+    sampler = Sampler(
+        processors, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p,
+        epsilon=epsilon, eta=eta, top_h=top_h, top_n_sigma=top_n_sigma, order=order, ties=ties, logprobs=logprobs,
+        top_logprobs=top_logprobs,
+    )  # fmt: skip
+    return sampler(logits, seeds, positions, input_ids, prompt_length=prompt_length, cache_position=cache_position)
+
+
+def _acting(kind: RuleKind, value: float | torch.Tensor | None) -> float | torch.Tensor | None:
+    """The value of a rule; None where it is off for all rows."""
+    if isinstance(value, torch.Tensor):
+        check_row_values(kind, value)
+        return value
+    if value is None:
+        return None
+    bounds, whole = RANGES[kind], kind == "top_k"
+    if (
+        not _is_number(value)
+        or (whole and not isinstance(value, int))
+        or not (bounds.has(value) or value == bounds.off)
+    ):
+        raise ValueError(
+            f"`{argument_of(kind)}` has to be {'an integer' if whole else 'a number'} {bounds.words}, but is {value!r}"
+        )
+    return value if bounds.has(value) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{argument}` has to be one of {', '.join(map(repr, choices))}, but is {value!r}")
+
+
+def _check_temperatures(temperature: torch.Tensor) -> None:
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        refused = ~((temperature >= 0) & (temperature < math.inf))
+        if bool(refused.any()):
+            row = int(refused.int().argmax())
+            raise ValueError(
+                f"`temperature` has to be finite and at least 0, but is {temperature[row].item():g} in row {row}"
+            )
+
+
+def _check_rows(argument: str, value: torch.Tensor, logits: torch.Tensor) -> None:
+    if value.shape != logits.shape[:1]:
+        raise ValueError(
+            f"`{argument}` has shape {tuple(value.shape)}, but logits have {len(logits)} rows: give one for each "
+            "row, or a number for all"
+        )
+    if value.device != logits.device:
+        raise ValueError(f"`{argument}` is on {value.device}, but logits are on {logits.device}: move it there once")
+
+
+def _for_rows(argument: str, value: Index, logits: torch.Tensor) -> torch.Tensor:
+    """An integer for each row."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"`{argument}` has to be an integer or a tensor of integers, but is one of {value.dtype}")
+        _check_rows(argument, value, logits)
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
+        raise ValueError(f"`{argument}` has to be an integer of at most 64 bits or a tensor of them, but is {value!r}")
+    signed = value - 2**64 if value >= 2**63 else value
+    return torch.full(logits.shape[:1], signed, dtype=torch.int64, device=logits.device)

@@ -1,0 +1,89 @@
+"""Truncations: by themselves, and on a GPU together with what stands before and after them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from fastlogits_kernels import select
+from fastlogits_kernels.truncate import check_rules, truncate
+
+from fastlogits.fold_launch import FoldLaunch
+from fastlogits.run import Run
+from fastlogits.stages import Member, Truncate
+from fastlogits.step import Step
+
+
+class TruncateLaunch(Step):
+    """Truncations that follow each other, as one: they act on the same tokens."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        self.rules = tuple(
+            rule for member in members if isinstance(member.stage, Truncate) for rule in member.stage.rules
+        )
+
+    def process(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Truncate the scores of one call."""
+        return truncate(scores, self.rules)
+
+    def describe(self) -> str:
+        """The launch in a line, for ``explain()``."""
+        if len(self.members) > 1:
+            return f"truncate: {len(self.members)} truncations in one (what the first leaves, the others look at)"
+        return "truncate"
+
+
+class SelectLaunch(Step):
+    """Truncations, with a fold before them and a normalisation after them, in kernels that share one pass.
+
+    Args:
+        truncations: the truncations.
+        before: the fold, or the masks, that stand before them; None for none.
+        after: the normalisation that stands after them; None for none.
+        first: the number of the first of these steps, for people.
+    """
+
+    def __init__(
+        self, truncations: TruncateLaunch, before: Step | None = None, after: Step | None = None, first: int = 1
+    ) -> None:
+        self._steps = [step for step in (before, truncations, after) if step is not None]
+        super().__init__([member for step in self._steps for member in step.members])
+        self._truncations, self._before, self._after, self._first = truncations, before, after, first
+        self._rules = truncations.rules
+        self._fold = None if before is None else FoldLaunch(before.members)
+        # Never dropped: captured graphs go on reading what they saw.
+        self._kept: dict[tuple[int, torch.device], select.Selection] = {}
+
+    def followed_by(self, after: Step) -> SelectLaunch:
+        """The same with a normalisation after it."""
+        return SelectLaunch(self._truncations, self._before, after, self._first)
+
+    def process(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Process the scores of one call."""
+        if torch.compiler.is_compiling() or not select.is_selectable(scores, self._rules):
+            for step in self._steps:
+                scores = step(input_ids, scores, run, kwargs)
+            return scores
+        check_rules(scores, self._rules)
+        key = (scores.shape[1], scores.device)
+        selection = self._kept.get(key)
+        if selection is None:
+            selection = self._kept[key] = select.Selection(self._rules, *key, normalise=self._after is not None)
+        if self._fold is None:
+            return select.select(scores, selection)
+        return select.select(scores, selection, *self._fold.inputs(input_ids, scores, run))
+
+    def describe(self) -> str:
+        """Which steps it takes together, for ``explain()``."""
+        numbers = [str(self._first + i) for i in range(len(self._steps))]
+        steps = f"step {numbers[0]} reads" if len(numbers) == 1 else f"steps {' and '.join(numbers)} share"
+        return (
+            f"{steps} one pass: a bound from a sample of the row, then one read and one write of the logits, which "
+            "puts by the few tokens above the bound, then the rules on those"
+        )

@@ -1,0 +1,242 @@
+"""Draw a token from each row of logits, the same one in whatever batch the row stands.
+
+    token[b] = argmax over v of x[b, v] - log(E[b, v]),   E exponential,   the lowest v on ties
+
+which follows the softmax of the row (the Gumbel-max trick). The noise is a function of the request's seed, the position
+that the token will take, and the token id alone:
+
+    words = philox4x32-10(key = (seed low, seed high), counter = (v // 4, position low, position high, 0))
+    u = min((float32(words[v % 4]) + 0.5) * 2**-32, 1 - 2**-24);   E = -log1p(-u);   all in float32
+
+where low and high are the 32-bit halves of the integers in two's complement (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", SC 2011). A greedy row takes argmax of x itself.
+
+Tokens of -inf are never drawn, where there is another. Rows that have no distribution get a defined token, whatever the
+noise: the lowest id of NaN where there is one, else the lowest of +inf where there is one, else 0 where all are -inf.
+
+Bytes moved on the CPU: three reads of the logits; noise is made only for tokens above -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastlogits_kernels._library import register
+from fastlogits_kernels.truncate import row_tails
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_BELOW_ONE = 1 - 2**-24
+_FEW = 64
+_CHUNK = 1 << 18
+"""Tokens whose noise is made at once on the CPU, so that it stays in the cache."""
+
+
+# -- The noise -------------------------------------------------------------------------------------------------------
+
+
+def philox(key: Sequence[torch.Tensor], counter: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The four words of Philox4x32-10 for each of many counters.
+
+    Args:
+        key: two int64 tensors of 32-bit words, broadcastable with the counter's.
+        counter: four of them.
+
+    Returns:
+        Four int64 tensors of 32-bit words.
+
+    Example:
+        >>> zero = torch.tensor(0)
+        >>> [hex(int(word)) for word in philox((zero, zero), (zero, zero, zero, zero))]
+        ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    (k0, k1), (a, b, c, d) = key, counter
+    for _ in range(_ROUNDS):
+        # int64 products wrap, and leave all 64 bits as they are in unsigned arithmetic.
+        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, c = (second >> 32) & _MASK ^ b ^ k0, (first >> 32) & _MASK ^ d ^ k1
+        b, d = second & _MASK, first & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return a, b, c, d
+
+
+def _halves(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    value = value.long()
+    return value & _MASK, (value >> 32) & _MASK
+
+
+def _exponential(words: torch.Tensor) -> torch.Tensor:
+    return -torch.log1p(-((words.float() + 0.5) * 2.0**-32).clamp_(max=_BELOW_ONE))
+
+
+def exponential_noise(seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """``E`` of some tokens, float32.
+
+    Args:
+        seeds: integers, broadcastable with ``tokens``.
+        positions: integers, broadcastable with ``tokens``.
+        tokens: token ids, int64.
+    """
+    words = torch.stack(philox(_halves(seeds), (tokens // 4, *_halves(positions), torch.zeros_like(tokens))))
+    return _exponential(words.gather(0, (tokens % 4).unsqueeze(0))[0])
+
+
+def _noise_of_rows(seeds: torch.Tensor, positions: torch.Tensor, V: int) -> torch.Tensor:
+    """``E`` of all tokens of some rows, ``[B, V]``: four from each counter."""
+    blocks = torch.arange((V + 3) // 4, device=seeds.device)
+    low, high = _halves(positions[:, None])
+    words = philox(_halves(seeds[:, None]), (blocks, low, high, torch.zeros_like(blocks)))
+    return _exponential(torch.stack(words, -1).flatten(1)[:, :V])
+
+
+# -- The draw --------------------------------------------------------------------------------------------------------
+
+
+def reference_draw(
+    scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, greedy: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A token of each row ``[B]``, int64, as the module says; no host sync on CUDA.
+
+    Args:
+        scores: float32 ``[B, V]`` with V at least 1; what has been dropped is at -inf.
+        seeds: integers ``[B]``.
+        positions: integers ``[B]``.
+        greedy: bool ``[B]``: the rows that take their largest score; None where none does.
+    """
+    B, V = scores.shape
+    if not B:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
+    # argmax gives the lowest id on ties, and of NaN.
+    top = scores.amax(-1)
+    settled = ~top.isfinite() if greedy is None else ~top.isfinite() | greedy
+    if scores.device.type != "cpu":
+        keys = scores - _noise_of_rows(seeds, positions, V).log()
+        return torch.where(settled, scores.argmax(-1), keys.argmax(-1))
+    if not bool(settled.any()):
+        return _draw_rows(scores, seeds, positions)
+    tokens = scores.argmax(-1)
+    rows = (~settled).nonzero().squeeze(1)
+    if len(rows):
+        tokens[rows] = _draw_rows(scores[rows], seeds[rows], positions[rows])
+    return tokens
+
+
+def _draw_rows(scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rows that have a distribution, on the CPU."""
+    V = scores.shape[1]
+    if V >= 4 * _FEW:
+        values, tokens = row_tails(scores, _FEW, False)
+        if bool((values[:, 0] == float("-inf")).all()):  # so that all others are here
+            keys = values - exponential_noise(seeds[:, None], positions[:, None], tokens).log()
+            return torch.where(keys == keys.amax(1, keepdim=True), tokens, V).amin(1)
+    drawn = []
+    for some, seed, position in zip(
+        *(each.split(max(1, _CHUNK // V)) for each in (scores, seeds, positions)), strict=True
+    ):
+        drawn.append(_draw_from_many(some, seed, position))
+    return torch.cat(drawn)
+
+
+def _draw_from_many(scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    V = scores.shape[1]
+    kept = scores > float("-inf")
+    if int(kept.sum()) * 4 > scores.numel():
+        return (scores - _noise_of_rows(seeds, positions, V).log()).argmax(-1)
+    rows, ids = kept.nonzero(as_tuple=True)
+    keys = scores[rows, ids] - exponential_noise(seeds[rows], positions[rows], ids).log()
+    best = scores.new_full(seeds.shape, float("-inf")).scatter_reduce(0, rows, keys, "amax")
+    winners = torch.where(keys == best[rows], ids, V)
+    return ids.new_full(seeds.shape, V).scatter_reduce(0, rows, winners, "amin")
+
+
+def _fake_draw(scores: torch.Tensor, *_: object) -> torch.Tensor:
+    return scores.new_empty(scores.shape[:1], dtype=torch.int64)
+
+
+register("draw(Tensor scores, Tensor seeds, Tensor positions, Tensor? greedy) -> Tensor", reference_draw, _fake_draw)
+
+
+# -- What a user asks about the token --------------------------------------------------------------------------------
+
+
+class Report(NamedTuple):
+    """Log-probabilities around the drawn tokens."""
+
+    logprobs: torch.Tensor
+    """Of the tokens, float32 ``[B]``."""
+    ranks: torch.Tensor
+    """How many tokens are at least as likely, int64 ``[B]``: 1 for the likeliest."""
+    top_tokens: torch.Tensor
+    """The likeliest tokens, the lowest id first on ties, int64 ``[B, n]``."""
+    top_logprobs: torch.Tensor
+    """Theirs, float32 ``[B, n]``."""
+
+
+def _likeliest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The ids of the largest scores of each row ``[B, count]``, the lowest first on ties."""
+    if not count:
+        return torch.empty((len(scores), 0), dtype=torch.int64, device=scores.device)
+    if scores.device.type != "cpu" or not len(scores) or count >= scores.shape[1]:
+        return scores.sort(descending=True, stable=True).indices[:, :count]
+    nothing, V = float("-inf"), scores.shape[1]
+    values, ends = row_tails(scores, count + 1, False)
+    # Where fewer are above -inf, the lowest ids at -inf follow: they are among as many ids, and as many again.
+    low = scores[:, : 2 * count]
+    ids = torch.arange(low.shape[1]).expand_as(low)
+    tokens = torch.cat((ends.where(values > nothing, V), ids.where(low == nothing, V)), 1)
+    tokens, order = tokens.sort()
+    ranked = torch.cat((values, low.new_full(low.shape, nothing)), 1).gather(1, order)
+    tokens = tokens.gather(1, ranked.sort(descending=True, stable=True).indices[:, :count])
+    # Of what ties with the smallest, some may be missing; NaN ties with all.
+    unsure = (~((values[:, 0] < values[:, 1]) | (values[:, 0] == nothing))).nonzero().squeeze(1)
+    if len(unsure):
+        tokens[unsure] = scores[unsure].sort(descending=True, stable=True).indices[:, :count]
+    return tokens
+
+
+def reference_report(scores: torch.Tensor, tokens: torch.Tensor, count: int) -> Report:
+    """Log-probabilities of ``log_softmax(scores)``; NaN for a row that has none.
+
+    Args:
+        scores: float32 ``[B, V]``.
+        tokens: int64 ``[B]``.
+        count: how many of the likeliest tokens, at most V.
+    """
+    own = scores.gather(1, tokens.unsqueeze(1))
+    total = scores.logsumexp(-1, keepdim=True)
+    top_tokens = _likeliest(scores, count)
+    top_logprobs = scores.gather(1, top_tokens) - total
+    return Report((own - total).squeeze(1), (scores >= own).sum(1), top_tokens, top_logprobs)
+
+
+def _fake_report(scores: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    B = scores.shape[0]
+    return scores.new_empty(B), tokens.new_empty(B), tokens.new_empty((B, count)), scores.new_empty((B, count))
+
+
+register(
+    "report(Tensor scores, Tensor tokens, int count) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *arguments: tuple(reference_report(*arguments)),
+    _fake_report,
+)
+
+
+def draw(
+    scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, greedy: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See ``reference_draw``."""
+    if torch.compiler.is_compiling():
+        return torch.ops.fastlogits.draw(scores, seeds, positions, greedy)  # type: ignore[no-any-return]
+    return reference_draw(scores, seeds, positions, greedy)
+
+
+def report(scores: torch.Tensor, tokens: torch.Tensor, count: int) -> Report:
+    """See ``reference_report``."""
+    if torch.compiler.is_compiling():
+        return Report(*torch.ops.fastlogits.report(scores, tokens, count))
+    return reference_report(scores, tokens, count)

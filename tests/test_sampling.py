@@ -1,0 +1,449 @@
+"""Draws: the generator's published answers, the distribution, independence of the batch, reports on a token."""
+
+import math
+
+import pytest
+import torch
+from fastlogits_kernels.draw import _noise_of_rows, exponential_noise, philox, reference_draw
+from fastlogits_kernels.truncate import Rule, truncate
+
+import fastlogits as fl
+from tests.oracle import broken_rows, hard_rows
+
+INF = float("inf")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(
+    scope="module",
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
+)
+def device(request):
+    return request.param
+
+
+def gauss(B: int, V: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(B, V, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.equal(first.nan_to_num(1e30), second.nan_to_num(1e30))
+
+
+# -- The generator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_the_published_answers(counter, key, words):
+    found = philox([torch.tensor(word) for word in key], [torch.tensor(word) for word in counter])
+    assert " ".join(f"{int(word):08x}" for word in found) == words
+
+
+def philox_by_hand(key, counter):
+    """In Python's integers."""
+    (k0, k1), (a, b, c, d) = key, counter
+    for _ in range(10):
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = second >> 32 ^ b ^ k0, second & 0xFFFFFFFF, first >> 32 ^ d ^ k1, first & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return a, b, c, d
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -1, -(2**63)])
+@pytest.mark.parametrize("position", [0, 7, 2**32 + 5, -3])
+def test_the_noise_is_what_the_definition_says(seed, position):
+    tokens = torch.tensor([0, 1, 2, 3, 4, 127, 128_255])
+    found = exponential_noise(torch.tensor(seed), torch.tensor(position), tokens)
+    for token, noise in zip(tokens.tolist(), found, strict=True):
+        halves = [(value % 2**32, (value >> 32) % 2**32) for value in (seed, position)]
+        word = philox_by_hand(halves[0], (token // 4, *halves[1], 0))[token % 4]
+        v = (torch.tensor(word, dtype=torch.int64).float() + 0.5) * 2.0**-32
+        assert noise == -torch.log1p(-v.clamp(max=1 - 2.0**-24))
+        assert 0 < noise < 17
+
+
+@pytest.mark.parametrize("V", [1, 6, 1003, 50_000])
+def test_the_noise_of_some_tokens_is_that_of_whole_rows(V):
+    # Or a row would depend on how many tokens its neighbours keep.
+    seeds, positions = torch.arange(5) * 10**12, torch.arange(5)
+    rows = _noise_of_rows(seeds, positions, V)
+    assert rows.shape == (5, V)
+    some = torch.randint(V, (5, 77), generator=torch.Generator().manual_seed(0))
+    found = exponential_noise(seeds[:, None], positions[:, None], some)
+    assert torch.equal(found, rows.gather(1, some))
+    assert torch.equal(found.log(), rows.log().gather(1, some))
+    assert torch.equal(exponential_noise(seeds[2], positions[2], some[2, :3]).log(), found[2, :3].log())
+
+
+# -- The draw --------------------------------------------------------------------------------------------------------
+
+
+def drawn_by_hand(scores: torch.Tensor, seeds, positions) -> torch.Tensor:
+    tokens = torch.arange(scores.shape[1])
+    noise = torch.stack([exponential_noise(seed, at, tokens) for seed, at in zip(seeds, positions, strict=True)])
+    return (scores - noise.log()).argmax(-1)
+
+
+@pytest.mark.parametrize("V", [1, 2, 5, 64, 1001, 32_003])
+@pytest.mark.parametrize("kept", [1.0, 0.5, 0.1])
+def test_the_token_is_the_argmax_of_the_definition(device, V, kept):
+    scores = gauss(6, V)
+    dropped = torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)) > kept
+    dropped[:, V // 2] = False
+    scores[dropped] = -INF
+    seeds, positions = torch.arange(6) * 7919, torch.tensor([0, 5, 5, 2**33, 9, 1])
+    found = fl.sample(scores.to(device), seeds=seeds.to(device), positions=positions.to(device)).tokens
+    assert found.dtype == torch.int64
+    assert torch.equal(found.cpu(), drawn_by_hand(scores, seeds, positions))
+
+
+def chi_square(tokens: torch.Tensor, p: torch.Tensor) -> float:
+    """The probability of a fit no better than that of some draws; what is expected less than 20 times is pooled."""
+    expected = p.double() * len(tokens)
+    counts = torch.bincount(tokens, minlength=len(p)).double()
+    assert not bool(counts[p == 0].any()), "a dropped token was drawn"
+    common = expected >= 20
+    cells = [(counts[common], expected[common])]
+    if bool((~common).any()) and float(expected[~common].sum()) > 0:
+        cells.append((counts[~common].sum()[None], expected[~common].sum()[None]))
+    found, right = (torch.cat(column) for column in zip(*cells, strict=True))
+    statistic = ((found - right).square() / right).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(found) - 1) / 2).double(), statistic / 2))
+
+
+@pytest.mark.parametrize("vary", ["positions", "seeds", "rows of both"])
+def test_a_million_draws_fit_the_distribution(device, vary):
+    V, B, rounds = 48, 20_000, 50
+    row = -2.5 * torch.log(torch.randperm(V, generator=torch.Generator().manual_seed(3)) + 1.0)
+    rules = {"top_k": 40, "top_p": 0.9999}
+    sampler = fl.Sampler(temperature=0.8, **rules)
+    kept = truncate(row[None] / 0.8, [Rule(kind, value) for kind, value in rules.items()])[0]
+    logits, count, tokens = row.to(device).expand(B, V), torch.arange(B, device=device), []
+    for turn in range(rounds):
+        fresh = count + turn * B
+        seeds, positions = {
+            "positions": (1234, fresh),
+            "seeds": (fresh, 77),
+            "rows of both": (count % 1000, count // 1000 + 20 * turn),
+        }[vary]
+        tokens.append(sampler(logits, seeds, positions).tokens.cpu())
+    drawn = torch.cat(tokens)
+    assert len(drawn) == 1_000_000
+    assert chi_square(drawn, kept.double().softmax(-1)) > 1e-3
+    # Neighbouring draws know nothing of each other: pairs of the four likeliest tokens.
+    likely = kept.topk(4).indices
+    pairs = drawn.view(-1, 2)
+    both = (pairs[:, :1] == likely).int().argmax(1) * 4 + (pairs[:, 1:] == likely).int().argmax(1)
+    both = both[(torch.isin(pairs[:, 0], likely)) & torch.isin(pairs[:, 1], likely)]
+    p = kept.double().softmax(-1)[likely]
+    assert chi_square(both, torch.outer(p, p).flatten() / p.sum() ** 2) > 1e-3
+
+
+def test_a_row_draws_the_same_token_in_any_batch(device):
+    B, V = 24, 3000
+    logits = torch.cat([torch.stack(list(hard_rows(V).values())), gauss(B, V)])[:B].to(device)
+    generator = torch.Generator().manual_seed(5)
+    seeds, positions = (torch.randint(0, 2**40, (B,), generator=generator).to(device) for _ in range(2))
+    parameters = {
+        "temperature": torch.linspace(0, 2, B).to(device),
+        "top_k": torch.randint(1, 200, (B,), generator=generator).to(device),
+        "top_p": torch.linspace(0.3, 1, B).to(device),
+        "min_p": torch.linspace(0, 0.1, B).to(device),
+    }
+    options = {"logprobs": "processed", "top_logprobs": 3}
+    whole = fl.sample(logits, seeds=seeds, positions=positions, **parameters, **options)
+    assert fl.sample(logits, seeds=seeds, positions=positions, **parameters).tokens.equal(whole.tokens)
+    order = torch.randperm(B, generator=generator).to(device)
+    for rows in (order, order[:7], order[7:8]):
+        some = fl.sample(
+            logits[rows], seeds=seeds[rows], positions=positions[rows],
+            **{name: value[rows] for name, value in parameters.items()}, **options,
+        )  # fmt: skip
+        for found, right in zip(some, whole, strict=True):
+            assert same(found, right[rows])
+
+
+@pytest.mark.parametrize("order", ["transformers", "vllm"])
+@pytest.mark.parametrize("ties", ["all", "lowest"])
+def test_parameters_per_row_are_those_of_each_row_alone(device, order, ties):
+    logits = gauss(8, 2000).bfloat16().to(device)
+    rows = {
+        "temperature": [0.0, 0.5, 0.7, 1.0, 1.3, 2.0, 1.0, 0.0],
+        "top_k": [5, 50, 2000, 1, 7, 3000, 20, 4],
+        "top_p": [0.9, 1.0, 0.5, 0.1, 0.99, 0.0, 0.95, 1.0],
+        "min_p": [0.0, 0.05, 0.1, 1.0, 0.0, 0.01, 0.0, 0.5],
+        "typical_p": [1.0, 0.9, 1.0, 0.5, 1.0, 0.2, 1.0, 1.0],
+        "epsilon": [0.0, 3e-4, 0.0, 0.01, 0.0, 0.0, 0.1, 0.0],
+        "eta": [3e-4, 0.0, 2e-3, 0.0, 0.0, 0.0, 0.0, 0.0],
+        "top_h": [1.0, 1.0, 0.5, 1.0, 0.9, 1.0, 1.0, 1.0],
+        "top_n_sigma": [INF, 1.0, INF, 3.0, INF, INF, 2.0, INF],
+    }
+    tensors = {
+        name: torch.tensor(values, dtype=torch.int32 if name == "top_k" else torch.float32, device=device)
+        for name, values in rows.items()
+    }
+    sampler = fl.Sampler(**tensors, order=order, ties=ties, logprobs="processed", top_logprobs=4)
+    together = sampler(logits, torch.arange(8, device=device), 3)
+    for row in range(8):
+        numbers = {name: value[row].item() for name, value in tensors.items()}
+        options = {"order": order, "ties": ties, "logprobs": "processed", "top_logprobs": 4}
+        alone = fl.sample(logits[row : row + 1], seeds=row, positions=3, **numbers, **options)
+        for found, right in zip(together, alone, strict=True):
+            assert same(found[row : row + 1], right), row
+
+
+def test_the_orders_are_those_of_the_stacks():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    both = {"top_p": 0.75, "min_p": 0.3, "logprobs": "processed", "top_logprobs": 4, "seeds": 0, "positions": 0}
+    # After top-p 0.75 three are left; min-p 0.3 leaves three of the four, of which top-p takes 0.75 of 0.9.
+    kept = {
+        order: int((fl.sample(logits, order=order, **both).top_logprobs > -INF).sum())
+        for order in ("transformers", "vllm")
+    }
+    assert kept == {"transformers": 3, "vllm": 2}
+
+
+def test_processors_come_first(device):
+    logits = gauss(2, 50).to(device)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]], device=device)
+    best = logits.argmax(-1)
+    ban = fl.SuppressTokensLogitsProcessor(best.tolist())
+    for processors in ([ban], fl.LogitsProcessorList([ban, fl.RepetitionPenaltyLogitsProcessor(1.5)])):
+        found = fl.sample(logits, processors, seeds=1, positions=2, input_ids=ids, temperature=0.0, logprobs="raw")
+        right = logits
+        for processor in processors:
+            right = processor(ids, right)
+        assert torch.equal(found.tokens, right.argmax(-1))
+        raw = logits.log_softmax(-1).gather(1, found.tokens[:, None])[:, 0]
+        assert torch.allclose(found.logprobs, raw)
+    first = fl.SuppressFirstTokens(best.tolist())
+    for step, right in ((0, False), (1, True)):
+        found = fl.sample(
+            logits, [first], seeds=1, positions=2, input_ids=ids, temperature=0.0, prompt_length=3 - step
+        )  # fmt: skip
+        assert torch.equal(found.tokens, best) == right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_of_any_layout_are_left_alone(device, dtype):
+    logits = gauss(4, 500).to(device, dtype)
+    wide = torch.full((4, 3, 511), math.nan, device=device, dtype=dtype)
+    strided = wide[:, 1, 5:505].copy_(logits)
+    before = strided.clone()
+    parameters = {"seeds": torch.arange(4, device=device), "positions": 9, "temperature": 0.8, "top_p": 0.9}
+    found = fl.sample(strided, **parameters)
+    assert torch.equal(strided, before)
+    assert torch.equal(found.tokens, fl.sample(logits.float(), **parameters).tokens)
+
+
+# -- Rows of all kinds -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("V", [2, 300, 6000])
+@pytest.mark.parametrize("parameters", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 50, "top_p": 0.9}])
+def test_rows_without_a_distribution_get_the_documented_token(device, V, parameters):
+    rows = broken_rows(V)
+    logits = torch.stack(list(rows.values())).to(device)
+    found = fl.sample(logits, seeds=3, positions=4, logprobs="raw", top_logprobs=1, **parameters)
+    for row, token in zip(rows.values(), found.tokens.tolist(), strict=True):
+        if bool(row.isnan().any()):
+            assert token == int(row.isnan().int().argmax())
+        elif bool((row == INF).any()):
+            assert token == int((row == INF).int().argmax())
+        else:
+            assert token == 0
+    assert bool(found.logprobs.isnan().all())
+
+
+def test_greedy_rows_take_the_lowest_of_the_largest(device):
+    logits = torch.randint(0, 4, (16, 5000), generator=torch.Generator().manual_seed(0)).float().to(device)
+    right = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+    temperature = torch.zeros(16, device=device)
+    for each in (0, 0.0, temperature):
+        found = fl.sample(logits, seeds=0, positions=0, temperature=each, typical_p=0.2)
+        assert torch.equal(found.tokens, right)
+    temperature[::2] = 1.0
+    mixed = fl.sample(logits, seeds=0, positions=0, temperature=temperature).tokens
+    assert torch.equal(mixed[1::2], right[1::2])
+    assert torch.equal(mixed[::2], fl.sample(logits[::2], seeds=0, positions=0).tokens)
+
+
+def test_one_survivor_is_drawn(device):
+    logits = torch.full((3, 700), -INF)
+    logits[[0, 1, 2], [0, 350, 699]] = torch.tensor([-5.0, 0.0, 1e4])
+    found = fl.sample(logits.to(device), seeds=1, positions=1, temperature=0.5, top_p=0.3, logprobs="processed")
+    assert found.tokens.tolist() == [0, 350, 699]
+    assert found.logprobs.tolist() == [0.0, 0.0, 0.0]
+    assert found.ranks.tolist() == [1, 1, 1]
+
+
+def test_no_rows(device):
+    found = fl.sample(torch.zeros(0, 9, device=device), seeds=0, positions=0, top_k=2, logprobs="raw", top_logprobs=2)
+    assert [tuple(each.shape) for each in found] == [(0,), (0,), (0,), (0, 2), (0, 2)]
+
+
+# -- Log-probabilities -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["raw", "processed"])
+def test_log_probabilities_are_those_of_the_distribution_asked_for(device, kind):
+    logits = gauss(5, 1000).bfloat16().float()
+    parameters = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
+    found = fl.sample(
+        logits.to(device), seeds=torch.arange(5).to(device), positions=0, logprobs=kind, top_logprobs=60, **parameters
+    )
+    scores = logits
+    if kind == "processed":
+        scores = truncate(logits / 0.7, [Rule("top_k", 50), Rule("top_p", 0.9)])
+    right = scores.double().log_softmax(-1)
+    tokens, logprobs, ranks, top_tokens, top_logprobs = (each.cpu() for each in found if each is not None)
+    own = right.gather(1, tokens[:, None])
+    assert torch.allclose(logprobs.double(), own[:, 0], atol=1e-5)
+    assert torch.equal(ranks, (scores >= scores.gather(1, tokens[:, None])).sum(1))
+    assert torch.equal(top_tokens, scores.sort(descending=True, stable=True).indices[:, :60])
+    assert torch.allclose(top_logprobs.double(), right.gather(1, top_tokens), atol=1e-5)
+
+
+def test_nothing_is_reported_that_nobody_asked_for():
+    logits = gauss(2, 9)
+    assert fl.sample(logits, seeds=0, positions=0)[1:] == (None, None, None, None)
+    found = fl.sample(logits, seeds=0, positions=0, logprobs="raw")
+    assert found.top_tokens is None
+    assert found.top_logprobs is None
+
+
+def test_equal_tokens_are_listed_by_their_ids(device):
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 1.0, 2.0] * 100]).to(device)
+    found = fl.sample(logits, seeds=0, positions=0, temperature=0.0, logprobs="raw", top_logprobs=5)
+    assert found.top_tokens.tolist() == [[1, 3, 6, 8, 10]]
+    assert found.tokens.tolist() == [1]
+    assert found.ranks.tolist() == [300]
+    few = logits.masked_fill(logits < 2, -INF)
+    few[:, 15:] = -INF
+    found = fl.sample(few, seeds=0, positions=0, logprobs="raw", top_logprobs=9)
+    assert found.top_tokens.tolist() == [[1, 3, 6, 8, 10, 13, 0, 2, 4]]
+    few[0, 2] = math.nan
+    assert fl.sample(few, seeds=0, positions=0, logprobs="raw", top_logprobs=2).top_tokens.tolist() == [[2, 1]]
+
+
+# -- What is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -0.5}, "`temperature` .* -0.5"),
+        ({"temperature": math.nan}, "`temperature` .* nan"),
+        ({"temperature": INF}, "`temperature` .* inf"),
+        ({"temperature": "hot"}, "`temperature` .* 'hot'"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, "`temperature` .* -1 in row 1"),
+        ({"temperature": torch.tensor([1.0, math.nan])}, "`temperature` .* nan in row 1"),
+        ({"temperature": torch.tensor([1, 2])}, "`temperature` .* of torch.int64"),
+        ({"temperature": torch.ones(3)}, r"`temperature` has shape \(3,\), but logits have 2 rows"),
+        ({"temperature": torch.ones(2, device="meta")}, "`temperature` is on meta"),
+        ({"top_k": 0}, "`top_k` has to be an integer at least 1 .* but is 0"),
+        ({"top_k": 2.0}, "`top_k` .* 2.0"),
+        ({"top_k": True}, "`top_k` .* True"),
+        ({"top_k": torch.tensor([3, 0])}, "`top_k` .* 0 in row 1"),
+        ({"top_k": torch.tensor([3])}, "`top_k` has 1 rows, but scores have 2"),
+        ({"top_p": 1.5}, "`top_p` .* 1.5"),
+        ({"top_p": -0.1}, "`top_p` .* -0.1"),
+        ({"top_p": math.nan}, "`top_p` .* nan"),
+        ({"top_p": torch.tensor([0.5, 2.0])}, "`top_p` .* 2 in row 1"),
+        ({"top_p": torch.tensor(0.5)}, r"`top_p` .* shape \(\)"),
+        ({"min_p": 1.1}, "`min_p` .* 1.1"),
+        ({"typical_p": 0.0}, "`typical_p` .* 0.0"),
+        ({"epsilon": 1.0}, "`epsilon` .* 1.0"),
+        ({"eta": -1.0}, "`eta` .* -1.0"),
+        ({"top_h": 0}, "`top_h` .* 0"),
+        ({"top_n_sigma": 0}, "`top_n_sigma` .* 0"),
+        ({"order": "sglang"}, "`order` has to be one of 'transformers', 'vllm', but is 'sglang'"),
+        ({"ties": "first"}, "`ties` .* 'first'"),
+        ({"logprobs": "all"}, "`logprobs` .* 'all'"),
+        ({"top_logprobs": -1, "logprobs": "raw"}, "`top_logprobs` .* -1"),
+        ({"top_logprobs": 3}, "`top_logprobs` is 3, but `logprobs` is None"),
+        ({"top_logprobs": 8, "logprobs": "raw"}, "`top_logprobs` is 8, but the vocabulary has only 7"),
+        ({"seeds": 1.5}, "`seeds` .* 1.5"),
+        ({"seeds": 2**64}, "`seeds` .* 18446744073709551616"),
+        ({"seeds": torch.ones(2)}, "`seeds` .* of torch.float32"),
+        ({"positions": torch.ones(3, dtype=torch.int64)}, r"`positions` has shape \(3,\), but logits have 2 rows"),
+        ({"positions": None}, "`positions` .* None"),
+        ({"processors": [fl.RepetitionPenaltyLogitsProcessor(1.2)]}, "RepetitionPenaltyLogitsProcessor .* `input_ids`"),
+        ({"logits": torch.zeros(7)}, r"`logits` .* \(7,\)"),
+        ({"logits": torch.zeros(2, 7).long()}, "`logits` .* of torch.int64"),
+        ({"logits": torch.zeros(2, 0)}, r"`logits` .* \(2, 0\)"),
+    ],
+)
+def test_a_bad_argument_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fl.sample(**{"logits": torch.zeros(2, 7), "seeds": 0, "positions": 0, **arguments})
+
+
+def test_seeds_are_64_bits_whatever_their_type():
+    logits = gauss(2, 400)
+    by_number = [fl.sample(logits, seeds=seed, positions=1).tokens for seed in (2**64 - 5, -5)]
+    by_tensor = fl.sample(logits, seeds=torch.tensor([-5, -5]), positions=torch.tensor([1, 1], dtype=torch.int32))
+    assert torch.equal(by_number[0], by_number[1])
+    assert torch.equal(by_number[0], by_tensor.tokens)
+
+
+# -- How it is made --------------------------------------------------------------------------------------------------
+
+
+def test_a_sampler_reads_its_tensors_at_each_call(device):
+    logits = gauss(2, 100).to(device)
+    temperature, top_k = torch.ones(2, device=device), torch.tensor([100, 100], device=device)
+    sampler = fl.Sampler(temperature=temperature, top_k=top_k)
+    free = sampler(logits, 1, 2).tokens
+    assert torch.equal(free, fl.sample(logits, seeds=1, positions=2).tokens)
+    top_k.fill_(1)
+    assert torch.equal(sampler(logits, 1, 2).tokens, logits.argmax(-1))
+    top_k.fill_(100)
+    temperature.zero_()
+    assert torch.equal(sampler(logits, 1, 2).tokens, logits.argmax(-1))
+
+
+def test_noise_is_made_for_kept_tokens_only(monkeypatch):
+    made = []
+
+    def watched(seeds, positions, tokens):
+        made.append(tokens.numel())
+        return exponential_noise(seeds, positions, tokens)
+
+    monkeypatch.setattr("fastlogits_kernels.draw.exponential_noise", watched)
+    fl.sample(gauss(4, 5000), seeds=0, positions=0, top_k=50)
+    assert made == [4 * 64]
+
+
+def test_compiled_it_is_the_same():
+    logits = gauss(3, 200)
+
+    def step(logits, seeds, positions):
+        return fl.sample(
+            logits, seeds=seeds, positions=positions, temperature=0.7, top_k=20, logprobs="raw", top_logprobs=3
+        )
+
+    seeds, positions = torch.arange(3), torch.arange(3) + 7
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for found, right in zip(compiled(logits, seeds, positions), step(logits, seeds, positions), strict=True):
+        assert torch.equal(found, right)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_registered_operations():
+    scores, seeds = gauss(3, 40), torch.arange(3)
+    for greedy in (None, torch.tensor([True, False, True])):
+        torch.library.opcheck(torch.ops.fastlogits.draw.default, (scores, seeds, seeds, greedy))
+    tokens = reference_draw(scores, seeds, seeds)
+    torch.library.opcheck(torch.ops.fastlogits.report.default, (scores, tokens, 3))

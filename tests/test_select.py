@@ -1,0 +1,255 @@
+"""The kernels that fold, truncate and draw, against torch and the float64 oracle; on a CPU in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from fastlogits_kernels import _triton, select
+from fastlogits_kernels.truncate import Rule, reference_truncate
+
+import fastlogits as fl
+from tests.oracle import broken_rows, check_truncation, hard_rows
+
+pytestmark = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
+CHAINS = {
+    "k": (Rule("top_k", 20),),
+    "p": (Rule("top_p", 0.9),),
+    "k p": (Rule("top_k", 50), Rule("top_p", 0.9)),
+    "p k": (Rule("top_p", 0.9), Rule("top_k", 50)),
+    "min k p": (Rule("min_p", 0.05), Rule("top_k", 50), Rule("top_p", 0.9)),
+    "k p min": (Rule("top_k", 50), Rule("top_p", 0.9), Rule("min_p", 0.05)),
+    "min of 4": (Rule("min_p", 0.9, 4),),
+    "p of 3": (Rule("top_p", 0.1, 3),),
+    "epsilon": (Rule("epsilon", 0.002),),
+    "epsilon of 3": (Rule("epsilon", 0.4, 3),),
+    "eta": (Rule("eta", 0.002),),
+    "sigma": (Rule("top_n_sigma", 1.0),),
+    "h": (Rule("top_h", 0.5),),
+    "typical": (Rule("typical", 0.9),),
+    "typical k": (Rule("typical", 0.5), Rule("top_k", 9)),
+    "lowest k": (Rule("top_k", 20, ties="lowest"),),
+    "lowest p": (Rule("top_p", 0.5, ties="lowest"),),
+    "many": (Rule("top_k", 600), Rule("top_p", 0.99)),
+    "all kept": (Rule("top_k", 10**6), Rule("top_p", 0.5)),
+    "fill": (Rule("top_k", 20, 1, -5.0),),
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Take the kernels, wherever the tensors are."""
+    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+
+
+def selected(scores, rules, **options):
+    """What the kernels leave of scores, with poisoned memory before and after."""
+    assert select.is_selectable(scores, rules)
+    torch.empty_like(scores).fill_(math.nan)
+    return select.select(scores, select.Selection(rules, scores.shape[1], scores.device, **options))
+
+
+def drawn(scores, rules, seeds, positions, temperature=None):
+    """The tokens that the kernels draw."""
+    return select.select_tokens(
+        scores, select.Selection(rules, scores.shape[1], scores.device), seeds, positions, temperature
+    )
+
+
+# 700: few enough for the registers, or all; 4400: more than one block of a row, odd strides.
+@pytest.mark.parametrize("V", [700, 4401, 128256] if GPU else [700])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_keeps_what_the_oracle_keeps(chain, V):
+    """Every rule and order on hard rows, several to a batch."""
+    rows = hard_rows(V)
+    if chain == "typical":
+        del rows["spike .50"]  # its two kinds of tokens are equally far from the entropy
+    if chain == "sigma":
+        del rows["lowest finite"]  # its squares are beyond float32
+    if not GPU:
+        rows = {name: rows[name] for name in ("gauss", "ties", "equal", "spike .95", "masked", "wide") if name in rows}
+    scores = torch.stack(list(rows.values())).to(DEVICE)
+    check_truncation(scores, CHAINS[chain], selected(scores, CHAINS[chain]))
+
+
+@pytest.mark.parametrize("chain", ["k", "k p", "p", "epsilon", "eta", "sigma", "h"])
+def test_rows_without_a_distribution(chain):
+    """NaN, +inf and nothing but -inf, as torch has them."""
+    scores = torch.stack(list(broken_rows(700).values())).to(DEVICE)
+    torch.testing.assert_close(
+        selected(scores, CHAINS[chain]), reference_truncate(scores, CHAINS[chain]), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("V", [1, 2, 31, 32, 33])
+def test_small_vocabularies(V):
+    """Down to one token."""
+    scores = torch.randn(3, V, generator=torch.Generator().manual_seed(V)).to(DEVICE)
+    for chain in ("k", "p", "k p min", "typical"):
+        check_truncation(scores, CHAINS[chain], selected(scores, CHAINS[chain]))
+
+
+def test_values_by_row():
+    """Each row has its own, off-values and values out of range included: those leave the row as it is."""
+    V = 700
+    scores = torch.stack([hard_rows(V)["gauss"]] * 6).to(DEVICE)
+    k = torch.tensor([5, V, 20, V, 3, -1], device=DEVICE)
+    p = torch.tensor([1.0, 0.9, 0.5, 1.0, math.nan, 7.0], device=DEVICE)
+    rules = (Rule("top_k", k), Rule("top_p", p))
+    for order in (rules, rules[::-1]):
+        check_truncation(scores, order, selected(scores, order))
+    assert torch.equal(selected(scores, rules)[3], scores[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    """What is kept is what the float64 oracle keeps of the logits as they are."""
+    scores = torch.stack([hard_rows(700)["gauss"], hard_rows(700, 1)["zipf"]]).to(dtype).to(DEVICE)
+    for chain in ("k p", "p"):
+        check_truncation(scores, CHAINS[chain], selected(scores, CHAINS[chain]))
+
+
+def test_strides_and_normalisation():
+    """Scores of any strides; and logarithms of probabilities of what stays."""
+    scores = hard_rows(1400)["gauss"].view(2, 700).to(DEVICE)
+    wide = torch.full((2, 1500), math.nan, device=DEVICE)
+    wide[:, 3:1403:2] = scores
+    strided = wide[:, 3:1403:2]
+    assert torch.equal(selected(strided, CHAINS["k p"]), selected(scores, CHAINS["k p"]))
+    normal = selected(scores, CHAINS["k p"], normalise=True)
+    torch.testing.assert_close(normal, reference_truncate(scores, CHAINS["k p"]).log_softmax(-1))
+
+
+def test_tokens_are_the_reference_draw(monkeypatch):
+    """Greedy, cold and warm rows in one batch, with truncations and without, token for token."""
+    V, B = 700, 8
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(B, V, generator=generator) * 3
+    seeds, positions = torch.arange(B) * 12345678901 - 3, torch.arange(B) + 7
+    temperature = torch.tensor([0.0, 0.7, 1.0, 1.5, 0.0, 2.0, 0.3, 1.0])
+    p = torch.tensor([0.9, 0.9, 1.0, 0.5, 1.0, 1.0, 0.9, 0.95])
+    arguments = [each.to(DEVICE) for each in (seeds, positions, temperature, p)]
+    found = drawn(logits.to(DEVICE), (Rule("top_p", arguments[3]),), *arguments[:3])
+    monkeypatch.setattr(select, "FORCE_KERNEL", False)
+    wanted = fl.sample(logits, seeds=seeds, positions=positions, temperature=temperature, top_p=p).tokens
+    assert found.tolist() == wanted.tolist()
+
+
+def test_a_row_has_its_token_to_itself():
+    """Whatever its place and its neighbours."""
+    logits = torch.stack([*hard_rows(700).values()])[:6].to(DEVICE)
+    seeds, positions = torch.arange(6, device=DEVICE), torch.full((6,), 5, device=DEVICE)
+    together = drawn(logits, CHAINS["k p"], seeds, positions)
+    order = torch.tensor([4, 0, 5, 2], device=DEVICE)
+    assert torch.equal(drawn(logits[order], CHAINS["k p"], seeds[order], positions[order]), together[order])
+
+
+def test_rows_without_a_distribution_have_a_token():
+    """The lowest id of NaN, of +inf, or 0."""
+    logits = torch.stack([*broken_rows(700).values()]).to(DEVICE)
+    seeds = torch.zeros(len(logits), dtype=torch.int64, device=DEVICE)
+    for rules in ((), CHAINS["k"], CHAINS["p"]):
+        assert drawn(logits, rules, seeds, seeds).tolist() == [350, 0, 0, 233, 0, 0]
+
+
+# -- On a GPU only ------------------------------------------------------------------------------------------------
+
+
+@gpu
+def test_draws_follow_the_distribution():
+    """A million draws from a truncated row, by their chi-square with a pooled tail."""
+    V, draws = 5000, 1 << 20
+    row = torch.randn(V, generator=torch.Generator().manual_seed(5)) * 2
+    rules = (Rule("top_k", 200), Rule("top_p", 0.95))
+    counts = torch.zeros(V, dtype=torch.float64)
+    logits = row.to(DEVICE).expand(1 << 12, V)
+    for block in range(draws >> 12):
+        seeds = torch.arange(block << 12, (block + 1) << 12, device=DEVICE)
+        counts += torch.bincount(drawn(logits, rules, seeds, torch.zeros_like(seeds)), minlength=V).cpu()
+    p = reference_truncate(row.double().unsqueeze(0), rules)[0].softmax(-1)
+    assert not bool((counts[p == 0] > 0).any())
+    likely = p * draws >= 20
+    expected = torch.cat((p[likely], p[~likely].sum().view(1))) * draws
+    observed = torch.cat((counts[likely], counts[~likely].sum().view(1)))
+    used = expected > 0
+    chi = ((observed - expected)[used].square() / expected[used]).sum()
+    freedom = float(used.sum() - 1)
+    # Wilson and Hilferty's approximation of the chi-square quantile at p = 1e-3.
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert chi < limit
+
+
+@gpu
+def test_one_graph_serves_other_logits():
+    """Captured once and replayed with other logits, parameters, seeds: equal to eager calls, which never wait."""
+    B, V = 5, 32000
+    logits = torch.randn(B, V, device=DEVICE)
+    temperature, p = torch.full((B,), 0.7, device=DEVICE), torch.full((B,), 0.9, device=DEVICE)
+    seeds, positions = torch.arange(B, device=DEVICE), torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    sampler = fl.Sampler(temperature=temperature, top_k=50, top_p=p)
+    processors = fl.LogitsProcessorList(
+        [fl.TemperatureLogitsWarper(0.7), fl.TopKLogitsWarper(50), fl.TopPLogitsWarper(0.9), fl.LogitNormalization()]
+    )
+    ids = torch.zeros(B, 3, dtype=torch.int64, device=DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler(logits, seeds, positions)
+        processors(ids, logits)
+    finally:
+        torch.cuda.set_sync_debug_mode(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens, processed = sampler(logits, seeds, positions).tokens, processors(ids, logits)
+    for step in range(3):
+        logits.normal_().mul_(1 + step)
+        temperature.uniform_(0.0, 2.0)
+        temperature[step] = 0
+        p.uniform_(0.1, 1.0)
+        positions += 1
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(tokens, sampler(logits, seeds, positions).tokens)
+        assert torch.equal(processed, processors(ids, logits))
+
+
+@gpu
+def test_two_streams_at_once():
+    """Calls on two streams have their own workspace."""
+    B, V = 16, 128256
+    inputs = [torch.randn(B, V, device=DEVICE) * scale for scale in (3, 0.01)]
+    wanted = [selected(each, CHAINS["k p"]) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, each in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(selected(each, CHAINS["k p"]))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, found, wanted))
+
+
+@gpu
+def test_fused_with_what_precedes():
+    """A whole list, fused, is the fold and then the truncation."""
+    B, V = 6, 32000
+    ids = torch.randint(0, 200, (B, 64), device=DEVICE)
+    scores = torch.randn(B, V, device=DEVICE) * 3
+    before = [
+        fl.RepetitionPenaltyLogitsProcessor(1.1), fl.NoRepeatNGramLogitsProcessor(2),
+        fl.SuppressTokensLogitsProcessor(list(range(50))), fl.TemperatureLogitsWarper(0.7),
+    ]  # fmt: skip
+    after = [fl.TopKLogitsWarper(50), fl.TopPLogitsWarper(0.9), fl.MinPLogitsWarper(0.05)]
+    folded = fl.LogitsProcessorList(before)(ids, scores)
+    fused = fl.LogitsProcessorList([*before, *after])(ids, scores)
+    rules = (Rule("top_k", 50), Rule("top_p", 0.9), Rule("min_p", 0.05))
+    assert torch.equal(fused, selected(folded, rules))
+    check_truncation(folded, rules, fused)
+    tokens = fl.sample(
+        scores, [*before[:3]], input_ids=ids, seeds=5, positions=2, temperature=0.7, top_k=50, top_p=0.9
+    ).tokens
+    assert torch.equal(tokens, drawn(folded, rules[:2], *(torch.full((B,), n, device=DEVICE) for n in (5, 2))))
