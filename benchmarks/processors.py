@@ -67,8 +67,27 @@ def _chain_9(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
     ]
 
 
+def _nucleus(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
+    return [module.TemperatureLogitsWarper(0.7), module.TopPLogitsWarper(0.9)]
+
+
+def _top_k_nucleus(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
+    return [module.TemperatureLogitsWarper(0.7), module.TopKLogitsWarper(50), module.TopPLogitsWarper(0.9)]
+
+
 CHAIN_6, CHAIN_9 = "chain 6", "chain 9"
-CHAINS: dict[str, Made] = {CHAIN_6: _chain_6, CHAIN_9: _chain_9}
+CHAINS: dict[str, Made] = {
+    CHAIN_6: _chain_6,
+    CHAIN_9: _chain_9,
+    "T k p": _top_k_nucleus,
+    "T k p zipf": _top_k_nucleus,
+    "T p": _nucleus,
+    "T p zipf": _nucleus,
+}
+DRAWS: dict[str, torch.dtype] = {"draw T k p": torch.float32, "draw T k p bf16": torch.bfloat16}
+"""Draws of a token after those, from logits of a dtype."""
+ZIPF = ("T k p zipf", "T p zipf")
+"""Workloads on logits that fall with the logarithm of the rank, as a model's do, instead of N(0, 3)."""
 
 
 class _Guide:

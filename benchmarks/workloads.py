@@ -15,7 +15,19 @@ from fastlogits_kernels._triton import HAS_TRITON, triton
 from transformers import SuppressTokensAtBeginLogitsProcessor
 
 import fastlogits
-from benchmarks.processors import CHAINS, CLASSES, DOUBLED, HISTORY, ON_THE_HOST, STATEFUL, WRITING, Made, history
+from benchmarks.processors import (
+    CHAINS,
+    CLASSES,
+    DOUBLED,
+    DRAWS,
+    HISTORY,
+    ON_THE_HOST,
+    STATEFUL,
+    WRITING,
+    ZIPF,
+    Made,
+    history,
+)
 from benchmarks.timing import Call
 from fastlogits import SuppressFirstTokens
 from fastlogits.demo.article_loop import ArticleLoop
@@ -239,6 +251,8 @@ def _unchanged(case: Case, scores: torch.Tensor) -> torch.Tensor:
 
 def _bind_processors(name: str, made: Made, ours: bool, case: Case, scores: torch.Tensor) -> Call:
     input_ids = history(case.batch, case.vocab, case.device)
+    if name in ZIPF:
+        scores = -1.5 * (scores.argsort(-1).argsort(-1) + 1.0).log()
     if name in DOUBLED:
         scores = torch.cat((scores, scores.flip(-1)))
     if name in WRITING and not ours:
@@ -269,6 +283,36 @@ def _processors(name: str, made: Made) -> Workload:
     return Workload(contenders, expected, metrics, baseline=THEIRS, takes_ids=False, quick=name in CHAINS, rounds=True)
 
 
+def _draw(dtype: torch.dtype) -> Workload:
+    """A token of each row: transformers' warpers, softmax and multinomial, and a sampler."""
+
+    def theirs_of(case: Case, scores: torch.Tensor) -> Call:
+        ids, scores = history(case.batch, case.vocab, case.device), scores.to(dtype)
+        process = theirs.LogitsProcessorList(CHAINS["T k p"](theirs, ids, case.vocab))
+        return lambda: process(ids, scores.float()).softmax(-1).multinomial(1).squeeze(1)
+
+    def ours_of(case: Case, scores: torch.Tensor) -> Call:
+        seeds = torch.arange(case.batch, device=case.device)
+        sampler, scores = fastlogits.Sampler(temperature=0.7, top_k=50, top_p=0.9), scores.to(dtype)
+        return lambda: sampler(scores, seeds, seeds).tokens
+
+    def contenders(case: Case) -> list[Contender]:
+        if case.device.type == "cpu" and case.batch * case.vocab > _MOST_ON_CPU:
+            return []
+        return [
+            Contender(THEIRS, partial(theirs_of, case), yardstick=True),  # other tokens, of the same distribution
+            Contender(FAST, partial(ours_of, case)),
+            *_yardsticks(case),
+        ]
+
+    def expected(case: Case, scores: torch.Tensor) -> torch.Tensor:
+        seeds = torch.arange(case.batch)
+        options = {"seeds": seeds, "positions": seeds, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
+        return fastlogits.sample(scores.to(dtype).cpu(), **options).tokens.to(case.device)  # type: ignore[arg-type]
+
+    return Workload(contenders, expected, _all_metrics, baseline=THEIRS, takes_ids=False)
+
+
 def _all_metrics(case: Case) -> tuple[str, ...]:
     if case.device.type == "cpu":
         return ("cpu_us",)
@@ -284,6 +328,8 @@ WORKLOADS: dict[str, Workload] = {
     FIRST_STEP: Workload(_first_step, _forbidden, _all_metrics),
     COLD: Workload(_cold, _forbidden, lambda case: ("gpu_us",), rotates=True),
     LATER_STEP: Workload(_later_step, _unchanged, _host_metric, baseline=TRANSFORMERS),
-    **{name: _processors(name, made) for name, made in (CHAINS | CLASSES).items()},
+    **{name: _processors(name, made) for name, made in CHAINS.items()},
+    **{name: _draw(dtype) for name, dtype in DRAWS.items()},
+    **{name: _processors(name, made) for name, made in CLASSES.items()},
 }
 """All workloads by name, in the order in which they run."""

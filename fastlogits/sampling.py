@@ -145,11 +145,8 @@ class Sampler:
             processors = LogitsProcessorList(processors)
         self._processors: LogitsProcessorList | None = processors
         self._temperature = temperature
-        self._rules = tuple(
-            Rule(kind, value, ties=ties)
-            for kind in _ORDERS[order]
-            if (value := _acting(kind, values[kind])) is not None
-        )
+        acting = [(kind, _acting(kind, values[kind])) for kind in _ORDERS[order]]
+        self._rules = tuple([Rule(kind, value, ties=ties) for kind, value in acting if value is not None])
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
         self._fused: _FusedDraw | None = None
@@ -267,9 +264,9 @@ class _FusedDraw:
         rules: tuple[Rule, ...],
     ) -> None:
         self._processors = processors
-        self._rules = () if temperature == 0 and not isinstance(temperature, torch.Tensor) else rules
         self._temperature = temperature if isinstance(temperature, torch.Tensor) else None
         self._is_greedy = self._temperature is None and temperature == 0
+        self._rules = () if self._is_greedy else rules
         divides = not isinstance(temperature, torch.Tensor) and temperature not in (None, 0, 1)
         self._scale = [Member("temperature", Scale(float(temperature or 1)))] if divides else []
         self._plan: Plan | None = None

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 import fastlogits as fl
-from fastlogits import acceleration
+from fastlogits import acceleration, truncate_launch
 from fastlogits.fold_launch import FoldLaunch
 from fastlogits.plan import TruncateLaunch
 
@@ -261,9 +261,9 @@ def test_prompt_lookup(llama, flags):
 def test_all_candidates_are_processed_in_one_call(llama, monkeypatch):
     """A draft that is the model itself proposes what is accepted; each round is one launch for all positions."""
     shapes = []
-    truncate = fl.plan.truncate
+    truncate = truncate_launch.truncate
     monkeypatch.setattr(
-        fl.plan, "truncate", lambda scores, rules: shapes.append(tuple(scores.shape)) or truncate(scores, rules)
+        truncate_launch, "truncate", lambda scores, rules: shapes.append(tuple(scores.shape)) or truncate(scores, rules)
     )
     draft = copy.deepcopy(llama)
     draft.generation_config.num_assistant_tokens = 5

@@ -319,6 +319,7 @@ def _bound(x, row, top, sums, share, capacity, V, values, RULES: tl.constexpr, B
             sealed = sealed | (active & cut)
         if active & (sealed == 0):
             mine, from_here = _bound_of_rule(x, keys, top, sums, share, value, V, RULES[i], RULES[i + 1], BITS)
+            mine = tl.where(mine > _KEY_OF_INFINITY, _KEY_OF_MINUS_INFINITY, mine)  # NaN is no bound
             bound = tl.maximum(bound, mine)
             if RULES[i] == TYPICAL:
                 bound = mine
@@ -573,11 +574,18 @@ def _alive(x, valid, rank, alive, BANDED: tl.constexpr):
 
 
 @triton.jit
+def _term(x, top, mass):
+    """What a token adds to the entropy."""
+    p = _exp(x - top) / mass
+    return tl.where(p > 0, tl.maximum(p * (tl.log(mass) + (top - x)), 0.0), 0.0)
+
+
+@triton.jit
 def _measure(
     x, valid, rank, alive, top, mass, tie,
     WHAT: tl.constexpr, DISTANCE: tl.constexpr, TIES: tl.constexpr, BANDED: tl.constexpr,
 ):  # fmt: skip
-    """What a search orders tokens by, and what it adds up; ``tie`` is the key, or the centre, that it is about."""
+    """What a search orders tokens by, and what it adds up; ``tie`` is the key, centre or largest term it is about."""
     lives = _alive(x, valid, rank, alive, BANDED)
     key = _key(x)
     if TIES:
@@ -589,8 +597,7 @@ def _measure(
     if WHAT == _MASS:
         amount = _weight(x, top)
     elif WHAT == _SURPRISE:
-        p = _exp(x - top) / mass
-        amount = (tl.where(p > 0, tl.maximum(p * (tl.log(mass) + (top - x)), 0.0), 0.0) * _ONE).to(tl.int64)
+        amount = (_term(x, top, mass) / tie * _ONE).to(tl.int64)
     return key, lives, tl.where(lives, amount, 0)
 
 
@@ -688,15 +695,21 @@ def _tally_all(
     length, pivot, row, V, access, alive, top, mass, tie,
     WHAT: tl.constexpr, DISTANCE: tl.constexpr, TIES: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    """The same, block by block."""
-    count, total = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
-    for start in range(0, length, _BLOCK):
+    """The same, block by block; each thread adds up for itself, and all of them once at the end."""
+    counts = tl.zeros([_BLOCK], tl.int32)
+    highs, lows = counts, counts
+    for start in tl.range(0, length, _BLOCK, loop_unroll_factor=2):
         x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
         key, lives, amount = _measure(x, valid, rank, alive, top, mass, tie, WHAT, DISTANCE, TIES, SETUP[1])
-        c, a = _tally(key, lives, amount, pivot, WHAT)
-        count += c
-        total += a
-    return count, total
+        above = lives & (key >= pivot)
+        counts += above.to(tl.int32)
+        if WHAT != _COUNT:
+            highs += tl.where(above, (amount >> 19).to(tl.int32), 0)
+            lows += tl.where(above, (amount & 0x7FFFF).to(tl.int32), 0)
+    total = tl.full([], 0, tl.int64)
+    if WHAT != _COUNT:
+        total = (tl.sum(highs.to(tl.int64)) << 19) + tl.sum(lows.to(tl.int64))
+    return tl.sum(counts), total
 
 
 @triton.jit
@@ -778,19 +791,26 @@ def _cut_ties(
 
 
 @triton.jit
-def _surprise(few, row, V, access, alive, top, relative, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr):
-    """The entropy of what is alive, as the search adds it up."""
+def _surprise(few, row, V, access, alive, top, mass, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr):
+    """The largest term of the entropy of what is alive, and all of them in units of 2 ** -37 of it."""
+    surprise = tl.full([], 0, tl.int64)
     if WHOLE:
-        surprise = tl.full([], 0, tl.int64)
+        largest = tl.full([], 1e-38, tl.float32)
         for start in range(0, access[1], _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
-            key, lives, each = _measure(x, valid, rank, alive, top, relative, 0, _SURPRISE, False, False, SETUP[1])
+            term = tl.where(_alive(x, valid, rank, alive, SETUP[1]), _term(x, top, mass), 0.0)
+            largest = tl.maximum(largest, tl.max(term))
+        for start in range(0, access[1], _BLOCK):
+            x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+            key, lives, each = _measure(x, valid, rank, alive, top, mass, largest, _SURPRISE, False, False, SETUP[1])
             surprise += tl.sum(each)
     else:
         x, valid, token, rank = few
-        key, lives, each = _measure(x, valid, rank, alive, top, relative, 0, _SURPRISE, False, False, SETUP[1])
+        term = tl.where(_alive(x, valid, rank, alive, SETUP[1]), _term(x, top, mass), 0.0)
+        largest = tl.maximum(tl.max(term), 1e-38)
+        key, lives, each = _measure(x, valid, rank, alive, top, mass, largest, _SURPRISE, False, False, SETUP[1])
         surprise = tl.sum(each)
-    return surprise
+    return largest, surprise
 
 
 @triton.jit
@@ -798,17 +818,20 @@ def _spend(
     few, row, V, access, alive, top_key, top, value, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr
 ):
     """Of what is alive, the most likely tokens that make up a share of the entropy."""
+    # What float32 takes for impossible goes.
+    possible = _key(top - 103.0)
+    if possible > alive[0]:
+        alive = (possible, tl.full([], _LOWEST, tl.int32), alive[2], alive[3])
     count, mass, below = _sums(few, row, V, access, alive, top, WHOLE, OPS, SETUP)
     relative = (mass.to(tl.float64) / _ONE).to(tl.float32)
-    entropy = tl.log(relative) + (below.to(tl.float64) / mass.to(tl.float64)).to(tl.float32)
-    budget = (value * entropy.to(tl.float64) * _ONE).to(tl.int64)
-    surprise = _surprise(few, row, V, access, alive, top, relative, WHOLE, OPS, SETUP)
+    largest, surprise = _surprise(few, row, V, access, alive, top, relative, WHOLE, OPS, SETUP)
+    budget = (value * surprise.to(tl.float64)).to(tl.int64)
     if surprise > budget:
         # The first token that goes beyond the budget.
         floor = tl.full([], _KEY_OF_MINUS_INFINITY, tl.int32)
         found, c, s, c_above, s_above = _search(
-            few, row, V, access, alive, top, relative, 0, floor, top_key, tl.full([], 1, tl.int32), budget + 1, count,
-            surprise, _SURPRISE, False, False, WHOLE, OPS, SETUP,
+            few, row, V, access, alive, top, relative, largest, floor, top_key, tl.full([], 1, tl.int32), budget + 1,
+            count, surprise, _SURPRISE, False, False, WHOLE, OPS, SETUP,
         )  # fmt: skip
         each = tl.maximum((s - s_above) // tl.maximum(c - c_above, 1), 1)
         keep = tl.maximum((budget - s_above) // each, (1 - c_above).to(tl.int64)).to(tl.int32)
@@ -840,8 +863,10 @@ def _threshold(
         if SETUP[3] >= 3:
             n = tl.where(uncut, row_sums[2], n)
             squares = tl.where(uncut, row_sums[3], squares)
-        deviation = tl.sqrt(tl.maximum(squares, 0.0) / tl.maximum(n - 1, 1.0)).to(tl.float32)
-        edge = tl.where(n > 1, _key(top - value.to(tl.float32) * deviation), _LOWEST)
+        deviation = tl.sqrt(tl.where(squares > 0, squares, 0.0) / tl.maximum(n - 1, 1.0)).to(tl.float32)
+        # Squares beyond float32 say nothing.
+        known = (n > 1) & (squares.to(tl.float32) < float("inf"))
+        edge = tl.where(known, _key(top - value.to(tl.float32) * deviation), _LOWEST)
     else:
         edge = tl.full([], _LOWEST, tl.int32)
     return edge
@@ -1138,7 +1163,8 @@ def _settle_kernel(
 _sums_launcher = Launcher(_sums_kernel, num_warps=4, enable_fp_fusion=False)
 _bound_launcher = Launcher(_bound_kernel, num_warps=16, enable_fp_fusion=False)
 _sweep_launcher = Launcher(_sweep_kernel, num_warps=4, enable_fp_fusion=False)
-_settle_launcher = Launcher(_settle_kernel, num_warps=8, enable_fp_fusion=False)
+# Two programs of a multiprocessor at once: what spills then is the way of rows that are settled as a whole.
+_settle_launcher = Launcher(_settle_kernel, num_warps=8, enable_fp_fusion=False, maxnreg=128)
 
 FORCE_KERNEL = False
 """Take the kernels for tensors on the CPU too; for tests, with Triton's interpreter."""
@@ -1157,7 +1183,9 @@ def is_selectable(scores: torch.Tensor, rules: Sequence[Rule]) -> bool:
         (FORCE_KERNEL or (scores.is_cuda and HAS_TRITON))
         and scores.dtype in _MAX
         and len(rules) <= _MAX_RULES
-        and len({rule.filter_value for rule in rules}) <= 1
+        and scores.shape[1] > 1
+        # What a rule fills with another value counts for the next one.
+        and (len(rules) <= 1 or all(rule.filter_value == -math.inf for rule in rules))
         and len({rule.ties for rule in rules if rule.kind in ("top_k", "top_p")}) <= 1
         and sum(rule.kind == "typical" for rule in rules) <= 1
         # Where next to nothing is dropped, all depends on how the smallest probabilities are rounded.
@@ -1197,7 +1225,7 @@ class Selection:
             self.may_be_free = self.may_be_free and tensor
         self.rules = tuple(flat)
         self.fill = rules[0].filter_value if rules else -math.inf
-        self.first = any(rule.ties == "lowest" for rule in rules)
+        self.first = any(rule.ties == "lowest" for rule in rules if rule.kind in ("top_k", "top_p"))
         self.banded = any(rule.kind == "typical" for rule in rules)
         self.normalise = normalise
         self.form = _forms.setdefault((self.rules, self.fill, self.first, normalise), len(_forms))
