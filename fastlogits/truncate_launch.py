@@ -82,8 +82,5 @@ class SelectLaunch(Step):
     def describe(self) -> str:
         """Which steps it takes together, for ``explain()``."""
         numbers = [str(self._first + i) for i in range(len(self._steps))]
-        steps = f"step {numbers[0]} reads" if len(numbers) == 1 else f"steps {' and '.join(numbers)} share"
-        return (
-            f"{steps} one pass: a bound from a sample of the row, then one read and one write of the logits, which "
-            "puts by the few tokens above the bound, then the rules on those"
-        )
+        steps = f"step {numbers[0]} takes" if len(numbers) == 1 else f"steps {' and '.join(numbers)} share"
+        return f"{steps} one read and one write of the logits, after a look at a sample of each row"

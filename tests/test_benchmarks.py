@@ -10,7 +10,7 @@ import zoo
 
 from benchmarks import results, workloads
 from benchmarks.__main__ import main
-from benchmarks.processors import CHAINS, CLASSES
+from benchmarks.processors import CHAINS, CLASSES, DRAWS
 from benchmarks.targets import verdicts
 from benchmarks.timing import Timing
 from benchmarks.workloads import (
@@ -53,7 +53,7 @@ def test_a_run_prints_tables_and_leaves_a_csv_and_a_plot(tiny_run, tmp_path, cap
     assert "later step, 12 ids: wall time" in printed
     assert "CPU never slower than transformers, first step" in printed
     rows = _rows(tmp_path)
-    assert {row["workload"] for row in rows} == {FIRST_STEP, LATER_STEP, *CHAINS}
+    assert {row["workload"] for row in rows} == {FIRST_STEP, LATER_STEP, *CHAINS, *DRAWS}
     rows = [row for row in rows if row["workload"] in (FIRST_STEP, LATER_STEP)]
     assert tuple(rows[0]) == results.COLUMNS
     assert {row["commit"] for row in rows} == {"abc1234"}

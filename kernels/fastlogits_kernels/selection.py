@@ -1,0 +1,194 @@
+"""What the kernels of a selection share: the logits of a row, their order, their noise, and the workspace.
+
+A rule is three constants: its kind, how many tokens it keeps at least, and where its parameter is found.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlogits_kernels._triton import tl, triton
+from fastlogits_kernels.fold import fold_logits
+
+TOP_K = tl.constexpr(0)
+TOP_P = tl.constexpr(1)
+MIN_P = tl.constexpr(2)
+TYPICAL = tl.constexpr(3)
+EPSILON = tl.constexpr(4)
+ETA = tl.constexpr(5)
+TOP_H = tl.constexpr(6)
+TOP_N_SIGMA = tl.constexpr(7)
+TOP_H_TOKENS = tl.constexpr(100)
+
+# What a row is, in the first word of its workspace; the second is its bound.
+FEW = tl.constexpr(0)  # its candidates were put by
+WHOLE = tl.constexpr(1)  # they would be too many
+FREE = tl.constexpr(2)  # no rule says anything of it
+
+# The workspace of a row, in words of 32 bits: what it is, its bound, whether that is one of distances, and their
+# centre, how many candidates there are; sums of each tile; the best token of each tile, and its key; and the
+# candidates, each with its token.
+SUMS_AT = tl.constexpr(8)
+SUM_WORDS = tl.constexpr(6)
+
+# Keys: integers in the order of float32 numbers.
+LOWEST = tl.constexpr(-(2**31))  # below all
+KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+KEY_OF_INFINITY = tl.constexpr(2139095040)
+
+_FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+TILE_W = tl.constexpr(64)  # mask words of a tile, 32 logits each
+FEW_SLOTS = tl.constexpr(512)  # candidates that most rows have no more of
+MANY_SLOTS = tl.constexpr(4096)  # candidates that a row may have
+ONE = tl.constexpr(float(2**37))  # the largest probability of a row, as an integer
+
+UNALIGNED = [
+    "bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr", "numbers_ptr", "work_ptr", "values_ptr",
+    "temperature_ptr", "seeds_ptr", "positions_ptr", "tokens_ptr",
+    "r0", "r1", "r2", "r3", "r4", "r5", "r6", "r7",
+]  # fmt: skip
+STEPWISE = [
+    "W", "stride_temperature", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row", "stride_work",
+    "tiles", "slots", "parts", "bests_at", "pairs_at", "apart", "sampled", "share", "capacity", "stride_seed",
+    "stride_position",
+]  # fmt: skip
+
+
+@triton.jit
+def key_of(x):
+    """Integers in the order of float32 numbers: NaN is the largest, and the zeros are one."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+
+
+@triton.jit
+def number_of(key):
+    """The number of a key."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp(x):
+    """The exponential."""
+    return tl.exp2(x * _LOG2_E)
+
+
+@triton.jit
+def weight_of(x, top):
+    """Probabilities relative to that of ``top``, as integers; 0 for what has none."""
+    p = exp(x - top)
+    return tl.where(p == p, p * ONE, 0.0).to(tl.int64)
+
+
+@triton.jit
+def is_greedy(temperature_ptr):
+    """Whether a temperature, anything but a positive finite one, makes its row greedy."""
+    temperature = tl.load(temperature_ptr).to(tl.float32)
+    return ((temperature > 0) & (temperature < float("inf"))) == 0
+
+
+@triton.jit
+def _read(row, token, inside, access):
+    """Logits as they are given."""
+    here = access[0] + row * access[8] + token.to(tl.int64) * access[9]
+    return tl.load(here, mask=inside, other=float("-inf"))
+
+
+@triton.jit
+def _folded(x, row, word, lane, token, inside, V, access, OPS: tl.constexpr, MAX: tl.constexpr):
+    """What the chain and the temperature make of given logits; -inf beyond the end of the row."""
+    (
+        scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+        W, _stride_row, _stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
+    ) = access  # fmt: skip
+    # Between maps the logits are rounded to the dtype whose largest number is said; to float32 for a draw.
+    dtype: tl.constexpr = tl.float32 if MAX == _FLOAT32_MAX else scores_ptr.dtype.element_ty
+    x = fold_logits(
+        x.to(tl.float32), row, word, lane, token, inside,
+        bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+        V, W, stride_set, stride_bits_row, stride_plane, stride_values_row,
+        dtype, OPS, MAX,
+    )  # fmt: skip
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row * stride_temperature).to(tl.float32)
+        warm = (temperature > 0) & (temperature < float("inf"))
+        x = tl.where(warm, tl.div_rn(x, tl.where(warm, temperature, 1.0)), x)
+    if len(OPS) > 0:
+        x = tl.where(inside, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def row_logits(row, word, lane, token, inside, V, access, OPS: tl.constexpr, MAX: tl.constexpr):
+    """Logits of a row, folded; -inf beyond its end."""
+    return _folded(_read(row, token, inside, access), row, word, lane, token, inside, V, access, OPS, MAX)
+
+
+@triton.jit
+def rule_value(row, values, AT: tl.constexpr):
+    """The parameter of a rule in a row, float64; ``values`` are those of all rules, then what differs by row."""
+    return tl.load(values[0] - AT - 1) if AT < 0 else tl.load(values[AT + 1] + row).to(tl.float64)
+
+
+@triton.jit
+def is_active(value, V, KIND: tl.constexpr, PER_ROW: tl.constexpr):
+    """Whether a rule of that parameter may drop anything; never for NaN."""
+    if KIND == TOP_K:
+        active = (value >= 1) & (value < V)
+    elif KIND == TOP_P:
+        active = (value >= 0) & (value < 1)
+    elif KIND == MIN_P:
+        active = (value > 0) & (value <= 1)
+    elif KIND == TOP_H:
+        active = (value > 0) & ((value < 1) if PER_ROW else (value <= 1))
+    elif KIND == TOP_N_SIGMA:
+        active = (value > 0) & (value < float("inf"))
+    else:
+        active = (value > 0) & (value < 1)
+    return active
+
+
+@triton.jit
+def sums_of_row(work, tiles, SUMS: tl.constexpr, TILES: tl.constexpr):
+    """Of a row: its largest logit, mass, mass times distance, number of finite logits, and squares of deviations.
+
+    Masses are in units of the largest probability, distances those from the largest logit. All but that are float64.
+    """
+    tile = tl.arange(0, TILES)
+    here = work + SUMS_AT + SUM_WORDS * tile
+    there = tile < tiles
+    tops = tl.load(here, mask=there, other=-8388608).to(tl.float32, bitcast=True)
+    masses = tl.load(here + 1, mask=there, other=0).to(tl.float32, bitcast=True)
+    top = tl.max(tops)
+    apart = tl.where(tops > float("-inf"), top - tops, 0.0)
+    share = tl.where(tops > float("-inf"), exp(-apart), 0.0).to(tl.float64)
+    mass = tl.sum(masses.to(tl.float64) * share)
+    below, count, squares = mass, mass, mass
+    if SUMS >= 2:
+        belows = tl.load(here + 2, mask=there, other=0).to(tl.float32, bitcast=True)
+        below = tl.sum((belows + apart * masses).to(tl.float64) * share)
+    if SUMS >= 3:
+        counts = tl.load(here + 3, mask=there, other=0).to(tl.float32, bitcast=True).to(tl.float64)
+        means = tl.load(here + 4, mask=there, other=0).to(tl.float32, bitcast=True).to(tl.float64)
+        each = tl.load(here + 5, mask=there, other=0).to(tl.float32, bitcast=True).to(tl.float64)
+        count = tl.sum(counts)
+        off = means - tl.sum(counts * means) / tl.maximum(count, 1.0)
+        squares = tl.sum(each + counts * off * off)
+    return top, mass, below, count, squares
+
+
+@triton.jit
+def noise_of(token, seed, position):
+    """An exponential random number for each token, of a request's seed and position."""
+    low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
+    zero = token * 0
+    a, b, c, d = tl.philox(
+        seed, (token // 4).to(tl.uint32), (zero + low).to(tl.uint32), (zero + high).to(tl.uint32), zero.to(tl.uint32)
+    )
+    lane = token % 4
+    word = tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
+    v = (word.to(tl.uint32).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    v = tl.minimum(v, 0.99999994)
+    # -log1p(-v); where v is small the logarithm of 1 - v would lose it.
+    return tl.where(v < 0.001, v * (1 + v * (0.5 + v * (1.0 / 3))), -tl.log(1 - v))
