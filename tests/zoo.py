@@ -460,7 +460,7 @@ ZOO: dict[str, Entry] = {
     "AlternatingCodebooksLogitsProcessor": Entry(_codebooks),
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": Entry(_unbatched_guidance, "close", stateful=True, graph=False),
     "BarkEosPrioritizerLogitsProcessor": Entry(_bark, "truncation", "min_eos_p"),
-    "WatermarkLogitsProcessor": Entry(_watermark, least_vocab=40),
+    "WatermarkLogitsProcessor": Entry(_watermark, least_vocab=40, graph=False),
     "SynthIDTextWatermarkLogitsProcessor": Entry(_synthid, "close", stateful=True, graph=False),
     "DiaClassifierFreeGuidanceLogitsProcessor": Entry(_dia_guidance, rows=2),
     "DiaEOSChannelFilterLogitsProcessor": Entry(_dia_filter, least_vocab=2),

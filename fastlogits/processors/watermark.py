@@ -253,6 +253,9 @@ class SynthIDTextWatermarkLogitsProcessor(StagedProcessor, _SynthIDTextWatermark
     ) -> torch.Tensor:
         self._check_input_ids_shape(input_ids)
         B, V = scores.shape
+        key = V, scores.device
+        if key not in hashes:  # at the first call, whether that is skipped or not: building them waits for the GPU
+            hashes[key] = _Hash.of(self, V, scores.device)
         if self.debug_mode:
             scores = torch.ones_like(scores)
         state: Any = self.state
@@ -265,9 +268,6 @@ class SynthIDTextWatermarkLogitsProcessor(StagedProcessor, _SynthIDTextWatermark
         state.num_calls += 1
         if self.skip_first_ngram_calls and state.num_calls < self.ngram_len:
             return scores
-        key = V, scores.device
-        if key not in hashes:
-            hashes[key] = _Hash.of(self, V, scores.device)
         hashed = hashes[key]
         context = (state.context * hashed.factors).sum(1, keepdim=True) + hashed.start  # [B, 1]
         repeated = (state.context_history == context).any(1, keepdim=True)
