@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -89,7 +90,7 @@ class Selection:
         rules = [rule for rule in rules if not _is_idle(rule, V)]
         self.rows = [rule.value for rule in rules if isinstance(rule.value, torch.Tensor)]
         numbers = [1.0 if isinstance(rule.value, torch.Tensor) else float(rule.value) for rule in rules]
-        self.values = to_device(torch.tensor([*numbers, 0.0], dtype=torch.float64), device)
+        self.values = _numbers_on(device, *numbers)
         flat: list[int] = []
         per_row = self.sums = 0
         self.may_be_free = True
@@ -106,6 +107,12 @@ class Selection:
         self.banded = any(rule.kind == "typical" for rule in rules)
         self.normalise = normalise
         self.form = _forms.setdefault((self.rules, self.fill, self.first, normalise), len(_forms))
+
+
+# Never dropped: captured graphs go on reading them.
+@cache
+def _numbers_on(device: torch.device, *numbers: float) -> torch.Tensor:
+    return to_device(torch.tensor([*numbers, 0.0], dtype=torch.float64), device)
 
 
 def _is_idle(rule: Rule, V: int) -> bool:
