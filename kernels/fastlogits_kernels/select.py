@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -76,6 +77,35 @@ def _is_number(rule: Rule) -> bool:
     return not isinstance(rule.value, torch.Tensor)
 
 
+class _Layout(NamedTuple):
+    """How a row of a vocabulary is cut and sampled, and what its workspace holds, in words of 32 bits."""
+
+    W: int
+    tiles: int
+    parts: int
+    slots: int
+    apart: int
+    sampled: int
+    bests_at: int
+    pairs_at: int
+    words_of_row: int
+    TILES: int
+    PARTS: int
+
+    @classmethod
+    def of(cls, V: int) -> _Layout:
+        W = words(V)
+        tiles, parts = -(-W // TILE_W.value), -(-W // _BLOCK_W)
+        # With the sums, at most 5 % of what the logits of a large vocabulary take.
+        slots = min(MANY_SLOTS.value, max(FEW_SLOTS.value, V // 46 // 128 * 128))
+        bests_at = SUMS_AT.value + SUM_WORDS.value * tiles
+        pairs_at = bests_at + 2 * parts
+        return cls(
+            W, tiles, parts, slots, 8 * max(1, (V // 8) // (_SAMPLE // 8)), min(V, _SAMPLE), bests_at, pairs_at,
+            pairs_at + 2 * slots, triton.next_power_of_2(tiles), triton.next_power_of_2(parts),
+        )  # fmt: skip
+
+
 class Selection:
     """Rules as the kernels take them.
 
@@ -87,6 +117,7 @@ class Selection:
     """
 
     def __init__(self, rules: Sequence[Rule], V: int, device: torch.device, normalise: bool = False) -> None:
+        self.layout = _Layout.of(V)
         rules = [rule for rule in rules if not _is_idle(rule, V)]
         self.rows = [rule.value for rule in rules if isinstance(rule.value, torch.Tensor)]
         numbers = [1.0 if isinstance(rule.value, torch.Tensor) else float(rule.value) for rule in rules]
@@ -140,19 +171,10 @@ def launch_select(
     positions: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
 ) -> None:
-    """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: two launches."""
+    """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: up to four launches."""
     B, V = scores.shape
     chain = chain or _NO_CHAIN
-    W, tiles = words(V), -(-V // (32 * TILE_W.value))
-    # With the sums, at most 5 % of what the logits of a large vocabulary take.
-    slots = min(MANY_SLOTS.value, max(FEW_SLOTS.value, V // 46 // 128 * 128))
-    portable = not scores.is_cuda or torch.version.hip is not None
-    apart = 8 * max(1, (V // 8) // (_SAMPLE // 8))
-    sampled = min(V, _SAMPLE)
-    parts = -(-W // _BLOCK_W)
-    bests_at = SUMS_AT.value + SUM_WORDS.value * tiles
-    pairs_at = bests_at + 2 * parts
-    words_of_row = pairs_at + 2 * slots
+    W, tiles, parts, slots, apart, sampled, bests_at, pairs_at, words_of_row, TILES, PARTS = selection.layout
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
     stride_row, stride_token = scores.stride()
     stride_out, stride_out_token = (0, 0) if out is None else out.stride()
@@ -177,7 +199,7 @@ def launch_select(
     )  # fmt: skip
     given = (scores, temperature, bits, planes, chain.biases, row_values, chain.kernel_numbers(scores.device))
     top = _MAX[scores.dtype if tokens is None else torch.float32]
-    TILES = triton.next_power_of_2(tiles)
+    portable = not scores.is_cuda or torch.version.hip is not None
     if selection.sums:
         _sums_launcher(key, B * tiles, (
             *given, work,
@@ -206,8 +228,7 @@ def launch_select(
         out, tokens,
         V, W, tiles, slots, parts, bests_at, pairs_at,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
-        chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, TILES,
-        triton.next_power_of_2(parts),
+        chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, TILES, PARTS,
     ))  # fmt: skip
 
 
