@@ -149,6 +149,7 @@ class Sampler:
         self._rules = tuple([Rule(kind, value, ties=ties) for kind, value in acting if value is not None])
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
+        self._fuses = logprobs != "processed" and select.takes_rules(self._rules)
         self._fused: _FusedDraw | None = None
 
     def __call__(
@@ -205,17 +206,12 @@ class Sampler:
         cache_position: Index | None,
     ) -> Sample:
         """What a call does with arguments that have been checked."""
-        fused = self._logprobs != "processed" and not torch.compiler.is_compiling()
-        if fused and select.is_selectable(logits, self._rules):
+        if self._fuses and select.takes_scores(logits) and not torch.compiler.is_compiling():
             if self._fused is None:
                 self._fused = _FusedDraw(self._processors, self._temperature, self._rules)
             run = None if prompt_length is None else Run(prompt_length, cache_position)
             tokens = self._fused(logits, seeds, positions, input_ids, run)
-            return (
-                Sample(tokens, None, None, None, None)
-                if self._logprobs is None
-                else self._reported(logits.float(), tokens)
-            )
+            return self._reported(logits, tokens)
         raw = logits.float()
         plain = raw
         if self._processors is not None:
@@ -223,12 +219,13 @@ class Sampler:
             plain = self._processors(ids, raw, prompt_length=prompt_length, cache_position=cache_position)
         scores, greedy = self._distribution(plain)
         tokens = draw(scores, seeds, positions, greedy)
-        if self._logprobs is None:
-            return Sample(tokens, None, None, None, None)
         return self._reported(raw if self._logprobs == "raw" else scores, tokens)
 
     def _reported(self, scores: torch.Tensor, tokens: torch.Tensor) -> Sample:
-        asked = report(scores, tokens, self._top_logprobs)
+        """The tokens, and what was asked about them in the distribution of some scores."""
+        if self._logprobs is None:
+            return Sample(tokens, None, None, None, None)
+        asked = report(scores.float(), tokens, self._top_logprobs)
         top = (asked.top_tokens, asked.top_logprobs) if self._top_logprobs else (None, None)
         return Sample(tokens, asked.logprobs, asked.ranks, *top)
 

@@ -54,6 +54,7 @@ class SelectLaunch(Step):
         super().__init__([member for step in self._steps for member in step.members])
         self._truncations, self._before, self._after, self._first = truncations, before, after, first
         self._rules = truncations.rules
+        self._takes_rules = select.takes_rules(self._rules)
         self._fold = None if before is None else FoldLaunch(before.members)
         # Never dropped: captured graphs go on reading what they saw.
         self._kept: dict[tuple[int, torch.device], select.Selection] = {}
@@ -66,7 +67,7 @@ class SelectLaunch(Step):
         self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """Process the scores of one call."""
-        if torch.compiler.is_compiling() or not select.is_selectable(scores, self._rules):
+        if torch.compiler.is_compiling() or not (self._takes_rules and select.takes_scores(scores)):
             for step in self._steps:
                 scores = step(input_ids, scores, run, kwargs)
             return scores

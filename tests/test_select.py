@@ -47,7 +47,8 @@ def kernels(monkeypatch):
 
 def selected(scores, rules, **options):
     """What the kernels leave of scores, with poisoned memory before and after."""
-    assert select.is_selectable(scores, rules)
+    assert select.takes_rules(rules)
+    assert select.takes_scores(scores)
     torch.empty_like(scores).fill_(math.nan)
     return select.select(scores, select.Selection(rules, scores.shape[1], scores.device, **options))
 
@@ -87,7 +88,7 @@ def test_rows_without_a_distribution(chain):
 @pytest.mark.parametrize("V", [2, 31, 32, 33])
 def test_small_vocabularies(V):
     """Down to two tokens; one by itself is left to torch."""
-    assert not select.is_selectable(torch.zeros(3, 1, device=DEVICE), CHAINS["k"])
+    assert not select.takes_scores(torch.zeros(3, 1, device=DEVICE))
     scores = torch.randn(3, V, generator=torch.Generator().manual_seed(V)).to(DEVICE)
     for chain in ("k", "p", "k p min", "typical"):
         check_truncation(scores, CHAINS[chain], selected(scores, CHAINS[chain]))

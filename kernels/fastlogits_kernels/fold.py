@@ -190,6 +190,19 @@ _SPARSE = tuple(kind.value for kind in (BAN, SINK, ADD, ADD_ROW))
 _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
+def set_strides(found: TokenSets | None, W: int) -> tuple[int, int, int, int]:
+    """By what the kernels step to another set, row of bits, plane and row of values: 0 where all rows share one."""
+    if found is None:
+        return 0, 0, 0, 0
+    bits, planes, row_values = found
+    return (
+        bits.stride(0),
+        0 if bits.shape[1] == 1 else W,
+        0 if planes is None else planes.stride(0),
+        0 if row_values is None or row_values.shape[0] == 1 else row_values.stride(0),
+    )
+
+
 def launch_fold(scores: torch.Tensor, out: torch.Tensor, chain: Chain, found: TokenSets | None) -> None:
     """Write the folded ``scores`` to ``out``, in place where the two are one tensor: one launch."""
     B, V = scores.shape
@@ -208,9 +221,7 @@ def launch_fold(scores: torch.Tensor, out: torch.Tensor, chain: Chain, found: To
         out,
         V, W, row_blocks,
         stride_row, stride_token, stride_out, stride_out_token,
-        0 if bits is None else bits.stride(0), 0 if bits is None or bits.shape[1] == 1 else W,
-        0 if planes is None else planes.stride(0),
-        0 if row_values is None or row_values.shape[0] == 1 else row_values.stride(0),
+        *set_strides(found, W),
         chain.flat, _MAX[scores.dtype], _BLOCK_W,
     ))  # fmt: skip
 
@@ -225,10 +236,9 @@ def run_kernels(
 ) -> torch.Tensor:
     """The fold in Triton; ``out`` is ``scores`` itself, or None for a new tensor."""
     B, V = scores.shape
-    search = chain.search
-    if search.sets and search.is_static and position.cache_position is None and position.prompt_length is None:
-        if chain.is_idle(search.static(position, V)):
-            return scores
+    static = _static_sets(scores, chain, position)
+    if static is not None and chain.is_idle(static):
+        return scores
     found = find_sets(scores, chain, input_ids, position, allowed)
     if out is None:
         out = empty_out(scores)
@@ -245,12 +255,17 @@ def find_sets(
     allowed: torch.Tensor | None,
 ) -> TokenSets | None:
     """What the tokens of a chain's maps are at a position: a launch, where they aren't the same for all rows."""
-    search = chain.search
-    if not search.sets or not scores.numel():
+    if not chain.search.sets or not scores.numel():
         return None
-    if search.is_static and position.cache_position is None and position.prompt_length is None:
-        return search.static(position, scores.shape[1]).found
-    return launch_token_sets(scores, search, input_ids, position, allowed)
+    static = _static_sets(scores, chain, position)
+    return launch_token_sets(scores, chain.search, input_ids, position, allowed) if static is None else static.found
+
+
+def _static_sets(scores: torch.Tensor, chain: Chain, position: Position) -> StaticSets | None:
+    """The sets of a chain at a position, where they are the same for all rows and the host knows which they are."""
+    search = chain.search
+    on_host = position.cache_position is None and position.prompt_length is None
+    return search.static(position, scores.shape[1]) if search.sets and search.is_static and on_host else None
 
 
 def reference_fold(

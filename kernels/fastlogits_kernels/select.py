@@ -27,7 +27,7 @@ import torch
 
 from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, row_stride, to_device, triton
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.fold import NOWHERE, Chain, find_sets
+from fastlogits_kernels.fold import NOWHERE, Chain, find_sets, set_strides
 from fastlogits_kernels.selection import FEW_SLOTS, MANY_SLOTS, SUM_WORDS, SUMS_AT, TILE_W
 from fastlogits_kernels.settle import settle_kernel
 from fastlogits_kernels.sweep import bound_kernel, sums_kernel, sweep_kernel
@@ -54,15 +54,10 @@ _BLOCK_W = 32
 _SUMS_OF = {"top_p": 1, "epsilon": 1, "eta": 2, "typical": 2, "top_n_sigma": 3}
 
 
-def is_selectable(scores: torch.Tensor, rules: Sequence[Rule]) -> bool:
-    """Whether the kernels take these; what they don't take is rare, and torch's."""
+def takes_rules(rules: Sequence[Rule]) -> bool:
+    """Whether the kernels take these rules; what they don't take is rare, and torch's."""
     return (
-        (FORCE_KERNEL or (scores.is_cuda and HAS_TRITON))
-        and scores.ndim == 2
-        and scores.dtype in _MAX
-        and not scores.requires_grad
-        and len(rules) <= _MAX_RULES
-        and scores.shape[1] > 1
+        len(rules) <= _MAX_RULES
         # What a rule fills with another value counts for the next one.
         and (len(rules) <= 1 or all(rule.filter_value == -math.inf for rule in rules))
         and len({rule.ties for rule in rules if rule.kind in ("top_k", "top_p")}) <= 1
@@ -70,6 +65,17 @@ def is_selectable(scores: torch.Tensor, rules: Sequence[Rule]) -> bool:
         # Where next to nothing is dropped, all depends on how the smallest probabilities are rounded.
         and not any(_is_number(rule) and rule.kind == "top_p" and rule.value > 1 - 1e-6 for rule in rules)
         and not any(_is_number(rule) and rule.kind == "min_p" and 0 < rule.value < 1e-30 for rule in rules)
+    )
+
+
+def takes_scores(scores: torch.Tensor) -> bool:
+    """Whether the kernels take these scores."""
+    return (
+        (FORCE_KERNEL or (scores.is_cuda and HAS_TRITON))
+        and scores.ndim == 2
+        and scores.shape[1] > 1
+        and scores.dtype in _MAX
+        and not scores.requires_grad
     )
 
 
@@ -182,9 +188,7 @@ def launch_select(
     rows = [*(row.contiguous() for row in selection.rows), *_NO_ROWS][:_MAX_RULES]
     strides = (
         0 if temperature is None or temperature.ndim == 0 else temperature.stride(0),
-        0 if bits is None else bits.stride(0), 0 if bits is None or bits.shape[1] == 1 else W,
-        0 if planes is None else planes.stride(0),
-        0 if row_values is None or row_values.shape[0] == 1 else row_values.stride(0),
+        *set_strides(found, W),
         row_stride(seeds), row_stride(positions),
     )  # fmt: skip
     key = (

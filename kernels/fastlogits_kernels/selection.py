@@ -89,40 +89,29 @@ def is_greedy(temperature_ptr):
 
 
 @triton.jit
-def _read(row, token, inside, access):
-    """Logits as they are given."""
-    here = access[0] + row * access[8] + token.to(tl.int64) * access[9]
-    return tl.load(here, mask=inside, other=float("-inf"))
-
-
-@triton.jit
-def _folded(x, row, word, lane, token, inside, V, access, OPS: tl.constexpr, MAX: tl.constexpr):
-    """What the chain and the temperature make of given logits; -inf beyond the end of the row."""
+def row_logits(row, word, lane, token, inside, V, access, OPS: tl.constexpr, MAX: tl.constexpr):
+    """Logits of a row as the chain and the temperature make them; -inf beyond its end."""
     (
         scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-        W, _stride_row, _stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
+        W, stride_row, stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
     ) = access  # fmt: skip
+    here = scores_ptr + row * stride_row + token.to(tl.int64) * stride_token
+    x = tl.load(here, mask=inside, other=float("-inf")).to(tl.float32)
     # Between maps the logits are rounded to the dtype whose largest number is said; to float32 for a draw.
     dtype: tl.constexpr = tl.float32 if MAX == _FLOAT32_MAX else scores_ptr.dtype.element_ty
     x = fold_logits(
-        x.to(tl.float32), row, word, lane, token, inside,
+        x, row, word, lane, token, inside,
         bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
         V, W, stride_set, stride_bits_row, stride_plane, stride_values_row,
         dtype, OPS, MAX,
     )  # fmt: skip
     if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + row * stride_temperature).to(tl.float32)
-        warm = (temperature > 0) & (temperature < float("inf"))
-        x = tl.where(warm, tl.div_rn(x, tl.where(warm, temperature, 1.0)), x)
+        here = temperature_ptr + row * stride_temperature
+        divisor = tl.where(is_greedy(here), 1.0, tl.load(here).to(tl.float32))
+        x = tl.div_rn(x, divisor)
     if len(OPS) > 0:
         x = tl.where(inside, x, float("-inf"))
     return x
-
-
-@triton.jit
-def row_logits(row, word, lane, token, inside, V, access, OPS: tl.constexpr, MAX: tl.constexpr):
-    """Logits of a row, folded; -inf beyond its end."""
-    return _folded(_read(row, token, inside, access), row, word, lane, token, inside, V, access, OPS, MAX)
 
 
 @triton.jit

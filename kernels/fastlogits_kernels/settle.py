@@ -89,7 +89,7 @@ def _block(start, row, V, access, OPS: tl.constexpr, SETUP: tl.constexpr):
     """Logits, whether they are there, tokens, and ranks of a block of the row."""
     token = start + tl.arange(0, _BLOCK)
     valid = token < V
-    x = row_logits(row, token >> 5, token & 31, token, valid, V, access[0], OPS, SETUP[2])
+    x = row_logits(row, token >> 5, token & 31, token, valid, V, access, OPS, SETUP[2])
     rank = token
     if SETUP[0]:
         rank = -token
@@ -101,7 +101,7 @@ def _top(few, row, V, access, alive, WHOLE: tl.constexpr, OPS: tl.constexpr, SET
     """The largest key alive, or below all."""
     if WHOLE:
         top = tl.full([], LOWEST, tl.int32)
-        for start in range(0, access[1], _BLOCK):
+        for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
             top = tl.maximum(top, tl.max(tl.where(_alive(x, valid, rank, alive, SETUP[1]), key_of(x), LOWEST)))
     else:
@@ -123,7 +123,7 @@ def _sums(few, row, V, access, alive, top, WHOLE: tl.constexpr, OPS: tl.constexp
     """Of what is alive: how many, their mass, and the mass times the distance from the top."""
     if WHOLE:
         count, mass, below = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
-        for start in range(0, access[1], _BLOCK):
+        for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
             c, m, b = _sums_of(x, valid, rank, alive, top, SETUP[1])
             count += c
@@ -148,7 +148,7 @@ def _squares(few, row, V, access, alive, top, WHOLE: tl.constexpr, OPS: tl.const
     if WHOLE:
         zero = tl.full([], 0.0, tl.float64)
         count, first, second = zero, zero, zero
-        for start in range(0, access[1], _BLOCK):
+        for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
             c, f, s = _squares_of(x, valid, rank, alive, top, SETUP[1])
             count += c
@@ -221,7 +221,7 @@ def _search(
             middle = (low + high) >> 1
             # No blocks where there is nothing left to find: a branch around the loop is what Triton 3.6 can't compile.
             c, a = _tally_all(
-                tl.where(open_still, access[1], 0), middle.to(tl.int32), row, V, access, alive, top, mass, tie,
+                tl.where(open_still, V, 0), middle.to(tl.int32), row, V, access, alive, top, mass, tie,
                 WHAT, DISTANCE, TIES, OPS, SETUP,
             )  # fmt: skip
             reached = open_still & (c >= goal) & (a >= amount_goal)
@@ -246,7 +246,7 @@ def _search(
     least = low.to(tl.int32)
     found = tl.full([], 0x7FFFFFFF, tl.int32)
     if WHOLE:
-        for start in range(0, access[1], _BLOCK):
+        for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
             key, lives, each = _measure(x, valid, rank, alive, top, mass, tie, WHAT, DISTANCE, TIES, SETUP[1])
             found = tl.minimum(found, tl.min(tl.where(lives & (key >= least), key, 0x7FFFFFFF)))
@@ -279,11 +279,11 @@ def _surprise(few, row, V, access, alive, top, mass, WHOLE: tl.constexpr, OPS: t
     surprise = tl.full([], 0, tl.int64)
     if WHOLE:
         largest = tl.full([], 1e-38, tl.float32)
-        for start in range(0, access[1], _BLOCK):
+        for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
             term = tl.where(_alive(x, valid, rank, alive, SETUP[1]), _term(x, top, mass), 0.0)
             largest = tl.maximum(largest, tl.max(term))
-        for start in range(0, access[1], _BLOCK):
+        for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
             key, lives, each = _measure(x, valid, rank, alive, top, mass, largest, _SURPRISE, False, False, SETUP[1])
             surprise += tl.sum(each)
@@ -433,16 +433,14 @@ def _apply(
 
 @triton.jit
 def _settle(
-    few, row, V, access, values, bound, complete, top_key, row_sums,
+    few, row, V, access, alive, values, bound, complete, top_key, row_sums,
     WHOLE: tl.constexpr, RULES: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    """Apply the rules: what is alive, and whether all that it takes was known.
+    """Apply the rules to what is alive: what is left of it, and whether all that it takes was known.
 
     All tokens that aren't there are below ``bound``, or there are none where ``complete``. ``top_key`` is the largest
     key of the row, where its sums are known.
     """
-    lowest = tl.full([], LOWEST, tl.int32)
-    alive = (lowest, lowest, tl.full([], 0.0, tl.float32), lowest)
     if SETUP[3] == 0:
         top_key = _top(few, row, V, access, alive, WHOLE, OPS, SETUP)
     open_below = complete == 0  # whether tokens below the bound may be alive
@@ -497,7 +495,7 @@ def _emit(
             log_mass = tl.where(finite, log_mass, float("nan"))
         here = out_ptr + row * stride_out
         if WHOLE:
-            for start in range(0, access[1], _BLOCK):
+            for start in range(0, V, _BLOCK):
                 x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
                 lives = _alive(x, valid, rank, alive, SETUP[1])
                 kept = (x - log_mass).to(out_ptr.dtype.element_ty)
@@ -510,7 +508,7 @@ def _emit(
     if tokens_ptr is not None:
         if WHOLE:
             best, which = tl.full([], LOWEST, tl.int32), tl.full([], 0, tl.int32)
-            for start in range(0, access[1], _BLOCK):
+            for start in range(0, V, _BLOCK):
                 x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
                 mine, my_token = _drawn(x, valid, token, rank, alive, seed, position, greedy, SETUP[1])
                 which = tl.where(mine > best, my_token, which)
@@ -523,7 +521,7 @@ def _emit(
 
 @triton.jit
 def _settle_few(
-    row, V, logits, pairs, found, values, bound, top_key, row_sums, greedy, alive, out_ptr, stride_out,
+    row, V, access, pairs, found, values, bound, top_key, row_sums, greedy, alive, out_ptr, stride_out,
     stride_out_token, tokens_ptr, seed, position,
     RULES: tl.constexpr, NORMALISE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -536,11 +534,10 @@ def _settle_few(
     if SETUP[0]:
         rank = -token
     few = (x, valid, token, rank)
-    access = (logits, V)
     settled = greedy
     if greedy == 0:
         alive, settled = _settle(
-            few, row, V, access, values, bound, found >= V, top_key, row_sums, False, RULES, OPS, SETUP
+            few, row, V, access, alive, values, bound, found >= V, top_key, row_sums, False, RULES, OPS, SETUP
         )  # fmt: skip
     if settled:
         _emit(
@@ -558,16 +555,14 @@ def _settle_all(
 ):  # fmt: skip
     """Settle a row by itself, block by block."""
     few = (0, 0, 0, 0)
-    settled = greedy
     if greedy == 0:
-        alive, settled = _settle(
-            few, row, V, access, values, bound, True, top_key, row_sums, True, RULES, OPS, SETUP
+        alive, _settled = _settle(
+            few, row, V, access, alive, values, bound, True, top_key, row_sums, True, RULES, OPS, SETUP
         )  # fmt: skip
     _emit(
         few, row, V, access, alive, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, greedy,
         NORMALISE, True, OPS, SETUP,
     )  # fmt: skip
-    return settled
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -618,7 +613,7 @@ def settle_kernel(
     else:
         of_row = (state == WHOLE) | (found > slots)
         pairs = (work + pairs_at).to(tl.pointer_type(tl.int64))
-        logits = (
+        access = (
             scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
             W, stride_row, stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane,
             stride_values_row,
@@ -628,17 +623,17 @@ def settle_kernel(
         settled = tl.full([], False, tl.int1)
         if (of_row == 0) & (found <= FEW_SLOTS):
             settled = _settle_few(
-                row, V, logits, pairs, found, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
+                row, V, access, pairs, found, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
                 stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP, FEW_SLOTS,
             )  # fmt: skip
         elif of_row == 0:
             settled = _settle_few(
-                row, V, logits, pairs, found, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
+                row, V, access, pairs, found, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
                 stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP, MANY_SLOTS,
             )  # fmt: skip
         if settled == 0:
             # More than could be put by, or a question that they leave open.
-            settled = _settle_all(
-                row, V, (logits, V), values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
+            _settle_all(
+                row, V, access, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
                 stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP,
             )  # fmt: skip

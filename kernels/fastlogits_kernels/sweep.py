@@ -128,15 +128,14 @@ def _bound_of_rule(
     elif KIND == TOP_N_SIGMA:
         deviation = tl.sqrt(squares / tl.maximum(count - 1, 1.0)).to(tl.float32)
         bound = key_of(top - value.to(tl.float32) * deviation * 1.001)
-    else:
+    elif KIND == TYPICAL:
         # Most of the mass that may go; not all, for a sample is only that.
-        if KIND == TYPICAL:
-            p = tl.where(x == x, exp(x - top), 0.0)
-            limit = ((1 - value) * 0.75 * mass * share).to(tl.float32)
-            centre = top - (below / mass).to(tl.float32)
-            bound = _bound_of_mass(key_of(-tl.abs(x - centre)), p, limit, BITS)
-        else:
-            bound = _bound_of_nucleus(x, top, mass, value, share, V)
+        p = tl.where(x == x, exp(x - top), 0.0)
+        limit = ((1 - value) * 0.75 * mass * share).to(tl.float32)
+        centre = top - (below / mass).to(tl.float32)
+        bound = _bound_of_mass(key_of(-tl.abs(x - centre)), p, limit, BITS)
+    else:
+        bound = _bound_of_nucleus(x, top, mass, value, share, V)
     if LEAST > 1:
         if KIND == TYPICAL:
             bound = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32)

@@ -618,7 +618,7 @@ def _truncate(scores: torch.Tensor, rules: Sequence[Rule]) -> torch.Tensor:
     if scores.is_cuda:
         from fastlogits_kernels import select  # which takes its rules from here
 
-        if select.is_selectable(scores, rules):
+        if select.takes_rules(rules) and select.takes_scores(scores):
             return select.select(scores, select.Selection(rules, scores.shape[1], scores.device))
     return (_truncate_rows if scores.device.type == "cpu" else reference_truncate)(scores, rules).contiguous()
 
