@@ -7,6 +7,10 @@ if TYPE_CHECKING:
     from fastlogits.acceleration import accelerate as accelerate
     from fastlogits.acceleration import restore as restore
     from fastlogits.decoding import decode as decode
+    from fastlogits.inside.checking import Check as Check
+    from fastlogits.inside.checking import check as check
+    from fastlogits.inside.tracing import Trace as Trace
+    from fastlogits.inside.tracing import trace as trace
     from fastlogits.plan import Plan as Plan
     from fastlogits.position import Position as Position
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
@@ -95,6 +99,7 @@ _HOME = {
     "AllowedTokensLogitsProcessor": "processors.suppress",
     "AlternatingCodebooksLogitsProcessor": "processors.audio",
     "BarkEosPrioritizerLogitsProcessor": "processors.audio",
+    "Check": "inside.checking",
     "CiteFromPromptLogitsProcessor": "processors.zoo",
     "ClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
     "DRYLogitsProcessor": "processors.dry",
@@ -148,6 +153,7 @@ _HOME = {
     "TopKLogitsWarper": "processors.truncation",
     "TopNSigmaLogitsWarper": "processors.truncation",
     "TopPLogitsWarper": "processors.truncation",
+    "Trace": "inside.tracing",
     "TriggerPhraseLogitsProcessor": "processors.zoo",
     "TypicalLogitsWarper": "processors.truncation",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
@@ -156,9 +162,11 @@ _HOME = {
     "WhisperTimeStampLogitsProcessor": "processors.audio",
     "XTCLogitsProcessor": "processors.truncation",
     "accelerate": "acceleration",
+    "check": "inside.checking",
     "decode": "decoding",
     "restore": "acceleration",
     "sample": "sampling",
+    "trace": "inside.tracing",
 }
 # Those that not every supported version of transformers has.
 _OPTIONAL = ("HammingDiversityLogitsProcessor", "TopHLogitsWarper")
