@@ -319,6 +319,11 @@ def test_drawn_tokens_are_checked_against_what_is_kept():
     assert agrees(scores, best.int(), best)
     assert not agrees(scores, torch.cat((best[:3], worst[3:])), best)
     assert not agrees(scores, best[:3], best)
+    ours = drawn_from("draw T k p", same=True)
+    second = scores.topk(2).indices[:, 1]
+    assert agrees(scores, second, best)
+    assert not ours(scores, second, best[:2])
+    assert ours(scores, torch.cat((best[:2], second[2:])), best[:2])
 
 
 def test_a_grammar_allows_half_of_the_tokens():

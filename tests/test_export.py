@@ -7,14 +7,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from fastlogits_kernels.export import MODULE, export
 
 # Loads a variant as the kernels package does: under a name of its own, from a path that nothing else knows.
 LOAD = """
 import importlib.util, json, sys
 from pathlib import Path
-import torch
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
