@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.catalogue import catalogue
+from benchmarks.inputs import MANY_IDS
 from benchmarks.results import Record, newest, read_folder, slug
 from benchmarks.tables import METRICS
 from benchmarks.workloads import COPY, FAST, FAST_, LOOP, OURS, THEIRS, WORKLOADS, YARDSTICKS
@@ -89,28 +91,41 @@ def _of_newest_device(records: Sequence[Record], metric: str) -> list[Record]:
     return [record for record in chosen if record.device == device]
 
 
+_CLAIMS = (
+    ("gpu_us", "chain 9", 0, THEIRS, FAST),
+    ("gpu_us", "T k p", 0, THEIRS, FAST),
+    ("cpu_us", "chain 9", 0, THEIRS, FAST),
+    ("gpu_us", "first step", 1000, LOOP, FAST_),
+    ("cpu_us", "first step", 1000, LOOP, FAST_),
+)
+"""What to set side by side, the first that was measured: a metric, a workload, its ids, another contender and ours."""
+
+
 def _claim(records: Sequence[Record]) -> str:
-    """One sentence: a chain here and in transformers."""
-    wanted = [("gpu_us", "chain 9"), ("gpu_us", "T k p"), ("cpu_us", "chain 9")]
-    for metric, workload in wanted:
+    """One sentence: a job here and elsewhere."""
+    for metric, workload, ids, other, ours in _CLAIMS:
         found = _of_newest_device(records, metric)
         for batch, vocab in reversed(_SIZES[:3]):
             of = {
                 r.contender: r
                 for r in found
-                if (r.workload, r.batch, r.vocab, r.logits, r.dtype) == (workload, batch, vocab, "gauss", "float32")
+                if (r.workload, r.ids, r.batch, r.vocab, r.logits) == (workload, ids, batch, vocab, "gauss")
+                and r.dtype == "float32"
             }
-            if {THEIRS, FAST} <= of.keys():
-                theirs, ours = of[THEIRS].median or 0.0, of[FAST].median or 1.0
-                copy = of.get(COPY)
-                beside = "" if copy is None else f", where copying the logits takes {_us(copy.median)} us"
-                kind = "GPU time" if metric == "gpu_us" else f"{of[FAST].threads} threads"
-                return (
-                    f"{workload[0].upper()}{workload[1:]} ({_MEANS[workload]}) on float32 logits of {batch} x {vocab}, "
-                    f"{of[FAST].device}, {kind}: transformers {_us(theirs)} us, fastlogits {_us(ours)} us "
-                    f"({theirs / ours:.0f} x faster){beside}."
-                )
+            if {other, ours} <= of.keys():
+                return _sentence(of[other], of[ours], of.get(COPY))
     return "Nothing has been measured yet."
+
+
+def _sentence(other: Record, ours: Record, copy: Record | None) -> str:
+    kind = "GPU time" if ours.metric == "gpu_us" else f"{ours.threads} threads"
+    them, us = other.median or 0.0, ours.median or 1.0
+    beside = "" if copy is None else f"; copying the logits takes {_us(copy.median)} us"
+    ids = f", {ours.ids:,} ids" if ours.ids else ""
+    return (
+        f"{_MEANS[ours.workload].capitalize()}{ids}, float32 logits of {ours.batch} x {ours.vocab}, {ours.device}, {kind}: "
+        f"{other.contender} {_us(them)} us, {ours.contender} {_us(us)} us ({them / us:,.0f} x faster){beside}."
+    )
 
 
 def _us(us: float | None) -> str:
@@ -137,7 +152,7 @@ def _table(
 
     def table(records: Sequence[Record]) -> str:
         found = _of_newest_device(records, metric)
-        found = [r for r in found if (r.batch, r.vocab) in sizes]
+        found = [r for r in found if (r.batch, r.vocab) in sizes and r.ids < MANY_IDS]
         shown = [name for name in workloads if any(r.workload == name and r.contender in OURS for r in found)]
         if not shown:
             return "Not measured yet."
@@ -207,6 +222,7 @@ REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "host-all": _table("host_us", _SIZES, _ALL),
     "cpu": _table("cpu_us", _CPU_SIZES, ("chain 9", "T k p")),
     "cpu-all": _table("cpu_us", _CPU_SIZES, _ALL),
+    "processors": lambda records: catalogue(),
     "cpu-classes": _table(
         "cpu_us", _CPU_SIZES, tuple(name for name, workload in WORKLOADS.items() if not workload.main)
     ),

@@ -18,6 +18,7 @@ from fastlogits_kernels.bits import unpack_bits
 from benchmarks import __main__ as cli
 from benchmarks import documents, inputs, results, workloads
 from benchmarks.__main__ import RESULTS, main
+from benchmarks.catalogue import catalogue, uncatalogued
 from benchmarks.inputs import Case, random_scores
 from benchmarks.peers import PEERS, Peer
 from benchmarks.processors import CHAINS, CLASSES, TRUNCATIONS
@@ -382,7 +383,8 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
     (root / "docs").mkdir(parents=True)
     mark = "a\n<!-- benchmarks: {} -->\nold\n<!-- /benchmarks -->\nb\n"
     (root / "README.md").write_text(mark.format("gpu") + mark.format("claim") + mark.format("plot"))
-    (root / "docs" / "results.md").write_text("nothing\n")
+    for name in ("results.md",):
+        (root / "docs" / name).write_text("nothing\n")
     assert documents.fill(measured, write=False, root=root) == [root / "README.md"]
     assert "old" in (root / "README.md").read_text()
     documents.fill(measured, root=root)
@@ -395,11 +397,25 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
     ]
     assert "|  | **fastlogits** | 0.4 | 3.1 | 25 | 117 |" in text
     assert "|  | a rival | 0.3 | 2.5 | 20 | 93 |" in text
-    assert "Some GPU, GPU time: transformers 164 us, fastlogits 25 us (7 x faster), where copying" in text
+    assert (
+        "Some GPU, GPU time: transformers 164 us, fastlogits 25 us (7 x faster); copying the logits takes 16 us."
+        in text
+    )
     assert "](benchmarks/results/some-gpu-speed-up-gpu.png)" in text
     (root / "README.md").write_text(mark.format("weather"))
     with pytest.raises(ValueError, match="no region 'weather'"):
         documents.fill(measured, root=root)
+
+
+def test_the_table_holds_every_processor():
+    assert uncatalogued() == set()
+    rows = catalogue().splitlines()[2:]
+    assert len(rows) == len({row.split("|")[1] for row in rows})
+    costs = {row.split("|")[1].strip(" `"): row.split("|")[4].strip() for row in rows}
+    assert costs["TemperatureLogitsWarper"] == "the shared pass"
+    assert costs["NoRepeatNGramLogitsProcessor"] == "the shared pass, the shared search before it"
+    assert costs["TopKLogitsWarper"] == "the shared selection"
+    assert costs["TopPLogitsWarper"] == "the shared selection, where it comes first a read more"
 
 
 def test_the_documents_are_up_to_date():
