@@ -121,9 +121,9 @@ def _sentence(other: Record, ours: Record, copy: Record | None) -> str:
     kind = "GPU time" if ours.metric == "gpu_us" else f"{ours.threads} threads"
     them, us = other.median or 0.0, ours.median or 1.0
     beside = "" if copy is None else f"; copying the logits takes {_us(copy.median)} us"
-    ids = f", {ours.ids:,} ids" if ours.ids else ""
+    job = _MEANS[ours.workload].capitalize() + (f", {ours.ids:,} ids" if ours.ids else "")
     return (
-        f"{_MEANS[ours.workload].capitalize()}{ids}, float32 logits of {ours.batch} x {ours.vocab}, {ours.device}, {kind}: "
+        f"{job}, float32 logits of {ours.batch} x {ours.vocab}, {ours.device}, {kind}: "
         f"{other.contender} {_us(them)} us, {ours.contender} {_us(us)} us ({them / us:,.0f} x faster){beside}."
     )
 
