@@ -81,7 +81,7 @@ def apply_token_bitmask_inplace(
             )
     elif not 0 <= vocab_size <= most:
         raise ValueError(
-            f"vocab_size must be from 0 to {most}, got {vocab_size}: logits have {V} tokens, bitmask speaks of {covered}"
+            f"vocab_size must be from 0 to {most}, got {vocab_size}: logits have {V} tokens, bitmask has {covered}"
         )
     rows = None if indices is None else _index("indices", indices, 0, B, logits.device)
     if mask_rows is None:
