@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
-from fastlogits_kernels import slot_sets as layout
+from fastlogits_kernels import slots as layout
 from fastlogits_kernels._triton import to_device
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.slot_sets import Rows, Semantics, Slots, append_tokens, process_rows, sample_rows
+from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, sample_rows
+from fastlogits_kernels.slots import Rows, Semantics, Slots
 from fastlogits_kernels.truncate import RANGES, RuleKind, Ties, argument_of
 
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
@@ -319,7 +320,7 @@ class BatchProcessor:
             tokens, prompts, lengths = history
         self.max_length: int = tokens.shape[1]
         self._slots = Slots(records, masks, tokens, lengths, prompts)
-        self._step = layout.Step(
+        self._step = Step(
             self._slots, rows, vocab_size, self._preset.rules, self._preset.ties, self._preset.semantics, max_listed
         )
         self._active = bytearray(max_requests)
@@ -730,7 +731,8 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
     flags |= list_or_mask(
         "first_tokens_suppressed", first, layout.FIRSTS.value, layout.FIRST_PLANE, layout.FIRST_MASK.value
     )
-    lists[layout.STOPS.value] = _listed("stop_token_ids", params.stop_token_ids, V) if params.min_tokens else _NO_TOKENS
+    stops = _listed("stop_token_ids", tuple(params.stop_token_ids), V)
+    lists[layout.STOPS.value] = stops if params.min_tokens else _NO_TOKENS
     lists[layout.FORCED.value] = _listed("forced_tokens", params.forced_tokens, V)
     if params.logit_bias:
         tokens = _listed("logit_bias", list(params.logit_bias), V)

@@ -1,10 +1,8 @@
 """Requests in a batch of their own parameters, beside the processors, and beside each of them alone."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
+from fastlogits_kernels import _triton, slot_sets
 
 import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams, TokenMask
@@ -91,8 +89,21 @@ FEATURES = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=["torch", "kernels"])
+def path(request, monkeypatch):
+    """Both ways of the CPU: torch, and the kernels in Triton's interpreter; on a GPU, the kernels."""
+    if torch.cuda.is_available():
+        if request.param == "torch":
+            pytest.skip("on a GPU the kernels run")
+    elif request.param == "kernels":
+        if not _triton.HAS_TRITON:
+            pytest.skip("needs Triton")
+        monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
+    return request.param
+
+
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_request_gets_what_the_processors_of_its_parameters_give(feature, device):
+def test_a_request_gets_what_the_processors_of_its_parameters_give(feature, device, path):
     arguments, made = FEATURES[feature]
     batch = BatchProcessor(3, V, device, max_length=64)
     slot = batch.add(RequestParams(**arguments), PROMPT, OUTPUT, slot=1)
