@@ -17,7 +17,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.backends.nvidia.compiler import get_ptxas
-from fastlogits_kernels import fold, mask_tokens, pack_ids, settle, sweep, synthid, token_sets
+from fastlogits_kernels import fold, mask_tokens, pack_ids, settle, slot_sets, sweep, synthid, token_sets
 
 capability = int(sys.argv[1])
 STREAMED = ("scores_ptr", "out_ptr", "rounds_like_ptr")
@@ -25,6 +25,8 @@ TYPES = {name: "i64" for name in ("ids_ptr", "tokens_ptr", "cache_position_ptr",
 TYPES |= {name: "fp32" for name in ("planes_ptr", "row_values_ptr", "biases_ptr")}
 TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr")}
 TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "temperature_ptr": "fp32"}
+TYPES |= {"floats_ptr": "fp32", "longs_ptr": "i64", "slots_ptr": "i64", "drafts_ptr": "i64", "local_ptr": "i64"}
+TYPES |= {"values_ptr slot_sets": "fp32", "tokens_ptr append": "i64"}
 TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
 
 
@@ -83,6 +85,16 @@ for dtype in ("fp32", "bf16"):
     cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, absent + more, chain | swept)
     settled = chain | rules | {"SETUP": (False, False, 65504.0, 1), "PARTS": 128}
     cases[f"settle {dtype}"] = (settle.settle_kernel, dtype, absent + more, settled, 8)
+    # What follows the search of a serving step: edited logits, bans.
+    served = {"OPS": (*(12, 1, 2047, 2), *(0, 0, -1, -1)), "MAX": 3.4028234663852886e38}
+    absent = tuple(f"r{i}" for i in range(7, 8)) + ("biases_ptr", "row_values_ptr")
+    cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | {"SUMS": 3})
+    swept |= {"MAY_BE_FREE": True, "BANDED": True}
+    cases[f"sweep served {dtype}"] = (sweep.sweep_kernel, dtype, (*absent, "out_ptr"), served | swept)
+    cases[f"fold served {dtype}"] = (fold._fold_kernel, dtype, absent, served | {"BLOCK_W": 32})
+    search = {"BIAS_LAST": False, "WORDS_IN_OUTPUT": True, "ROOM": 2048, "BLOCK": 1024, "LIST_BLOCK": 128}
+    cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"})
+cases["append"] = (slot_sets._append_kernel, "fp32", (), {"BLOCK": 32})
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
 for form, (done, more, first, wraps) in {

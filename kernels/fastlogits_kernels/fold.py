@@ -150,9 +150,10 @@ def popcount(x):
 def _replaced(x, found, below, rank, values_ptr, LAST: tl.constexpr, PTX: tl.constexpr):
     """The values of found tokens in place of their logits; ``below`` are the found ones of the word before each."""
     if PTX:
+        last = tl.full([], LAST, tl.int32)
         bits = tl.inline_asm_elementwise(
             _REPLACED, _REPLACED_OPERANDS,
-            [x.to(tl.int32, bitcast=True), found.to(tl.int32), below, rank, values_ptr.to(tl.int64), tl.full([], LAST, tl.int32)],
+            [x.to(tl.int32, bitcast=True), found.to(tl.int32), below, rank, values_ptr.to(tl.int64), last],
             dtype=tl.int32, is_pure=True, pack=4,
         )  # fmt: skip
         x = bits.to(tl.float32, bitcast=True)

@@ -93,7 +93,7 @@ _BREAKER_PLANE = tl.constexpr(BREAKER_PLANE)
 _UNALIGNED = ["scores_ptr", "slots_ptr", "cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr", "records_ptr"]
 _UNALIGNED += ["masks_ptr", "history_ptr", "lengths_ptr", "prompts_ptr", "bits_ptr", "cursors_ptr", "tallies_ptr"]
 _UNALIGNED += ["values_ptr", "floats_ptr", "top_k_ptr", "longs_ptr"]
-_STEPWISE = ["W", "S", "L", "M", "stride_row", "stride_slot", "stride_cache", "stride_local", "stride_draft"]
+_STEPWISE = ["W", "S", "L", "M", "splits", "stride_row", "stride_slot", "stride_cache", "stride_local", "stride_draft"]
 _STEPWISE += ["stride_bitmask", "stride_record", "stride_history", "stride_length", "stride_prompt", "stride_set"]
 _STEPWISE += ["stride_numbers"]
 _APPEND_UNALIGNED = ["slots_ptr", "tokens_ptr", "records_ptr", "history_ptr", "lengths_ptr"]
@@ -252,18 +252,18 @@ def _slot_sets_kernel(
     # outputs
     bits_ptr, cursors_ptr, tallies_ptr, values_ptr, floats_ptr, top_k_ptr, longs_ptr,
     # shapes
-    V, W, S, L, M,
+    V, W, S, L, M, splits,
     # strides
     stride_row, stride_token, stride_slot, stride_cache, stride_local, stride_draft, stride_bitmask,
     stride_record, stride_history, stride_length, stride_prompt, stride_set, stride_numbers,
     # constants
     DRAWS: tl.constexpr, BIAS_LAST: tl.constexpr, WORDS_IN_OUTPUT: tl.constexpr, ROOM: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    split = program % SPLITS
-    row = (program // SPLITS).to(tl.int64)
-    range_words = (W + SPLITS - 1) // SPLITS
+    split = program % splits
+    row = (program // splits).to(tl.int64)
+    range_words = (W + splits - 1) // splits
     first = split * range_words
     last = tl.minimum(first + range_words, W)
     scores_ptr += row * stride_row
@@ -434,22 +434,23 @@ def _slot_sets_kernel(
         temperature = tl.where(active, temperature, idle)
         tl.store(floats_ptr + row, temperature)
         acts = active & (temperature > 0)
-        for i in tl.static_range(_N_RULES):
-            value = tl.load(record_ptr + RULES + i)
-            if i == _TOP_K:
-                tl.store(top_k_ptr + row, tl.where(acts, value, _OFF[i]))
+        for rule in tl.static_range(_N_RULES):
+            value = tl.load(record_ptr + RULES + rule)
+            if rule == _TOP_K:
+                tl.store(top_k_ptr + row, tl.where(acts, value, _OFF[rule]))
             else:
-                tl.store(floats_ptr + (i + 1) * stride_numbers + row, tl.where(acts, _float(value), _OFF[i]))
+                tl.store(floats_ptr + (rule + 1) * stride_numbers + row, tl.where(acts, _float(value), _OFF[rule]))
         low = tl.load(record_ptr + SEED).to(tl.int64) & 0xFFFFFFFF
         high = tl.load(record_ptr + SEED + 1).to(tl.int64)
         tl.store(longs_ptr + row, (high << 32) | low)
         tl.store(longs_ptr + stride_numbers + row, length.to(tl.int64))
 
 
-# Words of a set and positions of a history are taken in blocks of this many, entries of lists in smaller ones. A range
-# is one block of words: more programs for a row would only read its history again.
+# Words of a set and positions of a history are taken in blocks of this many, entries of lists in smaller ones.
 _BLOCK = 1024
 _LIST_BLOCK = 128
+# As many fit on a GPU at once, with the registers that they take; more for a row would only read its history again.
+_PROGRAMS = 512
 
 _slot_sets_launcher = Launcher(_slot_sets_kernel, num_warps=4, enable_fp_fusion=False)
 
@@ -525,10 +526,10 @@ def launch_slot_sets(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) 
     made, tables = step.workspace, step.slots
     B, V = scores.shape
     W = step.W
-    splits = -(-W // _BLOCK)
+    splits = max(1, min(-(-W // _BLOCK), _PROGRAMS // B))
     numbers, given = made.numbers, (rows.cache_position, rows.local_position, rows.draft_ids)
     key = (
-        scores.device, scores.dtype, V, step.semantics, draws, step.room, splits, scores.stride(1),
+        scores.device, scores.dtype, V, step.semantics, draws, step.room, scores.stride(1),
         rows.slots.dtype, rows.bitmask is None, tuple([None if each is None else each.dtype for each in given]),
         tables.history.dtype, tables.lengths.dtype, tables.prompts.dtype,
     )  # fmt: skip
@@ -538,12 +539,12 @@ def launch_slot_sets(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) 
         scores, rows.slots, rows.cache_position, rows.local_position, rows.draft_ids, bitmask,
         tables.records, tables.masks, tables.history, tables.lengths, tables.prompts,
         made.bits, made.cursors, made.tallies, made.values, numbers.floats, numbers.top_k, numbers.longs,
-        V, W, tables.records.shape[0], tables.history.shape[1], 0 if bitmask is None else bitmask.shape[1],
+        V, W, tables.records.shape[0], tables.history.shape[1], 0 if bitmask is None else bitmask.shape[1], splits,
         scores.stride(0), scores.stride(1), rows.slots.stride(0), cache, local, drafts,
         0 if bitmask is None else bitmask.stride(0),
         tables.records.stride(0), tables.history.stride(0), tables.lengths.stride(0), tables.prompts.stride(0),
         made.bits.stride(0), numbers.floats.stride(0),
-        draws, step.semantics.bias_last, step.semantics.words_in_output, step.room, splits, _BLOCK, _LIST_BLOCK,
+        draws, step.semantics.bias_last, step.semantics.words_in_output, step.room, _BLOCK, _LIST_BLOCK,
     ))  # fmt: skip
     return TokenSets(made.bits, made.values)
 
@@ -653,7 +654,7 @@ def _appended(slots_ptr, tokens_ptr, records_ptr, entry, N, S, stride_slot, stri
 
 
 _append_launcher = Launcher(_append_kernel, num_warps=4)
-_APPEND_BLOCK = 64
+_APPEND_BLOCK = 32
 
 
 def append_tokens(tables: Slots, of: torch.Tensor, tokens: torch.Tensor) -> None:
