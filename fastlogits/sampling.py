@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from fastlogits_kernels import select
-from fastlogits_kernels.draw import draw, report
+from fastlogits_kernels.draw import draw
+from fastlogits_kernels.report import report
 from fastlogits_kernels.truncate import (
     RANGES,
     Rule,
