@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from fastlogits_kernels import select
 from fastlogits_kernels.draw import draw
-from fastlogits_kernels.report import report
+from fastlogits_kernels.report import MOST, Report, report, select_and_report
 from fastlogits_kernels.truncate import (
     RANGES,
     Rule,
@@ -150,7 +150,7 @@ class Sampler:
         self._rules = tuple([Rule(kind, value, ties=ties) for kind, value in acting if value is not None])
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
-        self._fuses = logprobs != "processed" and select.takes_rules(self._rules)
+        self._fuses = select.takes_rules(self._rules)
         self._fused: _FusedDraw | None = None
 
     def __call__(
@@ -207,11 +207,16 @@ class Sampler:
         cache_position: Index | None,
     ) -> Sample:
         """What a call does with arguments that have been checked."""
-        if self._fuses and select.takes_scores(logits) and not torch.compiler.is_compiling():
+        fuses = self._fuses and select.takes_scores(logits) and not torch.compiler.is_compiling()
+        # More of the likeliest tokens than the kernels look for are sorted out of processed logits.
+        if fuses and not (self._logprobs == "processed" and self._top_logprobs > MOST):
             if self._fused is None:
                 self._fused = _FusedDraw(self._processors, self._temperature, self._rules)
             run = None if prompt_length is None else Run(prompt_length, cache_position)
-            tokens = self._fused(logits, seeds, positions, input_ids, run)
+            call = (logits, seeds, positions, input_ids, run)
+            if self._logprobs == "processed":
+                return self._sampled(*self._fused(*call, top_logprobs=self._top_logprobs))
+            tokens, _ = self._fused(*call)
             return self._reported(logits, tokens)
         raw = logits.float()
         plain = raw
@@ -224,11 +229,13 @@ class Sampler:
 
     def _reported(self, scores: torch.Tensor, tokens: torch.Tensor) -> Sample:
         """The tokens, and what was asked about them in the distribution of some scores."""
-        if self._logprobs is None:
+        return self._sampled(tokens, None if self._logprobs is None else report(scores, tokens, self._top_logprobs))
+
+    def _sampled(self, tokens: torch.Tensor, found: Report | None) -> Sample:
+        if found is None:
             return Sample(tokens, None, None, None, None)
-        asked = report(scores.float(), tokens, self._top_logprobs)
-        top = (asked.top_tokens, asked.top_logprobs) if self._top_logprobs else (None, None)
-        return Sample(tokens, asked.logprobs, asked.ranks, *top)
+        top = (found.top_tokens, found.top_logprobs) if self._top_logprobs else (None, None)
+        return Sample(tokens, found.logprobs, found.ranks, *top)
 
     def _distribution(self, plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The logits that are drawn from, after temperature and truncations, and which rows are greedy."""
@@ -279,8 +286,9 @@ class _FusedDraw:
         positions: torch.Tensor,
         input_ids: torch.Tensor | None,
         run: Run | None,
-    ) -> torch.Tensor:
-        """The tokens of one call."""
+        top_logprobs: int | None = None,
+    ) -> tuple[torch.Tensor, Report | None]:
+        """The tokens of one call; and where a number of ``top_logprobs`` is given, a report on them."""
         plan = None if self._processors is None else self._processors.plan
         if plan is not self._plan:
             self._plan = plan
@@ -300,11 +308,11 @@ class _FusedDraw:
         selection, temperature = kept
         temperature = self._temperature if temperature is None else temperature
         check_rules(logits, self._rules)
-        if self._fold is None:
-            return select.select_tokens(logits, selection, seeds, positions, temperature)
         given: Any = input_ids
-        inputs = self._fold.inputs(given, logits, run)
-        return select.select_tokens(logits, selection, seeds, positions, temperature, *inputs)
+        inputs = () if self._fold is None else self._fold.inputs(given, logits, run)
+        if top_logprobs is None:
+            return select.select_tokens(logits, selection, seeds, positions, temperature, *inputs), None
+        return select_and_report(logits, selection, seeds, positions, top_logprobs, temperature, *inputs)
 
 
 def sample(

@@ -208,6 +208,45 @@ def test_of_what_a_chain_and_a_temperature_make():
     check(right, tokens, 20, found)
 
 
+SAMPLERS = {
+    "k p": {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
+    "lowest": {"top_k": 20, "top_p": 0.9, "ties": "lowest"},
+    "typical": {"typical_p": 0.8},
+    "free": {"temperature": 1.3},
+    "greedy": {"temperature": 0.0},
+    "whole rows": {"top_p": 0.999},
+    "each its own": {
+        "temperature": torch.tensor([0.0, 0.7, 1.0, 2.0, 1.0, 0.0]),
+        "top_p": torch.tensor([0.9, 0.9, 1.0, 0.5, 0.99, 1.0]),
+        "min_p": torch.tensor([0.1, 0.0, 0.0, 0.05, 0.0, 0.0]),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("parameters", SAMPLERS)
+@pytest.mark.parametrize("kind", ["raw", "processed"])
+def test_a_sampler_reports_from_kernels_what_torch_says(monkeypatch, parameters, kind):
+    """Greedy rows, sampled rows and rows of ties; the reported distribution is the one that was drawn from."""
+    V = 700
+    logits = torch.stack([hard_rows(V)[name] for name in ("gauss", "ties", "zipf", "masked", "spike .95", "gauss")])
+    given = SAMPLERS[parameters]
+    call = {"seeds": torch.arange(6) * 977, "positions": torch.arange(6), "input_ids": torch.arange(24).view(6, 4)}
+    processors = [fl.RepetitionPenaltyLogitsProcessor(1.3), fl.SuppressTokensLogitsProcessor([3, 5])]
+    options = {"logprobs": kind, "top_logprobs": 20}
+    wanted = fl.sample(logits, processors, **call, **given, **options)
+    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    monkeypatch.setattr("fastlogits.sampling.draw", None)  # no way but that of the kernels
+    monkeypatch.setattr(reports, "reference_report", None)
+    given, call = ({k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in each.items()} for each in (given, call))
+    found = fl.sample(logits.to(DEVICE), processors, **call, **given, **options)
+    assert found.tokens.tolist() == wanted.tokens.tolist()
+    assert found.ranks.tolist() == wanted.ranks.tolist()
+    assert found.top_tokens.tolist() == wanted.top_tokens.tolist()
+    for mine, right in ((found.logprobs, wanted.logprobs), (found.top_logprobs, wanted.top_logprobs)):
+        torch.testing.assert_close(mine.cpu(), right, atol=2e-5, rtol=1e-5)
+
+
 # -- How it is registered --------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Log-probability and rank of a token in each row, and the likeliest tokens with theirs, of logits that nobody writes.
 
-    logprobs[b] = x[b, tokens[b]] - log(sum over v of exp(x[b, v]));   ranks[b] = how many v have x[b, v] >= that token's
+    logprobs[b] = x[b, tokens[b]] - log(sum over v of exp(x[b, v]))
+    ranks[b] = how many v have x[b, v] >= x[b, tokens[b]]
     top_tokens[b] = the ``count`` tokens with the largest x[b], the lowest id first on ties;   top_logprobs[b] = theirs
 
 where x is the logits, or what a chain, a temperature and the rules of a selection have made of them: those are applied
@@ -24,10 +25,11 @@ from fastlogits_kernels import select
 from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import HAS_TRITON, Launcher, row_stride, tl, triton
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.fold import Chain, set_strides
-from fastlogits_kernels.selection import LOWEST, TILE_W, exp, key_of, number_of, row_logits
+from fastlogits_kernels.fold import NOWHERE, Chain, find_sets, set_strides
+from fastlogits_kernels.select import Selection, launch_select
+from fastlogits_kernels.selection import ALIVE_AT, LOWEST, TILE_W, exp, key_of, number_of, row_logits
 from fastlogits_kernels.settle import _alive
-from fastlogits_kernels.token_sets import TokenSets
+from fastlogits_kernels.token_sets import Position, TokenSets
 from fastlogits_kernels.truncate import row_tails
 
 MOST = 32
@@ -56,7 +58,7 @@ class Alive(NamedTuple):
     """What a selection has left of each row, where only its result is known: see ``settle``."""
 
     rows: torch.Tensor
-    """Edge, cut, centre and nearness of each row, int32 ``[B, 4]``; rows may be apart, the four stand together."""
+    """Edge, cut, centre and nearness of each row: int32 ``[B, N]``, the first four of each row, side by side."""
     first: bool
     """Whether of tokens that tie the lowest ids are kept, rather than the largest."""
     banded: bool
@@ -314,6 +316,45 @@ def launch_report(
     return report
 
 
+def select_and_report(
+    logits: torch.Tensor,
+    selection: Selection,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    count: int,
+    temperature: torch.Tensor | None = None,
+    chain: Chain | None = None,
+    input_ids: torch.Tensor | None = None,
+    position: Position = NOWHERE,
+    allowed: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Report]:
+    """The tokens of ``select_tokens``, and a report on them in the distribution that they were drawn from.
+
+    Args:
+        logits: see ``select_tokens``.
+        selection: see there.
+        seeds: see there.
+        positions: see there.
+        count: see ``launch_report``.
+        temperature: see ``select_tokens``.
+        chain: see there.
+        input_ids: see there.
+        position: see there.
+        allowed: see there.
+        counts: see ``launch_report``.
+    """
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    if not logits.numel():
+        return tokens, launch_report(logits, tokens, count, counts)
+    found = None if chain is None else find_sets(logits, chain, input_ids, position, allowed)
+    work = launch_select(
+        logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
+    )
+    alive = Alive(work[:, ALIVE_AT.value :], selection.first, selection.banded)
+    return tokens, launch_report(logits, tokens, count, counts, chain, found, temperature, alive)
+
+
 # -- The reference, and the path of the CPU --------------------------------------------------------------------------
 
 
@@ -380,8 +421,8 @@ def _report(logits: torch.Tensor, tokens: torch.Tensor, count: int, counts: torc
 
 def _fake_report(scores: torch.Tensor, tokens: torch.Tensor, count: int, *_: object) -> tuple[torch.Tensor, ...]:
     B = scores.shape[0]
-    floats = {"dtype": torch.float32, "device": scores.device}
-    return torch.empty(B, **floats), tokens.new_empty(B), tokens.new_empty((B, count)), torch.empty((B, count), **floats)
+    logprobs, top_logprobs = (scores.new_empty(shape, dtype=torch.float32) for shape in ((B,), (B, count)))
+    return logprobs, tokens.new_empty(B), tokens.new_empty((B, count)), top_logprobs
 
 
 register(
