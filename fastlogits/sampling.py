@@ -28,6 +28,7 @@ from fastlogits.position import Index
 from fastlogits.processors.base import LogitsProcessorList
 from fastlogits.run import Run
 from fastlogits.stages import Member, Scale
+from fastlogits.truncate_launch import TruncateLaunch
 
 Order: TypeAlias = Literal["transformers", "vllm"]
 Distribution: TypeAlias = Literal["processed", "raw"]
@@ -151,7 +152,7 @@ class Sampler:
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
         self._fuses = select.takes_rules(self._rules)
-        self._fused: _FusedDraw | None = None
+        self._fused: FusedDraw | None = None
 
     def __call__(
         self,
@@ -211,7 +212,7 @@ class Sampler:
         # More of the likeliest tokens than the kernels look for are sorted out of processed logits.
         if fuses and not (self._logprobs == "processed" and self._top_logprobs > MOST):
             if self._fused is None:
-                self._fused = _FusedDraw(self._processors, self._temperature, self._rules)
+                self._fused = FusedDraw(self._processors, self._temperature, self._rules)
             run = None if prompt_length is None else Run(prompt_length, cache_position)
             call = (logits, seeds, positions, input_ids, run)
             if self._logprobs == "processed":
@@ -259,21 +260,31 @@ class Sampler:
                     raise ValueError(f"{member.name} reads the tokens so far: give them as `input_ids`")
 
 
-class _FusedDraw:
-    """A sampler's tokens from kernels that read the logits once, and write nothing else."""
+class FusedDraw:
+    """Tokens from kernels that read the logits once, and write nothing else.
+
+    What stands last in the plan of the processors joins the draw: truncations where none are given here, and a fold or
+    masks before those. What stands before them runs as it does without a draw.
+
+    Args:
+        processors: applied first; None for none.
+        temperature: see ``Sampler``.
+        rules: truncations after the temperature.
+    """
 
     def __init__(
         self,
         processors: LogitsProcessorList | None,
-        temperature: float | torch.Tensor | None,
-        rules: tuple[Rule, ...],
+        temperature: float | torch.Tensor | None = None,
+        rules: tuple[Rule, ...] = (),
     ) -> None:
         self._processors = processors
         self._temperature = temperature if isinstance(temperature, torch.Tensor) else None
         self._is_greedy = self._temperature is None and temperature == 0
-        self._rules = () if self._is_greedy else rules
+        self._own_rules = self._rules = () if self._is_greedy else rules
         divides = not isinstance(temperature, torch.Tensor) and temperature not in (None, 0, 1)
         self._scale = [Member("temperature", Scale(float(temperature or 1)))] if divides else []
+        self._joins_truncations = temperature is None and not rules
         self._plan: Plan | None = None
         self._first: Plan | None = None  # what can't be folded into the draw
         self._fold = FoldLaunch(self._scale) if self._scale else None
@@ -291,12 +302,7 @@ class _FusedDraw:
         """The tokens of one call; and where a number of ``top_logprobs`` is given, a report on them."""
         plan = None if self._processors is None else self._processors.plan
         if plan is not self._plan:
-            self._plan = plan
-            steps = [] if plan is None else plan.steps
-            fused = len(steps) == 1 and isinstance(steps[0], (FoldLaunch, MaskLaunch))
-            members = [*(steps[0].members if fused else ()), *self._scale]
-            self._fold = FoldLaunch(members) if members else None
-            self._first = None if fused or plan is None else plan
+            self._join(plan)
         if self._first is not None:
             ids: Any = input_ids
             logits = self._first(ids, logits.float(), run)
@@ -313,6 +319,24 @@ class _FusedDraw:
         if top_logprobs is None:
             return select.select_tokens(logits, selection, seeds, positions, temperature, *inputs), None
         return select_and_report(logits, selection, seeds, positions, top_logprobs, temperature, *inputs)
+
+    def _join(self, plan: Plan | None) -> None:
+        """Take the last steps of a plan into the draw."""
+        self._plan = plan
+        steps = [] if plan is None else [*plan.steps]
+        if self._joins_truncations:
+            self._rules = self._own_rules
+            if steps and isinstance(steps[-1], TruncateLaunch):
+                rules = steps[-1].rules
+                if select.takes_rules(rules) and all(rule.filter_value == -math.inf for rule in rules):
+                    self._rules = rules
+                    steps.pop()
+            self._kept.clear()
+        members = self._scale
+        if steps and isinstance(steps[-1], (FoldLaunch, MaskLaunch)):
+            members = [*steps.pop().members, *members]
+        self._fold = FoldLaunch(members) if members else None
+        self._first = Plan(steps) if steps else None
 
 
 def sample(
