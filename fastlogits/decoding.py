@@ -152,6 +152,7 @@ class _Drawing(RunList):
         drawn.tokens = tokens
         return drawn  # type: ignore[no-any-return]
 
+
 class _Drawn(torch.Tensor):
     """Scores whose largest, to the loop that asks for it, is the token that was drawn."""
 
