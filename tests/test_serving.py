@@ -489,23 +489,30 @@ def test_min_p_before_top_p_leaves_a_smaller_nucleus(device):
     assert kept == {"transformers": 3, "vllm": 2}
 
 
-def test_log_probabilities_are_those_of_a_sampler(device):
-    batch = BatchProcessor(2, V, device, max_length=8, max_logprobs=3)
+def test_log_probabilities_are_those_of_a_sampler(device, path):
+    batch = BatchProcessor(3, V, device, max_length=8, max_logprobs=3)
     batch.add(RequestParams(temperature=0.7, top_k=5, seed=4, logprobs=3))
-    batch.add(RequestParams(temperature=0, seed=5))
-    logits = logits_of(2).to(device)
-    sampler = fl.Sampler(
-        temperature=torch.tensor([0.7, 0.0], device=device), top_k=torch.tensor([5, V], device=device),
-        logprobs="raw", top_logprobs=3,
-    )  # fmt: skip
-    expected = sampler(logits, torch.tensor([4, 5], device=device), torch.zeros(2, dtype=torch.int64, device=device))
-    found = batch.sample(logits, [0, 1], logprobs="raw")
-    for mine, theirs in zip(found, expected, strict=True):
-        assert_same(mine, theirs)
-    processed = batch.sample(logits, [0, 1], logprobs="processed")
-    assert torch.equal(processed.tokens, found.tokens)
-    own = batch.apply(logits, [0, 1]).log_softmax(-1).gather(1, found.tokens[:, None])[:, 0]
-    assert_same(processed.logprobs, own)
+    batch.add(RequestParams(temperature=0, seed=5, logprobs=1))
+    batch.add(RequestParams(seed=6))
+    logits = logits_of(4).to(device)
+    seeds = torch.tensor([4, 5, 6], device=device)
+    for which in ("raw", "processed"):
+        sampler = fl.Sampler(
+            temperature=torch.tensor([0.7, 0.0, 1.0], device=device), top_k=torch.tensor([5, V, V], device=device),
+            logprobs=which, top_logprobs=3,
+        )  # fmt: skip
+        expected = sampler(logits[:3], seeds, torch.zeros(3, dtype=torch.int64, device=device))
+        found = batch.sample(logits, [0, 1, 2, -1], logprobs=which)
+        assert torch.equal(found.tokens[:3], expected.tokens)
+        for mine, theirs in zip(found[1:], expected[1:], strict=True):
+            assert_same(mine[0], theirs[0])
+        for mine, theirs in zip(found[1:3], expected[1:3], strict=True):
+            assert_same(mine[1], theirs[1])
+        assert_same(found.top_tokens[1, :1], expected.top_tokens[1, :1])
+        assert found.top_tokens[1, 1:].tolist() == [-1, -1]
+        assert found.ranks[2:].tolist() == [0, 0]
+        assert bool(found.logprobs[2:].isnan().all())
+        assert bool(found.top_logprobs[2:].isnan().all())
 
 
 def test_seeds_are_drawn_where_none_is_given(device):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -402,9 +402,16 @@ def _fold(
     return reference_fold(scores, out, chain, input_ids, position, allowed)
 
 
-def _call(scores: torch.Tensor, out: torch.Tensor | None, handle: int, *inputs: object) -> torch.Tensor:
-    input_ids, allowed, *position = inputs
-    folded = _fold(scores, out, _chains[handle], input_ids, Position(*position), allowed)  # type: ignore[arg-type]
+def _call(
+    scores: torch.Tensor,
+    out: torch.Tensor | None,
+    handle: int,
+    input_ids: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
+    *position: Any,
+) -> torch.Tensor:
+    # The dispatcher leaves out what is at its default.
+    folded = _fold(scores, out, _chains[handle], input_ids, Position(*position), allowed)
     # A registered operation may not return what it was given.
     return folded.clone() if folded is scores and out is None else folded
 

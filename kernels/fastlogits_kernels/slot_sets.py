@@ -16,6 +16,8 @@ a row begin where a counter stands that only ever grows, in a ring that holds mo
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from fastlogits_kernels import fold
@@ -23,7 +25,10 @@ from fastlogits_kernels._triton import HAS_TRITON, Launcher, tl, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.draw import draw
 from fastlogits_kernels.fold import Chain, Op, popcount
+from fastlogits_kernels.keep import launch_keep
+from fastlogits_kernels.report import Alive, Report, launch_report, report, takes
 from fastlogits_kernels.select import Selection, launch_select
+from fastlogits_kernels.selection import ALIVE_AT
 from fastlogits_kernels.slots import (
     ACTIVE,
     BAN_MASK,
@@ -42,6 +47,7 @@ from fastlogits_kernels.slots import (
     FORCED,
     FREQUENCY,
     LISTS,
+    LOGPROBS,
     LONGEST,
     MIN_TOKENS,
     NGRAM,
@@ -92,7 +98,7 @@ _BREAKER_PLANE = tl.constexpr(BREAKER_PLANE)
 
 _UNALIGNED = ["scores_ptr", "slots_ptr", "cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr", "records_ptr"]
 _UNALIGNED += ["masks_ptr", "history_ptr", "lengths_ptr", "prompts_ptr", "bits_ptr", "cursors_ptr", "tallies_ptr"]
-_UNALIGNED += ["values_ptr", "floats_ptr", "top_k_ptr", "longs_ptr"]
+_UNALIGNED += ["values_ptr", "floats_ptr", "top_k_ptr", "counts_ptr", "longs_ptr"]
 _STEPWISE = ["W", "S", "L", "M", "splits", "stride_row", "stride_slot", "stride_cache", "stride_local", "stride_draft"]
 _STEPWISE += ["stride_bitmask", "stride_record", "stride_history", "stride_length", "stride_prompt", "stride_set"]
 _STEPWISE += ["stride_numbers"]
@@ -250,7 +256,7 @@ def _slot_sets_kernel(
     scores_ptr, slots_ptr, cache_position_ptr, local_ptr, drafts_ptr, bitmask_ptr,
     records_ptr, masks_ptr, history_ptr, lengths_ptr, prompts_ptr,
     # outputs
-    bits_ptr, cursors_ptr, tallies_ptr, values_ptr, floats_ptr, top_k_ptr, longs_ptr,
+    bits_ptr, cursors_ptr, tallies_ptr, values_ptr, floats_ptr, top_k_ptr, counts_ptr, longs_ptr,
     # shapes
     V, W, S, L, M, splits,
     # strides
@@ -440,6 +446,7 @@ def _slot_sets_kernel(
                 tl.store(top_k_ptr + row, tl.where(acts, value, _OFF[rule]))
             else:
                 tl.store(floats_ptr + (rule + 1) * stride_numbers + row, tl.where(acts, _float(value), _OFF[rule]))
+        tl.store(counts_ptr + row, tl.where(active, tl.load(record_ptr + LOGPROBS), -1))
         low = tl.load(record_ptr + SEED).to(tl.int64) & 0xFFFFFFFF
         high = tl.load(record_ptr + SEED + 1).to(tl.int64)
         tl.store(longs_ptr + row, (high << 32) | low)
@@ -452,7 +459,7 @@ _LIST_BLOCK = 128
 # As many fit on a GPU at once, with the registers that they take; more for a row would only read its history again.
 _PROGRAMS = 512
 
-_slot_sets_launcher = Launcher(_slot_sets_kernel, num_warps=4, enable_fp_fusion=False)
+_slot_sets_launcher = Launcher(_slot_sets_kernel, num_warps=8, enable_fp_fusion=False)
 
 
 class Step:
@@ -538,7 +545,8 @@ def launch_slot_sets(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) 
     _slot_sets_launcher(key, B * splits, (
         scores, rows.slots, rows.cache_position, rows.local_position, rows.draft_ids, bitmask,
         tables.records, tables.masks, tables.history, tables.lengths, tables.prompts,
-        made.bits, made.cursors, made.tallies, made.values, numbers.floats, numbers.top_k, numbers.longs,
+        made.bits, made.cursors, made.tallies, made.values, numbers.floats, numbers.top_k,
+        numbers.counts, numbers.longs,
         V, W, tables.records.shape[0], tables.history.shape[1], 0 if bitmask is None else bitmask.shape[1], splits,
         scores.stride(0), scores.stride(1), rows.slots.stride(0), cache, local, drafts,
         0 if bitmask is None else bitmask.stride(0),
@@ -575,27 +583,49 @@ def process_rows(step: Step, scores: torch.Tensor, rows: Rows, out: torch.Tensor
         return out.copy_(processed)
     made = step.workspace
     found = launch_slot_sets(step, scores, rows, False)
-    # What is read is still needed when the first survivors are written.
-    target = torch.empty_like(scores) if out is scores else out
-    launch_select(scores, made.selection, made.chain, found, out=target, temperature=made.numbers.temperature)
-    return out.copy_(target) if target is not out else out
+    temperature = made.numbers.temperature
+    # In place, nothing may be written before all rows are settled.
+    to = None if out is scores else out
+    work = launch_select(scores, made.selection, made.chain, found, out=to, temperature=temperature)
+    if to is None:
+        launch_keep(scores, out, made.selection, work, made.chain, found, temperature)
+    return out
 
 
-def sample_rows(step: Step, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """A token of each row, int64 ``[B]``."""
+def sample_rows(
+    step: Step, scores: torch.Tensor, rows: Rows, logprobs: Literal["raw", "processed"] | None = None, count: int = 0
+) -> tuple[torch.Tensor, Report | None]:
+    """A token of each row, int64 ``[B]``, and a report on it in the logits as they are or as they are drawn from.
+
+    There is room for ``count`` of the likeliest tokens.
+    """
     if not _takes(scores):
         processed, numbers = _reference(step, scores, rows, True)
-        return draw(processed, numbers.longs[0], numbers.longs[1], ~(numbers.temperature > 0))
+        tokens = draw(processed, numbers.longs[0], numbers.longs[1], ~(numbers.temperature > 0))
+        if logprobs is None:
+            return tokens, None
+        return tokens, report(scores if logprobs == "raw" else processed, tokens, count, numbers.counts)
     tokens = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
-    if scores.numel():
-        made = step.workspace
-        found = launch_slot_sets(step, scores, rows, True)
-        numbers = made.numbers
-        launch_select(
-            scores, made.selection, made.chain, found, temperature=numbers.temperature, seeds=numbers.longs[0],
-            positions=numbers.longs[1], tokens=tokens,
-        )  # fmt: skip
-    return tokens
+    if not scores.numel():
+        return tokens, None if logprobs is None else report(scores, tokens, count)
+    made = step.workspace
+    numbers, selection = made.numbers, made.selection
+    found = launch_slot_sets(step, scores, rows, True)
+    work = launch_select(
+        scores, selection, made.chain, found, temperature=numbers.temperature, seeds=numbers.longs[0],
+        positions=numbers.longs[1], tokens=tokens,
+    )  # fmt: skip
+    if logprobs is None:
+        return tokens, None
+    counts = numbers.counts[: len(tokens)]
+    if logprobs == "raw":
+        return tokens, report(scores, tokens, count, counts)
+    if not takes(scores, count):
+        processed = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+        launch_keep(scores, processed, selection, work, made.chain, found, numbers.temperature)
+        return tokens, report(processed, tokens, count, counts)
+    alive = Alive(work[:, ALIVE_AT.value :], selection.first, selection.banded)
+    return tokens, launch_report(scores, tokens, count, counts, made.chain, found, numbers.temperature, alive)
 
 
 # -- Histories ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ REPETITION = tl.constexpr(9)
 PRESENCE = tl.constexpr(10)
 FREQUENCY = tl.constexpr(11)
 RULES = tl.constexpr(12)  # the parameter of each rule; that of top-k is an integer
+LOGPROBS = tl.constexpr(19)  # for how many of the likeliest tokens they are wanted; -1 for none, and not the token's
 LISTS = tl.constexpr(20)  # where each list begins, and how long it is
 RECORD = tl.constexpr(36)  # words before the lists
 
@@ -111,6 +112,8 @@ class Numbers(NamedTuple):
     """float32 ``[1 + rules, B]``: temperatures, then the parameters of the rules, but that of top-k."""
     top_k: torch.Tensor
     """int32 ``[B]``."""
+    counts: torch.Tensor
+    """For how many of the likeliest tokens log-probabilities are wanted, int32 ``[B]``; -1 for none at all."""
     longs: torch.Tensor
     """int64 ``[2, B]``: seeds, then the positions that the tokens will take."""
 
@@ -132,6 +135,7 @@ class Numbers(NamedTuple):
         return cls(
             torch.zeros(1 + len(RULE_KINDS), rows, device=device),
             torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.full((rows,), -1, dtype=torch.int32, device=device),
             torch.zeros(2, rows, dtype=torch.int64, device=device),
         )
 
@@ -220,6 +224,7 @@ def reference_slots(
             for i, kind in enumerate(RULE_KINDS):
                 source = record.words if kind == "top_k" else record.numbers
                 rules[kind][row] = source[RULES.value + i]
+        numbers.counts[row] = record.words[LOGPROBS.value]
         numbers.longs[0, row] = record.words[SEED.value : SEED.value + 2].view(torch.int64)[0]
         numbers.longs[1, row] = length
     return x, numbers
