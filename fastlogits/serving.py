@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
-from fastlogits_kernels import slot_sets as layout
+from fastlogits_kernels import slots as layout
 from fastlogits_kernels._triton import to_device
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.slot_sets import Rows, Semantics, Slots, append_tokens, process_rows, sample_rows
+from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, sample_rows
+from fastlogits_kernels.slots import Rows, Semantics, Slots
 from fastlogits_kernels.truncate import RANGES, RuleKind, Ties, argument_of
 
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
@@ -95,7 +96,8 @@ class RequestParams:
         forced_tokens: the first output tokens, whatever all else says.
         bitmask: whether the request obeys the bitmask that is handed to a step.
         seed: an integer of up to 64 bits; None for one that is drawn when the request is added.
-        logprobs: for how many of the likeliest tokens log-probabilities are wanted; None for none.
+        logprobs: for how many of the likeliest tokens log-probabilities are wanted besides the drawn token's; None for
+            none at all.
 
     Raises:
         ValueError: an argument out of range or of a wrong type; its message names it.
@@ -319,7 +321,7 @@ class BatchProcessor:
             tokens, prompts, lengths = history
         self.max_length: int = tokens.shape[1]
         self._slots = Slots(records, masks, tokens, lengths, prompts)
-        self._step = layout.Step(
+        self._step = Step(
             self._slots, rows, vocab_size, self._preset.rules, self._preset.ties, self._preset.semantics, max_listed
         )
         self._active = bytearray(max_requests)
@@ -542,8 +544,9 @@ class BatchProcessor:
             draft_ids: see ``apply_``.
             local_position: see ``apply_``.
             logprobs: ``"raw"`` for log-probabilities of the logits as they are given, ``"processed"`` for those of the
-                distribution that is drawn from; None for none. There are those of ``max_logprobs`` of the likeliest
-                tokens, of which each request takes as many as it asked for.
+                distribution that is drawn from; None for none. There are ``max_logprobs`` columns for the likeliest
+                tokens; where a request asked for fewer, the others are -1 and NaN. A row whose request asked for none,
+                or that has none, has NaN and rank 0.
 
         Raises:
             ValueError: see ``apply_``.
@@ -553,15 +556,9 @@ class BatchProcessor:
         if logprobs not in (None, "raw", "processed"):
             raise ValueError(f"`logprobs` has to be None, 'raw' or 'processed', but is {logprobs!r}")
         rows = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
-        tokens = sample_rows(self._step, logits, rows)
-        if logprobs is None:
+        tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs)
+        if asked is None:
             return Sample(tokens, None, None, None, None)
-        from fastlogits_kernels.draw import report
-
-        scores = logits.float()
-        if logprobs == "processed":
-            scores = process_rows(self._step, scores, rows, torch.empty_like(scores))
-        asked = report(scores, tokens, self.max_logprobs)
         top = (asked.top_tokens, asked.top_logprobs) if self.max_logprobs else (None, None)
         return Sample(tokens, asked.logprobs, asked.ranks, *top)
 
@@ -702,6 +699,7 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
     record[layout.MIN_TOKENS.value] = _small(params.min_tokens)
     record[layout.FIRST_WINDOW.value] = _small(params.first_window)
     record[layout.SEED.value : layout.SEED.value + 2] = _halves(params.seed or 0)
+    record[layout.LOGPROBS.value] = -1 if params.logprobs is None else params.logprobs
     floats[layout.TEMPERATURE.value] = params.temperature
     floats[layout.REPETITION.value] = params.repetition_penalty
     floats[layout.PRESENCE.value] = params.presence_penalty
@@ -730,7 +728,8 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
     flags |= list_or_mask(
         "first_tokens_suppressed", first, layout.FIRSTS.value, layout.FIRST_PLANE, layout.FIRST_MASK.value
     )
-    lists[layout.STOPS.value] = _listed("stop_token_ids", params.stop_token_ids, V) if params.min_tokens else _NO_TOKENS
+    stops = _listed("stop_token_ids", tuple(params.stop_token_ids), V)
+    lists[layout.STOPS.value] = stops if params.min_tokens else _NO_TOKENS
     lists[layout.FORCED.value] = _listed("forced_tokens", params.forced_tokens, V)
     if params.logit_bias:
         tokens = _listed("logit_bias", list(params.logit_bias), V)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,18 @@ class Wishes(NamedTuple):
     """What acts before the temperature; its own temperature is 1."""
     cuts: RequestParams | None
     """What needs the temperature; None where nothing does."""
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it matters what has been generated so far, or how much."""
+        edits = self.edits
+        return bool(
+            edits.no_repeat_ngram_size
+            or edits.dry_multiplier
+            or edits.first_tokens_suppressed
+            or edits.forced_tokens
+            or any(len(word) > 1 for word in edits.bad_words)
+        )
 
 
 def read_wishes(given: Any, names: Collection[str], where: str, temperature: float) -> Wishes:
@@ -97,6 +110,12 @@ def read_wishes(given: Any, names: Collection[str], where: str, temperature: flo
             f"bad word, since the longest has {longest} tokens), but may take {most}"
         )
     return Wishes(edits, cuts if temperature > 0 else None)
+
+
+@lru_cache
+def say_once(message: str) -> None:
+    """Log an error that would come again at every step."""
+    logger.error(message)
 
 
 class Cutter:
@@ -225,7 +244,7 @@ class LiveBatch:
         """The slot of a request; tokens that its history lacks are added to the lists, or it is written anew."""
         known = len(live.outputs)
         if known and live.outputs[-1] < 0:
-            logger.error("a request is not steered: the engine keeps its newest token from logits processors")
+            say_once("requests are not steered: the engine keeps their newest tokens from logits processors")
             return -1
         if live.slot is not None and (live.slot < 0 or live.taken <= known):
             if live.slot >= 0:

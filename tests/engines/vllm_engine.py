@@ -34,6 +34,18 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.exceptions import VLLMValidationError
 
+    if asked.get("asynchronous"):
+        # vLLM turns it off where it gains nothing, on the CPU; what it does to logits processors can be seen there too.
+        from vllm.platforms.cpu import CpuPlatform
+
+        update = CpuPlatform.check_and_update_config
+
+        def keep_asynchronous(vllm_config):
+            update(vllm_config)
+            vllm_config.scheduler_config.async_scheduling = True
+
+        CpuPlatform.check_and_update_config = staticmethod(keep_asynchronous)
+
     engine = {
         "skip_tokenizer_init": True,
         "enforce_eager": True,
