@@ -185,6 +185,11 @@ class LiveBatch:
         self._listed: list[int] = []  # slots of the rows, the same that is on the device
         self._make(max_requests, max_length, max_requests)
 
+    @property
+    def max_requests(self) -> int:
+        """Number of slots now."""
+        return self._batch.max_requests
+
     def let_go(self, live: Live) -> None:
         """Free the slot of a request, if it has one."""
         if live.slot is not None and live.slot >= 0:
