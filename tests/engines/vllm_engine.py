@@ -56,16 +56,17 @@ def main() -> None:
         "disable_log_stats": False,
     }
     llm = LLM(**engine | asked["engine"])
-    results = []
+    results, working = [], []
     for call in asked["calls"]:
         prompts = [{"prompt_token_ids": request["prompt"]} for request in call]
         defaults = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
         try:
-            params = [SamplingParams(**defaults | request.get("params", {})) for request in call]
+            params = [SamplingParams(**defaults | request["params"]) for request in call]
             outputs = llm.generate(prompts, params, use_tqdm=False)
             results.append([list(output.outputs[0].token_ids) for output in outputs])
         except VLLMValidationError as error:
             results.append(str(error))
+        working.append("fastlogits.serving" in sys.modules)
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     scheduler = llm.llm_engine.vllm_config.scheduler_config
     answer = {
@@ -75,7 +76,7 @@ def main() -> None:
         "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens"),
         "asynchronous": scheduler.async_scheduling,
         "loaded": "fastlogits.integrations.vllm" in sys.modules,
-        "working": "fastlogits.serving" in sys.modules,
+        "working": working,
     }
     print("\n" + json.dumps(answer), flush=True)
 
