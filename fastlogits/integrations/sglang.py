@@ -66,7 +66,7 @@ class FastLogitsProcessor(*_interface()):  # type: ignore[misc]
             {'fastlogits': '{"no_repeat_ngram_size": 3}'}
         """
         read_wishes(wishes, cls.names, cls.__name__, 1.0)
-        return {_KEY: json.dumps(wishes)}
+        return {_KEY: json.dumps(wishes, default=list)}
 
     def __call__(
         self, logits: torch.Tensor, custom_param_list: Sequence[dict[str, Any] | None] | None = None
@@ -125,7 +125,10 @@ class _Requests:
         request = given.get("__req__")
         if request is None:
             return self._made(given, names, None)
-        outputs, live = self._known.get(request.rid, (None, None))
+        try:
+            outputs, live = self._known.get(request.rid, (None, None))
+        except ReferenceError:  # SGLang's reference is weak, and the request is over
+            return None
         if outputs is not request.output_ids:
             if live is not None:
                 self.live.let_go(live)

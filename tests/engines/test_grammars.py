@@ -12,9 +12,8 @@ from tests.conftest import _byte_level
 
 xgrammar = pytest.importorskip("xgrammar", reason="needs xgrammar: make test-engines")
 llguidance = pytest.importorskip("llguidance", reason="needs llguidance: make test-engines")
-
-import llguidance.hf  # noqa: E402
-import llguidance.torch  # noqa: E402
+llguidance_hf = pytest.importorskip("llguidance.hf")
+llguidance_torch = pytest.importorskip("llguidance.torch")
 
 REGEX = r"[0-9]{2} (chairs|books): [a-z ]+\."
 SCHEMA = """{"type": "object", "properties": {"room": {"type": "integer"}, "zone": {"enum": ["In", "Room 101"]}},
@@ -59,12 +58,12 @@ class LLGuidance:
     def __init__(self, tokenizer, vocab_size, kind):
         matcher = llguidance.LLMatcher
         grammar = matcher.grammar_from_regex(REGEX) if kind == "regex" else matcher.grammar_from_json_schema(SCHEMA)
-        self.matcher = matcher(llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size), grammar)
+        self.matcher = matcher(llguidance_hf.from_tokenizer(tokenizer, n_vocab=vocab_size), grammar)
         self.vocab_size = vocab_size
 
     def mask(self):
-        bitmask = llguidance.torch.allocate_token_bitmask(1, self.vocab_size)
-        llguidance.torch.fill_next_token_bitmask(self.matcher, bitmask)
+        bitmask = llguidance_torch.allocate_token_bitmask(1, self.vocab_size)
+        llguidance_torch.fill_next_token_bitmask(self.matcher, bitmask)
         return bitmask
 
     def accept(self, token):
@@ -73,7 +72,7 @@ class LLGuidance:
     def is_over(self):
         return self.matcher.is_stopped()
 
-    apply = staticmethod(llguidance.torch.apply_token_bitmask_inplace)
+    apply = staticmethod(llguidance_torch.apply_token_bitmask_inplace)
 
 
 @pytest.mark.parametrize("kind", ["regex", "schema"])
