@@ -62,6 +62,7 @@ from fastlogits_kernels.slots import (
     STOPS,
     TALLIED,
     TEMPERATURE,
+    TOP_K_AT,
     WIDTH,
     WORDS,
     Numbers,
@@ -89,7 +90,7 @@ _CLAIMED = tl.constexpr(-(2**31))
 
 _NO_TOKEN = tl.constexpr(-(2**31))
 _LONGEST = tl.constexpr(LONGEST)
-_TOP_K = tl.constexpr(RULE_KINDS.index("top_k"))
+_TOP_K = tl.constexpr(TOP_K_AT)
 _OFF = tl.constexpr(tuple(OFF[kind] for kind in RULE_KINDS))
 _N_RULES = tl.constexpr(len(RULE_KINDS))
 _BAN_PLANE = tl.constexpr(BAN_PLANE)
