@@ -491,7 +491,8 @@ class Step:
         # As many places as a row may edit tokens: those it sees, and those with a bias.
         most = min(V, tables.history.shape[1] + rows + listed)
         self.room = 1 << max(0, most - 1).bit_length()
-        self._made: _Workspace | None = None
+        # On a GPU now: what is allocated while a graph is captured lives with that graph.
+        self._made = _Workspace(self) if tables.records.is_cuda else None
 
     @property
     def bytes_per_row(self) -> int:
