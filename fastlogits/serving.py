@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
@@ -54,7 +55,7 @@ _PRESETS: dict[Preset, _Preset] = {
 
 # Sets of more tokens than this are kept as packed masks, which cost the same whatever they hold.
 _FEW = 64
-_SEED_BITS = 64
+_LARGEST = torch.finfo(torch.float32).max
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -194,7 +195,7 @@ class RequestParams:
         tokens = _sequence("logit_bias", self.logit_bias)
         for token in tokens:
             value = self.logit_bias[token]
-            if not _is_number(value) or value != value or value == math.inf:
+            if not _is_number(value) or not (value == -math.inf or abs(value) <= _LARGEST):
                 raise ValueError(f"`logit_bias` has to be finite or -inf, but is {value!r} for token {token}")
         self._keep("logit_bias", dict(self.logit_bias))
 
@@ -210,8 +211,8 @@ class _Packed(NamedTuple):
 
     record: np.ndarray[Any, Any]
     """int32, all but the lengths and a seed that is drawn."""
-    masks: tuple[torch.Tensor | None, ...]
-    """Packed masks, on the device."""
+    masks: tuple[tuple[int, torch.Tensor], ...]
+    """Planes of packed masks, and those, on the device."""
 
 
 class BatchProcessor:
@@ -324,6 +325,8 @@ class BatchProcessor:
         self._step = Step(
             self._slots, rows, vocab_size, self._preset.rules, self._preset.ties, self._preset.semantics, max_listed
         )
+        # Views take the host longer than what is done with them.
+        self._records, self._flags = records.unbind(), records[:, layout.FLAGS.value].unbind()
         self._active = bytearray(max_requests)
         self._seeds = random.Random()
 
@@ -400,7 +403,7 @@ class BatchProcessor:
             ValueError: the slot holds no request.
         """
         self._check_taken("slot", slot)
-        self._slots.records[slot, layout.FLAGS.value].zero_()
+        self._flags[slot].zero_()
         self._active[slot] = 0
 
     def move(self, source: int, target: int) -> None:
@@ -417,7 +420,7 @@ class BatchProcessor:
             raise ValueError(f"`target` is {target}, which holds a request: remove it first, or use swap()")
         for table in self._slots[:2]:
             table[target].copy_(table[source])
-        self._slots.records[source, layout.FLAGS.value].zero_()
+        self._flags[source].zero_()
         self._active[source], self._active[target] = 0, 1
 
     def swap(self, a: int, b: int) -> None:
@@ -650,14 +653,14 @@ class BatchProcessor:
         record[layout.LENGTH.value] = N
         record[layout.PROMPT.value] = P
         if draws_seed:
-            record[layout.SEED.value : layout.SEED.value + 2] = _halves(self._seeds.getrandbits(_SEED_BITS))
+            low, high = _halves(self._seeds.getrandbits(64))
+            record[layout.SEED.value], record[layout.SEED.value + 1] = low, high
         if N:
             record[self._lists_end : self._lists_end + P] = prompt
             record[self._lists_end + P :] = output
-        self._slots.records[slot, :used].copy_(staged, non_blocking=True)
-        for plane, mask in enumerate(packed.masks):
-            if mask is not None:
-                self._slots.masks[slot, plane].copy_(mask)
+        self._records[slot][:used].copy_(staged, non_blocking=True)
+        for plane, mask in packed.masks:
+            self._slots.masks[slot, plane].copy_(mask)
 
     def _packed(self, params: RequestParams) -> _Packed:
         """What a slot holds of parameters; kept with them."""
@@ -678,39 +681,39 @@ class BatchProcessor:
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
+# The words before the lists, in the order of their places in the record.
+_HEADER = struct.Struct("=6i 2i 4f fi5f i 16i")
+
+
 def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) -> _Packed:
-    record = np.zeros(layout.RECORD.value, dtype=np.int32)
-    floats = record.view(np.float32)
     flags = layout.ACTIVE.value
     masks: list[TokenMask | None] = [None] * layout.MASKS
-    lists: dict[int, np.ndarray[Any, Any]] = {}
+    places = [0] * 16
+    parts: list[bytes] = []
+    end = layout.RECORD.value
 
-    def list_or_mask(name: str, tokens: TokenSet, which: int, plane: int, flag: int) -> int:
-        """Keep a set of tokens as a list where it is small; else as a mask, which the flag tells of."""
-        mask = tokens if isinstance(tokens, TokenMask) else None
-        if mask is None and len(tokens) <= _FEW:
-            lists[which] = _listed(name, tokens, V)
-            return 0
-        mask = fitted(f"`{name}`", tokens, V)
-        masks[plane] = mask if masks[plane] is None else mask | masks[plane]
-        return flag
+    def put(which: Any, packed: bytes, count: int) -> None:
+        nonlocal end
+        places[2 * which.value : 2 * which.value + 2] = end, count
+        parts.append(packed)
+        end += len(packed) // 4
 
-    record[layout.NGRAM.value] = _small(params.no_repeat_ngram_size)
-    record[layout.MIN_TOKENS.value] = _small(params.min_tokens)
-    record[layout.FIRST_WINDOW.value] = _small(params.first_window)
-    record[layout.SEED.value : layout.SEED.value + 2] = _halves(params.seed or 0)
-    record[layout.LOGPROBS.value] = -1 if params.logprobs is None else params.logprobs
-    floats[layout.TEMPERATURE.value] = params.temperature
-    floats[layout.REPETITION.value] = params.repetition_penalty
-    floats[layout.PRESENCE.value] = params.presence_penalty
-    floats[layout.FREQUENCY.value] = params.frequency_penalty
-    for i, kind in enumerate(layout.RULE_KINDS):
-        value = getattr(params, argument_of(kind))
-        value = layout.OFF[kind] if value is None else value
-        if kind == "top_k":
-            record[layout.RULES.value + i] = _small(int(value))
+    def put_ids(which: Any, name: str, ids: Sequence[int]) -> None:
+        if ids:
+            _check_ids(name, ids, V)
+            put(which, struct.pack(f"={len(ids)}i", *ids), len(ids))
+
+    def put_set(which: Any, name: str, tokens: TokenMask | Sequence[int], plane: int, flag: Any) -> None:
+        """Keep a set of tokens as a list where it is small; else as a mask, of which the flag tells."""
+        nonlocal flags
+        if isinstance(tokens, TokenMask) or len(tokens) > _FEW:
+            mask = fitted(f"`{name}`", _as_set(tokens), V)
+            kept = masks[plane]
+            masks[plane] = mask if kept is None else mask | kept
+            flags |= flag.value
         else:
-            floats[layout.RULES.value + i] = value
+            put_ids(which, name, tokens)
+
     if (params.repetition_scope or preset.repetition) == "output":
         flags |= layout.OUTPUT_REPETITION.value
     if (params.presence_scope or preset.counts) == "output":
@@ -719,69 +722,57 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
         flags |= layout.TALLIED.value
     if params.bitmask:
         flags |= layout.BITMASK.value
-
     if params.allowed_token_ids is not None:
         masks[layout.BAN_PLANE] = ~fitted("`allowed_token_ids`", _as_set(params.allowed_token_ids), V)
         flags |= layout.BAN_MASK.value
-    banned, first = _as_set(params.banned_token_ids), _as_set(params.first_tokens_suppressed)
-    flags |= list_or_mask("banned_token_ids", banned, layout.BANS.value, layout.BAN_PLANE, layout.BAN_MASK.value)
-    flags |= list_or_mask(
-        "first_tokens_suppressed", first, layout.FIRSTS.value, layout.FIRST_PLANE, layout.FIRST_MASK.value
-    )
-    stops = _listed("stop_token_ids", tuple(params.stop_token_ids), V)
-    lists[layout.STOPS.value] = stops if params.min_tokens else _NO_TOKENS
-    lists[layout.FORCED.value] = _listed("forced_tokens", params.forced_tokens, V)
+    put_set(layout.BANS, "banned_token_ids", params.banned_token_ids, layout.BAN_PLANE, layout.BAN_MASK)
+    first = params.first_tokens_suppressed
+    put_set(layout.FIRSTS, "first_tokens_suppressed", first, layout.FIRST_PLANE, layout.FIRST_MASK)
+    put_ids(layout.STOPS, "stop_token_ids", params.stop_token_ids)
+    put_ids(layout.FORCED, "forced_tokens", params.forced_tokens)
     if params.logit_bias:
-        tokens = _listed("logit_bias", list(params.logit_bias), V)
-        values = np.fromiter(params.logit_bias.values(), dtype=np.float32, count=len(tokens))
-        lists[layout.BIASES.value] = np.concatenate((tokens, values.view(np.int32)))
-    width = 0
+        tokens, values = list(params.logit_bias), params.logit_bias.values()
+        _check_ids("logit_bias", tokens, V)
+        put(layout.BIASES, struct.pack(f"={len(tokens)}i{len(tokens)}f", *tokens, *values), len(tokens))
     if params.bad_words:
         width = 1 + max(map(len, params.bad_words))
-        table = np.full((len(params.bad_words), width), -1, dtype=np.int32)
-        for row, ids in zip(table, params.bad_words, strict=True):
-            tokens = _listed("bad_words", ids, V)
-            row[0], row[1], row[2 : len(ids) + 1] = tokens[-1], len(ids) - 1, tokens[-2::-1]
-        lists[layout.WORDS.value] = table.ravel()
+        table: list[int] = []
+        for ids in params.bad_words:
+            _check_ids("bad_words", ids, V)
+            table += [ids[-1], len(ids) - 1, *ids[-2::-1], *[-1] * (width - 1 - len(ids))]
+        put(layout.WORDS, struct.pack(f"={len(table)}i", *table), len(table))
+        put(layout.WIDTH, b"", width)
     if params.dry_multiplier:
         least = max(1, params.dry_allowed_length)
-        lists[layout.DRY.value] = np.array(
-            [
-                params.dry_multiplier * params.dry_base ** (n - params.dry_allowed_length) if n >= least else 0.0
-                for n in range(layout.LONGEST + 1)
-            ],
-            dtype=np.float32,
-        ).view(np.int32)
-        breakers = _as_set(params.dry_breakers)
-        if len(breakers):
-            masks[layout.BREAKER_PLANE] = fitted("`dry_breakers`", breakers, V)
+        penalties = [
+            params.dry_multiplier * params.dry_base ** (n - params.dry_allowed_length) if n >= least else 0.0
+            for n in range(layout.LONGEST + 1)
+        ]
+        put(layout.DRY, np.array(penalties, dtype=np.float32).tobytes(), len(penalties))
+        if len(params.dry_breakers):
+            masks[layout.BREAKER_PLANE] = fitted("`dry_breakers`", _as_set(params.dry_breakers), V)
             flags |= layout.BREAKER_MASK.value
-    record[layout.FLAGS.value] = flags
 
-    end, parts = layout.RECORD.value, [record]
-    for which, listed in lists.items():
-        # Of biases there are half as many.
-        count = len(listed) // 2 if which == layout.BIASES.value else len(listed)
-        record[layout.LISTS.value + 2 * which : layout.LISTS.value + 2 * which + 2] = end, count
-        parts.append(listed)
-        end += len(listed)
-    record[layout.LISTS.value + 2 * layout.WIDTH.value + 1] = width
+    wanted = ((kind, getattr(params, argument_of(kind))) for kind in layout.RULE_KINDS)
+    rules = [layout.OFF[kind] if value is None else value for kind, value in wanted]
+    rules[layout.TOP_K_AT] = _small(int(rules[layout.TOP_K_AT]))
+    header = _HEADER.pack(
+        0, 0, flags, _small(params.no_repeat_ngram_size), _small(params.min_tokens), _small(params.first_window),
+        *_halves(params.seed or 0),
+        params.temperature, params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
+        *rules,
+        -1 if params.logprobs is None else params.logprobs,
+        *places,
+    )  # fmt: skip
     return _Packed(
-        np.concatenate(parts),
-        tuple(None if mask is None else to_device(mask.bits(), device) for mask in masks),
+        np.frombuffer(header + b"".join(parts), dtype=np.int32),
+        tuple((plane, to_device(mask.bits(), device)) for plane, mask in enumerate(masks) if mask is not None),
     )
 
 
-def _listed(name: str, ids: Sequence[int], V: int) -> np.ndarray[Any, Any]:
-    """Token ids int32 ``[N]``.
-
-    Raises:
-        ValueError: one is outside the vocabulary.
-    """
-    for token in ids:
-        if not 0 <= token < V:
-            raise ValueError(f"`{name}`: token id {token} is outside the vocabulary of {V} tokens (0 to {V - 1})")
-    return np.array(ids, dtype=np.int32)
+def _check_ids(name: str, ids: Sequence[int], V: int) -> None:
+    if max(ids) >= V:
+        raise ValueError(f"`{name}`: token id {max(ids)} is outside the vocabulary of {V} tokens (0 to {V - 1})")
 
 
 def _token_ids(name: str, ids: Ids, V: int) -> np.ndarray[Any, Any]:
@@ -807,8 +798,10 @@ def _small(value: int) -> int:
     return min(value, 2**31 - 1)
 
 
-def _halves(seed: int) -> np.ndarray[Any, Any]:
-    return np.array([seed & (2**64 - 1)], dtype=np.uint64).view(np.int32)
+def _halves(seed: int) -> tuple[int, int]:
+    """The halves of 64 bits, the low one first, as int32 has them."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
 def _sequence(name: str, ids: object) -> tuple[int, ...]:
@@ -829,7 +822,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_number(name: str, value: Any, least: float = -math.inf) -> None:
-    if not _is_number(value) or not math.isfinite(value) or value < least:
+    if not _is_number(value) or not abs(value) <= _LARGEST or value < least:
         at_least = "" if least == -math.inf else f" of at least {least:g}"
         raise ValueError(f"`{name}` has to be a finite number{at_least}, but is {value!r}")
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 from fastlogits_kernels import _triton, slot_sets
 from fastlogits_kernels.bits import pack_bits
+from fastlogits_kernels.fold import launch_fold
+from fastlogits_kernels.slot_sets import launch_slot_sets
+from fastlogits_kernels.slots import Rows, reference_slots
 
 import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams, TokenMask
@@ -225,7 +228,7 @@ def test_a_request_does_not_depend_on_who_shares_the_batch(semantics, device, pa
 
 def test_draft_rows_see_the_history_and_their_own_prefix(device, path):
     rng = random.Random(2)
-    count = 3 if path == "kernels" and device == "cpu" else 12
+    count = 2 if path == "kernels" and device == "cpu" else 12
     batch = BatchProcessor(count, V, device, max_length=96, max_rows=64)
     rows = []
     for slot in range(count):
@@ -255,40 +258,37 @@ def test_draft_rows_see_the_history_and_their_own_prefix(device, path):
             assert tokens[row] == token
 
 
-def test_kernels_find_in_many_ranges_what_torch_finds(device, monkeypatch):
+@pytest.mark.parametrize("draws", [False, True])
+def test_kernels_find_in_many_ranges_what_torch_finds(draws, device):
     if not _triton.HAS_TRITON:
         pytest.skip("needs Triton")
     vocab, rng = 70_001, random.Random(3)
-    logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(0)) * 3
-    bitmask = bitmask_of(4, 1, vocab)
     history = torch.randint(0, vocab, (1500,), generator=torch.Generator().manual_seed(1)).tolist()
     prompt = history + history[200:230]
     asked = [
-        {
-            "repetition_penalty": 1.2,
-            "frequency_penalty": 0.3,
-            "dry_multiplier": 1.0,
-            "presence_scope": "all",
-            "top_k": 9,
-        },
-        {"bad_words": [[*prompt[-3:], 69_000], [5, 6, 7]], "no_repeat_ngram_size": 3, "top_p": 0.6, "bitmask": True},
-        {"allowed_token_ids": range(1, vocab, 3), "logit_bias": {70_000: 9.0, 32_767: 1.0, 32_768: 2.0}, "min_p": 0.1},
-        {"repetition_penalty": 0.9, "logit_bias": {token: rng.random() for token in prompt[::7]}, "top_k": 30},
+        {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "dry_multiplier": 1.0, "presence_scope": "all"},
+        {"bad_words": [[*prompt[-3:], 69_000], [5, 6, 7]], "no_repeat_ngram_size": 3, "bitmask": True},
+        {"allowed_token_ids": range(1, vocab, 3), "logit_bias": {70_000: 9.0, 32_767: 1.0, 32_768: 2.0}, "top_k": 7},
+        {"repetition_penalty": 0.9, "logit_bias": {token: rng.random() for token in prompt[::7]}, "temperature": 0.7},
+        {"forced_tokens": [1, 65_000], "repetition_penalty": 0.9},
     ]
-    found = []
-    for force in (False, True):
-        monkeypatch.setattr(slot_sets, "FORCE_KERNEL", force)
-        on = device if force else "cpu"
-        batch = BatchProcessor(4, vocab, on, max_length=2000, max_listed=1024)
-        for i, each in enumerate(asked):
-            batch.add(RequestParams(**each, seed=i), prompt[: 1530 - 30 * (i == 3)])
-        # What an earlier step has left must not matter.
-        batch.apply(logits[:2].to(on), [3, 2])
-        given = (logits.to(on), [0, 1, 2, 3])
-        processed = batch.apply(*given, bitmask=bitmask.to(on))
-        found.append((processed.cpu(), batch.sample(*given, bitmask=bitmask.to(on)).tokens.tolist()))
-    assert_same(found[1][0], found[0][0])
-    assert found[1][1] == found[0][1]
+    count = len(asked)
+    batch = BatchProcessor(count, vocab, device, max_length=2000, max_listed=1024, max_rows=count + 1)
+    for i, each in enumerate(asked):
+        batch.add(RequestParams(**each, seed=i), prompt[: 1530 - 30 * i], [3] * (i == 4))
+    logits = (torch.randn(count + 1, vocab, generator=torch.Generator().manual_seed(0)) * 3).to(device)
+    slots = torch.tensor([*range(count), -1], device=device)
+    step, rows = batch._step, Rows(slots, bitmask=bitmask_of(count + 1, 1, vocab).to(device))
+    expected, numbers = reference_slots(logits, step.slots, rows, step.semantics, draws)
+    made = step.workspace
+    # What an earlier step has left must not matter.
+    launch_slot_sets(step, logits, rows._replace(slots=slots.roll(1)), draws)
+    found = launch_slot_sets(step, logits, rows, draws)
+    out = torch.empty_like(logits)
+    launch_fold(logits, out, made.chain, found)
+    assert_same(out, expected)
+    for mine, theirs in zip(made.numbers, numbers, strict=True):
+        assert torch.equal(mine.cpu()[..., :count], theirs.cpu()[..., :count])
 
 
 # -- What a batch goes through -------------------------------------------------------------------------------------
@@ -490,7 +490,7 @@ def test_min_p_before_top_p_leaves_a_smaller_nucleus(device):
 
 
 def test_log_probabilities_are_those_of_a_sampler(device, path):
-    batch = BatchProcessor(3, V, device, max_length=8, max_logprobs=3)
+    batch = BatchProcessor(3, V, device, max_length=8, max_logprobs=3, max_rows=4)
     batch.add(RequestParams(temperature=0.7, top_k=5, seed=4, logprobs=3))
     batch.add(RequestParams(temperature=0, seed=5, logprobs=1))
     batch.add(RequestParams(seed=6))

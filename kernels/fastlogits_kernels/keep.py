@@ -78,7 +78,7 @@ def launch_keep(
 ) -> None:
     """Write what is alive of ``scores`` ``[B, V]`` to ``out``, in place where the two are one tensor: one launch.
 
-    ``work`` is what ``launch_select`` returned for the other arguments.
+    ``work`` is what ``launch_select`` returned for the other arguments. To an ``out`` of float32 nothing is rounded.
     """
     B, V = scores.shape
     W = words(V)
@@ -99,5 +99,5 @@ def launch_keep(
         V, W, parts,
         stride_row, stride_token, stride_out, stride_out_token, alive.stride(0),
         0 if temperature is None or temperature.ndim == 0 else temperature.stride(0), *set_strides(found, W),
-        chain.flat, torch.finfo(scores.dtype).max, selection.fill, selection.first, selection.banded, _BLOCK_W,
+        chain.flat, torch.finfo(out.dtype).max, selection.fill, selection.first, selection.banded, _BLOCK_W,
     ))  # fmt: skip

@@ -62,6 +62,7 @@ from fastlogits_kernels.slots import (
     STOPS,
     TALLIED,
     TEMPERATURE,
+    TOP_K_AT,
     WIDTH,
     WORDS,
     Numbers,
@@ -89,7 +90,7 @@ _CLAIMED = tl.constexpr(-(2**31))
 
 _NO_TOKEN = tl.constexpr(-(2**31))
 _LONGEST = tl.constexpr(LONGEST)
-_TOP_K = tl.constexpr(RULE_KINDS.index("top_k"))
+_TOP_K = tl.constexpr(TOP_K_AT)
 _OFF = tl.constexpr(tuple(OFF[kind] for kind in RULE_KINDS))
 _N_RULES = tl.constexpr(len(RULE_KINDS))
 _BAN_PLANE = tl.constexpr(BAN_PLANE)
@@ -490,7 +491,8 @@ class Step:
         # As many places as a row may edit tokens: those it sees, and those with a bias.
         most = min(V, tables.history.shape[1] + rows + listed)
         self.room = 1 << max(0, most - 1).bit_length()
-        self._made: _Workspace | None = None
+        # On a GPU now: what is allocated while a graph is captured lives with that graph.
+        self._made = _Workspace(self) if tables.records.is_cuda else None
 
     @property
     def bytes_per_row(self) -> int:

@@ -64,6 +64,7 @@ LONGEST = 50
 
 RULE_KINDS: tuple[RuleKind, ...] = ("top_n_sigma", "top_k", "top_p", "min_p", "typical", "epsilon", "eta")
 """The rules whose parameters a record holds, in this order, whatever the order in which they act."""
+TOP_K_AT = RULE_KINDS.index("top_k")
 
 
 class Slots(NamedTuple):
