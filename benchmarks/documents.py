@@ -16,7 +16,7 @@ from benchmarks.catalogue import catalogue
 from benchmarks.inputs import MANY_IDS
 from benchmarks.results import Record, newest, read_folder, slug
 from benchmarks.tables import METRICS
-from benchmarks.workloads import COPY, FAST, FAST_, LOOP, OURS, THEIRS, WORKLOADS, YARDSTICKS
+from benchmarks.workloads import COPY, FAST, FAST_, FAST_COPIED_, LOOP, OURS, THEIRS, WORKLOADS, YARDSTICKS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/results.md")
@@ -24,7 +24,7 @@ _REGION = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- /benchmarks -->)",
 
 _SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
 _CPU_SIZES = ((1, 32000), (8, 32000), (1, 128256), (8, 128256), (64, 128256))
-_FEW = ("first step", "chain 6", "chain 9", "T k p", "T p", "draw T k p", "bitmask", "serving")
+_FEW = ("first step", "chain 6", "chain 9", "T k p", "T p", "draw T k p", "bitmask", "serving", "serving tokens")
 _LOGITS = ("gauss", "zipf", "mixture", "flat")
 _MEANS = {
     "first step": "tokens forbidden at the first step",
@@ -41,6 +41,8 @@ _MEANS = {
     "draw T k p": "temperature, top-k 50, top-p 0.9, to a token",
     "draw T p": "temperature, top-p 0.9, to a token",
     "draw T": "temperature, to a token",
+    "serving": "a batch of requests, each with its own parameters, to logits",
+    "serving tokens": "a batch of requests, each with its own parameters, to tokens",
     "bitmask": "a grammar's bitmask, half of its bits, in place",
 }
 
@@ -190,7 +192,7 @@ def _rows(name: str, ids: int, dtype: str, records: Sequence[Record], sizes: Seq
 def _in_order(contenders: set[str]) -> list[str]:
     """The published loop and transformers, others, ours, a copy; what else is for scale is left out."""
     first = [name for name in (LOOP, THEIRS) if name in contenders]
-    ours = [name for name in (FAST, FAST_) if name in contenders]
+    ours = [name for name in (FAST, FAST_, FAST_COPIED_) if name in contenders]
     copy = [COPY] if COPY in contenders else []
     return first + sorted(contenders - {*first, *OURS, *YARDSTICKS} - _parts(contenders)) + ours + copy
 
@@ -213,7 +215,7 @@ def _caption(records: Sequence[Record], metric: str, workloads: Sequence[str]) -
     )
 
 
-_ALL = tuple(name for name, workload in WORKLOADS.items() if workload.main and workload.quick)
+_ALL = tuple(name for name, workload in WORKLOADS.items() if workload.main)
 REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "claim": _claim,
     "plot": _plot,

@@ -51,7 +51,7 @@ def speed_up(records: Sequence[Record]) -> Figure | None:
     panels = {}
     for key, group in _grouped(records, lambda r: (r.workload, r.ids, r.logits, r.dtype)).items():
         workload = WORKLOADS.get(key[0])
-        if workload is None or not (workload.main and workload.quick):
+        if workload is None or not workload.main:
             continue
         shown = [r for r in group if r.vocab == _VOCAB]
         shown += [r for r in group if r.vocab == _LARGEST and r.batch not in {each.batch for each in shown}]
@@ -136,7 +136,7 @@ def by_vocabulary(records: Sequence[Record]) -> Figure | None:
     panels = {}
     for key, group in _grouped(records, lambda r: (r.workload, r.ids, r.logits, r.dtype, r.batch)).items():
         workload = WORKLOADS.get(key[0])
-        if workload is None or not (workload.main and workload.quick) or key[4] not in (8, _BATCH):
+        if workload is None or not workload.main or key[4] not in (8, _BATCH):
             continue
         lines = {
             name: sorted((r.vocab, r.median or 0.0) for r in line)

@@ -17,6 +17,7 @@ from fastlogits_kernels.bits import pack_bits, unpack_bits, words
 from transformers import SuppressTokensAtBeginLogitsProcessor
 
 import fastlogits
+from benchmarks import serving
 from benchmarks.inputs import (
     FLAT,
     GAUSS,
@@ -56,9 +57,10 @@ FAST = "fastlogits"
 FAST_ = "fastlogits in place"
 FAST_DEVICE = "fastlogits, device position"
 FAST_DEVICE_ = "fastlogits in place, device position"
+FAST_COPIED_ = "copy_(), then fastlogits in place"
 CLONE, COPY, ADD, EMPTY = "clone()", "copy_()", "add_(1)", "empty Triton kernel"
 YARDSTICKS = (CLONE, COPY, ADD, EMPTY)
-OURS = (FAST, FAST_, FAST_DEVICE, FAST_DEVICE_)
+OURS = (FAST, FAST_, FAST_DEVICE, FAST_DEVICE_, FAST_COPIED_)
 
 FIRST_STEP, LATER_STEP, BITMASK = "first step", "later step", "bitmask"
 
@@ -360,6 +362,38 @@ def _bitmask_bytes(case: Case) -> float:
     return case.batch * words(case.vocab) * 4 + case.nbytes / 2
 
 
+def _serving(draws: bool) -> Workload:
+    """A step of a batch in which every request has its own parameters, to processed logits or to tokens."""
+
+    def to_new(case: Case, scores: torch.Tensor) -> Call:
+        made = serving.step(case.batch, case.vocab, case.device)
+        if draws:
+            return lambda: made.batch.sample(scores, made.slots, bitmask=made.bitmask).tokens
+        return lambda: made.batch.apply(scores, made.slots, bitmask=made.bitmask)
+
+    def copied_first(case: Case, scores: torch.Tensor) -> Call:
+        made = serving.step(case.batch, case.vocab, case.device)
+        work = torch.empty_like(scores)
+        return lambda: made.batch.apply_(work.copy_(scores), made.slots, bitmask=made.bitmask)
+
+    def contenders(case: Case) -> list[Contender]:
+        if case.device.type == "cpu" and case.batch * case.vocab > _MOST_ON_CPU:
+            return []
+        found = [Contender(FAST, partial(to_new, case))]
+        if not draws:
+            found.append(Contender(FAST_COPIED_, partial(copied_first, case)))
+        return [*found, *_yardsticks(case)]
+
+    def expected(case: Case, scores: torch.Tensor) -> torch.Tensor:
+        return (serving.tokens if draws else serving.processed)(scores)
+
+    return Workload(
+        contenders, expected, _all_metrics, COPY,
+        takes_ids=False, quick=False, rounds=True, inputs=(GAUSS, MIXTURE),
+        moves=(lambda case: case.nbytes) if draws else _read_and_write,
+    )  # fmt: skip
+
+
 def _all_metrics(case: Case) -> tuple[str, ...]:
     if case.device.type == "cpu":
         return ("cpu_us",)
@@ -379,6 +413,8 @@ WORKLOADS: dict[str, Workload] = {
     **{name: _processors(name, made) for name, made in CHAINS.items()},
     **{name: _processors(name, made, (GAUSS, ZIPF, MIXTURE, FLAT)) for name, made in TRUNCATIONS.items()},
     **{name: _draw(name) for name in DRAWS},
+    "serving": _serving(draws=False),
+    "serving tokens": _serving(draws=True),
     **{name: _processors(name, made) for name, made in CLASSES.items()},
 }
 """All workloads by name, in the order in which they run."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastlogits.inside.checking import check as check
     from fastlogits.inside.tracing import Trace as Trace
     from fastlogits.inside.tracing import trace as trace
+    from fastlogits.integrations.bitmask import apply_token_bitmask_inplace as apply_token_bitmask_inplace
     from fastlogits.plan import Plan as Plan
     from fastlogits.position import Position as Position
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
@@ -90,6 +91,8 @@ if TYPE_CHECKING:
     from fastlogits.sampling import Sample as Sample
     from fastlogits.sampling import Sampler as Sampler
     from fastlogits.sampling import sample as sample
+    from fastlogits.serving import BatchProcessor as BatchProcessor
+    from fastlogits.serving import RequestParams as RequestParams
     from fastlogits.token_mask import TokenMask as TokenMask
 
 __version__ = "0.1.0"
@@ -99,6 +102,7 @@ _HOME = {
     "AllowedTokensLogitsProcessor": "processors.suppress",
     "AlternatingCodebooksLogitsProcessor": "processors.audio",
     "BarkEosPrioritizerLogitsProcessor": "processors.audio",
+    "BatchProcessor": "serving",
     "Check": "inside.checking",
     "CiteFromPromptLogitsProcessor": "processors.zoo",
     "ClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
@@ -137,6 +141,7 @@ _HOME = {
     "PresencePenaltyLogitsProcessor": "processors.penalties",
     "PreventHallucinationLogitsProcessor": "processors.zoo",
     "RepetitionPenaltyLogitsProcessor": "processors.penalties",
+    "RequestParams": "serving",
     "Sample": "sampling",
     "Sampler": "sampling",
     "SequenceBiasLogitsProcessor": "processors.sequences",
@@ -162,6 +167,7 @@ _HOME = {
     "WhisperTimeStampLogitsProcessor": "processors.audio",
     "XTCLogitsProcessor": "processors.truncation",
     "accelerate": "acceleration",
+    "apply_token_bitmask_inplace": "integrations.bitmask",
     "check": "inside.checking",
     "decode": "decoding",
     "restore": "acceleration",

@@ -9,9 +9,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+from fastlogits_kernels import select
 
 from fastlogits.acceleration import RunList
-from fastlogits.sampling import Sampler
+from fastlogits.sampling import FusedDraw, Sampler
 
 __all__ = ["decode"]
 
@@ -73,7 +74,8 @@ def decode(
     if not isinstance(run, RunList):
         run = RunList(logits_processor, input_ids.shape[1])
     if generation_config.do_sample:
-        run = _Drawing(run, *_seeded(seeds, input_ids), input_ids.shape[1])
+        keeps_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
+        run = _Drawing(run, *_seeded(seeds, input_ids), input_ids.shape[1], keeps_scores)
         generation_config = copy.copy(generation_config)
         generation_config.do_sample = False
     output = type(model)._sample(
@@ -119,18 +121,35 @@ def _seeded(seeds: int | torch.Tensor | None, input_ids: torch.Tensor) -> tuple[
 
 
 class _Drawing(RunList):
-    """The processors of a run; their scores know which token they have drawn."""
+    """The processors of a run; their scores know which token they have drawn.
 
-    def __init__(self, run: RunList, seeds: torch.Tensor, starts: torch.Tensor, prompt_length: int) -> None:
+    Args:
+        run: the processors.
+        seeds: the seed of each row, int64 ``[B]``.
+        starts: where its positions start, int64 ``[B]``.
+        prompt_length: number of tokens of the prompt.
+        keeps_scores: whether somebody asks for the processed scores. Where nobody does, they are written nowhere: the
+            kernels that draw process what they read.
+    """
+
+    def __init__(
+        self, run: RunList, seeds: torch.Tensor, starts: torch.Tensor, prompt_length: int, keeps_scores: bool
+    ) -> None:
         super().__init__((), prompt_length)
         self._process, self._seeds, self._starts, self._start = run, seeds, starts, prompt_length
+        self._fused = None if keeps_scores else FusedDraw(run)
         self._sampler = Sampler()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Process the scores of one step, and draw from them."""
-        scores = self._process(input_ids, scores, **kwargs)
+        positions = self._starts + (input_ids.shape[1] - self._start)
+        if self._fused is not None and not kwargs and select.takes_scores(scores):
+            tokens, _ = self._fused(scores, self._seeds, positions, input_ids, self._process.run)
+        else:
+            scores = self._process(input_ids, scores, **kwargs)
+            tokens = self._sampler(scores, self._seeds, positions).tokens
         drawn: Any = scores.as_subclass(_Drawn)
-        drawn.tokens = self._sampler(scores, self._seeds, self._starts + (input_ids.shape[1] - self._start)).tokens
+        drawn.tokens = tokens
         return drawn  # type: ignore[no-any-return]
 
 

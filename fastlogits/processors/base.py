@@ -6,6 +6,7 @@ import operator
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import count
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from transformers.generation.logits_process import LogitsProcessorList as _Trans
 from fastlogits.plan import Barrier, Plan
 from fastlogits.run import Run
 from fastlogits.stages import Member, Opaque, Stage
+from fastlogits.step import constant
 
 if TYPE_CHECKING:
     from fastlogits.inside.explanation import Explanation
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from fastlogits.position import Index
 
 __all__ = ["LogitsProcessor", "LogitsProcessorList", "StagedProcessor"]
+
+
+_changes = count()
 
 
 class RunProcessor(LogitsProcessor):
@@ -116,7 +121,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
     """
 
     _plan: Plan | None = None
-    _revision = 0
+    _revision = ""  # another after each change; no number, which a compiler might take for one that varies
 
     def stage(self) -> Stage:
         """What this processor does; asked once, and again after an attribute has been set."""
@@ -125,10 +130,15 @@ class StagedProcessor(_Planned, LogitsProcessor):
     @property
     def plan(self) -> Plan:
         """The compiled plan of this processor alone."""
+        self._make_plan(_revision(self))
         plan = self._plan
-        if plan is None:
-            plan = self.__dict__["_plan"] = Plan.compile([_staged(self)])
+        assert plan is not None
         return plan
+
+    @constant
+    def _make_plan(self, revision: str) -> None:
+        if self._plan is None:
+            self.__dict__["_plan"] = Plan.compile([_staged(self)])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Process the scores of one step; the input is never written.
@@ -144,7 +154,8 @@ class StagedProcessor(_Planned, LogitsProcessor):
             ValueError: scores of another shape or dtype; tensors on different devices; a token id or mask that
                 doesn't fit the vocabulary; or a first-step processor that can't know where the run starts.
         """
-        return (self._plan or self.plan)(input_ids, scores)
+        plan = None if torch.compiler.is_compiling() else self._plan
+        return (plan or self.plan)(input_ids, scores)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place; returns ``scores``."""
@@ -155,7 +166,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
         if not name.startswith("_"):
             # What stage() reads may have changed, as with set_begin_index.
             self.__dict__["_plan"] = None
-            self.__dict__["_revision"] = self._revision + 1
+            self.__dict__["_revision"] = str(next(_changes))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
@@ -174,21 +185,23 @@ class LogitsProcessorList(_Planned, _TransformersList):
         tensor([[0., 0., 0.]])
     """
 
-    _planned: tuple[list[Any], list[Any], Plan] | None = None
+    _planned: tuple[tuple[Any, ...], tuple[Any, ...], Plan] | None = None
 
     @property
     def plan(self) -> Plan:
         """The compiled plan of the processors that the list holds now."""
         processors = list(super().__iter__())
-        revisions = list(map(_revision, processors))
+        self._make_plan(*processors, *map(_revision, processors))
+        assert self._planned is not None
+        return self._planned[2]
+
+    @constant
+    def _make_plan(self, *marks: Any) -> None:
+        processors, revisions = marks[: len(marks) // 2], marks[len(marks) // 2 :]
         planned = self._planned
-        if planned is not None:
-            known, known_revisions, plan = planned
-            if revisions == known_revisions and all(map(operator.is_, known, processors)):
-                return plan
-        plan = Plan.compile(map(self._member_of, processors))
-        self._planned = (processors, revisions, plan)
-        return plan
+        if planned is not None and planned[1] == revisions and all(map(operator.is_, planned[0], processors)):
+            return
+        self._planned = (processors, revisions, Plan.compile(map(self._member_of, processors)))
 
     def __call__(
         self,
@@ -296,7 +309,7 @@ def _revision(processor: Any) -> Any:
     """Something that changes when an attribute of the processor is set."""
     if isinstance(processor, StagedProcessor):
         return processor._revision
-    return [id(value) for value in getattr(processor, "__dict__", {}).values()]
+    return tuple([id(value) for value in getattr(processor, "__dict__", {}).values()])
 
 
 def _staged(processor: StagedProcessor) -> Member:

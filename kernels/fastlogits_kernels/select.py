@@ -176,8 +176,11 @@ def launch_select(
     seeds: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
-) -> None:
-    """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: up to four launches."""
+) -> torch.Tensor:
+    """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: up to four launches.
+
+    Returns the workspace, int32 ``[B, N]``, which says from ``ALIVE_AT`` on what is alive in each row.
+    """
     B, V = scores.shape
     chain = chain or _NO_CHAIN
     W, tiles, parts, slots, apart, sampled, bests_at, pairs_at, words_of_row, TILES, PARTS = selection.layout
@@ -234,6 +237,7 @@ def launch_select(
         stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
         chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, TILES, PARTS,
     ))  # fmt: skip
+    return work
 
 
 def select(

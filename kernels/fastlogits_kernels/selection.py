@@ -26,9 +26,10 @@ WHOLE = tl.constexpr(1)  # they would be too many
 FREE = tl.constexpr(2)  # no rule says anything of it
 
 # The workspace of a row, in words of 32 bits: what it is, its bound, whether that is one of distances, and their
-# centre, how many candidates there are; sums of each tile; the best token of each tile, and its key; and the
-# candidates, each with its token.
-SUMS_AT = tl.constexpr(8)
+# centre, how many candidates there are; what is alive in the end; sums of each tile; the best token of each tile, and
+# its key; and the candidates, each with its token.
+ALIVE_AT = tl.constexpr(8)
+SUMS_AT = tl.constexpr(12)
 SUM_WORDS = tl.constexpr(6)
 
 # Keys: integers in the order of float32 numbers.

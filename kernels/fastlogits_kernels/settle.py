@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fastlogits_kernels._triton import tl, triton
 from fastlogits_kernels.selection import (
+    ALIVE_AT,
     EPSILON,
     ETA,
     FEW_SLOTS,
@@ -525,7 +526,7 @@ def _settle_few(
     stride_out_token, tokens_ptr, seed, position,
     RULES: tl.constexpr, NORMALISE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Settle a row of so many candidates; whether they were enough."""
+    """Settle a row of so many candidates: whether they were enough, and what is alive."""
     slot = tl.arange(0, SLOTS)
     valid = slot < found
     pair = tl.load(pairs + slot, mask=valid, other=0)
@@ -544,7 +545,7 @@ def _settle_few(
             few, row, V, access, alive, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, greedy,
             NORMALISE, False, OPS, SETUP,
         )  # fmt: skip
-    return settled
+    return settled, alive
 
 
 @triton.jit
@@ -553,7 +554,7 @@ def _settle_all(
     tokens_ptr, seed, position,
     RULES: tl.constexpr, NORMALISE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    """Settle a row by itself, block by block."""
+    """Settle a row by itself, block by block: what is alive."""
     few = (0, 0, 0, 0)
     if greedy == 0:
         alive, _settled = _settle(
@@ -563,6 +564,7 @@ def _settle_all(
         few, row, V, access, alive, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, greedy,
         NORMALISE, True, OPS, SETUP,
     )  # fmt: skip
+    return alive
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -604,6 +606,9 @@ def settle_kernel(
         top_key = tl.where(mass == mass, key_of(top), tl.where(top == float("inf"), KEY_OF_INFINITY, 0x7FFFFFFF))
         row_sums = (mass, below, count, squares)
 
+    lowest = tl.full([], LOWEST, tl.int32)
+    all_alive = (lowest, lowest, tl.full([], 0.0, tl.float32), lowest)
+    alive = all_alive
     if state == FREE:
         if tokens_ptr is not None:
             part = tl.arange(0, PARTS)
@@ -618,22 +623,24 @@ def settle_kernel(
             W, stride_row, stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane,
             stride_values_row,
         )  # fmt: skip
-        lowest = tl.full([], LOWEST, tl.int32)
-        all_alive = (lowest, lowest, tl.full([], 0.0, tl.float32), lowest)
         settled = tl.full([], False, tl.int1)
         if (of_row == 0) & (found <= FEW_SLOTS):
-            settled = _settle_few(
+            settled, alive = _settle_few(
                 row, V, access, pairs, found, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
                 stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP, FEW_SLOTS,
             )  # fmt: skip
         elif of_row == 0:
-            settled = _settle_few(
+            settled, alive = _settle_few(
                 row, V, access, pairs, found, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
                 stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP, MANY_SLOTS,
             )  # fmt: skip
         if settled == 0:
             # More than could be put by, or a question that they leave open.
-            _settle_all(
+            alive = _settle_all(
                 row, V, access, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
                 stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP,
             )  # fmt: skip
+    tl.store(work + ALIVE_AT, alive[0])
+    tl.store(work + ALIVE_AT + 1, alive[1])
+    tl.store(work + ALIVE_AT + 2, alive[2].to(tl.int32, bitcast=True))
+    tl.store(work + ALIVE_AT + 3, alive[3])
