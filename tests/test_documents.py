@@ -1,4 +1,4 @@
-"""What the documents show is there: their code compiles and names nothing that doesn't exist, their links lead somewhere."""
+"""What the documents show: their code compiles and names only what there is, their links lead somewhere."""
 
 import ast
 import re
