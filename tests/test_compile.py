@@ -37,6 +37,7 @@ LISTS = {
         theirs.TemperatureLogitsWarper(0.7),
         theirs.MinPLogitsWarper(0.05),
     ],
+    "a function": lambda: [fl.TemperatureLogitsWarper(0.7), lambda ids, scores: scores - 1],
 }
 
 
