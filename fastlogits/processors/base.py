@@ -14,10 +14,10 @@ from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
+from fastlogits.compilers import constant
 from fastlogits.plan import Barrier, Plan
 from fastlogits.run import Run
 from fastlogits.stages import Member, Opaque, Stage
-from fastlogits.step import constant
 
 if TYPE_CHECKING:
     from fastlogits.position import Index
