@@ -427,8 +427,9 @@ class _Histories:
     ) -> None:
         self._device = device
         self._grows = device.type == "cpu"
-        self._ids = torch.zeros((1, 64) if self._grows else (rows, width), dtype=torch.int32, device=device)
         self._stream = stream
+        with self._computing():
+            self._ids = torch.zeros((1, 64) if self._grows else (rows, width), dtype=torch.int32, device=device)
         self._longest = 1
         # Of each request of the last batch: its row, and how many of its tokens stand there once that is computed.
         self._held: dict[int, tuple[Any, int, int]] = {}

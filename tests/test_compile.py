@@ -142,7 +142,7 @@ def _fold():
 
 
 def _selection():
-    rules = [Rule("top_k", 20), Rule("top_p", 0.9)]
+    rules = [Rule("top_k", 3)]
     _selection.keeps = select.Selection(rules, V, torch.device(SCORES.device))
     return (SCORES, _selection.keeps.handle, *_fold()[0][1:]), {"cache_offset": L - 1, "prompt_offset": L}
 
@@ -191,4 +191,7 @@ def test_each_registered_operation_passes_opcheck(name):
         pytest.skip("needs Triton")
     assert name in EXAMPLES, f"give arguments for fastlogits::{name} in EXAMPLES"
     arguments, named = EXAMPLES[name]()
-    torch.library.opcheck(getattr(torch.ops.fastlogits, name).default, arguments, named)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    if name == "select" and DEVICE == "cpu":
+        tests = tests[:3]  # seconds a call in the interpreter
+    torch.library.opcheck(getattr(torch.ops.fastlogits, name).default, arguments, named, test_utils=tests)
