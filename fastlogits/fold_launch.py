@@ -16,6 +16,7 @@ from fastlogits_kernels.pack_ids import pack_ids
 from fastlogits_kernels.token_sets import Gate, Operands, Position, Search, Sequences, Task, Texts, endings, sums
 
 from fastlogits.allowed import AllowedRows
+from fastlogits.compilers import constant
 from fastlogits.mask_launch import MASKS_MERGE
 from fastlogits.position import split
 from fastlogits.run import Run, known
@@ -37,7 +38,7 @@ from fastlogits.stages import (
     Stage,
     When,
 )
-from fastlogits.step import NO_ARGUMENTS, Cost, Merge, Step, constant
+from fastlogits.step import NO_ARGUMENTS, Cost, Merge, Step
 from fastlogits.token_mask import TokenMask, fitted
 
 FOLDED = (AllowFrom, Ban, Bias, Clean, Decay, Force, Penalize, Scale, SequenceBias)

@@ -10,10 +10,11 @@ import torch
 from fastlogits_kernels.mask_tokens import Bans, mask_tokens, mask_tokens_
 
 from fastlogits.allowed import AllowedRows
+from fastlogits.compilers import constant
 from fastlogits.position import Index, split
 from fastlogits.run import Run, known
 from fastlogits.stages import AllowFrom, Ban, Member, Stage
-from fastlogits.step import NO_ARGUMENTS, Cost, Merge, Step, constant
+from fastlogits.step import NO_ARGUMENTS, Cost, Merge, Step
 from fastlogits.token_mask import TokenMask, fitted
 
 MASKS_MERGE = "mask . mask = mask (or)"

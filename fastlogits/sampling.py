@@ -91,7 +91,8 @@ class Sampler:
             top-p as many as it takes, with the largest ids), or as many as it takes with the ``"lowest"`` ids.
         logprobs: ``"raw"`` for log-probabilities of the logits as they are given, ``"processed"`` for those of the
             distribution that is drawn from; None for none.
-        top_logprobs: for how many of the likeliest tokens log-probabilities are wanted besides.
+        top_logprobs: for how many of the likeliest tokens log-probabilities are wanted besides. Up to 32 cost two
+            launches that read the logits once, with those of the token itself; for more of them the logits are sorted.
 
     Raises:
         ValueError: an argument out of range or of a wrong type.

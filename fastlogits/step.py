@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -11,17 +11,6 @@ from fastlogits.run import Run
 from fastlogits.stages import Member
 
 NO_ARGUMENTS: Mapping[str, Any] = {}
-
-_Method = TypeVar("_Method", bound=Callable[..., None])
-
-
-def constant(method: _Method) -> _Method:
-    """A method that keeps something for later calls, which depends on its arguments alone, for ``torch.compile``.
-
-    A compiler that traces a call runs the method as it is, once: how plans, chains and tables are made is nothing that
-    it could trace. It guards the arguments; what was kept is looked up by the caller, and guarded there.
-    """
-    return torch.compiler.assume_constant_result(method)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Merge(NamedTuple):

@@ -8,11 +8,14 @@ import pytest
 import torch
 import transformers.generation.logits_process as theirs
 from conftest import tiny_llama
+from fastlogits_kernels import select
+from fastlogits_kernels._triton import HAS_TRITON
 from fastlogits_kernels.bits import pack_bits
 from fastlogits_kernels.mask_tokens import Bans
 from fastlogits_kernels.truncate import Rule, _flattened
 
 import fastlogits as fl
+from fastlogits.plan import Plan
 
 V, L = 50, 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +40,7 @@ LISTS = {
         theirs.TemperatureLogitsWarper(0.7),
         theirs.MinPLogitsWarper(0.05),
     ],
+    "a function": lambda: [fl.TemperatureLogitsWarper(0.7), lambda ids, scores: scores - 1],
 }
 
 
@@ -88,6 +92,24 @@ def test_changes_of_a_list_count(module):
     check()
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_kernels_that_fold_and_truncate_are_one_operation(monkeypatch):
+    """What a GPU takes in one pass stays one pass in a compiled function."""
+    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    processors = fl.LogitsProcessorList([*LISTS["history"](), *LISTS["truncations"]()])
+    plan = Plan(processors.plan.gpu_steps)
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if "fastlogits" in str(node.target))
+        return graph
+
+    compiled = torch.compile(lambda ids, scores: plan(ids, scores * 2), fullgraph=True, backend=backend)
+    found = compiled(IDS, SCORES)
+    assert called == ["fastlogits.select"]
+    assert torch.equal(found, plan(IDS, SCORES * 2))
+
+
 def test_a_processor_by_itself():
     for made in (LISTS["masks"]()[0], *LISTS["history"](), *LISTS["truncations"]()):
         step = torch.compile(lambda ids, scores, made=made: made(ids, scores * 2), fullgraph=True, backend="aot_eager")
@@ -119,6 +141,12 @@ def _fold():
     return (SCORES.clone(), chain.handle, IDS), {"cache_offset": L - 1, "prompt_offset": L}
 
 
+def _selection():
+    rules = [Rule("top_k", 3)]
+    _selection.keeps = select.Selection(rules, V, torch.device(SCORES.device))
+    return (SCORES, _selection.keeps.handle, *_fold()[0][1:]), {"cache_offset": L - 1, "prompt_offset": L}
+
+
 def _bans():
     windows = torch.tensor([1, 2], dtype=torch.int32, device=DEVICE)
     sets = pack_bits(torch.rand(2, V, device=DEVICE) < 0.3)
@@ -137,6 +165,7 @@ EXAMPLES = {
     "mask_tokens_": _bans,
     "pack_ids": lambda: ((IDS, V), {}),
     "report": lambda: ((SCORES, _rows(3, 4), 5), {"counts": _rows(5, 5).int()}),
+    "select": _selection,
     "synthid": lambda: (
         (SCORES, _rows(0, 1, 1, 0, 1, 0, 0).to(torch.uint8), IDS[:, :3], _rows(False, True).view(2, 1), 5),
         {},
@@ -158,6 +187,11 @@ def _registered():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", _registered())
 def test_each_registered_operation_passes_opcheck(name):
+    if name == "select" and not HAS_TRITON:
+        pytest.skip("needs Triton")
     assert name in EXAMPLES, f"give arguments for fastlogits::{name} in EXAMPLES"
     arguments, named = EXAMPLES[name]()
-    torch.library.opcheck(getattr(torch.ops.fastlogits, name).default, arguments, named)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    if name == "select" and DEVICE == "cpu":
+        tests = tests[:3]  # seconds a call in the interpreter
+    torch.library.opcheck(getattr(torch.ops.fastlogits, name).default, arguments, named, test_utils=tests)

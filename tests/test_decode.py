@@ -94,6 +94,21 @@ def test_drawn_by_the_kernels_that_process(monkeypatch, llama, flags):
     assert torch.equal(generate(llama, ids, **options), wanted)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("flags", [{"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, {}], ids=["fold", "nothing"])
+def test_greedy_tokens_of_the_kernels_that_process(monkeypatch, llama, flags):
+    options = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, **flags}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids, llama = PROMPT.to(device), copy.deepcopy(llama).to(device)
+    wanted = generate(llama, ids, custom_generate=None, **options)
+    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    monkeypatch.setattr("fastlogits.plan.Plan.__call__", None)
+    assert torch.equal(generate(llama, ids, **options), wanted)
+    kept = {"output_scores": True, "return_dict_in_generate": True}
+    monkeypatch.undo()
+    assert torch.equal(generate(llama, ids, **options, **kept).sequences, wanted)
+
+
 def test_the_same_prompt_and_seed_in_several_rows(llama):
     """Rows of an integer seed differ, sequences of a request differ; rows of the same given seed are the same."""
     twice = PROMPT[:1].repeat(2, 1)

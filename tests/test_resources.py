@@ -28,6 +28,7 @@ TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr")}
 TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "temperature_ptr": "fp32"}
 TYPES |= {"floats_ptr": "fp32", "longs_ptr": "i64", "slots_ptr": "i64", "drafts_ptr": "i64", "local_ptr": "i64"}
 TYPES |= {"values_ptr slot_sets": "fp32", "tokens_ptr append": "i64"}
+TYPES |= {"logprobs_ptr": "fp32", "top_logprobs_ptr": "fp32", "ranks_ptr": "i64", "top_tokens_ptr": "i64"}
 TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
 
 
@@ -136,9 +137,8 @@ print(json.dumps(found))
 """
 
 
-# A few registers may spill in a search of all kinds at once, which no list of processors is, in SynthID's rare form,
-# and in a report on what a band around a centre has left.
-HEAVY = ("token_sets fp32", "token_sets fp16", "token_sets bf16", "synthid wraps", "report tiles processed fp32")
+# One register may spill in a search of all kinds at once, which no list of processors is, and in SynthID's rare form.
+HEAVY = ("token_sets fp32", "token_sets fp16", "token_sets bf16", "synthid wraps")
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -156,7 +156,7 @@ def test_registers_spills_and_widths(capability):
     for name, kernel in report.items():
         if name.startswith("settle"):  # rows that are settled as a whole may spill
             continue
-        assert kernel["spilled"] <= (12 if name in HEAVY else 0), (name, kernel)
+        assert kernel["spilled"] <= (4 if name in HEAVY else 0), (name, kernel)
         # Nine hashes of 64 bits are in flight where a table's size is no power of two.
         assert kernel["registers"] <= (192 if name == "synthid wraps" else 136), (name, kernel)
         if name.startswith(("mask_tokens", "bitmask", "fold", "sweep fp32", "report tiles raw")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,10 +14,10 @@ from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
+from fastlogits.compilers import constant
 from fastlogits.plan import Barrier, Plan
 from fastlogits.run import Run
 from fastlogits.stages import Member, Opaque, Stage
-from fastlogits.step import constant
 
 if TYPE_CHECKING:
     from fastlogits.inside.explanation import Explanation
@@ -185,23 +184,24 @@ class LogitsProcessorList(_Planned, _TransformersList):
         tensor([[0., 0., 0.]])
     """
 
-    _planned: tuple[tuple[Any, ...], tuple[Any, ...], Plan] | None = None
+    _planned: tuple[tuple[int, ...], tuple[Any, ...], Plan, list[Any]] | None = None
 
     @property
     def plan(self) -> Plan:
         """The compiled plan of the processors that the list holds now."""
         processors = list(super().__iter__())
-        self._make_plan(*processors, *map(_revision, processors))
+        self._make_plan(tuple(map(id, processors)), tuple(map(_revision, processors)))
         assert self._planned is not None
         return self._planned[2]
 
     @constant
-    def _make_plan(self, *marks: Any) -> None:
-        processors, revisions = marks[: len(marks) // 2], marks[len(marks) // 2 :]
-        planned = self._planned
-        if planned is not None and planned[1] == revisions and all(map(operator.is_, planned[0], processors)):
-            return
-        self._planned = (processors, revisions, Plan.compile(map(self._member_of, processors)))
+    def _make_plan(self, ids: tuple[int, ...], revisions: tuple[Any, ...]) -> None:
+        if self._planned is None or self._planned[:2] != (ids, revisions):
+            processors = list(super().__iter__())
+            plan = Plan.compile(map(self._member_of, processors))
+            # What has these ids is kept, so that nothing else gets them.
+            values = [list(getattr(processor, "__dict__", {}).values()) for processor in processors]
+            self._planned = (ids, revisions, plan, [processors, values])
 
     def __call__(
         self,

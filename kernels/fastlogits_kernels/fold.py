@@ -241,6 +241,13 @@ class Chain:
 _handles = count()
 _chains: WeakValueDictionary[int, Chain] = WeakValueDictionary()
 _forms: dict[object, int] = {}
+
+
+def chain_of(handle: int) -> Chain:
+    """The chain that a registered operation was given by its handle."""
+    return _chains[handle]
+
+
 # Maps that do nothing where their set is empty.
 _SPARSE = tuple(kind.value for kind in (BAN, SINK, ADD, ADD_ROW))
 _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -411,7 +418,7 @@ def _call(
     *position: Any,
 ) -> torch.Tensor:
     # The dispatcher leaves out what is at its default.
-    folded = _fold(scores, out, _chains[handle], input_ids, Position(*position), allowed)
+    folded = _fold(scores, out, chain_of(handle), input_ids, Position(*position), allowed)
     # A registered operation may not return what it was given.
     return folded.clone() if folded is scores and out is None else folded
 

@@ -130,15 +130,16 @@ def tiles_kernel(
         W, stride_row, stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
     )  # fmt: skip
     if _count_of_row(row, counts_ptr, stride_counts, 0) >= 0:
+        # [TILE // 32, 32]: a row of it is a word of each mask.
+        token = (tile * TILE_W + tl.arange(0, TILE_W)[:, None]) * 32 + tl.arange(0, 32)[None, :]
+        inside = token < V
+        x = _living(row, token, inside, V, access, alive_ptr, stride_alive, OPS, MAX, FIRST, BANDED)
+        # After the tile's loads, lest those wait for the id.
         own_token = tl.load(tokens_ptr + row * stride_of_tokens)
         known = (own_token >= 0) & (own_token < V)
         own_token = tl.where(known, own_token, 0).to(tl.int32)
         own = _living(row, own_token, known, V, access, alive_ptr, stride_alive, OPS, MAX, FIRST, BANDED)
         own = tl.where(known, own, float("nan"))
-        # [TILE // 32, 32]: a row of it is a word of each mask.
-        token = (tile * TILE_W + tl.arange(0, TILE_W)[:, None]) * 32 + tl.arange(0, 32)[None, :]
-        inside = token < V
-        x = _living(row, token, inside, V, access, alive_ptr, stride_alive, OPS, MAX, FIRST, BANDED)
         largest = tl.max(tl.reshape(tl.where(inside, key_of(x), LOWEST), [TILE // GROUP, GROUP]), 1)
         top_key = tl.max(largest)
         top = number_of(top_key)
