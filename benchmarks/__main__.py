@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         for case in _cases(options, torch.device(device), name)
         if workload.contenders(case.warm)
     ]
-    peers = [peer for name, peer in PEERS.items() if name in options.peers]
+    peers = [peer for name, peer in PEERS.items() if name in options.peers and not options.only_ours]
     run = Run(SHORT_BUDGET_S if options.quick or options.main else BUDGET_S, peers, options.only_ours)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     start = time.monotonic()
