@@ -13,6 +13,7 @@ from fastlogits_kernels.export import MODULE, export
 LOAD = """
 import importlib.util, json, sys
 from pathlib import Path
+import torch
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
