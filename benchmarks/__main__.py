@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.inputs import FLAT, GAUSS, LOGITS, Case
+from benchmarks.inputs import FLAT, GAUSS, LOGITS, Case, device_name
 from benchmarks.peers import PEERS
 from benchmarks.results import append_csv, records_of, slug
 from benchmarks.run import BUDGET_S, SHORT_BUDGET_S, Run
 from benchmarks.tables import print_tables, print_verdicts
-from benchmarks.workloads import WORKLOADS, Workload, device_name
+from benchmarks.workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).parent / "results"
 _BATCHES, _QUICK_BATCHES = (1, 8, 64, 256), (1, 8)

@@ -141,7 +141,7 @@ def _plot(records: Sequence[Record]) -> str:
     for metric in ("gpu_us", "cpu_us"):
         found = _of_newest_device(records, metric)
         if found:
-            name = f"{slug(found[0].device)}-speed-up-{metric.removesuffix('_us')}.png"
+            name = f"{slug(found[0].device)}-headline-{metric.removesuffix('_us')}.png"
             text = f"Times faster than transformers, or than the published loop, by batch size on {found[0].device}"
             return f"![{text}](benchmarks/results/{name})"
     return ""

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchmarks.inputs import GAUSS
 from benchmarks.results import Record, newest, read_folder, slug
 from benchmarks.tables import METRICS
 from benchmarks.workloads import COPY, EMPTY, FAST, FAST_, OURS, THEIRS, WORKLOADS, YARDSTICKS
@@ -22,6 +23,7 @@ _Key = TypeVar("_Key")
 
 _VOCAB, _LARGEST, _BATCH = 128256, 151936, 64
 _COLUMNS = 4
+_HEADLINE = ("first step", "chain 9", "T k p", "draw T k p")
 _OURS, _THEIRS, _YARDSTICK = "#0b5fa5", "#d9730d", "#7a7a7a"
 _OTHERS = ("#2a8c4a", "#8a3ffc", "#b5338a", "#5aa9e6", "#a08000", "#00767a", "#c0392b")
 _SHORT = {FAST: "fastlogits", FAST_: "fastlogits in place", THEIRS: "transformers"}
@@ -39,7 +41,7 @@ def draw_all(folder: Path) -> list[Path]:
         for metric in METRICS:
             chosen = [r for r in records if r.device == device and r.metric == metric and r.cache == "warm"]
             for name, draw in _PLOTS.items():
-                figure = draw(chosen) if metric != "host_us" or draw is speed_up else None
+                figure = draw(chosen) if metric != "host_us" or draw in (headline, speed_up) else None
                 if figure is not None:
                     figure.suptitle(f"{figure.get_suptitle()}\n{device}, {METRICS[metric]}", fontsize=11)
                     written += _save(figure, folder / f"{slug(device)}-{name}-{metric.removesuffix('_us')}")
@@ -76,6 +78,9 @@ def speed_up(records: Sequence[Record]) -> Figure | None:
         axis.set(xscale="log", yscale="log", xlabel="batch size")
         axis.set_xscale("log", base=2)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
+        axis.yaxis.set_minor_formatter(
+            FuncFormatter(lambda value, _: f"{value:g} x" if f"{value:g}"[0] in "25" else "")
+        )
         _ticks(axis, {batch for points in lines.values() for batch, _ in points})
     return _legend(figure, axes)
 
@@ -158,7 +163,19 @@ def by_vocabulary(records: Sequence[Record]) -> Figure | None:
     return _legend(figure, axes)
 
 
+def headline(records: Sequence[Record]) -> Figure | None:
+    """The speed-ups of a few workloads, on logits N(0, 3) of float32."""
+    return speed_up(
+        [
+            r
+            for r in records
+            if (r.logits, r.dtype) == (GAUSS, "float32") and r.workload in _HEADLINE and r.ids in (0, 1000)
+        ]
+    )
+
+
 _PLOTS: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
+    "headline": headline,
     "speed-up": speed_up,
     "roof": against_roof,
     "chain-length": by_length,
@@ -189,7 +206,7 @@ def _group(contender: str) -> str:
 def _grid(count: int, size: tuple[float, float] | None = None) -> tuple[Figure, list[Axes]]:
     across = min(_COLUMNS, count)
     down = math.ceil(count / across)
-    figure = Figure(figsize=size or (3.6 * across + 0.6, 2.8 * down + 1.4), layout="constrained")
+    figure = Figure(figsize=size or (max(7.0, 3.6 * across + 0.6), 2.8 * down + 1.4), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     for axis in axes[count:]:
         axis.remove()

@@ -18,20 +18,7 @@ from transformers import SuppressTokensAtBeginLogitsProcessor
 
 import fastlogits
 from benchmarks import serving
-from benchmarks.inputs import (
-    FLAT,
-    GAUSS,
-    LEAST_BATCH,
-    MANY_IDS,
-    MIXTURE,
-    ZIPF,
-    Case,
-    device_name,
-    history,
-    random_scores,
-    rotating_inputs,
-    token_ids,
-)
+from benchmarks.inputs import FLAT, GAUSS, LEAST_BATCH, MANY_IDS, MIXTURE, ZIPF, Case, history, token_ids
 from benchmarks.processors import (
     CHAINS,
     CLASSES,
@@ -45,8 +32,6 @@ from benchmarks.processors import (
 from benchmarks.timing import Call
 from fastlogits import SuppressFirstTokens
 from fastlogits.demo.article_loop import ArticleLoop
-
-__all__ = ["Case", "device_name", "history", "random_scores", "rotating_inputs", "token_ids"]
 
 LOOP = "article loop"
 TRANSFORMERS = "transformers SuppressTokensAtBegin"

@@ -359,7 +359,9 @@ def measured(tmp_path):
 def test_plots_are_drawn_from_the_files(measured, capsys):
     assert main(["plots", "--results", str(measured)]) == 0
     names = {path.name for path in measured.glob("*.svg")}
-    assert names == {f"some-gpu-{name}-gpu.svg" for name in ("speed-up", "roof", "chain-length", "vocabulary")}
+    assert names == {
+        f"some-gpu-{name}-gpu.svg" for name in ("headline", "speed-up", "roof", "chain-length", "vocabulary")
+    }
     first = (measured / "some-gpu-speed-up-gpu.svg").read_bytes()
     assert (measured / "some-gpu-speed-up-gpu.png").read_bytes().startswith(b"\x89PNG")
     main(["plots", "--results", str(measured)])
@@ -371,7 +373,7 @@ def test_the_report_holds_plots_tables_and_refusals(measured):
     main(["plots", "--results", str(measured)])
     main(["report", "--results", str(measured)])
     page = (measured / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert "<h2>Some GPU</h2>" in page
     assert "title='wrong: differs'>wrong</span>" in page
     assert "peak memory 1.0 MiB" in page
@@ -401,7 +403,7 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
         "Some GPU, GPU time: transformers 164 us, fastlogits 25 us (7 x faster); copying the logits takes 16 us."
         in text
     )
-    assert "](benchmarks/results/some-gpu-speed-up-gpu.png)" in text
+    assert "](benchmarks/results/some-gpu-headline-gpu.png)" in text
     (root / "README.md").write_text(mark.format("weather"))
     with pytest.raises(ValueError, match="no region 'weather'"):
         documents.fill(measured, root=root)
