@@ -75,13 +75,16 @@ for dtype in ("fp32", "bf16"):
     absent = tuple(f"r{i}" for i in range(8)) + ("bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr")
     chain = {"OPS": (3, -1, 2, 3), "MAX": 65504.0}
     rules = {"RULES": (0, 1, -1, 1, 1, -2), "SUMS": 1, "NORMALISE": False, "TILES": 64}
-    fixed = {"GREEDY": False, "SAMPLE": 8192, "BITS": 20}
-    swept = {"FILL": float("-inf"), "BANDED": False, "MAY_BE_FREE": False, "BLOCK_W": 32, "PORTABLE": False}
+    fixed = {"BRACKETED": True, "GREEDY": False, "SAMPLE": 8192, "BITS": 20}
+    swept = {"FILL": float("-inf"), "BANDED": False, "BRACKETED": True, "MAY_BE_FREE": False}
+    swept |= {"BLOCK_W": 32, "PORTABLE": False}
+    early = {"PDL": capability >= 90}
     more = ("temperature_ptr", "seeds_ptr", "positions_ptr", "tokens_ptr")
-    cases[f"sums {dtype}"] = (sweep.sums_kernel, dtype, absent + more, chain | {"SUMS": 3})
-    cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed, 16)
-    cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, absent + more, chain | swept)
-    settled = chain | rules | {"SETUP": (False, False, 65504.0, 1), "PARTS": 128}
+    cases[f"sums {dtype}"] = (sweep.sums_kernel, dtype, absent + more, chain | early | {"SUMS": 3})
+    cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed | early, 8)
+    cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, absent + more, chain | swept | early)
+    setup = (False, False, 65504.0, 1, True, False, float("-inf"))
+    settled = chain | rules | early | {"SETUP": setup, "PARTS": 128}
     cases[f"settle {dtype}"] = (settle.settle_kernel, dtype, absent + more, settled, 8)
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
