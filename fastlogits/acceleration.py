@@ -44,7 +44,8 @@ class RunList(LogitsProcessorList):
             _OfRun(processor, self._drafts) if _asks_for_position(processor) else processor for processor in processors
         )
         self._prompt_length = prompt_length
-        self._run = Run(prompt_length)
+        self.run = Run(prompt_length)
+        """The run that the processors stand in."""
         self._candidates: _Candidates | None = None
         self._sorts = False
 
@@ -52,10 +53,10 @@ class RunList(LogitsProcessorList):
         """Process the scores of one step, see ``fastlogits.LogitsProcessorList``."""
         candidates = self._candidates
         if candidates is not None and not kwargs:
-            processed = candidates.take(self.plan, self._run, input_ids, scores)
+            processed = candidates.take(self.plan, self.run, input_ids, scores)
             if processed is not None:
                 return processed
-        return self.plan(input_ids, scores, self._run, kwargs)
+        return self.plan(input_ids, scores, self.run, kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         return list.__iter__(self)
@@ -71,7 +72,7 @@ class RunList(LogitsProcessorList):
         """The same processors in the same run, where tokens that tie are kept or dropped as a sort comes out."""
         same = RunList((), self._prompt_length)
         list.extend(same, self)
-        same._drafts, same._run, same._sorts = self._drafts, self._run, True
+        same._drafts, same.run, same._sorts = self._drafts, self.run, True
         return same
 
     def expect(self, candidates: torch.Tensor, seen: int) -> None:

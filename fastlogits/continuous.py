@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from fastlogits_kernels import select
+from fastlogits_kernels._triton import to_device
 from fastlogits_kernels.truncate import Rule, truncate
 from transformers.generation import logits_process as theirs
 from transformers.utils import logging
@@ -98,14 +100,18 @@ def take_over(manager: Any) -> Any:
     """Give a manager that was just made processors that know its requests."""
     made = list(manager.logit_processor.logits_processor)
     if len(made) == 1 and isinstance(made[0], _Assembled):
-        config = manager.continuous_batching_config
-        manager.logit_processor = RequestProcessors(
-            made[0].processors,
-            drop_unsupported=config.drop_unsupported_processors,
-            histories=functools.partial(
-                _Histories, manager.model.device, config.max_requests_per_batch or _MOST_REQUESTS, made[0].width
-            ),
-        )
+        config, device, width = manager.continuous_batching_config, manager.model.device, made[0].width
+
+        def stream() -> torch.cuda.Stream | None:
+            if device.type != "cuda" or manager.batch_processor is None:
+                return None
+            return manager.batch_processor.inputs_and_outputs.compute_stream  # type: ignore[no-any-return]
+
+        def histories() -> _Histories:
+            # Asked at the first batch: until then the configuration may change.
+            return _Histories(device, config.max_requests_per_batch or _MOST_REQUESTS, width, stream)
+
+        manager.logit_processor = RequestProcessors(made[0].processors, config.drop_unsupported_processors, histories)
     return manager
 
 
@@ -233,8 +239,9 @@ class RequestProcessors:
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor) -> torch.Tensor:
         """Fill the table of a batch, int32 ``[tensors_required, N]``, and the histories beside it."""
         states = [request.state for request in requests_in_batch if request.has_new_token]
-        arg_storage.copy_(self._table([]))
-        arg_storage[:, : len(states)] = self._table(states)
+        table = self._table([]).repeat(1, arg_storage.shape[1])
+        table[:, : len(states)] = self._table(states)
+        arg_storage.copy_(table)
         if self._reads_tokens:
             # Each pair of buffers that takes turns has histories of its own, as it has captured graphs.
             key = arg_storage.data_ptr()
@@ -357,19 +364,32 @@ class _Sample(_Part):
         newest: torch.Tensor,
     ) -> torch.Tensor:
         rules: list[Rule] = []
+        temperature = None
         for name, processor in self._parts_in_order:
             if name is None:
                 rules.append(processor)
             elif name == "temperature":
-                if rules:
-                    scores, rules = truncate(scores, tuple(rules)), []
-                scores = scores / own[name].unsqueeze(1)
+                scores, rules = _sampled(scores, temperature, rules), []
+                temperature = own[name]
             elif name == "top_k":
                 k = own[name].clamp(processor.min_tokens_to_keep, scores.shape[1])
                 rules.append(Rule("top_k", k, 1, processor.filter_value))
             else:
                 rules.append(Rule("top_p", own[name], processor.min_tokens_to_keep, processor.filter_value))
-        return truncate(scores, tuple(rules)) if rules else scores
+        return _sampled(scores, temperature, rules)
+
+
+def _sampled(scores: torch.Tensor, temperature: torch.Tensor | None, rules: Sequence[Rule]) -> torch.Tensor:
+    """Scores divided by a temperature of each row, and what rules keep of them; on a GPU as they are read."""
+    if rules and select.takes_scores(scores) and select.takes_rules(rules) and not torch.compiler.is_compiling():
+        out = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+        if out.numel():
+            selection = select.Selection(rules, scores.shape[1], scores.device)
+            select.launch_select(scores, selection, out=out, temperature=temperature)
+        return out
+    if temperature is not None:
+        scores = scores / temperature.unsqueeze(1)
+    return truncate(scores, tuple(rules)) if rules else scores
 
 
 class _AsItIs(_Part):
@@ -392,40 +412,67 @@ class _AsItIs(_Part):
 class _Histories:
     """The tokens of the requests of a batch, one row each, behind which anything may stand.
 
-    On the CPU it grows with its requests. Elsewhere it stays where it is, since captured graphs read it.
+    On the CPU it grows with its requests. Elsewhere it stays where it is, since captured graphs read it, and what it
+    lacks is sent along the stream that computes the batch: nothing waits.
 
     Args:
         device: device of the scores.
         rows: how many requests a batch may hold, elsewhere.
         width: how many tokens a request may hold, elsewhere.
+        stream: says which stream computes the batch; None, or where it says None, for the current one.
     """
 
-    def __init__(self, device: torch.device, rows: int, width: int) -> None:
+    def __init__(
+        self, device: torch.device, rows: int, width: int, stream: Callable[[], torch.cuda.Stream | None] | None = None
+    ) -> None:
         self._device = device
         self._grows = device.type == "cpu"
-        self._host = torch.zeros((1, 64) if self._grows else (rows, width), dtype=torch.int32)
-        self._ids = self._host.to(device)
+        self._stream = stream
+        with self._computing():
+            self._ids = torch.zeros((1, 64) if self._grows else (rows, width), dtype=torch.int32, device=device)
         self._longest = 1
-        self._written: list[tuple[Any, int]] = []
+        # Of each request of the last batch: its row, and how many of its tokens stand there once that is computed.
+        self._held: dict[int, tuple[Any, int, int]] = {}
 
     def write(self, states: Sequence[Any]) -> None:
-        """Bring the rows up to date: most of them lack the one token that was generated last."""
+        """Bring the rows up to date but for the newest tokens, which ``read`` adds.
+
+        Where batches overlap those are on the device only. Most rows lack nothing else, or one token.
+        """
         self._longest = max([state.position_offset for state in states], default=1)
         self._fit(len(states), self._longest)
-        del self._written[len(states) :]
+        sources, lacking = list(range(len(states))), []
         for row, state in enumerate(states):
-            same = row < len(self._written) and self._written[row][0] is state
-            done = self._written[row][1] if same else 0
-            # Where batches overlap, the newest token is on the device only: read() adds it.
-            known = min(state.position_offset, len(state.initial_tokens) + len(state.generated_tokens))
-            if known > done:
-                start = len(state.initial_tokens)
-                tokens = state.initial_tokens[done:] + state.generated_tokens[max(0, done - start) : known - start]
-                self._host[row, done:known] = torch.tensor(tokens[: known - done], dtype=torch.int32)
-            self._written[row : row + 1] = [(state, known)]
+            _, sources[row], count = self._held.get(id(state), (state, row, 0))
+            lacking.append((row, count, state.position_offset - 1, state))
+        self._held = {id(state): (state, row, state.position_offset) for row, state in enumerate(states)}
+        places: list[int] = []
+        tokens: list[int] = []
+        for row, start, stop, state in lacking:
+            places += range(row * self._ids.shape[1] + start, row * self._ids.shape[1] + stop)
+            first = len(state.initial_tokens)
+            tokens += state.initial_tokens[start:stop]
+            tokens += state.generated_tokens[max(0, start - first) : max(0, stop - first)]
+        moved = sources if sources != list(range(len(states))) else []
+        if places or moved:
+            with self._computing():
+                if moved:
+                    rows = self._ids[: len(states), : self._longest]
+                    rows.copy_(self._ids[to_device(torch.tensor(moved), self._device), : self._longest])
+                if places:
+                    both = to_device(torch.tensor([places, tokens]), self._device)
+                    self._ids.view(-1).scatter_(0, both[0], both[1].int())
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The stream that computes the batch; where it isn't known, that computes later."""
+        stream = None if self._stream is None else self._stream()
+        if stream is not None:
+            with torch.cuda.stream(stream):
+                yield
+            return
+        yield
         if not self._grows:
-            self._ids[: len(states), : self._longest].copy_(self._host[: len(states), : self._longest])
-            # The batch runs on a stream of its own.
             torch.accelerator.current_stream(self._device).synchronize()
 
     def read(self, newest: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -437,7 +484,7 @@ class _Histories:
         return ids.scatter_(1, position.long().unsqueeze(1), newest.int().unsqueeze(1))
 
     def _fit(self, rows: int, width: int) -> None:
-        most_rows, most = self._host.shape
+        most_rows, most = self._ids.shape
         if rows <= most_rows and width <= most:
             return
         if not self._grows:
@@ -446,8 +493,8 @@ class _Histories:
                 "processors were made for: set max_requests_per_batch, or the model's max_position_embeddings"
             )
         larger = torch.zeros(max(rows, most_rows), max(width, 2 * most if width > most else most), dtype=torch.int32)
-        larger[:most_rows, :most] = self._host
-        self._host = self._ids = larger
+        larger[:most_rows, :most] = self._ids
+        self._ids = larger
 
 
 def _reads_tokens(stage: Stage) -> bool:

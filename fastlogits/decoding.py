@@ -9,9 +9,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+from fastlogits_kernels import select
 
 from fastlogits.acceleration import RunList
-from fastlogits.sampling import Sampler
+from fastlogits.sampling import FusedDraw, Sampler
 
 __all__ = ["decode"]
 
@@ -72,10 +73,13 @@ def decode(
     run = logits_processor
     if not isinstance(run, RunList):
         run = RunList(logits_processor, input_ids.shape[1])
+    keeps_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
     if generation_config.do_sample:
-        run = _Drawing(run, *_seeded(seeds, input_ids), input_ids.shape[1])
+        run = _Drawing(run, *_seeded(seeds, input_ids), input_ids.shape[1], keeps_scores)
         generation_config = copy.copy(generation_config)
         generation_config.do_sample = False
+    elif not keeps_scores:
+        run = _Choosing(run, input_ids)
     output = type(model)._sample(
         model,
         input_ids,
@@ -119,19 +123,55 @@ def _seeded(seeds: int | torch.Tensor | None, input_ids: torch.Tensor) -> tuple[
 
 
 class _Drawing(RunList):
-    """The processors of a run; their scores know which token they have drawn."""
+    """The processors of a run; their scores know which token they have drawn.
 
-    def __init__(self, run: RunList, seeds: torch.Tensor, starts: torch.Tensor, prompt_length: int) -> None:
+    Args:
+        run: the processors.
+        seeds: the seed of each row, int64 ``[B]``.
+        starts: where its positions start, int64 ``[B]``.
+        prompt_length: number of tokens of the prompt.
+        keeps_scores: whether somebody asks for the processed scores. Where nobody does, they are written nowhere: the
+            kernels that draw process what they read.
+    """
+
+    def __init__(
+        self, run: RunList, seeds: torch.Tensor, starts: torch.Tensor, prompt_length: int, keeps_scores: bool
+    ) -> None:
         super().__init__((), prompt_length)
         self._process, self._seeds, self._starts, self._start = run, seeds, starts, prompt_length
+        self._fused = None if keeps_scores else FusedDraw(run)
         self._sampler = Sampler()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Process the scores of one step, and draw from them."""
+        positions = self._starts + (input_ids.shape[1] - self._start)
+        if self._fused is not None and not kwargs and select.takes_scores(scores):
+            tokens, _ = self._fused(scores, self._seeds, positions, input_ids, self._process.run)
+            return _drawn(scores, tokens)
         scores = self._process(input_ids, scores, **kwargs)
-        drawn: Any = scores.as_subclass(_Drawn)
-        drawn.tokens = self._sampler(scores, self._seeds, self._starts + (input_ids.shape[1] - self._start)).tokens
-        return drawn  # type: ignore[no-any-return]
+        return _drawn(scores, self._sampler(scores, self._seeds, positions).tokens)
+
+
+class _Choosing(RunList):
+    """The processors of a greedy run whose processed scores nobody asks for: the same, for the likeliest token."""
+
+    def __init__(self, run: RunList, input_ids: torch.Tensor) -> None:
+        super().__init__((), input_ids.shape[1])
+        self._process, self._fused = run, FusedDraw(run, temperature=0.0)
+        self._anything = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Process the scores of one step, and find the largest."""
+        if kwargs or not select.takes_scores(scores):
+            return self._process(input_ids, scores, **kwargs)
+        tokens, _ = self._fused(scores, self._anything, self._anything, input_ids, self._process.run)
+        return _drawn(scores, tokens)
+
+
+def _drawn(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    drawn: Any = scores.as_subclass(_Drawn)
+    drawn.tokens = tokens
+    return drawn  # type: ignore[no-any-return]
 
 
 class _Drawn(torch.Tensor):

@@ -16,6 +16,7 @@ from fastlogits_kernels.pack_ids import pack_ids
 from fastlogits_kernels.token_sets import Gate, Operands, Position, Search, Sequences, Task, Texts, endings, sums
 
 from fastlogits.allowed import AllowedRows
+from fastlogits.compilers import constant
 from fastlogits.position import split
 from fastlogits.run import Run, known
 from fastlogits.stages import (
@@ -74,7 +75,7 @@ class FoldLaunch(Step):
         """What the operation takes besides the scores: the chain, the ids that it reads, its position, its rows."""
         device = scores.device
         B, V = scores.shape
-        last = self._last
+        last = None if torch.compiler.is_compiling() else self._last
         if last is not None and last[0] == V and last[1] == device and (last[2] == B or not self._by_row):
             chain = last[3]
         else:
@@ -103,16 +104,22 @@ class FoldLaunch(Step):
     def _chain(self, scores: torch.Tensor) -> Chain:
         B, V = scores.shape
         key = (V, scores.device, B if self._by_row else 0)
-        chain = self._kept.get(key)
-        if chain is None:
-            if not scores.is_floating_point():
-                raise ValueError(f"scores must be floating-point of shape (B, V), got {scores.dtype}")
-            builder = _Builder(B, V, scores.device)
+        if not scores.is_floating_point():
+            raise ValueError(f"scores must be floating-point of shape (B, V), got {scores.dtype}")
+        self._make_chain(*key)
+        chain = self._kept[key]
+        if not torch.compiler.is_compiling():
+            self._last = (V, scores.device, B, chain)
+        return chain
+
+    @constant
+    def _make_chain(self, V: int, device: torch.device, B: int) -> None:
+        key = (V, device, B)
+        if key not in self._kept:
+            builder = _Builder(B, V, device)
             for stage in self._stages:
                 builder.add(stage)
-            chain = self._kept[key] = builder.chain()
-        self._last = (V, scores.device, B, chain)
-        return chain
+            self._kept[key] = builder.chain()
 
 
 def _differs_by_row(stage: Stage) -> bool:

@@ -10,6 +10,7 @@ import torch
 from fastlogits_kernels.mask_tokens import Bans, mask_tokens, mask_tokens_
 
 from fastlogits.allowed import AllowedRows
+from fastlogits.compilers import constant
 from fastlogits.position import Index, split
 from fastlogits.run import Run, known
 from fastlogits.stages import AllowFrom, Ban, Member, Stage
@@ -67,6 +68,10 @@ class _MaskTables:
             blanks = self._sets([none if blank is None else blank for (_, blank), _ in self._gates])
         return self._bans([mask for _, mask in self._gates])._replace(windows=windows, blanks=blanks)
 
+    def build(self) -> None:
+        """Build now what else the first call that asks for it builds."""
+        _ = self._by_step, self.gated
+
     def at_step(self, step: int) -> Bans | None:
         """What is banned at one step, without gates; None where nothing is."""
         for window, bans in self._by_step:
@@ -108,7 +113,8 @@ class MaskLaunch(Step):
         in_place: bool = False,
     ) -> torch.Tensor:
         """Mask the scores of one step."""
-        tables, device = self._last, scores.device
+        device = scores.device
+        tables = None if torch.compiler.is_compiling() else self._last
         if (
             tables is None
             or scores.ndim != 2
@@ -144,11 +150,20 @@ class MaskLaunch(Step):
                 f"scores must be floating-point of shape (B, V), got {scores.dtype} of {tuple(scores.shape)}"
             )
         key = (scores.shape[1], scores.device)
-        tables = self._kept.get(key)
-        if tables is None:
-            tables = self._kept[key] = _MaskTables(self._bans, *key)
-        self._last = tables
+        compiling = torch.compiler.is_compiling()
+        self._make_tables(*key, compiling)
+        tables = self._kept[key]
+        if not compiling:
+            self._last = tables
         return tables
+
+    @constant
+    def _make_tables(self, vocab_size: int, device: torch.device, whole: bool) -> None:
+        key = (vocab_size, device)
+        if key not in self._kept:
+            self._kept[key] = _MaskTables(self._bans, *key)
+        if whole:
+            self._kept[key].build()
 
 
 def _bans(run: Run, tables: _MaskTables, input_ids: torch.Tensor, scores: torch.Tensor) -> Bans | None:

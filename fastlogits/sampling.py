@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from fastlogits_kernels import select
-from fastlogits_kernels.draw import draw, report
+from fastlogits_kernels.draw import draw
+from fastlogits_kernels.report import MOST, Report, report, select_and_report
 from fastlogits_kernels.truncate import (
     RANGES,
     Rule,
@@ -27,6 +28,7 @@ from fastlogits.position import Index
 from fastlogits.processors.base import LogitsProcessorList
 from fastlogits.run import Run
 from fastlogits.stages import Member, Scale
+from fastlogits.truncate_launch import TruncateLaunch
 
 Order: TypeAlias = Literal["transformers", "vllm"]
 Distribution: TypeAlias = Literal["processed", "raw"]
@@ -88,7 +90,8 @@ class Sampler:
             top-p as many as it takes, with the largest ids), or as many as it takes with the ``"lowest"`` ids.
         logprobs: ``"raw"`` for log-probabilities of the logits as they are given, ``"processed"`` for those of the
             distribution that is drawn from; None for none.
-        top_logprobs: for how many of the likeliest tokens log-probabilities are wanted besides.
+        top_logprobs: for how many of the likeliest tokens log-probabilities are wanted besides. Up to 32 cost two
+            launches that read the logits once, with those of the token itself; for more of them the logits are sorted.
 
     Raises:
         ValueError: an argument out of range or of a wrong type.
@@ -149,8 +152,8 @@ class Sampler:
         self._rules = tuple([Rule(kind, value, ties=ties) for kind, value in acting if value is not None])
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
-        self._fuses = logprobs != "processed" and select.takes_rules(self._rules)
-        self._fused: _FusedDraw | None = None
+        self._fuses = select.takes_rules(self._rules)
+        self._fused: FusedDraw | None = None
 
     def __call__(
         self,
@@ -206,11 +209,16 @@ class Sampler:
         cache_position: Index | None,
     ) -> Sample:
         """What a call does with arguments that have been checked."""
-        if self._fuses and select.takes_scores(logits) and not torch.compiler.is_compiling():
+        fuses = self._fuses and select.takes_scores(logits) and not torch.compiler.is_compiling()
+        # More of the likeliest tokens than the kernels look for are sorted out of processed logits.
+        if fuses and not (self._logprobs == "processed" and self._top_logprobs > MOST):
             if self._fused is None:
-                self._fused = _FusedDraw(self._processors, self._temperature, self._rules)
+                self._fused = FusedDraw(self._processors, self._temperature, self._rules)
             run = None if prompt_length is None else Run(prompt_length, cache_position)
-            tokens = self._fused(logits, seeds, positions, input_ids, run)
+            call = (logits, seeds, positions, input_ids, run)
+            if self._logprobs == "processed":
+                return self._sampled(*self._fused(*call, top_logprobs=self._top_logprobs))
+            tokens, _ = self._fused(*call)
             return self._reported(logits, tokens)
         raw = logits.float()
         plain = raw
@@ -223,11 +231,13 @@ class Sampler:
 
     def _reported(self, scores: torch.Tensor, tokens: torch.Tensor) -> Sample:
         """The tokens, and what was asked about them in the distribution of some scores."""
-        if self._logprobs is None:
+        return self._sampled(tokens, None if self._logprobs is None else report(scores, tokens, self._top_logprobs))
+
+    def _sampled(self, tokens: torch.Tensor, found: Report | None) -> Sample:
+        if found is None:
             return Sample(tokens, None, None, None, None)
-        asked = report(scores.float(), tokens, self._top_logprobs)
-        top = (asked.top_tokens, asked.top_logprobs) if self._top_logprobs else (None, None)
-        return Sample(tokens, asked.logprobs, asked.ranks, *top)
+        top = (found.top_tokens, found.top_logprobs) if self._top_logprobs else (None, None)
+        return Sample(tokens, found.logprobs, found.ranks, *top)
 
     def _distribution(self, plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The logits that are drawn from, after temperature and truncations, and which rows are greedy."""
@@ -251,21 +261,31 @@ class Sampler:
                     raise ValueError(f"{member.name} reads the tokens so far: give them as `input_ids`")
 
 
-class _FusedDraw:
-    """A sampler's tokens from kernels that read the logits once, and write nothing else."""
+class FusedDraw:
+    """Tokens from kernels that read the logits once, and write nothing else.
+
+    What stands last in the plan of the processors joins the draw: truncations where none are given here, and a fold or
+    masks before those. What stands before them runs as it does without a draw.
+
+    Args:
+        processors: applied first; None for none.
+        temperature: see ``Sampler``.
+        rules: truncations after the temperature.
+    """
 
     def __init__(
         self,
         processors: LogitsProcessorList | None,
-        temperature: float | torch.Tensor | None,
-        rules: tuple[Rule, ...],
+        temperature: float | torch.Tensor | None = None,
+        rules: tuple[Rule, ...] = (),
     ) -> None:
         self._processors = processors
         self._temperature = temperature if isinstance(temperature, torch.Tensor) else None
         self._is_greedy = self._temperature is None and temperature == 0
-        self._rules = () if self._is_greedy else rules
+        self._own_rules = self._rules = () if self._is_greedy else rules
         divides = not isinstance(temperature, torch.Tensor) and temperature not in (None, 0, 1)
         self._scale = [Member("temperature", Scale(float(temperature or 1)))] if divides else []
+        self._joins_truncations = temperature is None and not rules
         self._plan: Plan | None = None
         self._first: Plan | None = None  # what can't be folded into the draw
         self._fold = FoldLaunch(self._scale) if self._scale else None
@@ -278,16 +298,12 @@ class _FusedDraw:
         positions: torch.Tensor,
         input_ids: torch.Tensor | None,
         run: Run | None,
-    ) -> torch.Tensor:
-        """The tokens of one call."""
+        top_logprobs: int | None = None,
+    ) -> tuple[torch.Tensor, Report | None]:
+        """The tokens of one call; and where a number of ``top_logprobs`` is given, a report on them."""
         plan = None if self._processors is None else self._processors.plan
         if plan is not self._plan:
-            self._plan = plan
-            steps = [] if plan is None else plan.steps
-            fused = len(steps) == 1 and isinstance(steps[0], (FoldLaunch, MaskLaunch))
-            members = [*(steps[0].members if fused else ()), *self._scale]
-            self._fold = FoldLaunch(members) if members else None
-            self._first = None if fused or plan is None else plan
+            self._join(plan)
         if self._first is not None:
             ids: Any = input_ids
             logits = self._first(ids, logits.float(), run)
@@ -299,11 +315,29 @@ class _FusedDraw:
         selection, temperature = kept
         temperature = self._temperature if temperature is None else temperature
         check_rules(logits, self._rules)
-        if self._fold is None:
-            return select.select_tokens(logits, selection, seeds, positions, temperature)
         given: Any = input_ids
-        inputs = self._fold.inputs(given, logits, run)
-        return select.select_tokens(logits, selection, seeds, positions, temperature, *inputs)
+        inputs = () if self._fold is None else self._fold.inputs(given, logits, run)
+        if top_logprobs is None:
+            return select.select_tokens(logits, selection, seeds, positions, temperature, *inputs), None
+        return select_and_report(logits, selection, seeds, positions, top_logprobs, temperature, *inputs)
+
+    def _join(self, plan: Plan | None) -> None:
+        """Take the last steps of a plan into the draw."""
+        self._plan = plan
+        steps = [] if plan is None else [*plan.steps]
+        if self._joins_truncations:
+            self._rules = self._own_rules
+            if steps and isinstance(steps[-1], TruncateLaunch):
+                rules = steps[-1].rules
+                if select.takes_rules(rules) and all(rule.filter_value == -math.inf for rule in rules):
+                    self._rules = rules
+                    steps.pop()
+            self._kept.clear()
+        members = self._scale
+        if steps and isinstance(steps[-1], (FoldLaunch, MaskLaunch)):
+            members = [*steps.pop().members, *members]
+        self._fold = FoldLaunch(members) if members else None
+        self._first = Plan(steps) if steps else None
 
 
 def sample(

@@ -9,6 +9,7 @@ import torch
 from fastlogits_kernels import select
 from fastlogits_kernels.truncate import check_rules, truncate
 
+from fastlogits.compilers import constant
 from fastlogits.fold_launch import FoldLaunch
 from fastlogits.run import Run
 from fastlogits.stages import Member, Truncate
@@ -67,18 +68,23 @@ class SelectLaunch(Step):
         self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """Process the scores of one call."""
-        if torch.compiler.is_compiling() or not (self._takes_rules and select.takes_scores(scores)):
+        if not (self._takes_rules and select.takes_scores(scores)):
             for step in self._steps:
                 scores = step(input_ids, scores, run, kwargs)
             return scores
         check_rules(scores, self._rules)
         key = (scores.shape[1], scores.device)
-        selection = self._kept.get(key)
-        if selection is None:
-            selection = self._kept[key] = select.Selection(self._rules, *key, normalise=self._after is not None)
+        self._make_selection(*key)
+        selection = self._kept[key]
         if self._fold is None:
             return select.select(scores, selection)
         return select.select(scores, selection, *self._fold.inputs(input_ids, scores, run))
+
+    @constant
+    def _make_selection(self, V: int, device: torch.device) -> None:
+        if (V, device) not in self._kept:
+            selection = select.Selection(self._rules, V, device, normalise=self._after is not None)
+            self._kept[V, device] = selection
 
     def describe(self) -> str:
         """Which steps it takes together, for ``explain()``."""

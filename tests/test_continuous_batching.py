@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 from conftest import tiny_llama
+from fastlogits_kernels import select
+from fastlogits_kernels._triton import HAS_TRITON
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -149,6 +151,60 @@ def test_sampling_is_that_of_transformers(llama, name):
     assert found == expected
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_sampling_in_kernels(llama, monkeypatch):
+    """Values of each request, temperature first: the same draws from scores that kernels have truncated in one pass."""
+    flags = {"do_sample": True, "max_new_tokens": 4, **WARPERS["three"]}
+    torch.manual_seed(0)
+    with fl.accelerate(llama):
+        expected = together(llama, flags)
+        monkeypatch.setattr(select, "FORCE_KERNEL", True)
+        monkeypatch.setattr(continuous, "truncate", None)
+        torch.manual_seed(0)
+        assert together(llama, flags) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("name", ["repetition_penalty", "two-grams", "forced", "begin_suppress_tokens", "all"])
+def test_captured_graphs(name, overlaps):
+    """Each batch size captured once, with the processors in the graph, batches overlapping or not: the same tokens."""
+    model = tiny_llama().cuda()
+    prompts = [*PROMPTS, *([1, 11 + i, 12 + i, 13] for i in range(6))]
+    flags = {**FLAGS[name], "max_new_tokens": 16}
+    said = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device="cuda")
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config(**flags))
+        said.append(found[0, len(prompt) :].tolist())
+    options = {"use_cuda_graph": True, "use_async_batching": overlaps, "auto_switch_to_flash": False}
+    from transformers.generation.continuous_batching.model_runner import ModelRunner
+
+    captured = []
+    original = ModelRunner._capture_graph
+    with pytest.MonkeyPatch.context() as patch, fl.accelerate(model):
+        patch.setattr(ModelRunner, "_capture_graph", lambda *given: captured.append(1) or original(*given))
+        assert together(model, flags, prompts, **options) == said
+    assert captured
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_values_of_each_request_in_captured_graphs(overlaps):
+    """Top-k 1 beside hot requests, in one replayed graph, says what greedy says."""
+    model = tiny_llama().cuda()
+    flags = {"do_sample": True, "temperature": 5.0, "top_k": 90, "top_p": 0.99, "repetition_penalty": 1.3}
+    own = [{"top_k": 1}, {}, {"temperature": 1e-4}, {}, {"top_p": 1e-6}, {"top_k": 1, "temperature": 9.0}]
+    options = {"use_cuda_graph": True, "use_async_batching": overlaps, "auto_switch_to_flash": False}
+    found = managed(model, flags, own, **options)
+    for i, values in enumerate(own):
+        ids = torch.tensor([PROMPTS[i]], device="cuda")
+        greedy = model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config(repetition_penalty=1.3)
+        )
+        assert (found[f"r{i}"].generated_tokens == greedy[0, ids.shape[1] :].tolist()) is bool(values), i
+
+
 def test_values_of_each_request(llama):
     """A request's own temperature and top-k, beside others in the same batch: top-k 1 says what greedy says."""
     greedy = alone(llama, {"repetition_penalty": 1.3})
@@ -167,11 +223,11 @@ def test_a_top_k_beyond_the_vocabulary_is_off(llama):
     assert found["r0"].generated_tokens != alone(llama, {}, PROMPTS[:1])[0]
 
 
-def managed(model, flags, own):
+def managed(model, flags, own, **options):
     with (
         fl.accelerate(model),
         model.continuous_batching_context_manager(
-            generation_config=config(**flags), continuous_batching_config=batching()
+            generation_config=config(**flags), continuous_batching_config=batching(**options)
         ) as manager,
     ):
         for i, values in enumerate(own):

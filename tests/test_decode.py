@@ -1,8 +1,12 @@
 """``custom_generate=fl.decode``: the distribution of sampling, and a draw that each request has to itself."""
 
+import copy
+
 import pytest
 import torch
 from conftest import VOCAB_SIZE, tiny_llama
+from fastlogits_kernels import select
+from fastlogits_kernels._triton import HAS_TRITON
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
@@ -62,6 +66,47 @@ def test_a_request_is_reproducible_alone_and_in_a_batch(llama):
         assert torch.equal(alone[0], together[row, : alone.shape[1]])
     others = generate(llama, seeds=torch.tensor([12, 11]), max_new_tokens=12, **FLAGS)
     assert not torch.equal(others, together)
+
+
+FUSED = {
+    "all": FLAGS,
+    "truncations": {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    "fold": {"top_k": 0, "temperature": 0.8, "repetition_penalty": 1.3, "begin_suppress_tokens": [5, 9]},
+    "nothing": {"top_k": 0},
+    "normalised": {**FLAGS, "renormalize_logits": True},
+    "a barrier": {**FLAGS, "logits_processor": [lambda ids, scores: scores.roll(1, -1)]},
+}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("flags", FUSED)
+def test_drawn_by_the_kernels_that_process(monkeypatch, llama, flags):
+    """The same tokens as of processed scores, which nothing writes."""
+    options = {"seeds": torch.tensor([11, 12]), "max_new_tokens": 4, "eos_token_id": None, **FUSED[flags]}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids, llama = PROMPT.to(device), copy.deepcopy(llama).to(device)
+    kept = {"output_scores": True, "return_dict_in_generate": True}
+    wanted = generate(llama, ids, **options, **kept).sequences
+    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    monkeypatch.setattr("fastlogits.sampling.draw", None)
+    if flags in ("all", "truncations", "fold", "nothing"):
+        monkeypatch.setattr("fastlogits.plan.Plan.__call__", None)
+    assert torch.equal(generate(llama, ids, **options), wanted)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("flags", [{"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, {}], ids=["fold", "nothing"])
+def test_greedy_tokens_of_the_kernels_that_process(monkeypatch, llama, flags):
+    options = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, **flags}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids, llama = PROMPT.to(device), copy.deepcopy(llama).to(device)
+    wanted = generate(llama, ids, custom_generate=None, **options)
+    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    monkeypatch.setattr("fastlogits.plan.Plan.__call__", None)
+    assert torch.equal(generate(llama, ids, **options), wanted)
+    kept = {"output_scores": True, "return_dict_in_generate": True}
+    monkeypatch.undo()
+    assert torch.equal(generate(llama, ids, **options, **kept).sequences, wanted)
 
 
 def test_the_same_prompt_and_seed_in_several_rows(llama):

@@ -17,7 +17,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.backends.nvidia.compiler import get_ptxas
-from fastlogits_kernels import fold, mask_tokens, pack_ids, settle, sweep, synthid, token_sets
+from fastlogits_kernels import fold, mask_tokens, pack_ids, report, settle, sweep, synthid, token_sets
 
 capability = int(sys.argv[1])
 STREAMED = ("scores_ptr", "out_ptr", "rounds_like_ptr")
@@ -25,6 +25,7 @@ TYPES = {name: "i64" for name in ("ids_ptr", "tokens_ptr", "cache_position_ptr",
 TYPES |= {name: "fp32" for name in ("planes_ptr", "row_values_ptr", "biases_ptr")}
 TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr")}
 TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "temperature_ptr": "fp32"}
+TYPES |= {"logprobs_ptr": "fp32", "top_logprobs_ptr": "fp32", "ranks_ptr": "i64", "top_tokens_ptr": "i64"}
 TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
 
 
@@ -86,6 +87,13 @@ for dtype in ("fp32", "bf16"):
     setup = (False, False, 65504.0, 1, True, False, float("-inf"))
     settled = chain | rules | early | {"SETUP": setup, "PARTS": 128}
     cases[f"settle {dtype}"] = (settle.settle_kernel, dtype, absent + more, settled, 8)
+    raw = ("temperature_ptr", "alive_ptr", "counts_ptr") + absent
+    shape = {"FIRST": False, "GROUP": 128, "MAX": 65504.0}
+    tiled, merged = {"GROUPED": True}, {"GROUPS": 2048, "TILES": 128, "SLOTS": 32}
+    for form, gone, ops in (("raw", raw, ()), ("processed", absent, chain["OPS"])):
+        shape |= {"OPS": ops, "BANDED": form == "processed"}
+        cases[f"report tiles {form} {dtype}"] = (report.tiles_kernel, dtype, gone, shape | tiled)
+        cases[f"report {form} {dtype}"] = (report.report_kernel, dtype, gone, shape | merged)
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
 for form, (done, more, first, wraps) in {
@@ -96,7 +104,7 @@ for form, (done, more, first, wraps) in {
     step |= {"WIDTH": 8, "BLOCKS": 64, "BLOCK_V": 2048} | ({} if wraps else {"multiplier": 1})
     cases[f"synthid {form}"] = (synthid._synthid_kernel, "fp32", (), step)
 
-report = {}
+found = {}
 for name, case in cases.items():
     compiled = compile_(name, *case)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
@@ -107,12 +115,12 @@ for name, case in cases.items():
             [get_ptxas(capability).path, "-v", f"-arch={target}", ptx.name, "-o", "/dev/null"],
             capture_output=True, text=True, check=True,
         ).stderr
-    report[name] = {
+    found[name] = {
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
         "wide": len(re.findall(r"(?:ld|st)\.global[^\s]*\.v4", compiled.asm["ptx"])),
     }
-print(json.dumps(report))
+print(json.dumps(found))
 """
 
 
@@ -138,5 +146,5 @@ def test_registers_spills_and_widths(capability):
         assert kernel["spilled"] <= (4 if name in HEAVY else 0), (name, kernel)
         # Nine hashes of 64 bits are in flight where a table's size is no power of two.
         assert kernel["registers"] <= (192 if name == "synthid wraps" else 136), (name, kernel)
-        if name.startswith(("mask_tokens", "fold", "sweep fp32")):
+        if name.startswith(("mask_tokens", "fold", "sweep fp32", "report tiles raw")):
             assert kernel["wide"] >= 2, (name, kernel)

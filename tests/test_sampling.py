@@ -299,13 +299,15 @@ def test_no_rows(device):
 # -- Log-probabilities -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", [20, 60])  # the second is more than kernels look for
 @pytest.mark.parametrize("kind", ["raw", "processed"])
-def test_log_probabilities_are_those_of_the_distribution_asked_for(device, kind):
+def test_log_probabilities_are_those_of_the_distribution_asked_for(device, kind, count):
     logits = gauss(5, 1000).bfloat16().float()
     parameters = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
     found = fl.sample(
-        logits.to(device), seeds=torch.arange(5).to(device), positions=0, logprobs=kind, top_logprobs=60, **parameters
-    )
+        logits.to(device), seeds=torch.arange(5).to(device), positions=0, logprobs=kind, top_logprobs=count,
+        **parameters,
+    )  # fmt: skip
     scores = logits
     if kind == "processed":
         scores = truncate(logits / 0.7, [Rule("top_k", 50), Rule("top_p", 0.9)])
@@ -314,7 +316,7 @@ def test_log_probabilities_are_those_of_the_distribution_asked_for(device, kind)
     own = right.gather(1, tokens[:, None])
     assert torch.allclose(logprobs.double(), own[:, 0], atol=1e-5)
     assert torch.equal(ranks, (scores >= scores.gather(1, tokens[:, None])).sum(1))
-    assert torch.equal(top_tokens, scores.sort(descending=True, stable=True).indices[:, :60])
+    assert torch.equal(top_tokens, scores.sort(descending=True, stable=True).indices[:, :count])
     assert torch.allclose(top_logprobs.double(), right.gather(1, top_tokens), atol=1e-5)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import count
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
+from fastlogits.compilers import constant
 from fastlogits.plan import Barrier, Plan
 from fastlogits.run import Run
 from fastlogits.stages import Member, Opaque, Stage
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from fastlogits.position import Index
 
 __all__ = ["LogitsProcessor", "LogitsProcessorList", "StagedProcessor"]
+
+
+_changes = count()
 
 
 class RunProcessor(LogitsProcessor):
@@ -88,7 +92,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
     """
 
     _plan: Plan | None = None
-    _revision = 0
+    _revision = ""  # another after each change; no number, which a compiler might take for one that varies
 
     def stage(self) -> Stage:
         """What this processor does; asked once, and again after an attribute has been set."""
@@ -97,10 +101,15 @@ class StagedProcessor(_Planned, LogitsProcessor):
     @property
     def plan(self) -> Plan:
         """The compiled plan of this processor alone."""
+        self._make_plan(_revision(self))
         plan = self._plan
-        if plan is None:
-            plan = self.__dict__["_plan"] = Plan.compile([_staged(self)])
+        assert plan is not None
         return plan
+
+    @constant
+    def _make_plan(self, revision: str) -> None:
+        if self._plan is None:
+            self.__dict__["_plan"] = Plan.compile([_staged(self)])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Process the scores of one step; the input is never written.
@@ -116,7 +125,8 @@ class StagedProcessor(_Planned, LogitsProcessor):
             ValueError: scores of another shape or dtype; tensors on different devices; a token id or mask that
                 doesn't fit the vocabulary; or a first-step processor that can't know where the run starts.
         """
-        return (self._plan or self.plan)(input_ids, scores)
+        plan = None if torch.compiler.is_compiling() else self._plan
+        return (plan or self.plan)(input_ids, scores)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place; returns ``scores``."""
@@ -127,7 +137,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
         if not name.startswith("_"):
             # What stage() reads may have changed, as with set_begin_index.
             self.__dict__["_plan"] = None
-            self.__dict__["_revision"] = self._revision + 1
+            self.__dict__["_revision"] = str(next(_changes))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
@@ -146,21 +156,24 @@ class LogitsProcessorList(_Planned, _TransformersList):
         tensor([[0., 0., 0.]])
     """
 
-    _planned: tuple[list[Any], list[Any], Plan] | None = None
+    _planned: tuple[tuple[int, ...], tuple[Any, ...], Plan, list[Any]] | None = None
 
     @property
     def plan(self) -> Plan:
         """The compiled plan of the processors that the list holds now."""
         processors = list(super().__iter__())
-        revisions = list(map(_revision, processors))
-        planned = self._planned
-        if planned is not None:
-            known, known_revisions, plan = planned
-            if revisions == known_revisions and all(map(operator.is_, known, processors)):
-                return plan
-        plan = Plan.compile(map(self._member_of, processors))
-        self._planned = (processors, revisions, plan)
-        return plan
+        self._make_plan(tuple(map(id, processors)), tuple(map(_revision, processors)))
+        assert self._planned is not None
+        return self._planned[2]
+
+    @constant
+    def _make_plan(self, ids: tuple[int, ...], revisions: tuple[Any, ...]) -> None:
+        if self._planned is None or self._planned[:2] != (ids, revisions):
+            processors = list(super().__iter__())
+            plan = Plan.compile(map(self._member_of, processors))
+            # What has these ids is kept, so that nothing else gets them.
+            values = [list(getattr(processor, "__dict__", {}).values()) for processor in processors]
+            self._planned = (ids, revisions, plan, [processors, values])
 
     def __call__(
         self,
@@ -268,7 +281,7 @@ def _revision(processor: Any) -> Any:
     """Something that changes when an attribute of the processor is set."""
     if isinstance(processor, StagedProcessor):
         return processor._revision
-    return [id(value) for value in getattr(processor, "__dict__", {}).values()]
+    return tuple([id(value) for value in getattr(processor, "__dict__", {}).values()])
 
 
 def _staged(processor: StagedProcessor) -> Member:

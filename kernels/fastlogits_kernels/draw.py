@@ -20,7 +20,6 @@ Bytes moved on the CPU: three reads of the logits; noise is made only for tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -161,71 +160,6 @@ def _fake_draw(scores: torch.Tensor, *_: object) -> torch.Tensor:
 register("draw(Tensor scores, Tensor seeds, Tensor positions, Tensor? greedy) -> Tensor", reference_draw, _fake_draw)
 
 
-# -- What a user asks about the token --------------------------------------------------------------------------------
-
-
-class Report(NamedTuple):
-    """Log-probabilities around the drawn tokens."""
-
-    logprobs: torch.Tensor
-    """Of the tokens, float32 ``[B]``."""
-    ranks: torch.Tensor
-    """How many tokens are at least as likely, int64 ``[B]``: 1 for the likeliest."""
-    top_tokens: torch.Tensor
-    """The likeliest tokens, the lowest id first on ties, int64 ``[B, n]``."""
-    top_logprobs: torch.Tensor
-    """Theirs, float32 ``[B, n]``."""
-
-
-def _likeliest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The ids of the largest scores of each row ``[B, count]``, the lowest first on ties."""
-    if not count:
-        return torch.empty((len(scores), 0), dtype=torch.int64, device=scores.device)
-    if scores.device.type != "cpu" or not len(scores) or count >= scores.shape[1]:
-        return scores.sort(descending=True, stable=True).indices[:, :count]
-    nothing, V = float("-inf"), scores.shape[1]
-    values, ends = row_tails(scores, count + 1, False)
-    # Where fewer are above -inf, the lowest ids at -inf follow: they are among as many ids, and as many again.
-    low = scores[:, : 2 * count]
-    ids = torch.arange(low.shape[1]).expand_as(low)
-    tokens = torch.cat((ends.where(values > nothing, V), ids.where(low == nothing, V)), 1)
-    tokens, order = tokens.sort()
-    ranked = torch.cat((values, low.new_full(low.shape, nothing)), 1).gather(1, order)
-    tokens = tokens.gather(1, ranked.sort(descending=True, stable=True).indices[:, :count])
-    # Of what ties with the smallest, some may be missing; NaN ties with all.
-    unsure = (~((values[:, 0] < values[:, 1]) | (values[:, 0] == nothing))).nonzero().squeeze(1)
-    if len(unsure):
-        tokens[unsure] = scores[unsure].sort(descending=True, stable=True).indices[:, :count]
-    return tokens
-
-
-def reference_report(scores: torch.Tensor, tokens: torch.Tensor, count: int) -> Report:
-    """Log-probabilities of ``log_softmax(scores)``; NaN for a row that has none.
-
-    Args:
-        scores: float32 ``[B, V]``.
-        tokens: int64 ``[B]``.
-        count: how many of the likeliest tokens, at most V.
-    """
-    own = scores.gather(1, tokens.unsqueeze(1))
-    total = scores.logsumexp(-1, keepdim=True)
-    top_tokens = _likeliest(scores, count)
-    top_logprobs = scores.gather(1, top_tokens) - total
-    return Report((own - total).squeeze(1), (scores >= own).sum(1), top_tokens, top_logprobs)
-
-
-def _fake_report(scores: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    B = scores.shape[0]
-    return scores.new_empty(B), tokens.new_empty(B), tokens.new_empty((B, count)), scores.new_empty((B, count))
-
-
-register(
-    "report(Tensor scores, Tensor tokens, int count) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda *arguments: tuple(reference_report(*arguments)),
-    _fake_report,
-)
-
-
 def draw(
     scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, greedy: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -233,10 +167,3 @@ def draw(
     if torch.compiler.is_compiling():
         return torch.ops.fastlogits.draw(scores, seeds, positions, greedy)  # type: ignore[no-any-return]
     return reference_draw(scores, seeds, positions, greedy)
-
-
-def report(scores: torch.Tensor, tokens: torch.Tensor, count: int) -> Report:
-    """See ``reference_report``."""
-    if torch.compiler.is_compiling():
-        return Report(*torch.ops.fastlogits.report(scores, tokens, count))
-    return reference_report(scores, tokens, count)

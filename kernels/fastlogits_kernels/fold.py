@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -185,6 +185,13 @@ class Chain:
 _handles = count()
 _chains: WeakValueDictionary[int, Chain] = WeakValueDictionary()
 _forms: dict[object, int] = {}
+
+
+def chain_of(handle: int) -> Chain:
+    """The chain that a registered operation was given by its handle."""
+    return _chains[handle]
+
+
 # Maps that do nothing where their set is empty.
 _SPARSE = tuple(kind.value for kind in (BAN, SINK, ADD, ADD_ROW))
 _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -346,9 +353,16 @@ def _fold(
     return reference_fold(scores, out, chain, input_ids, position, allowed)
 
 
-def _call(scores: torch.Tensor, out: torch.Tensor | None, handle: int, *inputs: object) -> torch.Tensor:
-    input_ids, allowed, *position = inputs
-    folded = _fold(scores, out, _chains[handle], input_ids, Position(*position), allowed)  # type: ignore[arg-type]
+def _call(
+    scores: torch.Tensor,
+    out: torch.Tensor | None,
+    handle: int,
+    input_ids: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
+    *position: Any,
+) -> torch.Tensor:
+    # The dispatcher leaves out what is at its default.
+    folded = _fold(scores, out, chain_of(handle), input_ids, Position(*position), allowed)
     # A registered operation may not return what it was given.
     return folded.clone() if folded is scores and out is None else folded
 

@@ -21,14 +21,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from itertools import count
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
+from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, row_stride, to_device, triton
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.fold import NOWHERE, Chain, find_sets, set_strides
-from fastlogits_kernels.selection import ALIVE_AT, FEW_SLOTS, MANY_SLOTS, PART_WORDS, SUM_WORDS, SUMS_AT, TILE_W
+from fastlogits_kernels.fold import NOWHERE, Chain, chain_of, find_sets, set_strides
+from fastlogits_kernels.selection import FEW_SLOTS, MANY_SLOTS, PART_WORDS, SUM_WORDS, SUMS_AT, TILE_W
 from fastlogits_kernels.settle import settle_kernel
 from fastlogits_kernels.sweep import bound_kernel, sums_kernel, sweep_kernel
 from fastlogits_kernels.token_sets import Position, TokenSets
@@ -170,7 +173,9 @@ class Selection:
         self.layout = _Layout.of(V)
         # Where no rule keeps more than can be put by, none has to be taken for kept.
         self.bracketed = not normalise and not (counted and min(counted) <= 0.6 * self.layout.slots)
-        self.form = _forms.setdefault((self.rules, self.fill, self.first, normalise), len(_forms))
+        self.form = _forms.setdefault((self.rules, self.fill, self.first, normalise, self.bracketed), len(_forms))
+        self.handle = next(_handles)
+        _selections[self.handle] = self
 
 
 # Never dropped: captured graphs go on reading them.
@@ -190,6 +195,8 @@ def _is_idle(rule: Rule, V: int) -> bool:
 
 
 _forms: dict[object, int] = {}
+_handles = count()
+_selections: WeakValueDictionary[int, Selection] = WeakValueDictionary()
 _NO_CHAIN = Chain()
 
 
@@ -206,7 +213,7 @@ def launch_select(
 ) -> torch.Tensor:
     """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: up to four launches.
 
-    Returns what is alive of each row, int32 ``[B, 4]``, as settle.py says it.
+    Returns the workspace, int32 ``[B, N]``, which says from ``ALIVE_AT`` on what is alive in each row.
     """
     B, V = scores.shape
     chain = chain or _NO_CHAIN
@@ -269,7 +276,7 @@ def launch_select(
         stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
         chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, TILES, PARTS, early,
     ))  # fmt: skip
-    return work[:, ALIVE_AT.value : ALIVE_AT.value + 4]
+    return work
 
 
 def select(
@@ -290,11 +297,47 @@ def select(
         position: likewise.
         allowed: likewise.
     """
+    if torch.compiler.is_compiling():
+        handle = -1 if chain is None else chain.handle
+        return torch.ops.fastlogits.select(  # type: ignore[no-any-return]
+            scores, selection.handle, handle, input_ids, allowed, *position
+        )
+    return _select(scores, selection, chain, input_ids, position, allowed)
+
+
+def _select(
+    scores: torch.Tensor,
+    selection: Selection,
+    chain: Chain | None,
+    input_ids: torch.Tensor | None,
+    position: Position,
+    allowed: torch.Tensor | None,
+) -> torch.Tensor:
     out = empty_out(scores)
     if scores.numel():
         found = None if chain is None else find_sets(scores, chain, input_ids, position, allowed)
         launch_select(scores, selection, chain, found, out=out)
     return out
+
+
+def _call(
+    scores: torch.Tensor,
+    selection: int,
+    chain: int = -1,
+    input_ids: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
+    *position: Any,
+) -> torch.Tensor:
+    maps = None if chain < 0 else chain_of(chain)
+    return _select(scores, _selections[selection], maps, input_ids, Position(*position), allowed)
+
+
+register(
+    "select(Tensor scores, int selection, int chain=-1, Tensor? input_ids=None, Tensor? allowed=None, "
+    "SymInt cache_offset=0, SymInt prompt_offset=0, Tensor? cache_position=None, Tensor? prompt_length=None) -> Tensor",
+    _call,
+    lambda scores, *inputs: scores.new_empty(scores.shape),
+)
 
 
 def select_tokens(
