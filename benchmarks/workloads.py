@@ -15,6 +15,7 @@ from fastlogits_kernels._triton import HAS_TRITON, triton
 from transformers import SuppressTokensAtBeginLogitsProcessor
 
 import fastlogits
+from benchmarks import serving
 from benchmarks.processors import (
     CHAINS,
     CLASSES,
@@ -41,6 +42,7 @@ FAST = "fastlogits"
 FAST_ = "fastlogits in place"
 FAST_DEVICE = "fastlogits, device position"
 FAST_DEVICE_ = "fastlogits in place, device position"
+FAST_COPIED_ = "copy_(), then fastlogits in place"
 CLONE, COPY, ADD, EMPTY = "clone()", "copy_()", "add_(1)", "empty Triton kernel"
 
 FIRST_STEP, COLD, LATER_STEP = "first step", "first step, cold inputs", "later step"
@@ -313,6 +315,37 @@ def _draw(dtype: torch.dtype) -> Workload:
     return Workload(contenders, expected, _all_metrics, baseline=THEIRS, takes_ids=False)
 
 
+def _serving(draws: bool, zipf: bool) -> Workload:
+    """A step of a batch in which every request has its own parameters, to processed logits or to tokens."""
+
+    def given(scores: torch.Tensor) -> torch.Tensor:
+        return -1.5 * (scores.argsort(-1).argsort(-1) + 1.0).log() if zipf else scores
+
+    def to_new(case: Case, scores: torch.Tensor) -> Call:
+        made, scores = serving.step(case.batch, case.vocab, case.device), given(scores)
+        if draws:
+            return lambda: made.batch.sample(scores, made.slots, bitmask=made.bitmask).tokens
+        return lambda: made.batch.apply(scores, made.slots, bitmask=made.bitmask)
+
+    def copied_first(case: Case, scores: torch.Tensor) -> Call:
+        made, scores = serving.step(case.batch, case.vocab, case.device), given(scores)
+        work = torch.empty_like(scores)
+        return lambda: made.batch.apply_(work.copy_(scores), made.slots, bitmask=made.bitmask)
+
+    def contenders(case: Case) -> list[Contender]:
+        if case.device.type == "cpu" and case.batch * case.vocab > _MOST_ON_CPU:
+            return []
+        found = [Contender(FAST, partial(to_new, case))]
+        if not draws:
+            found.append(Contender(FAST_COPIED_, partial(copied_first, case)))
+        return [*found, *_yardsticks(case)]
+
+    def expected(case: Case, scores: torch.Tensor) -> torch.Tensor:
+        return (serving.tokens if draws else serving.processed)(given(scores))
+
+    return Workload(contenders, expected, _all_metrics, baseline=COPY, takes_ids=False, quick=False, rounds=True)
+
+
 def _all_metrics(case: Case) -> tuple[str, ...]:
     if case.device.type == "cpu":
         return ("cpu_us",)
@@ -330,6 +363,10 @@ WORKLOADS: dict[str, Workload] = {
     LATER_STEP: Workload(_later_step, _unchanged, _host_metric, baseline=TRANSFORMERS),
     **{name: _processors(name, made) for name, made in CHAINS.items()},
     **{name: _draw(dtype) for name, dtype in DRAWS.items()},
+    "serving": _serving(draws=False, zipf=False),
+    "serving zipf": _serving(draws=False, zipf=True),
+    "serving tokens": _serving(draws=True, zipf=False),
+    "serving tokens zipf": _serving(draws=True, zipf=True),
     **{name: _processors(name, made) for name, made in CLASSES.items()},
 }
 """All workloads by name, in the order in which they run."""

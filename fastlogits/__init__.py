@@ -86,6 +86,8 @@ if TYPE_CHECKING:
     from fastlogits.sampling import Sample as Sample
     from fastlogits.sampling import Sampler as Sampler
     from fastlogits.sampling import sample as sample
+    from fastlogits.serving import BatchProcessor as BatchProcessor
+    from fastlogits.serving import RequestParams as RequestParams
     from fastlogits.token_mask import TokenMask as TokenMask
 
 __version__ = "0.1.0"
@@ -95,6 +97,7 @@ _HOME = {
     "AllowedTokensLogitsProcessor": "processors.suppress",
     "AlternatingCodebooksLogitsProcessor": "processors.audio",
     "BarkEosPrioritizerLogitsProcessor": "processors.audio",
+    "BatchProcessor": "serving",
     "CiteFromPromptLogitsProcessor": "processors.zoo",
     "ClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
     "DRYLogitsProcessor": "processors.dry",
@@ -132,6 +135,7 @@ _HOME = {
     "PresencePenaltyLogitsProcessor": "processors.penalties",
     "PreventHallucinationLogitsProcessor": "processors.zoo",
     "RepetitionPenaltyLogitsProcessor": "processors.penalties",
+    "RequestParams": "serving",
     "Sample": "sampling",
     "Sampler": "sampling",
     "SequenceBiasLogitsProcessor": "processors.sequences",

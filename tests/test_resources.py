@@ -17,7 +17,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.backends.nvidia.compiler import get_ptxas
-from fastlogits_kernels import fold, mask_tokens, pack_ids, report, settle, sweep, synthid, token_sets
+from fastlogits_kernels import fold, keep, mask_tokens, pack_ids, report, settle, slot_sets, sweep, synthid, token_sets
 
 capability = int(sys.argv[1])
 STREAMED = ("scores_ptr", "out_ptr", "rounds_like_ptr")
@@ -26,6 +26,8 @@ TYPES |= {name: "fp32" for name in ("planes_ptr", "row_values_ptr", "biases_ptr"
 TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr")}
 TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "temperature_ptr": "fp32"}
 TYPES |= {"logprobs_ptr": "fp32", "top_logprobs_ptr": "fp32", "ranks_ptr": "i64", "top_tokens_ptr": "i64"}
+TYPES |= {"floats_ptr": "fp32", "longs_ptr": "i64", "slots_ptr": "i64", "drafts_ptr": "i64", "local_ptr": "i64"}
+TYPES |= {"values_ptr slot_sets": "fp32", "tokens_ptr append": "i64"}
 TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
 
 
@@ -94,6 +96,18 @@ for dtype in ("fp32", "bf16"):
         shape |= {"OPS": ops, "BANDED": form == "processed"}
         cases[f"report tiles {form} {dtype}"] = (report.tiles_kernel, dtype, gone, shape | tiled)
         cases[f"report {form} {dtype}"] = (report.report_kernel, dtype, gone, shape | merged)
+    # What follows the search of a serving step: edited logits, bans.
+    served = {"OPS": (*(12, 1, 2047, 2), *(0, 0, -1, -1)), "MAX": 3.4028234663852886e38}
+    absent = tuple(f"r{i}" for i in range(7, 8)) + ("biases_ptr", "row_values_ptr")
+    cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | early | {"SUMS": 3})
+    swept |= {"MAY_BE_FREE": True, "BANDED": True}
+    cases[f"sweep served {dtype}"] = (sweep.sweep_kernel, dtype, (*absent, "out_ptr"), served | swept | early)
+    kept = served | {"FILL": float("-inf"), "FIRST": False, "BANDED": True, "BLOCK_W": 32}
+    cases[f"keep served {dtype}"] = (keep._keep_kernel, dtype, absent, kept)
+    cases[f"fold served {dtype}"] = (fold._fold_kernel, dtype, absent, served | {"BLOCK_W": 32})
+    search = {"BIAS_LAST": False, "WORDS_IN_OUTPUT": True, "ROOM": 2048, "BLOCK": 1024, "LIST_BLOCK": 128}
+    cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
+cases["append"] = (slot_sets._append_kernel, "fp32", (), {"BLOCK": 32})
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
 for form, (done, more, first, wraps) in {

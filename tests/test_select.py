@@ -140,8 +140,8 @@ FLAT = {
 
 def states(scores, rules, **outputs):
     """What the sample took each row for."""
-    work = select.launch_select(scores, select.Selection(rules, scores.shape[1], scores.device), **outputs)
-    return work[:, 0].tolist()
+    alive = select.launch_select(scores, select.Selection(rules, scores.shape[1], scores.device), **outputs)
+    return alive._base[:, 0].tolist()
 
 
 @pytest.mark.parametrize("chain", FLAT)

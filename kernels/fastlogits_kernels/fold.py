@@ -40,6 +40,8 @@ ADD_ROW = tl.constexpr(7)  # x + row a of the biases, rounded
 GROW = tl.constexpr(8)  # x + |x| * row value a, where x is finite
 FORCE = tl.constexpr(9)  # where row value a is 1: 0 in the set, -inf elsewhere
 CLEAN = tl.constexpr(10)  # NaN to 0, infinities to the largest finite values; all tokens
+REPLACE = tl.constexpr(11)  # the row's value of the token's rank in the set, where that is in a ring of a + 1 of them
+REPLACE_PTX = tl.constexpr(12)  # the same in PTX; in both, set b holds the rank at which each word begins
 
 
 class Op(NamedTuple):
@@ -73,7 +75,8 @@ def fold_logits(
     for i in tl.static_range(0, len(OPS), 4):
         if OPS[i + 1] >= 0:
             here = bits_ptr + OPS[i + 1] * stride_set + row * stride_bits_row + word
-            found = ((tl.load(here, mask=word < W, other=0) >> lane) & 1) != 0
+            held = tl.load(here, mask=word < W, other=0)
+            found = ((held >> lane) & 1) != 0
         if OPS[i] == BAN:
             x = tl.where(found, float("-inf"), x)
         if OPS[i] == SINK:
@@ -102,7 +105,60 @@ def fold_logits(
             x = tl.where(forced, tl.where(found, 0.0, float("-inf")), x)
         if OPS[i] == CLEAN:
             x = tl.where(x != x, 0.0, tl.where(x == float("inf"), MAX, tl.where(x == float("-inf"), -MAX, x)))
+        if (OPS[i] == REPLACE) or (OPS[i] == REPLACE_PTX):
+            here = bits_ptr + OPS[i + 3] * stride_set + row * stride_bits_row + word
+            rank = tl.load(here, mask=word < W, other=0)
+            below = held & ((1 << lane) - 1)
+            values_ptr = planes_ptr + row * stride_plane
+            x = _replaced(x, found & inside, below, rank, values_ptr, OPS[i + 2], OPS[i] == REPLACE_PTX)
         x = x.to(dtype).to(tl.float32)
+    return x
+
+
+# Four tokens of a thread: most have no value of their own, and are done with one branch.
+_REPLACED = tl.constexpr("""{
+    .reg .pred none, there;
+    .reg .b32 some, place;
+    .reg .b64 from;
+    mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;
+    or.b32 some, $8, $9; or.b32 some, some, $10; or.b32 some, some, $11;
+    setp.eq.s32 none, some, 0;
+    @none bra done;
+    popc.b32 place, $12; add.u32 place, place, $16; and.b32 place, place, $24;
+    setp.ne.s32 there, $8, 0; mad.wide.u32 from, place, 4, $20; @there ld.global.b32 $0, [from];
+    popc.b32 place, $13; add.u32 place, place, $17; and.b32 place, place, $24;
+    setp.ne.s32 there, $9, 0; mad.wide.u32 from, place, 4, $20; @there ld.global.b32 $1, [from];
+    popc.b32 place, $14; add.u32 place, place, $18; and.b32 place, place, $24;
+    setp.ne.s32 there, $10, 0; mad.wide.u32 from, place, 4, $20; @there ld.global.b32 $2, [from];
+    popc.b32 place, $15; add.u32 place, place, $19; and.b32 place, place, $24;
+    setp.ne.s32 there, $11, 0; mad.wide.u32 from, place, 4, $20; @there ld.global.b32 $3, [from];
+    done:
+}""")
+_REPLACED_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r" + 16 * ",r" + 4 * ",l" + 4 * ",r")
+
+
+@triton.jit
+def popcount(x):
+    """The number of bits that are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def _replaced(x, found, below, rank, values_ptr, LAST: tl.constexpr, PTX: tl.constexpr):
+    """The values of found tokens in place of their logits; ``below`` are the found ones of the word before each."""
+    if PTX:
+        last = tl.full([], LAST, tl.int32)
+        bits = tl.inline_asm_elementwise(
+            _REPLACED, _REPLACED_OPERANDS,
+            [x.to(tl.int32, bitcast=True), found.to(tl.int32), below, rank, values_ptr.to(tl.int64), last],
+            dtype=tl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+        x = bits.to(tl.float32, bitcast=True)
+    else:
+        x = tl.load(values_ptr + ((rank + popcount(below)) & LAST), mask=found, other=x)
     return x
 
 

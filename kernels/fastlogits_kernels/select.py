@@ -31,7 +31,7 @@ from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, row_stride, to_device, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.fold import NOWHERE, Chain, chain_of, find_sets, set_strides
-from fastlogits_kernels.selection import FEW_SLOTS, MANY_SLOTS, PART_WORDS, SUM_WORDS, SUMS_AT, TILE_W
+from fastlogits_kernels.selection import ALIVE_AT, FEW_SLOTS, MANY_SLOTS, PART_WORDS, SUM_WORDS, SUMS_AT, TILE_W
 from fastlogits_kernels.settle import settle_kernel
 from fastlogits_kernels.sweep import bound_kernel, sums_kernel, sweep_kernel
 from fastlogits_kernels.token_sets import Position, TokenSets
@@ -213,7 +213,7 @@ def launch_select(
 ) -> torch.Tensor:
     """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: up to four launches.
 
-    Returns the workspace, int32 ``[B, N]``, which says from ``ALIVE_AT`` on what is alive in each row.
+    Returns what is alive of each row, int32 ``[B, 4]``, as settle.py says it.
     """
     B, V = scores.shape
     chain = chain or _NO_CHAIN
@@ -276,7 +276,7 @@ def launch_select(
         stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
         chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, TILES, PARTS, early,
     ))  # fmt: skip
-    return work
+    return work[:, ALIVE_AT.value : ALIVE_AT.value + 4]
 
 
 def select(
