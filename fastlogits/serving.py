@@ -407,7 +407,7 @@ class BatchProcessor:
         self._active[slot] = 0
 
     def move(self, source: int, target: int) -> None:
-        """Move a request to a free slot.
+        """Move a request to a free slot. A history that is the engine's own is for the engine to move.
 
         Raises:
             ValueError: ``source`` holds no request, or ``target`` holds one. Nothing has changed then.
@@ -424,7 +424,7 @@ class BatchProcessor:
         self._active[source], self._active[target] = 0, 1
 
     def swap(self, a: int, b: int) -> None:
-        """Exchange what two slots hold, a request or none.
+        """Exchange what two slots hold, a request or none, but for histories that are the engine's own.
 
         Raises:
             ValueError: a slot that doesn't exist.

@@ -207,7 +207,7 @@ def _tally_repetitions(
         mine = _is_mine(follower, first, last, V)
         matches = mine
         matched = tl.zeros([BLOCK], tl.int32)
-        n = 0
+        n = tl.full([], 0, tl.int32)
         while (n < _LONGEST) & (tl.max(matches.to(tl.int32)) > 0):
             # A breaker matches nothing, nor does what lies before the first token.
             wanted = _token(text, seen - 1 - n, seen > n)
