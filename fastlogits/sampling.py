@@ -30,12 +30,13 @@ from fastlogits.run import Run
 from fastlogits.stages import Member, Scale
 from fastlogits.truncate_launch import TruncateLaunch
 
-Order: TypeAlias = Literal["transformers", "vllm"]
+Order: TypeAlias = Literal["transformers", "vllm", "sglang"]
 Distribution: TypeAlias = Literal["processed", "raw"]
 
 _ORDERS: dict[Order, tuple[RuleKind, ...]] = {
     "transformers": ("top_n_sigma", "top_h", "top_k", "top_p", "min_p", "typical", "epsilon", "eta"),
     "vllm": ("top_n_sigma", "min_p", "top_k", "top_p", "top_h", "typical", "epsilon", "eta"),
+    "sglang": ("top_n_sigma", "top_p", "top_k", "min_p", "top_h", "typical", "epsilon", "eta"),
 }
 
 
@@ -85,7 +86,7 @@ class Sampler:
         top_n_sigma: above 0; inf turns it off. For what each of them keeps see the warper of its name.
         order: in which the truncations act, each on what the one before has left: ``"transformers"`` for top-n-sigma,
             top-h, top-k, top-p, min-p, typical, epsilon, eta; ``"vllm"`` for top-n-sigma, min-p, top-k, top-p, then the
-            others in that order.
+            others in that order; ``"sglang"`` for top-n-sigma, top-p, top-k, min-p, then the others.
         ties: of tokens that tie at the edge of top-k or top-p, keep them as transformers does (``"all"``: top-k all,
             top-p as many as it takes, with the largest ids), or as many as it takes with the ``"lowest"`` ids.
         logprobs: ``"raw"`` for log-probabilities of the logits as they are given, ``"processed"`` for those of the

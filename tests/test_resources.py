@@ -17,10 +17,11 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.backends.nvidia.compiler import get_ptxas
-from fastlogits_kernels import fold, keep, mask_tokens, pack_ids, report, settle, slot_sets, sweep, synthid, token_sets
+from fastlogits_kernels import bitmask, fold, keep, mask_tokens, pack_ids, report, settle, slot_sets, sweep, synthid
+from fastlogits_kernels import token_sets
 
 capability = int(sys.argv[1])
-STREAMED = ("scores_ptr", "out_ptr", "rounds_like_ptr")
+STREAMED = ("scores_ptr", "logits_ptr", "out_ptr", "rounds_like_ptr")
 TYPES = {name: "i64" for name in ("ids_ptr", "tokens_ptr", "cache_position_ptr", "prompt_length_ptr")}
 TYPES |= {name: "fp32" for name in ("planes_ptr", "row_values_ptr", "biases_ptr")}
 TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr")}
@@ -59,6 +60,7 @@ for dtype in ("fp32", "fp16", "bf16"):
     cases[f"mask_tokens static {dtype}"] = (mask_tokens._mask_tokens_kernel, dtype, absent, everything | {"GATES": 1})
     in_place = gated | {"IN_PLACE": True, "BLOCK_W": 64}
     cases[f"mask_tokens_ {dtype}"] = (mask_tokens._mask_tokens_kernel, dtype, (), in_place)
+    cases[f"bitmask {dtype}"] = (bitmask._bitmask_kernel, dtype, (), {"BLOCK_W": 64})
     cases[f"mask_listed_tokens {dtype}"] = (mask_tokens._mask_listed_tokens_kernel, dtype, (), {"BLOCK_N": 128})
     ops = tuple(n for kind in range(11) for n in (kind, kind % 3, 2, 1))
     chain = {"OPS": ops, "MAX": 65504.0, "BLOCK_W": 32}
@@ -160,5 +162,5 @@ def test_registers_spills_and_widths(capability):
         assert kernel["spilled"] <= (4 if name in HEAVY else 0), (name, kernel)
         # Nine hashes of 64 bits are in flight where a table's size is no power of two.
         assert kernel["registers"] <= (192 if name == "synthid wraps" else 136), (name, kernel)
-        if name.startswith(("mask_tokens", "fold", "sweep fp32", "report tiles raw")):
+        if name.startswith(("mask_tokens", "bitmask", "fold", "sweep fp32", "report tiles raw")):
             assert kernel["wide"] >= 2, (name, kernel)

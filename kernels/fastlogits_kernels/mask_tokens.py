@@ -81,6 +81,18 @@ def _is_open(
     return is_open
 
 
+@triton.jit
+def ban_words(row_ptr, banned, word, V, stride_token):
+    """Write -inf to the banned tokens of some words of a row; ``banned`` and ``word`` are ``[BLOCK_W, 1]``."""
+    lane = tl.arange(0, 32)[None, :]
+    token = word * 32 + lane  # [BLOCK_W, 32]
+    inside = (token < V) & (banned != 0)
+    here = row_ptr + token.to(tl.int64) * stride_token
+    # A mask that is constant over a word keeps the accesses 16 bytes wide, whatever the bits are.
+    scores = tl.load(here, mask=inside & (banned != -1), other=float("-inf"))
+    tl.store(here, tl.where(((banned >> lane) & 1) != 0, float("-inf"), scores), mask=inside)
+
+
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
 def _mask_tokens_kernel(
     # inputs
@@ -117,17 +129,14 @@ def _mask_tokens_kernel(
     if allowed_ptr is not None:
         banned |= ~tl.load(allowed_ptr + row * stride_allowed + word, mask=word < W, other=0)
 
-    lane = tl.arange(0, 32)[None, :]
-    token = word * 32 + lane  # [BLOCK_W, 32]
-    inside = token < V
-    is_banned = ((banned >> lane) & 1) != 0
-    here = scores_ptr + row * stride_row + token.to(tl.int64) * stride_token
     if IN_PLACE:
-        # A mask that is constant over a word keeps the accesses 16 bytes wide, whatever the bits are.
-        scores = tl.load(here, mask=inside & (banned != 0) & (banned != -1), other=float("-inf"))
-        tl.store(here, tl.where(is_banned, float("-inf"), scores), mask=inside & (banned != 0))
+        ban_words(scores_ptr + row * stride_row, banned, word, V, stride_token)
     else:
-        scores = tl.load(here, mask=inside)
+        lane = tl.arange(0, 32)[None, :]
+        token = word * 32 + lane  # [BLOCK_W, 32]
+        inside = token < V
+        scores = tl.load(scores_ptr + row * stride_row + token.to(tl.int64) * stride_token, mask=inside)
+        is_banned = ((banned >> lane) & 1) != 0
         tl.store(out_ptr + row * stride_out + token, tl.where(is_banned, float("-inf"), scores), mask=inside)
 
 
@@ -166,7 +175,7 @@ def _mask_listed_tokens_kernel(
 # Token ids of a program, and mask words of a program (32 logits each). Measured on an H200, batch 1 to 256: larger
 # programs only pay in place, where most words are skipped.
 _BLOCK_N = 128
-_COPY_BLOCK_W, _IN_PLACE_BLOCK_W = 32, 64
+_COPY_BLOCK_W, IN_PLACE_BLOCK_W = 32, 64
 
 _mask_tokens_launcher = Launcher(_mask_tokens_kernel, num_warps=4)
 _mask_listed_tokens_launcher = Launcher(_mask_listed_tokens_kernel, num_warps=4)
@@ -206,7 +215,7 @@ def launch_mask_tokens(scores: torch.Tensor, out: torch.Tensor, bans: Bans) -> N
         ))  # fmt: skip
         return
     gates = 0 if sets is None else sets.shape[0]
-    block_w = _IN_PLACE_BLOCK_W if in_place else _COPY_BLOCK_W
+    block_w = IN_PLACE_BLOCK_W if in_place else _COPY_BLOCK_W
     stride_out = out.stride(0)
     row_blocks = -(-W // block_w)
     key += (gates, in_place, allowed is None, out.data_ptr() % 16, stride_out % 16, stride_out >> 31)

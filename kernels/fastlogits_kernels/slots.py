@@ -226,7 +226,7 @@ def reference_slots(
                 source = record.words if kind == "top_k" else record.numbers
                 rules[kind][row] = source[RULES.value + i]
         numbers.counts[row] = record.words[LOGPROBS.value]
-        numbers.longs[0, row] = record.words[SEED.value : SEED.value + 2].view(torch.int64)[0]
+        numbers.longs[0, row] = record.words[SEED.value : SEED.value + 2].clone().view(torch.int64)[0]
         numbers.longs[1, row] = length
     return x, numbers
 

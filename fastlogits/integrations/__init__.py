@@ -1,0 +1,1 @@
+"""fastlogits inside other engines: one module an engine, none imported until it is named."""

@@ -1,0 +1,115 @@
+"""The bitmasks of grammar engines (xgrammar, llguidance, outlines), applied to logits in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from fastlogits_kernels._triton import to_device
+from fastlogits_kernels.bitmask import apply_bitmask_
+from fastlogits_kernels.bits import WORD_BITS
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def apply_token_bitmask_inplace(
+    logits: torch.Tensor,
+    bitmask: torch.Tensor,
+    *,
+    vocab_size: int | None = None,
+    indices: Sequence[int] | torch.Tensor | None = None,
+    mask_rows: Sequence[int] | torch.Tensor | None = None,
+    mask_tail: bool = False,
+) -> None:
+    """Set the logits of the tokens that a bitmask forbids to -inf: xgrammar's function, with two arguments more.
+
+    The tail: tokens from ``32 * W`` on, which the mask has no word for, keep their logits, as in xgrammar, which
+    warns of them as this does; ``mask_tail=True`` forbids them, as llguidance does. The bits that the last word has
+    beyond ``vocab_size`` are not read. Nothing is allocated and nothing waits for the device where ``indices`` and
+    ``mask_rows`` are absent or tensors on the device of the logits.
+
+    Args:
+        logits: ``[B, V]``, or ``[V]`` for one row; float32, float16 or bfloat16, of any strides. Written in place.
+        bitmask: int32 ``[M, W]`` or ``[W]``, on the device of the logits; bit ``i`` of word ``w`` is 1 where token
+            ``32 * w + i`` is allowed.
+        vocab_size: decide on the first ``vocab_size`` tokens only, ``0`` to ``min(V, 32 * W)`` (with ``mask_tail``, to
+            ``V``), which is the default.
+        indices: the rows of the logits to mask, each once; other rows keep theirs. By default all.
+        mask_rows: which row of the bitmask each of these rows reads, as many as there are rows to mask; -1 leaves a
+            row unmasked. By default a row reads the mask row of its own number.
+        mask_tail: whether the tokens that the mask has no word for are forbidden.
+
+    Raises:
+        ValueError: another dtype, shape or device, a ``vocab_size`` out of range, or a row that does not exist. Of
+            indices in a tensor on a GPU nothing can be said without waiting for it: there such a row is left alone.
+
+    Example:
+        >>> logits = torch.zeros(2, 4)
+        >>> apply_token_bitmask_inplace(logits, torch.tensor([[0b0101], [0b0011]], dtype=torch.int32), indices=[1])
+        >>> logits.tolist()
+        [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -inf, -inf]]
+    """
+    if logits.dtype not in _DTYPES or logits.ndim not in (1, 2):
+        raise ValueError(
+            f"logits must be float32, float16 or bfloat16 of shape (B, V) or (V,), got {logits.dtype} of "
+            f"{tuple(logits.shape)}"
+        )
+    if bitmask.dtype != torch.int32 or bitmask.ndim not in (1, 2):
+        raise ValueError(
+            f"bitmask must be int32 of shape (M, W) or (W,), got {bitmask.dtype} of {tuple(bitmask.shape)}"
+        )
+    if bitmask.device != logits.device:
+        raise ValueError(
+            f"bitmask is on {bitmask.device}, but logits are on {logits.device}; move it with "
+            "bitmask.to(logits.device, non_blocking=True)"
+        )
+    logits = logits if logits.ndim == 2 else logits.unsqueeze(0)
+    bitmask = bitmask if bitmask.ndim == 2 else bitmask.unsqueeze(0)
+    if bitmask.stride(1) != 1:
+        bitmask = bitmask.contiguous()
+    B, V = logits.shape
+    M, covered = bitmask.shape[0], bitmask.shape[1] * WORD_BITS
+    most = V if mask_tail else min(V, covered)
+    if vocab_size is None:
+        vocab_size = most
+        if most < V:
+            warnings.warn(
+                f"bitmask speaks of {covered} tokens, logits have {V}: tokens from {covered} on stay allowed. Give "
+                "the bitmask a width for the model's padded vocabulary, pass mask_tail=True, or say vocab_size",
+                stacklevel=2,
+            )
+    elif not 0 <= vocab_size <= most:
+        raise ValueError(
+            f"vocab_size must be from 0 to {most}, got {vocab_size}: logits have {V} tokens, bitmask has {covered}"
+        )
+    rows = None if indices is None else _index("indices", indices, 0, B, logits.device)
+    if mask_rows is None:
+        if rows is not None:
+            chosen = _index("indices (which bitmask has to have too)", rows, 0, M, logits.device)
+        elif B > M:
+            raise ValueError(
+                f"bitmask has {M} rows, but logits have {B}; say with indices or mask_rows which rows belong together"
+            )
+        else:
+            chosen = None
+    else:
+        chosen = _index("mask_rows", mask_rows, -1, M, logits.device)
+        entries = B if rows is None else rows.shape[0]
+        if chosen.shape[0] != entries:
+            raise ValueError(f"mask_rows must have one entry for each of {entries} rows, got {chosen.shape[0]}")
+    apply_bitmask_(logits, bitmask, vocab_size, rows, chosen)
+
+
+def _index(
+    argument: str, index: Sequence[int] | torch.Tensor, first: int, stop: int, device: torch.device
+) -> torch.Tensor:
+    """Row numbers as a contiguous integer tensor on the device, checked where that needs no wait."""
+    made = index if isinstance(index, torch.Tensor) else torch.tensor(index, dtype=torch.int64)
+    if made.ndim != 1 or made.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{argument} must be integers of shape (E,), got {made.dtype} of {tuple(made.shape)}")
+    if made.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = [row for row in made.tolist() if not first <= row < stop]
+        if wrong:
+            raise ValueError(f"{argument} must be rows from {first} to {stop - 1}, got {wrong[0]}")
+    return to_device(made.contiguous(), device)

@@ -1,0 +1,268 @@
+r"""A logits processor for vLLM, of both its interfaces: requests ask for what vLLM lacks.
+
+Installed with fastlogits as an entry point of vLLM, so nothing has to be said when the engine starts. It does nothing,
+and takes no memory, until a request asks for something:
+
+    SamplingParams(temperature=0.7, extra_args={"fastlogits": {"no_repeat_ngram_size": 3}})
+
+Over HTTP, whose extra arguments hold text and numbers only, the value is the same in JSON:
+
+    "vllm_xargs": {"fastlogits": "{\"no_repeat_ngram_size\": 3}"}
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+if TYPE_CHECKING:
+    from fastlogits.integrations.steering import Live, LiveBatch, Wishes
+    from fastlogits.serving import BatchProcessor
+
+logger = logging.getLogger(__name__)
+
+# vLLM takes lower temperatures for greedy decoding.
+_GREEDY = 1e-5
+# Rows that there is room for at first; each takes a bit a token for some sets of tokens.
+_FEW_ROWS = 64
+
+
+def _interfaces() -> tuple[type, ...]:
+    """What the installed vLLM wants a logits processor to be: its older runner's class, its newer one's, or both."""
+    found = []
+    for module in ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor"):
+        with suppress(ImportError):
+            found.append(import_module(module).LogitsProcessor)
+    return tuple(found)
+
+
+class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
+    """What requests ask for in ``SamplingParams(extra_args={"fastlogits": {...}})``.
+
+    The names are those of ``RequestParams`` that vLLM has no argument for, or that it does more slowly:
+    ``banned_token_ids``, ``bad_words`` (as token ids), ``no_repeat_ngram_size``, ``dry_multiplier``, ``dry_base``,
+    ``dry_allowed_length``, ``dry_breakers``, ``first_tokens_suppressed``, ``first_window``, ``forced_tokens``,
+    ``top_n_sigma``, and ``typical_p``, ``epsilon`` and ``eta`` at the request's temperature. They act on the logits
+    before vLLM's temperature, min-p, top-k and top-p. What vLLM has an argument for is refused here, so that nothing
+    is applied twice. Values out of range are refused when the request comes in.
+
+    vLLM's older runner calls ``update_state`` and ``apply(logits)``, its newer one ``add_request``,
+    ``apply_staged_writes`` and ``apply(logits, context)``, also with the rows of speculative decoding. With speculative
+    decoding the older runner loads no logits processors at all.
+    """
+
+    _instances: ClassVar[weakref.WeakSet[FastLogitsProcessor]] = weakref.WeakSet()
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Check what a request asks for, where it comes in.
+
+        Raises:
+            ValueError: see ``read_wishes``; or forced tokens beside a grammar, which may forbid them.
+        """
+        _wishes(sampling_params)
+
+    def __init__(self, vllm_config: Any, place: Any, is_pin_memory: bool | None = None) -> None:
+        # The older runner gives a device and whether memory is pinned, the newer one the state of its requests.
+        self._config = vllm_config
+        self._older = _OlderRunner(vllm_config) if is_pin_memory is not None else None
+        self._newer = _NewerRunner(place) if is_pin_memory is None else None
+        # Named beside the entry point, the class is loaded twice; then the first instance does it all.
+        self._is_second = any(other._config is vllm_config for other in self._instances)
+        self._instances.add(self)
+
+    def is_argmax_invariant(self) -> bool:
+        """It isn't: bans change which token is the likeliest."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Older runner: requests that were removed, added or moved."""
+        assert self._older is not None
+        if batch_update is not None and not self._is_second:
+            self._older.update(batch_update)
+            if self._older.requests:
+                _keep_outputs(sys._getframe(1).f_locals.get("self"))
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Newer runner: a request takes a slot."""
+        assert self._newer is not None
+        return not self._is_second and self._newer.add(req_idx, sampling_params)
+
+    def apply_staged_writes(self) -> None:
+        """Newer runner: the state of the requests is on the device."""
+        assert self._newer is not None
+        self._newer.write()
+
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
+        """Process the logits of a step, in place."""
+        if self._newer is not None:
+            return self._newer.apply(logits, ctx)
+        assert self._older is not None
+        return self._older.apply(logits)
+
+
+def _wishes(sampling_params: Any) -> Wishes | None:
+    """What a request asks for; None where that is nothing."""
+    given = (sampling_params.extra_args or {}).get("fastlogits")
+    if given is None:
+        return None
+    from fastlogits.integrations.steering import CUTS, EDITS, read_wishes
+
+    where, temperature = "extra_args['fastlogits']", sampling_params.temperature
+    wishes = read_wishes(given, EDITS + CUTS, where, temperature if temperature >= _GREEDY else 0.0)
+    if wishes.edits.forced_tokens and getattr(sampling_params, "structured_outputs", None) is not None:
+        raise ValueError(f"{where}: forced_tokens don't go with structured outputs, whose grammar may forbid them")
+    return wishes
+
+
+def _keep_outputs(batch: Any) -> None:
+    """Ask the older runner's batch to fill in output tokens.
+
+    Under asynchronous scheduling it does so for penalties, for bad words and where a logits processor was named when
+    the engine started, but not for an entry point, whose lists would hold -1 for every token.
+    """
+    if getattr(batch, "logitsprocs_need_output_token_ids", None) is False:
+        batch.logitsprocs_need_output_token_ids = True
+
+
+class _OlderRunner:
+    """Rows of logits are requests in the order of their indices, their tokens are lists on the host."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.requests: dict[int, Live] = {}
+        # What it may come to can be gigabytes: a batch begins small, and grows where it has to.
+        self._max_requests: int = min(64, vllm_config.scheduler_config.max_num_seqs)
+        self._max_length: int = min(4096, vllm_config.model_config.max_model_len)
+        self._batch: LiveBatch | None = None
+
+    def update(self, changes: Any) -> None:
+        """Follow the indices of the requests, in vLLM's order: removed, added, moved."""
+        requests = self.requests
+        for index in changes.removed:
+            self._let_go(index)
+        for index, sampling_params, prompt, outputs in changes.added:
+            self._let_go(index)
+            wishes = _wishes(sampling_params)
+            if wishes is not None:
+                from fastlogits.integrations.steering import Live
+
+                requests[index] = Live(wishes, prompt or (), outputs)
+        for source, target, direction in changes.moved:
+            moved, met = requests.pop(source, None), requests.pop(target, None)
+            if moved is not None:
+                requests[target] = moved
+            if met is not None:
+                requests[source] = met
+                if direction.name != "SWAP":
+                    self._let_go(source)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        if not self.requests:
+            return logits
+        if self._batch is None:
+            from fastlogits.integrations.steering import LiveBatch
+
+            self._batch = LiveBatch(logits.shape[1], logits.device, self._max_requests, self._max_length, "vllm")
+        return self._batch.process_(logits, [self.requests.get(row) for row in range(logits.shape[0])])
+
+    def _let_go(self, index: int) -> None:
+        request = self.requests.pop(index, None)
+        if request is not None and self._batch is not None:
+            self._batch.let_go(request)
+
+
+class _NewerRunner:
+    """Rows of logits name their slots, whose tokens are on the device; draft tokens are among the rows' inputs."""
+
+    def __init__(self, states: Any) -> None:
+        self._states = states
+        self._wishes: dict[int, Wishes] = {}
+        self._new: list[int] = []
+        self._tables: _Tables | None = None
+
+    def add(self, slot: int, sampling_params: Any) -> bool:
+        wishes = _wishes(sampling_params)
+        if slot in self._wishes:
+            del self._wishes[slot]
+            self._new.append(slot)
+        if wishes is not None:
+            self._wishes[slot] = wishes
+            self._new.append(slot)
+        return wishes is not None
+
+    def write(self) -> None:
+        if not self._new:
+            return
+        if self._tables is None:
+            self._tables = _Tables(self._states, _FEW_ROWS)
+        self._put(self._new)
+        self._new.clear()
+
+    def apply(self, logits: torch.Tensor, context: Any) -> torch.Tensor:
+        wishes = self._wishes
+        if not wishes or not any(slot in wishes for slot in context.idx_mapping_np.tolist()):
+            return logits
+        assert self._tables is not None
+        if len(logits) > self._tables.max_rows:
+            self._tables = _Tables(self._states, 2 * len(logits))
+            self._put(wishes)
+        self._tables.apply_(logits, context)
+        return logits
+
+    def _put(self, slots: Iterable[int]) -> None:
+        assert self._tables is not None
+        for slot in slots:
+            self._tables.put(slot, self._wishes.get(slot), int(self._states.prompt_len.np[slot]))
+
+
+class _Tables:
+    """What the newer runner's slots ask for."""
+
+    def __init__(self, states: Any, max_rows: int) -> None:
+        from fastlogits.integrations.steering import MAX_LISTED, Cutter
+        from fastlogits.serving import BatchProcessor
+
+        self.max_rows = max_rows
+        tokens, lengths = states.all_token_ids.gpu, states.total_len.gpu
+        S, V, device = states.max_num_reqs, states.vocab_size, tokens.device
+        # The runner's own prompt lengths are in another buffer at every step.
+        self._prompts = torch.zeros(S, dtype=torch.int32, device=device)
+        self._batch: BatchProcessor = BatchProcessor(
+            S, V, device, semantics="vllm", max_rows=max_rows, max_listed=MAX_LISTED,
+            history=(tokens, self._prompts, lengths),
+        )  # fmt: skip
+        self._cutter = Cutter(S, V, device, max_rows, "vllm")
+        # Of each slot its own number where it asks for something, else -1.
+        self._slots = torch.full((2, S), -1, dtype=torch.int32, device=device)
+
+    def put(self, slot: int, wishes: Wishes | None, prompt_length: int) -> None:
+        if slot in self._batch:
+            self._batch.remove(slot)
+        self._cutter.put(slot, None)
+        self._slots[:, slot].fill_(-1)
+        if wishes is None:
+            return
+        self._prompts[slot].fill_(prompt_length)
+        try:
+            self._batch.add(wishes.edits, slot=slot)
+            self._cutter.put(slot, wishes.cuts)
+        except ValueError as error:
+            # Whoever else is in the batch must not suffer for what could not be checked before.
+            logger.error("a request is not steered: %s", error)
+            return
+        self._slots[: 1 + (wishes.cuts is not None), slot].fill_(slot)
+
+    def apply_(self, logits: torch.Tensor, context: Any) -> None:
+        slots = self._slots.index_select(1, context.expanded_idx_mapping)
+        self._batch.apply_(
+            logits, slots[0], context.pos, draft_ids=context.input_ids, local_position=context.expanded_local_pos
+        )
+        if len(self._cutter):
+            self._cutter.cut_(logits, slots[1])

@@ -1,0 +1,312 @@
+"""The released SGLang's own requests, batches, samplers and plug-in loader, with fastlogits in their places."""
+
+import contextlib
+import importlib.machinery
+import logging
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastlogits as fl
+
+pytest.importorskip("sglang", reason="needs SGLang: make test-engines")
+
+# SGLang imports torchvision for pictures, whose wheels are for builds of torch with CUDA.
+if importlib.util.find_spec("torchvision") is None:
+    from transformers.utils import is_torchvision_available
+
+    assert not is_torchvision_available()  # transformers has looked before there is a stand-in
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.InterpolationMode = SimpleNamespace(BICUBIC=None)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+
+from sglang.srt.layers import sampler as theirs
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.runtime_context import get_context, get_parallel
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from fastlogits.integrations import sglang as ours
+from fastlogits.integrations.sglang import FastLogitsProcessor, NoRepeatNGramLogitProcessor
+
+V = 50
+NEG = float("-inf")
+
+
+@contextlib.contextmanager
+def server(**arguments):
+    """What SGLang reads of its server's arguments."""
+    arguments = {"disable_overlap_schedule": True, "enable_custom_logit_processor": True, **arguments}
+    ours._overlaps.cache_clear()
+    ours.say_once.cache_clear()
+    with get_context().override_server_args(device="cpu", **arguments):
+        yield
+    ours._overlaps.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _server():
+    with server():
+        yield
+
+
+def request(rid, prompt, processor=None, wishes=None, **sampling):
+    if wishes is not None:
+        sampling["custom_params"] = (processor or FastLogitsProcessor).params(**wishes)
+        processor = processor or FastLogitsProcessor
+    params = SamplingParams(**sampling)
+    params.normalize(None)
+    return Req(rid, "", prompt, params, custom_logit_processor=processor and processor.to_str(), vocab_size=V)
+
+
+class Batch:
+    """What a batch's sampling information is made from."""
+
+    def __init__(self, *requests):
+        self.reqs, self.device = list(requests), "cpu"
+
+
+def info(*requests):
+    return SamplingBatchInfo.from_schedule_batch(Batch(*requests), V)
+
+
+def processed(logits, *requests, times=1):
+    out = logits.clone()
+    for _ in range(times):
+        theirs.apply_custom_logit_processor(out, info(*requests))
+    return out
+
+
+def by_transformers(request, row, *processors):
+    ids = torch.tensor([[*request.origin_input_ids, *request.output_ids]])
+    return fl.LogitsProcessorList(processors)(ids, row[None], prompt_length=len(request.origin_input_ids))[0]
+
+
+@pytest.mark.parametrize("name", ["FastLogitsProcessor", "NoRepeatNGramLogitProcessor", "DRYLogitProcessor",
+                                  "FirstTokensLogitProcessor", "BannedTokensLogitProcessor"])  # fmt: skip
+def test_processors_travel_as_text(name):
+    made = CustomLogitProcessor.from_str(getattr(ours, name).to_str())
+    assert type(made) is getattr(ours, name)
+    assert isinstance(made, CustomLogitProcessor)
+
+
+def test_a_batch_step_by_step():
+    torch.manual_seed(0)
+    plain = request("plain", [1, 2, 3])
+    ngram = request("ngram", [1, 2, 3, 1], NoRepeatNGramLogitProcessor, {"no_repeat_ngram_size": 2})
+    dry = request("dry", [4, 5, 4], wishes={"dry_multiplier": 2.0, "dry_allowed_length": 1, "banned_token_ids": [7, 9]})
+    first = request("first", [4], wishes={"first_tokens_suppressed": [1, 2], "first_window": 2})
+    likeliest = request("cut", [8], wishes={"epsilon": 0.999}, temperature=0.5)
+    greedy = request("greedy", [8], wishes={"epsilon": 0.999}, temperature=0)
+    requests = [plain, ngram, dry, first, likeliest, greedy]
+    for step in range(12):
+        # Twice a step, as for log-probabilities; in another order and company each time.
+        order = requests[step % 6 :] + requests[: step % 6]
+        logits = torch.randn(len(order), V) * 3
+        out = processed(logits, *order, times=1 + step % 2)
+        found = dict(zip([each.rid for each in order], zip(logits, out, strict=True), strict=True))
+        for rid in ("plain", "greedy"):
+            assert torch.equal(*found[rid])
+        row, got = found["ngram"]
+        assert torch.equal(got, by_transformers(ngram, row, fl.NoRepeatNGramLogitsProcessor(2)))
+        row, got = found["dry"]
+        if step % 2 == 0:
+            chain = fl.DRYLogitsProcessor(2.0, 1.75, 1), fl.SuppressTokensLogitsProcessor([7, 9], "cpu")
+            torch.testing.assert_close(got, by_transformers(dry, row, *chain))
+        row, got = found["first"]
+        assert torch.equal(got, by_transformers(first, row, fl.SuppressFirstTokens([1, 2], 2)))
+        row, got = found["cut"]
+        assert (got > NEG).nonzero().item() == row.argmax()
+        for each in requests:
+            each.output_ids.append(int(torch.randint(0, 6, ())))
+
+
+def test_what_a_request_has_said_is_taken_back():
+    req = request("again", [1, 2], wishes={"no_repeat_ngram_size": 1})
+    logits = torch.zeros(1, V)
+    req.output_ids.extend([3, 4])
+    assert processed(logits, req).isinf().nonzero()[:, 1].tolist() == [1, 2, 3, 4]
+    del req.output_ids[-1]
+    assert processed(logits, req).isinf().nonzero()[:, 1].tolist() == [1, 2, 3]
+    # A request that is aborted and starts anew has another list.
+    req.output_ids = type(req.output_ids)("q", [9])
+    assert processed(logits, req).isinf().nonzero()[:, 1].tolist() == [1, 2, 9]
+    # Another one comes by the same name.
+    other = request("again", [5], wishes={"no_repeat_ngram_size": 1})
+    assert processed(logits, other).isinf().nonzero()[:, 1].tolist() == [5]
+
+
+def test_more_requests_than_there_was_room_for():
+    wishes = {"no_repeat_ngram_size": 1}
+    many = [request(f"many {i}", [i % V, (i + 1) % V], NoRepeatNGramLogitProcessor, wishes) for i in range(150)]
+    late = request("long", [3] * 9000, NoRepeatNGramLogitProcessor, wishes)
+    for group in (many[:40], many[40:80], many, [late], many[::2]):
+        banned = processed(torch.zeros(len(group), V), *group).isinf()
+        for row, req in zip(banned, group, strict=True):
+            assert row.nonzero().flatten().tolist() == sorted({*req.origin_input_ids})
+
+
+def test_bad_wishes_are_refused_at_the_client_and_hurt_nobody_at_the_server(caplog):
+    for wishes, message in (
+        ({"top_k": 3}, "which the engine itself applies"),
+        ({"ngram": 3}, "'ngram', which is unknown"),
+        ({"epsilon": 3.0}, "`epsilon` has to be a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FastLogitsProcessor.params(**wishes)
+    with pytest.raises(ValueError, match="NoRepeatNGramLogitProcessor has 'epsilon'"):
+        NoRepeatNGramLogitProcessor.params(epsilon=0.1)
+    good = request("good", [1], wishes={"no_repeat_ngram_size": 1})
+    wrong, outside, nothing = (request(name, [1], FastLogitsProcessor) for name in ("wrong", "outside", "nothing"))
+    wrong.sampling_params.custom_params = {"fastlogits": "[", "__req__": wrong}
+    outside.sampling_params.custom_params = {"fastlogits": {"banned_token_ids": [V]}, "__req__": outside}
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            out = processed(torch.zeros(4, V), wrong, outside, nothing, good)
+            assert out.isinf().nonzero().tolist() == [[3, 1]]
+    assert len(caplog.records) == 2
+    assert "has to be a mapping, or one in JSON" in caplog.text
+    assert f"token id {V} is outside the vocabulary" in caplog.text
+
+
+def test_overlapped_steps_hide_the_newest_token(caplog, monkeypatch):
+    wishes = [{"no_repeat_ngram_size": 1}, {"banned_token_ids": [9]}]
+    with server(disable_overlap_schedule=False), caplog.at_level(logging.ERROR):
+        requests = [request(f"overlapped {i}", [1], wishes=each) for i, each in enumerate(wishes)]
+        assert processed(torch.zeros(2, V), *requests).isinf().nonzero().tolist() == [[1, 9]]
+    assert "SGLANG_ENABLE_DELAY_SAMPLE=1" in caplog.text
+    monkeypatch.setenv("SGLANG_ENABLE_DELAY_SAMPLE", "1")
+    with server(disable_overlap_schedule=False):
+        requests = [request(f"delayed {i}", [1], wishes=each) for i, each in enumerate(wishes)]
+        assert processed(torch.zeros(2, V), *requests).isinf().nonzero().tolist() == [[0, 1], [1, 9]]
+
+
+def test_a_request_that_is_over():
+    batch = info(request("over", [1], wishes={"no_repeat_ngram_size": 1}))
+    logits = torch.zeros(1, V)
+    theirs.apply_custom_logit_processor(logits, batch)
+    assert not logits.any()
+
+
+def test_rows_of_draft_tokens(caplog):
+    requests = [request("drafted", [1], wishes={"no_repeat_ngram_size": 1}), request("beside", [2])]
+    batch = info(*requests)
+    logits = torch.zeros(6, V)
+    with caplog.at_level(logging.ERROR):
+        theirs.apply_custom_logit_processor(logits, batch, num_tokens_in_batch=3)
+    assert logits.isinf().nonzero().tolist() == [[0, 1]]
+    assert "draft tokens are not steered" in caplog.text
+
+
+# -- The sampling backend ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend(installed, monkeypatch):
+    """The backend by the way that SGLang takes: entry point, choice of the command line, factory."""
+    from sglang.srt import plugins
+    from sglang.srt.server_args import SAMPLING_BACKEND_CHOICES
+
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.setattr(plugins, "_plugins_loaded", False)
+    SAMPLING_BACKEND_CHOICES.discard("fastlogits")
+    theirs._CUSTOM_SAMPLER_FACTORIES.clear()
+    plugins.load_plugins()
+    assert "fastlogits" in SAMPLING_BACKEND_CHOICES
+    with (
+        server(sampling_backend="fastlogits"),
+        get_parallel().override(tp_group=SimpleNamespace(device_group=None), tp_size=1),
+    ):
+        yield theirs.create_sampler()
+
+
+def sampled(sampler, logits, batch, positions=None, return_logprob=False):
+    output = LogitsProcessorOutput(next_token_logits=logits.clone())
+    if positions is None:
+        positions = torch.arange(len(logits))
+    B = len(logits)
+    return sampler(output, batch, return_logprob, [3] * B, [None] * B, positions), output
+
+
+KINDS = [
+    {"temperature": 0},
+    {"temperature": 0.6},
+    {"temperature": 1.3, "top_k": 4},
+    {"temperature": 0.9, "top_p": 0.6},
+    {"temperature": 1.1, "top_k": 6, "top_p": 0.8},
+    {"temperature": 0.8, "top_p": 0.9, "min_p": 0.2},
+    {"temperature": 1.0, "top_k": 5, "top_p": 0.7, "min_p": 0.05},
+]
+
+
+def test_the_distribution_is_sglangs(backend):
+    torch.manual_seed(0)
+    N = 4000
+    row = torch.randn(V) * 2
+    for kind in KINDS[1:]:
+        batch = info(*[request(str(i), [1], **kind) for i in range(N)])
+        assert batch.need_min_p_sampling == ("min_p" in kind)
+        tokens, _ = sampled(backend, row.repeat(N, 1), batch)
+        probabilities = torch.softmax(row / kind["temperature"], dim=-1).repeat(N, 1)
+        reference = theirs.top_k_top_p_min_p_sampling_from_probs_torch(
+            probabilities[:1], batch.top_ks[:1], batch.top_ps[:1], batch.min_ps[:1], True, None, None,
+            return_filtered_probs=True,
+        )  # fmt: skip
+        _, weights, ids, _ = reference
+        exact = torch.zeros(V).scatter(0, ids[0].long(), weights[0] / weights.sum())
+        counts = torch.bincount(tokens.long(), minlength=V)
+        assert not counts[exact == 0].any()
+        frequent = exact * N > 5
+        squares = (counts[frequent] - N * exact[frequent]) ** 2 / (N * exact[frequent])
+        assert squares.sum() < 3 * frequent.sum() + 20
+
+
+def test_a_mixed_batch_with_processors_seeds_and_logprobs(backend):
+    torch.manual_seed(0)
+    logits = torch.randn(len(KINDS), V) * 2
+    requests = [request(f"mixed {i}", [1], **kind) for i, kind in enumerate(KINDS)]
+    requests[1] = request("mixed 1", [3], wishes={"banned_token_ids": range(1, V)}, temperature=0.6)
+    batch = info(*requests)
+    tokens, output = sampled(backend, logits, batch, return_logprob=True)
+    assert tokens[0] == logits[0].argmax()
+    assert tokens[1] == 0
+    processed_logits = logits.clone()
+    processed_logits[1, 1:] = NEG
+    expected = torch.log_softmax(processed_logits / batch.temperatures, dim=-1)
+    torch.testing.assert_close(output.next_token_logprobs, expected.gather(1, tokens[:, None].long())[:, 0])
+    assert len(output.next_token_top_logprobs_val[2]) == 3
+
+
+def test_a_draw_with_seeds_does_not_depend_on_the_batch(backend):
+    torch.manual_seed(0)
+    logits, positions = torch.randn(len(KINDS), V) * 2, torch.arange(len(KINDS)) + 9
+    with server(sampling_backend="fastlogits", enable_deterministic_inference=True):
+        requests = [request(str(i), [1], sampling_seed=i + 5, **kind) for i, kind in enumerate(KINDS)]
+        together, _ = sampled(backend, logits, info(*requests), positions)
+        for i, req in enumerate(requests):
+            one, _ = sampled(backend, logits[i : i + 1], info(req), positions[i : i + 1])
+            assert one[0] == together[i]
+        draws = {tuple(sampled(backend, logits, info(*requests), positions + n)[0].tolist()) for n in range(20)}
+    assert len(draws) > 5
+
+
+def test_what_stays_with_sglang(backend):
+    torch.manual_seed(0)
+    logits = torch.randn(3, V)
+    greedy, _ = sampled(backend, logits, info(*[request(str(i), [1], temperature=0) for i in range(3)]))
+    assert torch.equal(greedy, logits.argmax(-1))
+    requests = [request(str(i), [1], temperature=1.0, top_k=2) for i in range(3)]
+    requests[1].return_sampling_mask = True
+    tokens, output = sampled(backend, logits, info(*requests))
+    kept = output.sampling_mask_output.token_ids[0].tolist()
+    assert sorted(kept[:2]) == sorted(logits[1].topk(2).indices.tolist())
+    assert tokens[1] in kept[:2]

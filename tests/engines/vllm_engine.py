@@ -1,0 +1,85 @@
+"""Runs a real engine in a process of its own: what it is and what it is asked for come as JSON, tokens go back so."""
+
+import json
+import os
+import sys
+
+
+class _InterpretedDriver:
+    """What vLLM asks of a Triton driver before it takes its newer runner; the kernels run in Triton's interpreter."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    newer = asked["runner"] == "newer"
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(newer)),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TRITON_INTERPRET": str(int(newer)),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    if newer:
+        from types import SimpleNamespace
+
+        import triton.backends
+
+        triton.backends.backends["cpu"] = SimpleNamespace(driver=_InterpretedDriver, compiler=None)
+
+    from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    if asked.get("asynchronous"):
+        # vLLM turns it off where it gains nothing, on the CPU; what it does to logits processors can be seen there too.
+        from vllm.platforms.cpu import CpuPlatform
+
+        update = CpuPlatform.check_and_update_config
+
+        def keep_asynchronous(vllm_config):
+            update(vllm_config)
+            vllm_config.scheduler_config.async_scheduling = True
+
+        CpuPlatform.check_and_update_config = staticmethod(keep_asynchronous)
+
+    engine = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 64 << 20,
+        "disable_log_stats": False,
+    }
+    llm = LLM(**engine | asked["engine"])
+    results, working = [], []
+    for call in asked["calls"]:
+        prompts = [{"prompt_token_ids": request["prompt"]} for request in call]
+        defaults = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
+        try:
+            params = [SamplingParams(**defaults | request["params"]) for request in call]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            results.append([list(output.outputs[0].token_ids) for output in outputs])
+        except VLLMValidationError as error:
+            results.append(str(error))
+        working.append("fastlogits.serving" in sys.modules)
+    metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    scheduler = llm.llm_engine.vllm_config.scheduler_config
+    answer = {
+        "results": results,
+        "preemptions": metrics.get("vllm:num_preemptions"),
+        "drafted": metrics.get("vllm:spec_decode_num_draft_tokens"),
+        "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens"),
+        "asynchronous": scheduler.async_scheduling,
+        "loaded": "fastlogits.integrations.vllm" in sys.modules,
+        "working": working,
+    }
+    print("\n" + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
