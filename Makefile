@@ -7,7 +7,7 @@ OLD_VENV := .venv-4.57
 ENGINES_VENV := .venv-engines
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-matrix test-engines lint bench clean
+.PHONY: demo test test-matrix test-engines lint bench figures export clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -29,6 +29,16 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks $(ARGS)
+
+# What is drawn and written from benchmarks/results/*.csv: plots, report.html, the figures of the documents.
+figures: $(VENV)/ready
+	$(RUN) -m benchmarks plots
+	$(RUN) -m benchmarks report
+	$(RUN) -m benchmarks readme
+
+# The kernels as a kernel of the Hugging Face Hub.
+export: $(VENV)/ready
+	$(RUN) -m fastlogits_kernels.export build/hub
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

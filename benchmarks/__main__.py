@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -14,185 +15,203 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.report import draw, print_tables, print_verdicts
-from benchmarks.results import Result, Results, append_csv
-from benchmarks.timing import Bunch, NotCapturableError, ReplayBunch, WallBunch, interleaved
-from benchmarks.workloads import COLD, WORKLOADS, Case, Contender, Workload, random_scores, rotating_inputs
+from benchmarks.inputs import FLAT, GAUSS, LOGITS, Case
+from benchmarks.peers import PEERS
+from benchmarks.results import append_csv, records_of, slug
+from benchmarks.run import BUDGET_S, SHORT_BUDGET_S, Run
+from benchmarks.tables import print_tables, print_verdicts
+from benchmarks.workloads import WORKLOADS, Workload, device_name
 
+RESULTS = Path(__file__).parent / "results"
 _BATCHES, _QUICK_BATCHES = (1, 8, 64, 256), (1, 8)
 _VOCABS, _QUICK_VOCABS = (32000, 128256, 151936), (128256,)
-_BUDGET_S = {"cpu_us": 2.0, "gpu_us": 0.6, "host_us": 0.8}
-_QUICK_BUDGET_S = 0.2
+_MAIN_SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
+# What a chain costs in vocabularies of other sizes.
+_WIDTHS, _OF_ANY_WIDTH = ((64, 32000), (64, 262144)), "chain 9"
+# Fewer logits than these would take hundreds of rotating inputs to outgrow an L2, and time little but the launch.
+_LEAST_COLD = 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, report and return the exit status: 1 where a contender computed something wrong."""
+    """Run a command.
+
+    Returns:
+        The exit status: 1 where fastlogits computed something wrong, or a document isn't up to date.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] in (["plots"], ["report"], ["readme"]):
+        return _documents(arguments)
     options = _parse(arguments)
     console = Console()
     if not console.is_terminal:
         console = Console(width=130)
-    results, problems = Results(), []
-    cases = [
+    if options.base is not None:
+        from benchmarks.base import compare
+
+        return compare(options.base, arguments, console)
+    return _run(options, console)
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    """Measure, report, and keep what was measured."""
+    entries = [
         (name, workload, case)
         for device in options.device
         for name, workload in WORKLOADS.items()
         if _is_chosen(options, name)
-        for case in _cases(options, torch.device(device), workload)
-        if workload.contenders(case)
+        for case in _cases(options, torch.device(device), name)
+        if workload.contenders(case.warm)
     ]
+    peers = [peer for name, peer in PEERS.items() if name in options.peers and not options.only_ours]
+    run = Run(SHORT_BUDGET_S if options.quick or options.main else BUDGET_S, peers, options.only_ours)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    start = time.monotonic()
     # What is imported by now stays: with that out of its way, the collection that each capture begins with is short.
     gc.collect()
     gc.freeze()
     try:
         with Progress(*columns, console=console, transient=True) as progress, torch.no_grad():
-            task = progress.add_task("", total=len(cases))
-            for name, workload, case in cases:
-                progress.update(task, description=f"{case.device} {name}: {case.size}, {case.set_name}")
-                problems += _measure(results, name, workload, case, options.quick)
+            task = progress.add_task("", total=len(entries))
+            for number, (name, workload, case) in enumerate(entries):
+                if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+                    console.print(f"stopped after {options.minutes:g} minutes: {len(entries) - number} cases left out")
+                    break
+                place = f"{case.device} {name}: {case.size}, {case.set_name}, {case.kind}"
+                progress.update(task, description=place)
+                done = run.measure(name, workload, case)
+                if not options.no_csv:
+                    options.out.mkdir(parents=True, exist_ok=True)
+                    append_csv(records_of(done), options.out / f"{slug(device_name(case.device))}.csv")
                 progress.advance(task)
     finally:
         gc.unfreeze()
-    print_tables(results, console)
-    print_verdicts(results, console)
+    print_tables(run.results, console)
+    print_verdicts(run.results, console)
+    for device, speed in run.bandwidths.items():
+        console.print(f"{device_name(device)}: a copy moves {speed / 1e9:,.0f} GB/s", highlight=False)
     if not options.no_csv:
-        options.out.mkdir(parents=True, exist_ok=True)
         for device in map(torch.device, options.device):
-            for path in (append_csv(results, device, options.out), *draw(results, device, options.out)):
-                console.print(f"wrote {path}", soft_wrap=True)
-    for problem in problems:
+            path = options.out / f"{slug(device_name(device))}.csv"
+            console.print(f"appended to {path}; see python -m benchmarks plots, report, readme", soft_wrap=True)
+    for problem in run.failed:
+        console.print(f"not timed: {problem}", markup=False, soft_wrap=True)
+    for problem in run.wrong:
         console.print(f"WRONG, not timed: {problem}", style="bold red", markup=False, soft_wrap=True)
-    return 1 if problems else 0
+    return 1 if run.wrong else 0
 
 
-def _measure(results: Results, name: str, workload: Workload, case: Case, quick: bool) -> list[str]:
-    """Check all contenders of a case, time those that are right, and return what is wrong with the others."""
-    original = random_scores(case)
-    expected = workload.expected(case, original)
-    # All work on the same tensor, so that none finds its input warmer than another does.
-    scores = original.clone()
-    place = f"{name}, {case.device}, {case.size}, {case.set_name}"
-    contenders = workload.contenders(case)
-    problems = {}
-    for contender in contenders:
-        scores.copy_(original)
-        problem = _problem(contender, scores, original, expected, workload.rounds)
-        if problem is not None:
-            problems[contender.name] = f"{place}: {contender.name} {problem}"
-    inputs = [scores]
-    if workload.rotates:
-        inputs += [original.clone() for _ in range(rotating_inputs(case) - 1)]
-    for metric in workload.metrics(case):
-        bunches: dict[str, Bunch] = {}
-        uncaptured = set()
-        for contender in contenders:
-            if contender.name in problems:
-                continue
-            if metric != "gpu_us":
-                bunches[contender.name] = WallBunch(contender.bind(scores), case.device)
-                continue
-            try:
-                replays = ReplayBunch([contender.bind(each) for each in inputs])
-            except NotCapturableError:
-                uncaptured.add(contender.name)
-                continue
-            scores.copy_(original)
-            if contender.yardstick or _is_right(replays.once(), expected, workload.rounds):
-                bunches[contender.name] = replays
-            else:
-                problems[contender.name] = f"{place}: {contender.name} differs from plain torch as a replayed graph"
-        timings = interleaved(bunches, _QUICK_BUDGET_S if quick else _BUDGET_S[metric])
-        for contender in contenders:
-            remark = "wrong" if contender.name in problems else "no graph" if contender.name in uncaptured else ""
-            timing = timings.get(contender.name)
-            results.add(Result(name, case, contender.name, contender.in_place, metric, timing, remark))
-    return list(problems.values())
+def _documents(arguments: Sequence[str]) -> int:
+    """Draw plots, write the report, or fill the documents, from results that are there."""
+    parser = argparse.ArgumentParser(f"python -m benchmarks {arguments[0]}")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
+    if arguments[0] == "readme":
+        parser.add_argument("--check", action="store_true", help="only tell whether the documents are up to date")
+    options = parser.parse_args(arguments[1:])
+    if arguments[0] == "readme":
+        from benchmarks.documents import fill
 
+        stale = fill(options.results, write=not options.check)
+        for path in stale:
+            print(f"{path}: {'not up to date' if options.check else 'filled'}")
+        return 1 if options.check and stale else 0
+    if arguments[0] == "plots":
+        from benchmarks.plots import draw_all
 
-def _problem(
-    contender: Contender, scores: torch.Tensor, original: torch.Tensor, expected: torch.Tensor, rounds: bool
-) -> str | None:
-    """What is wrong with a contender's result, if anything."""
-    if contender.yardstick:
-        return None
-    try:
-        processed = contender.bind(scores)()
-    except Exception as error:  # whatever a contender breaks with, the others are still to be measured
-        return f"raised {type(error).__name__}: {error}"
-    if not _is_right(processed, expected, rounds):
-        return "differs from plain torch"
-    if not contender.in_place and not _same(scores, original):
-        return "wrote its input"
-    if contender.in_place and processed is not scores:
-        return "is not in place"
-    return None
+        for path in draw_all(options.results):
+            print(f"wrote {path}")
+        return 0
+    from benchmarks.page import write
 
-
-def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are equal in every bit."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return torch.equal(first.view(torch.int32), second.view(torch.int32))
-
-
-def _is_right(found: torch.Tensor, expected: torch.Tensor, rounds: bool) -> bool:
-    """Whether a result is the expected one: in every bit, or, where it ``rounds``, but for what rounding explains.
-
-    That is a unit or two in the last places, and a token in a hundred thousand that a threshold keeps or drops.
-    """
-    if not rounds or found.shape != expected.shape or found.dtype != expected.dtype:
-        return _same(found, expected)
-    wrong = ~torch.isclose(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    return int(wrong.sum()) <= found.numel() // 100_000
+    print(f"wrote {write(options.results)}")
+    return 0
 
 
 def _is_chosen(options: argparse.Namespace, name: str) -> bool:
     if options.workload:
         return any(fnmatchcase(name, pattern) for pattern in options.workload)
-    return (options.cold or name != COLD) and (WORKLOADS[name].quick or not options.quick)
+    workload = WORKLOADS[name]
+    return (workload.quick or not options.quick) and (workload.main or not options.main)
 
 
-def _cases(options: argparse.Namespace, device: torch.device, workload: Workload) -> list[Case]:
-    if not workload.takes_ids:
-        return [Case(device, batch, vocab, 0) for vocab in options.vocab for batch in options.batch]
-    sizes = options.ids or ["10", "1000", *(["half"] if device.type == "cuda" and not options.quick else [])]
-    return [
-        Case(device, batch, vocab, vocab // 2 if ids == "half" else int(ids))
-        for ids in sizes
-        for vocab in options.vocab
-        for batch in options.batch
+def _cases(options: argparse.Namespace, device: torch.device, name: str) -> list[Case]:
+    workload = WORKLOADS[name]
+    sizes = options.size or [(batch, vocab) for vocab in options.vocab for batch in options.batch]
+    if options.main and name == _OF_ANY_WIDTH and not options.chosen:
+        sizes = [*sizes, *_WIDTHS]
+    cases = [
+        Case(device, batch, vocab, ids, logits, dtype)
+        for batch, vocab in sizes
+        for ids in (_ids(options, device, vocab) if workload.takes_ids else [0])
+        for logits, dtype in _kinds(options, workload, batch)
     ]
+    if options.cold and device.type == "cuda":
+        large = [case for case in cases if case.batch * case.vocab >= _LEAST_COLD]
+        cases += [Case(**{**vars(case), "cold": True}) for case in large]
+    return cases
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _ids(options: argparse.Namespace, device: torch.device, vocab: int) -> list[int]:
+    sizes = options.ids or ["10", "1000", *(["half"] if device.type == "cuda" and not options.quick else [])]
+    return [vocab // 2 if ids == "half" else int(ids) for ids in sizes]
+
+
+def _kinds(options: argparse.Namespace, workload: Workload, batch: int) -> list[tuple[str, torch.dtype]]:
+    kinds = [kind for kind in workload.kinds(batch) if not options.logits or kind[0] in options.logits]
+    if options.quick and not options.logits:
+        kinds = [kind for kind in kinds if kind[0] == GAUSS]
+    if options.main and not options.logits:
+        # A mixture has flat rows too; other dtypes once.
+        kinds = [(logits, dtype) for logits, dtype in kinds if logits == GAUSS or (
+            logits != FLAT and dtype == torch.float32)]  # fmt: skip
+    return kinds
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     whole = partial(_at_least_1, "must be an integer of at least 1")
-    parser = argparse.ArgumentParser("python -m benchmarks", description="Measure fastlogits beside what people use.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks",
+        description="Measure fastlogits beside what people use. Other commands: plots, report, readme.",
+    )
     parser.add_argument("--device", nargs="+", choices=present, default=present, help="default: all present")
     parser.add_argument("--batch", nargs="+", type=whole, help=f"batch sizes; default: {_BATCHES}")
     parser.add_argument("--vocab", nargs="+", type=whole, help=f"vocabulary sizes; default: {_VOCABS}")
+    parser.add_argument("--size", nargs="+", type=_size, help="sizes such as 64x128256, instead of those two")
     parser.add_argument("--ids", nargs="+", type=_set_size, help="numbers of tokens to forbid, or 'half' of them")
+    parser.add_argument("--logits", nargs="+", choices=list(LOGITS), help="kinds of logits; default: a workload's own")
     parser.add_argument(
         "--workload",
         nargs="+",
         metavar="NAME",
         help="only these: 'chain 9' '*Warper'; default: all that apply",
     )
-    parser.add_argument("--quick", action="store_true", help="one vocabulary, two batch sizes, few rounds")
-    parser.add_argument("--cold", action="store_true", help="on CUDA, also with inputs that are not in the L2")
+    by_default = [name for name, peer in PEERS.items() if peer.by_default]
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: %(default)s"
+        "--peers", nargs="*", choices=list(PEERS), default=by_default, help="other packages; default: %(default)s"
     )
-    parser.add_argument("--no-csv", action="store_true", help="only print: append no rows, draw no plot")
+    parser.add_argument("--only-ours", action="store_true", help="fastlogits and its yardsticks alone")
+    parser.add_argument("--quick", action="store_true", help="one vocabulary, two batch sizes, few rounds")
+    parser.add_argument("--main", action="store_true", help="the main workloads at four sizes: minutes on a GPU")
+    parser.add_argument("--minutes", type=float, help="stop then, with what is done by then")
+    parser.add_argument("--cold", action="store_true", help="on CUDA, also with inputs that are not in the L2")
+    parser.add_argument("--base", metavar="REF", help="compare fastlogits with that of another commit, in turns")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--no-csv", action="store_true", help="only print: append no rows")
     options = parser.parse_args(arguments)
     for pattern in options.workload or ():
         if not any(fnmatchcase(name, pattern) for name in WORKLOADS):
             parser.error(f"--workload: nothing is called {pattern!r}; there are {', '.join(map(repr, WORKLOADS))}")
+    options.chosen = bool(options.size or options.batch or options.vocab)
+    if options.main and not options.chosen:
+        options.size = list(_MAIN_SIZES)
+    if options.main and not options.ids:
+        options.ids = ["10", "1000"]
     options.batch = options.batch or (_QUICK_BATCHES if options.quick else _BATCHES)
     options.vocab = options.vocab or (_QUICK_VOCABS if options.quick else _VOCABS)
+    narrowest = min(vocab for _, vocab in options.size) if options.size else min(options.vocab)
     most = max((int(ids) for ids in options.ids or ["1000"] if ids != "half"), default=0)
-    if most > min(options.vocab):
-        parser.error(f"--ids: {most} tokens can't be taken from a vocabulary of {min(options.vocab)}")
+    if most > narrowest and any(WORKLOADS[name].takes_ids for name in WORKLOADS if _is_chosen(options, name)):
+        parser.error(f"--ids: {most} tokens can't be taken from a vocabulary of {narrowest}")
     return options
 
 
@@ -200,6 +219,12 @@ def _at_least_1(message: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{message}, got {text!r}")
     return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    batch, _, vocab = text.partition("x")
+    message = "must be such as 64x128256"
+    return _at_least_1(message, batch), _at_least_1(message, vocab)
 
 
 def _set_size(text: str) -> str:

@@ -30,9 +30,9 @@ from fastlogits_kernels._triton import HAS_TRITON, triton
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlogits as fl
+from benchmarks.inputs import device_name
 from benchmarks.processors import bad_words
 from benchmarks.results import commit, slug
-from benchmarks.workloads import device_name
 
 COLUMNS = (
     "timestamp", "commit", "torch", "triton", "transformers", "device", "dtype", "vocab", "prompt", "new_tokens",
@@ -315,7 +315,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _append(rows: Sequence[Row], size: Size, device: torch.device, dtype: torch.dtype, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{slug(device)}-generate.csv"
+    path = folder / f"{slug(device_name(device))}.csv"
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -343,7 +343,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="timed runs of each; default: %(default)s")
     parser.add_argument("--compiled", action="store_true", help="a static cache and a compiled forward besides")
     parser.add_argument("--tiny", action="store_true", help="a model of nothing, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV file")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "generate", help="of the CSV file"
+    )
     parser.add_argument("--no-csv", action="store_true", help="print only")
     return parser.parse_args(arguments)
 

@@ -11,8 +11,7 @@ from typing import Any, TypeAlias
 import torch
 import transformers.generation.logits_process as theirs
 
-HISTORY = 1024
-"""Tokens of the history."""
+from benchmarks.inputs import HISTORY
 
 Made: TypeAlias = Callable[[Any, torch.Tensor, int], list[Any]]
 """Given the module of the classes, the history ``[B, L]`` and the vocabulary size: processors, to be called in turn."""
@@ -32,12 +31,6 @@ ON_THE_HOST = ("PrefixConstrainedLogitsProcessor",)
 
 WRITING = ("DiaEOSChannelFilterLogitsProcessor", "DiaEOSDelayPatternLogitsProcessor")
 """Those of transformers write their input."""
-
-
-def history(batch: int, vocab: int, device: torch.device) -> torch.Tensor:
-    """Random tokens int64 ``[B, L]``, of which each row holds most more than once."""
-    generator = torch.Generator().manual_seed(batch)
-    return torch.randint(0, min(vocab, 500), (batch, HISTORY), generator=generator).to(device)
 
 
 def bad_words(vocab: int) -> list[list[int]]:
@@ -67,27 +60,47 @@ def _chain_9(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
     ]
 
 
-def _nucleus(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
-    return [module.TemperatureLogitsWarper(0.7), module.TopPLogitsWarper(0.9)]
+def _chain_5(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
+    return [*_chain_3(module, ids, vocab), module.TopKLogitsWarper(50), module.TopPLogitsWarper(0.9)]
 
 
-def _top_k_nucleus(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
-    return [module.TemperatureLogitsWarper(0.7), module.TopKLogitsWarper(50), module.TopPLogitsWarper(0.9)]
+def _chain_3(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
+    return [
+        module.RepetitionPenaltyLogitsProcessor(1.1),
+        module.SuppressTokensAtBeginLogitsProcessor(range(15, 25), ids.shape[1], str(ids.device)),
+        module.TemperatureLogitsWarper(0.7),
+    ]
 
 
-CHAIN_6, CHAIN_9 = "chain 6", "chain 9"
+def _chain_1(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
+    return [module.TemperatureLogitsWarper(0.7)]
+
+
+def _after_heat(*warpers: tuple[str, float]) -> Made:
+    """A temperature of 0.7, then truncations by name and value."""
+
+    def made(module: Any, ids: torch.Tensor, vocab: int) -> list[Any]:
+        return [module.TemperatureLogitsWarper(0.7), *(getattr(module, name)(value) for name, value in warpers)]
+
+    return made
+
+
 CHAINS: dict[str, Made] = {
-    CHAIN_6: _chain_6,
-    CHAIN_9: _chain_9,
-    "T k p": _top_k_nucleus,
-    "T k p zipf": _top_k_nucleus,
-    "T p": _nucleus,
-    "T p zipf": _nucleus,
+    "chain 1": _chain_1,
+    "chain 3": _chain_3,
+    "chain 5": _chain_5,
+    "chain 6": _chain_6,
+    "chain 9": _chain_9,
 }
-DRAWS: dict[str, torch.dtype] = {"draw T k p": torch.float32, "draw T k p bf16": torch.bfloat16}
-"""Draws of a token after those, from logits of a dtype."""
-ZIPF = ("T k p zipf", "T p zipf")
-"""Workloads on logits that fall with the logarithm of the rank, as a model's do, instead of N(0, 3)."""
+"""Chains by their number of processors; chain 6 is chain 9 before its truncations."""
+TRUNCATIONS: dict[str, Made] = {
+    "T k p": _after_heat(("TopKLogitsWarper", 50), ("TopPLogitsWarper", 0.9)),
+    "T p": _after_heat(("TopPLogitsWarper", 0.9)),
+    "T min-p": _after_heat(("MinPLogitsWarper", 0.05)),
+    "T typical": _after_heat(("TypicalLogitsWarper", 0.9)),
+    "T large k": _after_heat(("TopKLogitsWarper", 2000)),
+}
+"""Truncations after a temperature."""
 
 
 class _Guide:

@@ -7,23 +7,18 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from fastlogits_kernels._triton import HAS_TRITON, triton
 
+from benchmarks.inputs import Case, device_name
 from benchmarks.timing import Timing
-from benchmarks.workloads import ADD, COPY, LOOP, Case, device_name
-
-COLUMNS = (
-    "timestamp", "commit", "python", "torch", "triton", "transformers", "device", "threads",
-    "workload", "contender", "batch", "vocab", "ids", "dtype", "in_place",
-    "metric", "median", "p10", "p90", "ratio_to_loop", "ratio_to_copy", "ratio_to_add",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,9 @@ class Result:
     Args:
         metric: "gpu_us", "host_us" or "cpu_us".
         timing: None where the contender computed something wrong or can't be timed this way.
-        remark: the reason then, in a word or two for the table.
+        remark: the reason then; its part before a colon is for tables.
+        peak_bytes: most bytes that the call has allocated at once; None where nobody counts.
+        roof_us: what moving the bytes of the workload takes at the bandwidth measured in the run; None for yardsticks.
     """
 
     workload: str
@@ -43,6 +40,50 @@ class Result:
     metric: str
     timing: Timing | None
     remark: str = ""
+    peak_bytes: int | None = None
+    roof_us: float | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a results file: a result, with what it was measured on."""
+
+    timestamp: str
+    commit: str
+    python: str
+    torch: str
+    triton: str
+    transformers: str
+    device: str
+    threads: int
+    workload: str
+    contender: str
+    batch: int
+    vocab: int
+    ids: int
+    logits: str
+    dtype: str
+    cache: str
+    in_place: bool
+    metric: str
+    median: float | None
+    p10: float | None
+    p90: float | None
+    peak_bytes: int | None
+    roof_us: float | None
+    remark: str
+
+    @property
+    def what(self) -> tuple[object, ...]:
+        """All that a later measurement of the same thing has in common with it."""
+        return (
+            self.device, self.workload, self.contender, self.batch, self.vocab, self.ids, self.logits, self.dtype,
+            self.cache, self.metric,
+        )  # fmt: skip
+
+
+COLUMNS = tuple(column.name for column in fields(Record))
+"""The columns of every results file."""
 
 
 class Results:
@@ -70,9 +111,20 @@ class Results:
         return None if other is None or result.timing is None else result.timing.median / other
 
 
-def slug(device: torch.device) -> str:
-    """The device's name as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+def slug(device: str) -> str:
+    """A device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__ if HAS_TRITON else "",
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def commit() -> str:
@@ -80,62 +132,104 @@ def commit() -> str:
     if "FASTLOGITS_COMMIT" in os.environ:
         return os.environ["FASTLOGITS_COMMIT"]
     # Results of an earlier run don't change what is measured.
-    status = ["status", "--porcelain", "--", ":/", ":!results"]
+    status = ["status", "--porcelain", "--", ":/", ":!results", ":!../README.md"]
     try:
         return _git("rev-parse", "--short", "HEAD") + ("+dirty" if _git(*status) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def append_csv(results: Results, device: torch.device, folder: Path) -> Path:
-    """Append the times taken on a device to its file.
+def records_of(results: Sequence[Result]) -> list[Record]:
+    """Results as rows of their device's file; what is only not installed is none."""
+    timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return [
+        Record(timestamp=timestamp, **_environment(), **_fields(result))
+        for result in results
+        if not result.remark.startswith("not installed")
+    ]
+
+
+def append_csv(records: Sequence[Record], path: Path) -> None:
+    """Append rows to a file, which begins with the columns.
 
     Raises:
         ValueError: the file has other columns.
     """
-    path = folder / f"{slug(device)}.csv"
     if path.exists():
-        with path.open(newline="") as file:
-            header = next(csv.reader(file), [])
-        if tuple(header) != COLUMNS:
-            raise ValueError(f"{path} has other columns than this version writes; move it away")
-    run = {
-        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__ if HAS_TRITON else "",
-        "transformers": transformers.__version__,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-    }
+        _check_columns(path)
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if is_new:
             writer.writeheader()
-        for result in results.all:
-            if result.case.device == device and result.timing is not None:
-                writer.writerow({**run, **_fields(results, result, result.timing)})
-    return path
+        writer.writerows({name: _cell(getattr(record, name)) for name in COLUMNS} for record in records)
 
 
-def _fields(results: Results, result: Result, timing: Timing) -> dict[str, object]:
-    ratios = {"loop": LOOP, "copy": COPY, "add": ADD}
-    found = {name: results.ratio(result, contender) for name, contender in ratios.items()}
+def read_csv(path: Path) -> list[Record]:
+    """The rows of a file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    _check_columns(path)
+    with path.open(newline="") as file:
+        return [Record(**{name: _READ[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]
+
+
+def read_folder(folder: Path) -> list[Record]:
+    """The rows of all files in a folder, each file's in their order."""
+    return [record for path in sorted(folder.glob("*.csv")) for record in read_csv(path)]
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """Of all measurements of the same thing the last one."""
+    return list({record.what: record for record in records}.values())
+
+
+def _check_columns(path: Path) -> None:
+    with path.open(newline="") as file:
+        header = next(csv.reader(file), [])
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{path} has other columns than this version writes; move it away")
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(COLUMNS, str),
+    **dict.fromkeys(("threads", "batch", "vocab", "ids"), int),
+    **dict.fromkeys(("median", "p10", "p90", "roof_us"), _number),
+    "peak_bytes": lambda text: int(text) if text else None,
+    "in_place": lambda text: text == "True",
+}
+
+
+def _cell(value: object) -> object:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else value
+
+
+def _fields(result: Result) -> dict[str, Any]:
+    case, timing = result.case, result.timing
     return {
+        "device": device_name(case.device),
         "workload": result.workload,
         "contender": result.contender,
-        "batch": result.case.batch,
-        "vocab": result.case.vocab,
-        "ids": result.case.ids,
+        "batch": case.batch,
+        "vocab": case.vocab,
+        "ids": case.ids,
+        "logits": case.logits,
+        "dtype": case.dtype_name,
+        "cache": "cold" if case.cold else "warm",
         "in_place": result.in_place,
         "metric": result.metric,
-        "median": f"{timing.median:.3f}",
-        "p10": f"{timing.p10:.3f}",
-        "p90": f"{timing.p90:.3f}",
-        **{f"ratio_to_{name}": "" if ratio is None else f"{ratio:.5f}" for name, ratio in found.items()},
+        "median": None if timing is None else timing.median,
+        "p10": None if timing is None else timing.p10,
+        "p90": None if timing is None else timing.p90,
+        "peak_bytes": result.peak_bytes,
+        "roof_us": result.roof_us,
+        "remark": result.remark,
     }
 
 

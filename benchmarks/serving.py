@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from fastlogits_kernels.bits import pack_bits
 
-from benchmarks.processors import HISTORY, bad_words, history
+from benchmarks.inputs import HISTORY, history
+from benchmarks.processors import bad_words
 from fastlogits import BatchProcessor, RequestParams, TokenMask
 
 _OUTPUT = HISTORY // 4

@@ -47,11 +47,13 @@ class WallBunch:
     Args:
         call: what to time.
         device: where it works; on CUDA it is not synchronised between calls.
+        wait: whether the time ends when the device is done, not when the host is.
     """
 
-    def __init__(self, call: Call, device: torch.device) -> None:
+    def __init__(self, call: Call, device: torch.device, wait: bool = False) -> None:
         self._call = call
         self._wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
+        self._last = self._wait if wait else _nothing
         self._calls = 1
         self._calls = _calls_for(_settled(self))
 
@@ -62,6 +64,7 @@ class WallBunch:
         start = time.perf_counter_ns()
         for _ in range(self._calls):
             call()
+        self._last()
         elapsed = time.perf_counter_ns() - start
         self._wait()
         return elapsed / self._calls / 1e3
@@ -135,6 +138,27 @@ def interleaved(bunches: Mapping[str, Bunch], budget_s: float) -> dict[str, Timi
         if collecting:
             gc.enable()
     return {name: _timing(values) for name, values in rounds.items()}
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy moves, read and write, between tensors that no cache holds."""
+    size = 2**28 if device.type == "cuda" else 2**26
+    source = torch.zeros(size, device=device)
+    target = torch.empty_like(source)
+    timing = interleaved({"": WallBunch(lambda: target.copy_(source), device, wait=True)}, 0.2)[""]
+    return 2 * source.nbytes / timing.median * 1e6
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Most bytes that a call has allocated at once, beyond what was before; None on the CPU, where nobody counts."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _timing(values: Sequence[float]) -> Timing:

@@ -1,37 +1,52 @@
-"""What is measured: workloads, each with its contenders, its inputs and the result that they must have."""
+"""What is measured: workloads, each with its inputs, its contenders, the result that they must have, and its bytes.
+
+A workload is one entry of ``WORKLOADS``. Those of other packages beside it are in ``benchmarks.peers``.
+"""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers.generation.logits_process as theirs
 from fastlogits_kernels._triton import HAS_TRITON, triton
+from fastlogits_kernels.bits import pack_bits, unpack_bits, words
 from transformers import SuppressTokensAtBeginLogitsProcessor
 
 import fastlogits
 from benchmarks import serving
+from benchmarks.inputs import (
+    FLAT,
+    GAUSS,
+    LEAST_BATCH,
+    MANY_IDS,
+    MIXTURE,
+    ZIPF,
+    Case,
+    device_name,
+    history,
+    random_scores,
+    rotating_inputs,
+    token_ids,
+)
 from benchmarks.processors import (
     CHAINS,
     CLASSES,
     DOUBLED,
-    DRAWS,
-    HISTORY,
     ON_THE_HOST,
     STATEFUL,
+    TRUNCATIONS,
     WRITING,
-    ZIPF,
     Made,
-    history,
 )
 from benchmarks.timing import Call
 from fastlogits import SuppressFirstTokens
 from fastlogits.demo.article_loop import ArticleLoop
+
+__all__ = ["Case", "device_name", "history", "random_scores", "rotating_inputs", "token_ids"]
 
 LOOP = "article loop"
 TRANSFORMERS = "transformers SuppressTokensAtBegin"
@@ -44,45 +59,21 @@ FAST_DEVICE = "fastlogits, device position"
 FAST_DEVICE_ = "fastlogits in place, device position"
 FAST_COPIED_ = "copy_(), then fastlogits in place"
 CLONE, COPY, ADD, EMPTY = "clone()", "copy_()", "add_(1)", "empty Triton kernel"
+YARDSTICKS = (CLONE, COPY, ADD, EMPTY)
+OURS = (FAST, FAST_, FAST_DEVICE, FAST_DEVICE_, FAST_COPIED_)
 
-FIRST_STEP, COLD, LATER_STEP = "first step", "first step, cold inputs", "later step"
+FIRST_STEP, LATER_STEP, BITMASK = "first step", "later step", "bitmask"
 
 _PROMPT_LENGTH = 512
-# A set of this many ids or more is measured in place only, and not by the loop, which would launch a kernel for each.
-_MANY_IDS = 10_000
-# Fewer logits than these would take hundreds of rotating inputs to outgrow an L2, and time little but the launch.
-_LEAST_COLD = 2**19
 # transformers sorts 256 rows for seconds on a CPU; what is asked there ends here.
 _MOST_ON_CPU = 64 * 128256
+# Rows whose draw is compared with that of the CPU.
+_ROWS_ON_CPU = 16
 # After the first step no contender touches the logits, so a larger batch has nothing to tell.
 _MOST_LATER = 8
 
-
-@dataclass(frozen=True)
-class Case:
-    """One size on one device; the logits are float32 ``[batch, vocab]``. Workloads of no set of ids have 0 ``ids``."""
-
-    device: torch.device
-    batch: int
-    vocab: int
-    ids: int
-
-    @property
-    def is_half(self) -> bool:
-        """Whether half the vocabulary is forbidden, a number of ids that differs by vocabulary."""
-        return self.ids >= _MANY_IDS and self.ids == self.vocab // 2
-
-    @property
-    def set_name(self) -> str:
-        """The set of tokens, for people."""
-        if not self.ids:
-            return f"history {HISTORY}"
-        return "half the vocabulary" if self.is_half else f"{self.ids} ids"
-
-    @property
-    def size(self) -> str:
-        """The shape of the logits, for people."""
-        return f"{self.batch} x {self.vocab}"
+Agrees: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], bool]
+"""Given the scores, what a contender returned and the expected result: whether the contender is right."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +85,18 @@ class Contender:
         bind: given scores ``[B, V]``, the call that processes them.
         in_place: whether the call writes its input.
         yardstick: whether it does another job, for scale; its result is not checked.
+        agrees: how its result is checked where it has another form; None for equality with the expected one.
     """
 
     name: str
     bind: Callable[[torch.Tensor], Call]
     in_place: bool = False
     yardstick: bool = False
+    agrees: Agrees | None = None
+
+
+def _read_and_write(case: Case) -> float:
+    return 2 * case.nbytes
 
 
 @dataclass(frozen=True)
@@ -111,54 +108,36 @@ class Workload:
         expected: given the case and scores, the result in plain torch.
         metrics: what is timed in a case.
         baseline: the contender to whose time the others are set in tables.
-        rotates: whether the inputs rotate, together larger than the L2.
         takes_ids: whether it is measured for several numbers of ids.
         quick: whether a quick run holds it.
+        main: whether a main run holds it.
         rounds: whether results are right that differ from the expected ones by rounding.
+        inputs: the kinds of logits that it is measured on, names of ``LOGITS``.
+        dtypes: their dtypes.
+        moves: bytes that a case must move at least; those of one read and one write of the logits by default.
     """
 
     contenders: Callable[[Case], list[Contender]]
     expected: Callable[[Case, torch.Tensor], torch.Tensor]
     metrics: Callable[[Case], tuple[str, ...]]
     baseline: str = LOOP
-    rotates: bool = False
     takes_ids: bool = True
     quick: bool = True
+    main: bool = True
     rounds: bool = False
+    inputs: Sequence[str] = (GAUSS,)
+    dtypes: Sequence[torch.dtype] = (torch.float32,)
+    moves: Callable[[Case], float] = _read_and_write
+
+    def kinds(self, batch: int) -> list[tuple[str, torch.dtype]]:
+        """Logits that a batch size can be measured on."""
+        inputs = [logits for logits in self.inputs if batch >= LEAST_BATCH.get(logits, 1)]
+        return [(logits, dtype) for dtype in self.dtypes for logits in inputs]
 
 
 @triton.jit
 def _empty_kernel(x_ptr):  # type: ignore[no-untyped-def]
     pass
-
-
-def token_ids(case: Case) -> torch.Tensor:
-    """The tokens to forbid, distinct, int64 ``[ids]``: few are neighbours, as digits are, many lie anywhere."""
-    if case.ids <= 10:
-        return torch.arange(case.ids) + min(15, case.vocab - case.ids)
-    return torch.randperm(case.vocab, generator=torch.Generator().manual_seed(case.ids))[: case.ids]
-
-
-def random_scores(case: Case) -> torch.Tensor:
-    """Logits N(0, 3), float32 ``[batch, vocab]``."""
-    generator = torch.Generator().manual_seed(case.batch * case.vocab)
-    return (torch.randn(case.batch, case.vocab, generator=generator) * 3).to(case.device)
-
-
-def rotating_inputs(case: Case) -> int:
-    """How many inputs of a case outgrow its GPU's L2 twice over."""
-    l2_bytes = torch.cuda.get_device_properties(case.device).L2_cache_size
-    return 2 + 2 * l2_bytes // (case.batch * case.vocab * 4)
-
-
-def device_name(device: torch.device) -> str:
-    """The model of the GPU or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (models or [platform.processor() or platform.machine()])[0]
 
 
 def _processor(
@@ -184,7 +163,8 @@ def _yardsticks(case: Case) -> list[Contender]:
     yardsticks = [
         Contender(CLONE, lambda scores: scores.clone, yardstick=True),
         Contender(COPY, bind_copy, yardstick=True),
-        Contender(ADD, lambda scores: partial(scores.add_, 1), in_place=True, yardstick=True),
+        # On its own tensor: what it adds up would round the logits of the others to ties.
+        Contender(ADD, lambda scores: partial(scores.clone().add_, 1), in_place=True, yardstick=True),
     ]
     if case.device.type == "cuda" and HAS_TRITON:
         yardsticks.append(Contender(EMPTY, bind_empty, yardstick=True))
@@ -216,19 +196,13 @@ def _first_step(case: Case) -> list[Contender]:
         placed = suppress.for_run(prompt_length=prompt_length, cache_position=prompt_length - 1)
         contenders.append(_processor(FAST_DEVICE, placed, input_ids))
         contenders.append(_processor(FAST_DEVICE_, placed.apply_, input_ids, in_place=True))
-    if case.ids >= _MANY_IDS:
+    if case.ids >= MANY_IDS:
         contenders = [contender for contender in contenders if contender.in_place and contender.name != LOOP]
     return contenders + _yardsticks(case)
 
 
-def _cold(case: Case) -> list[Contender]:
-    if case.device.type != "cuda" or case.ids >= _MANY_IDS or case.batch * case.vocab < _LEAST_COLD:
-        return []
-    return [contender for contender in _first_step(case) if not contender.in_place]
-
-
 def _later_step(case: Case) -> list[Contender]:
-    if case.ids >= _MANY_IDS or case.batch > _MOST_LATER:
+    if case.ids >= MANY_IDS or case.batch > _MOST_LATER:
         return []
     listed: list[int] = token_ids(case).tolist()
     input_ids = torch.zeros(case.batch, _PROMPT_LENGTH + 1, dtype=torch.int64, device=case.device)
@@ -253,8 +227,6 @@ def _unchanged(case: Case, scores: torch.Tensor) -> torch.Tensor:
 
 def _bind_processors(name: str, made: Made, ours: bool, case: Case, scores: torch.Tensor) -> Call:
     input_ids = history(case.batch, case.vocab, case.device)
-    if name in ZIPF:
-        scores = -1.5 * (scores.argsort(-1).argsort(-1) + 1.0).log()
     if name in DOUBLED:
         scores = torch.cat((scores, scores.flip(-1)))
     if name in WRITING and not ours:
@@ -265,12 +237,13 @@ def _bind_processors(name: str, made: Made, ours: bool, case: Case, scores: torc
     return partial(process, input_ids, scores)
 
 
-def _processors(name: str, made: Made) -> Workload:
+def _processors(name: str, made: Made, inputs: Sequence[str] = (GAUSS,)) -> Workload:
     """Some of transformers' processors, from its module and from ours."""
+    is_class = name in CLASSES
 
     def contenders(case: Case) -> list[Contender]:
         largest = case.batch * case.vocab > _MOST_ON_CPU
-        if largest and (case.device.type == "cpu" or name in CLASSES):
+        if largest and (case.device.type == "cpu" or is_class):
             return []
         return [
             Contender(THEIRS, partial(_bind_processors, name, made, False, case)),
@@ -282,53 +255,124 @@ def _processors(name: str, made: Made) -> Workload:
         return _bind_processors(name, made, False, case, scores)()
 
     metrics = _host_metric if name in STATEFUL or name in ON_THE_HOST else _all_metrics
-    return Workload(contenders, expected, metrics, baseline=THEIRS, takes_ids=False, quick=name in CHAINS, rounds=True)
+    return Workload(
+        contenders, expected, metrics, THEIRS,
+        takes_ids=False, quick=not is_class, main=not is_class, rounds=True, inputs=inputs,
+    )  # fmt: skip
 
 
-def _draw(dtype: torch.dtype) -> Workload:
+DRAWS: dict[str, dict[str, float]] = {
+    "draw T k p": {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
+    "draw T p": {"temperature": 0.7, "top_p": 0.9},
+    "draw T": {"temperature": 0.7},
+}
+"""A token of each row after these."""
+_WARPERS = {"temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper"}
+
+
+def warped(name: str, scores: torch.Tensor) -> torch.Tensor:
+    """The logits that a draw is from, of transformers' warpers on float32 scores."""
+    ids = torch.zeros(scores.shape[0], 1, dtype=torch.int64, device=scores.device)
+    warpers = [getattr(theirs, _WARPERS[option])(value) for option, value in DRAWS[name].items()]
+    found: torch.Tensor = theirs.LogitsProcessorList(warpers)(ids, scores.float())
+    return found
+
+
+def drawn_from(name: str, same: bool = False) -> Agrees:
+    """Whether each token drawn is one that the warpers keep; which one it is, is up to the noise.
+
+    Args:
+        name: the draw.
+        same: whether the noise is ours, so that the first rows must draw what the CPU expects.
+    """
+
+    def agrees(scores: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> bool:
+        if found.shape != scores.shape[:1]:
+            return False
+        kept = warped(name, scores).gather(1, found.long().unsqueeze(1)).isfinite().all()
+        return bool(kept) and not (same and not torch.equal(found[: len(expected)], expected))
+
+    return agrees
+
+
+def _draw(name: str) -> Workload:
     """A token of each row: transformers' warpers, softmax and multinomial, and a sampler."""
+    options: Any = {option: int(value) if option == "top_k" else value for option, value in DRAWS[name].items()}
 
     def theirs_of(case: Case, scores: torch.Tensor) -> Call:
-        ids, scores = history(case.batch, case.vocab, case.device), scores.to(dtype)
-        process = theirs.LogitsProcessorList(CHAINS["T k p"](theirs, ids, case.vocab))
-        return lambda: process(ids, scores.float()).softmax(-1).multinomial(1).squeeze(1)
+        return lambda: warped(name, scores).softmax(-1).multinomial(1).squeeze(1)
 
     def ours_of(case: Case, scores: torch.Tensor) -> Call:
         seeds = torch.arange(case.batch, device=case.device)
-        sampler, scores = fastlogits.Sampler(temperature=0.7, top_k=50, top_p=0.9), scores.to(dtype)
+        sampler = fastlogits.Sampler(**options)
         return lambda: sampler(scores, seeds, seeds).tokens
 
     def contenders(case: Case) -> list[Contender]:
         if case.device.type == "cpu" and case.batch * case.vocab > _MOST_ON_CPU:
             return []
         return [
-            Contender(THEIRS, partial(theirs_of, case), yardstick=True),  # other tokens, of the same distribution
-            Contender(FAST, partial(ours_of, case)),
+            Contender(THEIRS, partial(theirs_of, case), agrees=drawn_from(name)),
+            Contender(FAST, partial(ours_of, case), agrees=drawn_from(name, same=True)),
             *_yardsticks(case),
         ]
 
     def expected(case: Case, scores: torch.Tensor) -> torch.Tensor:
-        seeds = torch.arange(case.batch)
-        options = {"seeds": seeds, "positions": seeds, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
-        return fastlogits.sample(scores.to(dtype).cpu(), **options).tokens.to(case.device)  # type: ignore[arg-type]
+        # A row draws the same token in any batch, so that the first rows suffice.
+        rows = scores[:_ROWS_ON_CPU].cpu()
+        seeds = torch.arange(len(rows))
+        return fastlogits.sample(rows, seeds=seeds, positions=seeds, **options).tokens.to(case.device)
 
-    return Workload(contenders, expected, _all_metrics, baseline=THEIRS, takes_ids=False)
+    return Workload(
+        contenders, expected, _all_metrics, THEIRS,
+        takes_ids=False, inputs=(GAUSS, ZIPF, MIXTURE, FLAT) if name == "draw T p" else (GAUSS, ZIPF),
+        dtypes=(torch.float32, torch.bfloat16), moves=lambda case: case.nbytes,
+    )  # fmt: skip
 
 
-def _serving(draws: bool, zipf: bool) -> Workload:
+def grammar(case: Case) -> torch.Tensor:
+    """A grammar's bitmask, int32 ``[B, ceil(V / 32)]``: half of the tokens are allowed, others in each row."""
+    generator = torch.Generator().manual_seed(case.batch)
+    return pack_bits(torch.rand(case.batch, case.vocab, generator=generator) < 0.5).to(case.device)
+
+
+def _bitmask(case: Case) -> list[Contender]:
+    bitmask = grammar(case)
+    banned = ~unpack_bits(bitmask, case.vocab)
+
+    def ours_of(scores: torch.Tensor) -> Call:
+        def call() -> torch.Tensor:
+            fastlogits.apply_token_bitmask_inplace(scores, bitmask)
+            return scores
+
+        return call
+
+    return [
+        Contender(FILL_, lambda scores: partial(scores.masked_fill_, banned, float("-inf")), in_place=True),
+        Contender(FAST_, ours_of, in_place=True),
+        *_yardsticks(case),
+    ]
+
+
+def _allowed(case: Case, scores: torch.Tensor) -> torch.Tensor:
+    return scores.masked_fill(~unpack_bits(grammar(case), case.vocab), float("-inf"))
+
+
+def _bitmask_bytes(case: Case) -> float:
+    # The mask is read, and half of the logits are written.
+    return case.batch * words(case.vocab) * 4 + case.nbytes / 2
+
+
+def _serving(draws: bool) -> Workload:
     """A step of a batch in which every request has its own parameters, to processed logits or to tokens."""
 
-    def given(scores: torch.Tensor) -> torch.Tensor:
-        return -1.5 * (scores.argsort(-1).argsort(-1) + 1.0).log() if zipf else scores
-
     def to_new(case: Case, scores: torch.Tensor) -> Call:
-        made, scores = serving.step(case.batch, case.vocab, case.device), given(scores)
+        made = serving.step(case.batch, case.vocab, case.device)
         if draws:
             return lambda: made.batch.sample(scores, made.slots, bitmask=made.bitmask).tokens
         return lambda: made.batch.apply(scores, made.slots, bitmask=made.bitmask)
 
     def copied_first(case: Case, scores: torch.Tensor) -> Call:
-        made, scores = serving.step(case.batch, case.vocab, case.device), given(scores)
+        made = serving.step(case.batch, case.vocab, case.device)
         work = torch.empty_like(scores)
         return lambda: made.batch.apply_(work.copy_(scores), made.slots, bitmask=made.bitmask)
 
@@ -341,32 +385,42 @@ def _serving(draws: bool, zipf: bool) -> Workload:
         return [*found, *_yardsticks(case)]
 
     def expected(case: Case, scores: torch.Tensor) -> torch.Tensor:
-        return (serving.tokens if draws else serving.processed)(given(scores))
+        return (serving.tokens if draws else serving.processed)(scores)
 
-    return Workload(contenders, expected, _all_metrics, baseline=COPY, takes_ids=False, quick=False, rounds=True)
+    return Workload(
+        contenders, expected, _all_metrics, COPY,
+        takes_ids=False, quick=False, rounds=True, inputs=(GAUSS, MIXTURE),
+        moves=(lambda case: case.nbytes) if draws else _read_and_write,
+    )  # fmt: skip
 
 
 def _all_metrics(case: Case) -> tuple[str, ...]:
     if case.device.type == "cpu":
         return ("cpu_us",)
+    if case.cold:
+        return ("gpu_us",)
     # Many ids are a question to the memory, not to the host.
-    return ("gpu_us",) if case.ids >= _MANY_IDS else ("gpu_us", "host_us")
+    return ("gpu_us",) if case.ids >= MANY_IDS else ("gpu_us", "host_us")
 
 
 def _host_metric(case: Case) -> tuple[str, ...]:
-    return ("cpu_us",) if case.device.type == "cpu" else ("host_us",)
+    return ("cpu_us",) if case.device.type == "cpu" else () if case.cold else ("host_us",)
 
 
 WORKLOADS: dict[str, Workload] = {
     FIRST_STEP: Workload(_first_step, _forbidden, _all_metrics),
-    COLD: Workload(_cold, _forbidden, lambda case: ("gpu_us",), rotates=True),
     LATER_STEP: Workload(_later_step, _unchanged, _host_metric, baseline=TRANSFORMERS),
     **{name: _processors(name, made) for name, made in CHAINS.items()},
-    **{name: _draw(dtype) for name, dtype in DRAWS.items()},
-    "serving": _serving(draws=False, zipf=False),
-    "serving zipf": _serving(draws=False, zipf=True),
-    "serving tokens": _serving(draws=True, zipf=False),
-    "serving tokens zipf": _serving(draws=True, zipf=True),
+    **{name: _processors(name, made, (GAUSS, ZIPF, MIXTURE, FLAT)) for name, made in TRUNCATIONS.items()},
+    **{name: _draw(name) for name in DRAWS},
+    "serving": _serving(draws=False),
+    "serving tokens": _serving(draws=True),
     **{name: _processors(name, made) for name, made in CLASSES.items()},
 }
 """All workloads by name, in the order in which they run."""
+
+if "apply_token_bitmask_inplace" in fastlogits.__all__:
+    WORKLOADS[BITMASK] = Workload(
+        _bitmask, _allowed, _all_metrics, FILL_, takes_ids=False, dtypes=(torch.float32, torch.bfloat16),
+        moves=_bitmask_bytes,
+    )  # fmt: skip

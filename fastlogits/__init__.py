@@ -7,6 +7,10 @@ if TYPE_CHECKING:
     from fastlogits.acceleration import accelerate as accelerate
     from fastlogits.acceleration import restore as restore
     from fastlogits.decoding import decode as decode
+    from fastlogits.inside.checking import Check as Check
+    from fastlogits.inside.checking import check as check
+    from fastlogits.inside.tracing import Trace as Trace
+    from fastlogits.inside.tracing import trace as trace
     from fastlogits.integrations.bitmask import apply_token_bitmask_inplace as apply_token_bitmask_inplace
     from fastlogits.plan import Plan as Plan
     from fastlogits.position import Position as Position
@@ -99,6 +103,7 @@ _HOME = {
     "AlternatingCodebooksLogitsProcessor": "processors.audio",
     "BarkEosPrioritizerLogitsProcessor": "processors.audio",
     "BatchProcessor": "serving",
+    "Check": "inside.checking",
     "CiteFromPromptLogitsProcessor": "processors.zoo",
     "ClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
     "DRYLogitsProcessor": "processors.dry",
@@ -153,6 +158,7 @@ _HOME = {
     "TopKLogitsWarper": "processors.truncation",
     "TopNSigmaLogitsWarper": "processors.truncation",
     "TopPLogitsWarper": "processors.truncation",
+    "Trace": "inside.tracing",
     "TriggerPhraseLogitsProcessor": "processors.zoo",
     "TypicalLogitsWarper": "processors.truncation",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
@@ -162,9 +168,11 @@ _HOME = {
     "XTCLogitsProcessor": "processors.truncation",
     "accelerate": "acceleration",
     "apply_token_bitmask_inplace": "integrations.bitmask",
+    "check": "inside.checking",
     "decode": "decoding",
     "restore": "acceleration",
     "sample": "sampling",
+    "trace": "inside.tracing",
 }
 # Those that not every supported version of transformers has.
 _OPTIONAL = ("HammingDiversityLogitsProcessor", "TopHLogitsWarper")

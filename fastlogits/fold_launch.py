@@ -17,6 +17,7 @@ from fastlogits_kernels.token_sets import Gate, Operands, Position, Search, Sequ
 
 from fastlogits.allowed import AllowedRows
 from fastlogits.compilers import constant
+from fastlogits.mask_launch import MASKS_MERGE
 from fastlogits.position import split
 from fastlogits.run import Run, known
 from fastlogits.stages import (
@@ -37,7 +38,7 @@ from fastlogits.stages import (
     Stage,
     When,
 )
-from fastlogits.step import NO_ARGUMENTS, Step
+from fastlogits.step import NO_ARGUMENTS, Cost, Merge, Step
 from fastlogits.token_mask import TokenMask, fitted
 
 FOLDED = (AllowFrom, Ban, Bias, Clean, Decay, Force, Penalize, Scale, SequenceBias)
@@ -54,6 +55,8 @@ class FoldLaunch(Step):
         self._needs_position = any(stage.needs_position for stage in self._stages)
         self._needs_history = any(stage.needs_history for stage in self._stages)
         self._by_row = any(map(_differs_by_row, self._stages))
+        self.searches = self._needs_history or self._by_row
+        """Whether a launch goes before the pass, to find the tokens that the stages speak of."""
         # Never dropped: captured graphs go on reading what they saw.
         self._kept: dict[tuple[Any, ...], Chain] = {}
         self._last: tuple[int, torch.device, int, Chain] | None = None
@@ -97,9 +100,49 @@ class FoldLaunch(Step):
 
     def describe(self) -> str:
         """The launch in a line, for ``explain()``."""
-        search = "a search for their tokens, then " if self._needs_history or self._by_row else ""
+        search = "a search for their tokens, then " if self.searches else ""
         count = f"{len(self.members)} stages in one pass" if len(self.members) > 1 else "one pass"
         return f"fold: {search}{count}\nmoves: one read and one write of the logits"
+
+    def merges(self) -> list[Merge]:
+        """What its stages share: a set of bans, the tokens of a history, the pass."""
+        found: list[Merge] = []
+        bans: list[str] = []
+        moved: list[str] = []
+        parted = False
+
+        def close() -> None:
+            if len(bans) > 1:
+                found.append(Merge(MASKS_MERGE, tuple(bans)))
+            if moved:
+                found.append(Merge("a mask commutes with every map that keeps -inf", tuple(moved)))
+            bans.clear()
+            moved.clear()
+
+        shared: dict[tuple[Any, ...], list[str]] = {}
+        for name, stage, _ in self.members:
+            if not stage.keeps_bans:
+                close()
+            if isinstance(stage, (AllowFrom, Ban)):
+                if bans and parted:
+                    moved.append(name)
+                bans.append(name)
+                parted = False if len(bans) == 1 else parted
+            else:
+                parted = True
+            if isinstance(stage, (Penalize, Bias)) and isinstance(stage.tokens, (Given, History)):
+                shared.setdefault(_key(stage.tokens), []).append(name)
+        close()
+        found += [
+            Merge("the same tokens are searched for once", tuple(names)) for names in shared.values() if names[1:]
+        ]
+        if len(self.members) > 1:
+            found.append(Merge("pointwise maps compose, in their order", tuple(member.name for member in self.members)))
+        return found
+
+    def cost(self) -> Cost:
+        """A pass, and a search before it where what is searched for isn't known beforehand."""
+        return Cost(1 + self.searches)
 
     def _chain(self, scores: torch.Tensor) -> Chain:
         B, V = scores.shape
@@ -157,6 +200,8 @@ class _Builder:
 
     def add(self, stage: Stage) -> None:
         """Lower one stage, after those before it."""
+        if not stage.keeps_bans:
+            self._ban_set = None
         if isinstance(stage, Ban):
             tokens = stage.tokens
             if isinstance(tokens, (TokenMask, tuple)):
@@ -168,13 +213,11 @@ class _Builder:
         elif isinstance(stage, AllowFrom):
             self.tasks.append(Task(tasks.ALLOWED.value, self._banned()))
         elif isinstance(stage, Penalize):
-            self._keep_bans_behind(stage.penalty)
             if isinstance(stage.tokens, Given):
                 self._check_inside(stage.tokens.ids)
             at = self._divisor(stage.penalty)
             self.ops.append(Op(ops.PENALIZE.value, self._found(stage.tokens), at, at + 1))
         elif isinstance(stage, Scale):
-            self._keep_bans_behind(stage.divisor)
             at = self._divisor(stage.divisor)
             self.ops.append(Op(ops.SCALE.value, -1, at, at + 1))
         elif isinstance(stage, Bias):
@@ -198,10 +241,8 @@ class _Builder:
             self._find(found, tokens, None, argument=stage.argument)
             self.tasks.append(Task(tasks.GATE.value, -1, self._gate(stage.when), plane=value))
             self.ops.append(Op(ops.FORCE.value, found, value))
-            self._ban_set = None
         elif isinstance(stage, Clean):
             self.ops.append(Op(ops.CLEAN.value))
-            self._ban_set = None
 
     def chain(self) -> Chain:
         """What the stages have become."""
@@ -281,11 +322,6 @@ class _Builder:
             self.ops.append(Op(ops.BAN.value, self._ban_set))
         return self._ban_set
 
-    def _keep_bans_behind(self, *factors: float) -> None:
-        """Let no later ban move before a map that may bring NaN out of -inf."""
-        if any(not math.isfinite(factor) or factor == 0 for factor in factors):
-            self._ban_set = None
-
     def _gate(self, when: When | None) -> int:
         if when is None:
             return -1
@@ -317,8 +353,7 @@ class _Builder:
 
     def _found(self, source: History | Given) -> int:
         """The set of a history or text, which all stages that speak of it share."""
-        ignore = id(source.ignore) if isinstance(source, History) and torch.is_tensor(source.ignore) else 0
-        key = (source.span, ignore or source.ignore) if isinstance(source, History) else (id(source.ids),)
+        key = _key(source)
         if key not in self._histories:
             self._histories[key] = self._set()
             self._find(self._histories[key], source, None)
@@ -368,7 +403,6 @@ class _Builder:
             self.tasks.append(Task(tasks.REPEATED_FROM.value, found, -1, source.size, len(self._sources) - 1))
 
     def _add_bias(self, stage: Bias) -> None:
-        self._keep_bans_behind(*(value for value in (stage.value, stage.counted) if value not in (0, -math.inf)))
         source = stage.tokens
         if stage.counted:
             assert isinstance(source, History)
@@ -404,7 +438,6 @@ class _Builder:
                 self.tasks.append(Task(tasks.ENDINGS.value, found, -1, at))
             self.ops.append(Op(ops.SINK.value, found))
             return
-        self._keep_bans_behind(*(value for _, value in stage.sequences if value not in (0, -math.inf)))
         ends = {ids[-1] for ids, _ in longer}
         alone = {token: value for token, value in single.items() if token not in ends}
         if alone:
@@ -426,6 +459,13 @@ class _Builder:
             )
             self.tasks.append(Task(tasks.SUMS.value, found, -1, at, numbers, plane))
             self.ops.append(Op(ops.ADD_PLANE.value, found, b=plane))
+
+
+def _key(source: History | Given) -> tuple[Any, ...]:
+    """What sources of the same tokens have in common."""
+    if isinstance(source, Given):
+        return (id(source.ids),)
+    return (source.span, id(source.ignore) if isinstance(source.ignore, torch.Tensor) else source.ignore)
 
 
 def _indexed(argument: str, ids: tuple[int, ...], V: int) -> tuple[int, ...]:

@@ -14,8 +14,10 @@ from fastlogits.compilers import constant
 from fastlogits.position import Index, split
 from fastlogits.run import Run, known
 from fastlogits.stages import AllowFrom, Ban, Member, Stage
-from fastlogits.step import NO_ARGUMENTS, Step
+from fastlogits.step import NO_ARGUMENTS, Cost, Merge, Step
 from fastlogits.token_mask import TokenMask, fitted
+
+MASKS_MERGE = "mask . mask = mask (or)"
 
 _ALWAYS = torch.iinfo(torch.int32).max
 
@@ -92,7 +94,7 @@ class _MaskTables:
 class MaskLaunch(Step):
     """Mask stages, in one launch: the law is mask . mask = mask (or)."""
 
-    law: ClassVar[str] = "mask . mask = mask (or)"
+    law: ClassVar[str] = MASKS_MERGE
 
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(members)
@@ -141,8 +143,17 @@ class MaskLaunch(Step):
 
     def describe(self) -> str:
         """The launch in a line, for ``explain()``."""
-        merged = f": {len(self.members)} masks in one ({self.law})" if len(self.members) > 1 else ""
+        merged = f": {len(self.members)} masks in one" if len(self.members) > 1 else ""
         return f"mask_tokens{merged}\nmoves: one read and one write of the logits; in place, the banned words only"
+
+    def merges(self) -> list[Merge]:
+        """All of its masks, where they are several."""
+        names = tuple(member.name for member in self.members)
+        return [Merge(self.law, names)] if len(names) > 1 else []
+
+    def cost(self) -> Cost:
+        """One launch; what a source text allows is built once a run."""
+        return Cost(1)
 
     def _tables(self, scores: torch.Tensor) -> _MaskTables:
         if scores.ndim != 2 or not scores.is_floating_point():

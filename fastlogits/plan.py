@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from fastlogits.run import Run, known
 from fastlogits.stages import AllowFrom, Clean, Force, Member, Normalise, Opaque, Rows, Truncate
 from fastlogits.step import NO_ARGUMENTS, Step, placed
 from fastlogits.truncate_launch import SelectLaunch, TruncateLaunch
+
+if TYPE_CHECKING:
+    from fastlogits.inside.explanation import Explanation
 
 
 class RowsLaunch(Step):
@@ -39,6 +42,8 @@ class RowsLaunch(Step):
 
 class Barrier(Step):
     """A processor that fastlogits doesn't know: it runs as it is, and nothing merges across it."""
+
+    is_barrier = True
 
     def __init__(self, member: Member, processor: Any) -> None:
         super().__init__([member])
@@ -125,22 +130,29 @@ class Plan:
             scores = step(input_ids, scores, run, kwargs, in_place)
         return scores
 
-    def explain(self) -> str:
-        """The plan as text: its launches and barriers in order, and what each processor does in them."""
-        count = sum(len(step.members) for step in self.steps)
-        launches = sum(not isinstance(step, Barrier) for step in self.steps)
-        lines = [f"{_plural(count, 'processor')}, {_plural(launches, 'fused step')}"]
-        width = max((len(member.name) for step in self.steps for member in step.members), default=0)
-        for number, step in enumerate(self.steps, 1):
-            head, *notes = step.describe().splitlines()
-            lines.append(f"{number}. {head}")
-            for member in step.members:
-                stage = member.stage
-                kind = stage.law if isinstance(stage, Rows) else stage.kind
-                lines.append(f"     {member.name:<{width}}  {kind:<9}  {stage.describe()}")
-            lines += [f"     {note}" for note in notes]
-        lines += [f"on a GPU {step.describe()}" for step in self.gpu_steps if isinstance(step, SelectLaunch)]
-        return "\n".join(lines)
+    def explain(
+        self,
+        shape: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        bandwidth: float | None = None,
+    ) -> Explanation:
+        """The plan for people: steps and barriers in order, what each processor does, merges and the law of each.
+
+        Args:
+            shape: batch size and vocabulary of logits, to tell the bytes that a GPU has to move for them.
+            dtype: their dtype.
+            bandwidth: bytes per second of the GPU's memory, to tell the time which that takes at least;
+                ``python -m fastlogits doctor`` measures it.
+
+        Returns:
+            A string to print; its ``html`` is the same as a table, which notebooks show.
+
+        Raises:
+            ValueError: a shape that is none, or a bandwidth that isn't positive.
+        """
+        from fastlogits.inside.explanation import explain  # which reads plans
+
+        return explain(self, shape, dtype, bandwidth)
 
 
 def _selected(steps: Sequence[Step]) -> Sequence[Step]:
@@ -168,7 +180,3 @@ def _fuses(group: list[Member], member: Member) -> bool:
     # A launch reads one set of allowed rows, and bans don't move across what brings a score back from -inf.
     parted = any(isinstance(each.stage, (Clean, Force)) for each in group)
     return not (parted and isinstance(stage, AllowFrom) and any(isinstance(each.stage, AllowFrom) for each in group))
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('h') else 's'}"

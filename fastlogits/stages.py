@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -121,6 +122,11 @@ class Stage:
         """Whether it reads ``input_ids``."""
         return False
 
+    @property
+    def keeps_bans(self) -> bool:
+        """Whether it leaves a score of -inf as it is, so that a later ban may move before it."""
+        return True
+
     def describe(self) -> str:
         """Its parameters in a few words, for ``explain()``."""
         raise NotImplementedError
@@ -216,6 +222,10 @@ class Penalize(_OfTokens):
     tokens: History | Given
     penalty: float
 
+    @property
+    def keeps_bans(self) -> bool:
+        return _keeps_infinity(self.penalty)
+
     def describe(self) -> str:
         return f"penalise the tokens of {self.tokens.describe()} by {self.penalty:g}"
 
@@ -226,6 +236,10 @@ class Scale(Stage):
 
     kind = "scale"
     divisor: float
+
+    @property
+    def keeps_bans(self) -> bool:
+        return _keeps_infinity(self.divisor)
 
     def describe(self) -> str:
         return f"divide by {self.divisor:g}"
@@ -250,6 +264,10 @@ class Bias(_OfTokens):
     when: When | None = None
     argument: str = "tokens"
 
+    @property
+    def keeps_bans(self) -> bool:
+        return all(value < math.inf for value in (self.value, self.counted))
+
     def describe(self) -> str:
         counted = f", {self.counted:+g} for each occurrence" if self.counted else ""
         when = "" if self.when is None else f" {self.when.describe()}"
@@ -271,6 +289,10 @@ class SequenceBias(Stage):
     @property
     def needs_history(self) -> bool:
         return any(len(ids) > 1 for ids, _ in self.sequences)
+
+    @property
+    def keeps_bans(self) -> bool:
+        return all(value < math.inf for _, value in self.sequences)
 
     def describe(self) -> str:
         values = {value for _, value in self.sequences}
@@ -316,6 +338,10 @@ class Force(_OfTokens):
     when: When
     argument: str = "tokens"
 
+    @property
+    def keeps_bans(self) -> bool:
+        return False
+
     def describe(self) -> str:
         return f"force {_words(self.tokens)} {self.when.describe()}"
 
@@ -325,6 +351,10 @@ class Clean(Stage):
     """NaN becomes 0, infinities become the largest finite values of their sign."""
 
     kind = "clean"
+
+    @property
+    def keeps_bans(self) -> bool:
+        return False
 
     def describe(self) -> str:
         return "replace NaN and infinities"
@@ -388,6 +418,11 @@ class Opaque(Stage):
 
     def describe(self) -> str:
         return "unknown to fastlogits: runs as it is"
+
+
+def _keeps_infinity(factor: float) -> bool:
+    """Whether -inf stays what it is, divided or multiplied by a factor."""
+    return 0 < factor < math.inf
 
 
 def _words(source: Source) -> str:

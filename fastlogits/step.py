@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -11,6 +11,26 @@ from fastlogits.run import Run
 from fastlogits.stages import Member
 
 NO_ARGUMENTS: Mapping[str, Any] = {}
+
+
+class Merge(NamedTuple):
+    """Processors that act as one."""
+
+    law: str
+    """Why they may."""
+    names: tuple[str, ...]
+    """Which they are."""
+
+
+class Cost(NamedTuple):
+    """What a part of a plan asks of a GPU in a call, at most."""
+
+    launches: int | None
+    """Kernels launched; None where it is some operations of torch, or a processor that nothing is known of."""
+    reads: int = 1
+    """How often the logits are read."""
+    writes: int = 1
+    """How often they are written."""
 
 
 class Step:
@@ -21,6 +41,11 @@ class Step:
     Args:
         members: the processors.
     """
+
+    is_barrier: ClassVar[bool] = False
+    """Whether it is a processor that fastlogits knows nothing of."""
+    takes_in_others: ClassVar[bool] = False
+    """Whether it stands for several steps of the plan."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
@@ -45,6 +70,14 @@ class Step:
     def describe(self) -> str:
         """What it is, for ``explain()``; then a line each for what it moves, if that is known."""
         raise NotImplementedError
+
+    def merges(self) -> list[Merge]:
+        """Which of its processors act as one, and by which law."""
+        return []
+
+    def cost(self) -> Cost:
+        """What it asks of a GPU."""
+        return Cost(None)
 
 
 def placed(processed: torch.Tensor, scores: torch.Tensor, in_place: bool) -> torch.Tensor:

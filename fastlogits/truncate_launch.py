@@ -13,7 +13,7 @@ from fastlogits.compilers import constant
 from fastlogits.fold_launch import FoldLaunch
 from fastlogits.run import Run
 from fastlogits.stages import Member, Truncate
-from fastlogits.step import Step
+from fastlogits.step import Cost, Merge, Step
 
 
 class TruncateLaunch(Step):
@@ -33,9 +33,12 @@ class TruncateLaunch(Step):
 
     def describe(self) -> str:
         """The launch in a line, for ``explain()``."""
-        if len(self.members) > 1:
-            return f"truncate: {len(self.members)} truncations in one (what the first leaves, the others look at)"
-        return "truncate"
+        return f"truncate: {len(self.members)} truncations in one" if len(self.members) > 1 else "truncate"
+
+    def merges(self) -> list[Merge]:
+        """All of its truncations, where they are several."""
+        names = tuple(member.name for member in self.members)
+        return [Merge("truncations look at one order of the tokens, each at what is left", names)] if names[1:] else []
 
 
 class SelectLaunch(Step):
@@ -47,6 +50,8 @@ class SelectLaunch(Step):
         after: the normalisation that stands after them; None for none.
         first: the number of the first of these steps, for people.
     """
+
+    takes_in_others = True
 
     def __init__(
         self, truncations: TruncateLaunch, before: Step | None = None, after: Step | None = None, first: int = 1
@@ -88,6 +93,29 @@ class SelectLaunch(Step):
 
     def describe(self) -> str:
         """Which steps it takes together, for ``explain()``."""
-        numbers = [str(self._first + i) for i in range(len(self._steps))]
-        steps = f"step {numbers[0]} takes" if len(numbers) == 1 else f"steps {' and '.join(numbers)} share"
-        return f"{steps} one read and one write of the logits, after a look at a sample of each row"
+        numbers = self._numbers
+        last = numbers[-1] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} and {numbers[-1]}"
+        steps = f"step {last} takes" if len(numbers) == 1 else f"steps {last} share"
+        reads = "one read" if self.cost().reads == 1 else f"{self.cost().reads} reads"
+        return f"{steps} {reads} and one write of the logits, after a look at a sample of each row"
+
+    def merges(self) -> list[Merge]:
+        """The steps that its kernels take together."""
+        steps = [f"step {number}" for number in self._numbers]
+        found = []
+        if self._before is not None:
+            found.append(Merge("a pointwise map is done wherever a logit is read", (steps[0], steps[1])))
+        if self._after is not None:
+            found.append(Merge("the sum over a row is that over the tokens kept", (steps[-2], steps[-1])))
+        return found
+
+    @property
+    def _numbers(self) -> list[str]:
+        return [str(self._first + i) for i in range(len(self._steps))]
+
+    def cost(self) -> Cost:
+        """Three launches, one before them that adds up the rows where a rule asks for that, and the fold's search."""
+        if not self._takes_rules:
+            return Cost(None)
+        sums = select.Selection(self._rules, 2**20, torch.device("cpu")).sums > 0
+        return Cost(3 + sums + (self._fold is not None and self._fold.searches), 1 + sums)

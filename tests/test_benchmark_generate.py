@@ -14,7 +14,7 @@ def test_a_run_leaves_a_csv(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTLOGITS_COMMIT", "abc1234")
     assert main([*TINY, "--out", str(tmp_path)]) == 0
     assert "batch 2, eager: accelerated, same tokens" in capsys.readouterr().out
-    (path,) = tmp_path.glob("*-generate.csv")
+    (path,) = tmp_path.glob("*.csv")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS

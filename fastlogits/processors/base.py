@@ -20,6 +20,8 @@ from fastlogits.run import Run
 from fastlogits.stages import Member, Opaque, Stage
 
 if TYPE_CHECKING:
+    from fastlogits.inside.explanation import Explanation
+    from fastlogits.inside.tracing import Trace
     from fastlogits.position import Index
 
 __all__ = ["LogitsProcessor", "LogitsProcessorList", "StagedProcessor"]
@@ -42,9 +44,14 @@ class RunProcessor(LogitsProcessor):
         """The same in place."""
         return self._plan(input_ids, scores, self._run, in_place=True)
 
-    def explain(self) -> str:
-        """The plan as text."""
-        return self._plan.explain()
+    def explain(
+        self,
+        shape: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        bandwidth: float | None = None,
+    ) -> Explanation:
+        """The plan for people, see ``Plan.explain``."""
+        return self._plan.explain(shape, dtype, bandwidth)
 
 
 class _Planned:
@@ -70,9 +77,30 @@ class _Planned:
         """
         return RunProcessor(self.plan, Run(prompt_length, cache_position))
 
-    def explain(self) -> str:
-        """What becomes of the processors, as text: launches, merges and the law that allows them, barriers."""
-        return self.plan.explain()
+    def explain(
+        self,
+        shape: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        bandwidth: float | None = None,
+    ) -> Explanation:
+        """What becomes of the processors: launches, merges and the law that allows each; see ``Plan.explain``."""
+        return self.plan.explain(shape, dtype, bandwidth)
+
+    def trace(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        tokenizer: Any = None,
+        *,
+        prompt_length: Index | None = None,
+        cache_position: Index | None = None,
+        top: int = 3,
+    ) -> Trace:
+        """What each processor does to the candidates of each row; see ``fastlogits.trace``."""
+        from fastlogits.inside.tracing import trace  # which reads processors
+
+        positions: Any = {"prompt_length": prompt_length, "cache_position": cache_position}
+        return trace(self, input_ids, scores, tokenizer, **positions, top=top)
 
 
 class StagedProcessor(_Planned, LogitsProcessor):

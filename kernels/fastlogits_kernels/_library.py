@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-_library = torch.library.Library("fastlogits", "FRAGMENT")
+NAMESPACE = "fastlogits"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -15,4 +17,4 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastlogits::{name}", fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

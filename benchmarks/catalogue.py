@@ -1,0 +1,109 @@
+"""The table of all processors: what each does, and what it costs on a GPU, asked of its own plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import fastlogits as fl
+from benchmarks.inputs import HISTORY
+from benchmarks.processors import CLASSES
+from fastlogits.fold_launch import FoldLaunch
+from fastlogits.mask_launch import MaskLaunch
+from fastlogits.plan import RowsLaunch
+from fastlogits.stages import Rows
+from fastlogits.truncate_launch import SelectLaunch
+
+_V = 1000
+_WAITS = ("WatermarkLogitsProcessor", "PrefixConstrainedLogitsProcessor", "MaxTimeLogitsProcessor")
+"""Those whose answer is on the host, so that each call waits for it or can't be captured."""
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "yes": 1, "no": 2, ".": 3}))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+
+
+_EXTRAS: dict[str, Callable[[Any], Any]] = {
+    "AllowedTokensLogitsProcessor": lambda t: fl.AllowedTokensLogitsProcessor([1]),
+    "CiteFromPromptLogitsProcessor": lambda t: fl.CiteFromPromptLogitsProcessor(t, 2.0),
+    "DRYLogitsProcessor": lambda t: fl.DRYLogitsProcessor(1.0),
+    "ForceLastPhraseLogitsProcessor": lambda t: fl.ForceLastPhraseLogitsProcessor("no", t),
+    "FrequencyPenaltyLogitsProcessor": lambda t: fl.FrequencyPenaltyLogitsProcessor(0.5),
+    "GenLengthLogitsProcessor": lambda t: fl.GenLengthLogitsProcessor(t, 1.0),
+    "LogitBiasLogitsProcessor": lambda t: fl.LogitBiasLogitsProcessor({1: 2.0}),
+    "MaxTimeLogitsProcessor": lambda t: fl.MaxTimeLogitsProcessor(t, 60.0),
+    "MinTokensLogitsProcessor": lambda t: fl.MinTokensLogitsProcessor(2, [0, 1]),
+    "MultipleChoiceLogitsProcessor": lambda t: fl.MultipleChoiceLogitsProcessor(t, ["yes", "no"]),
+    "OnlyTokensFrom": lambda t: fl.OnlyTokensFrom([3, 1], eos_token_id=0),
+    "PresencePenaltyLogitsProcessor": lambda t: fl.PresencePenaltyLogitsProcessor(0.5),
+    "PreventHallucinationLogitsProcessor": lambda t: fl.PreventHallucinationLogitsProcessor(t, phrase="no"),
+    "SuppressFirstTokens": lambda t: fl.SuppressFirstTokens([1]),
+    "SuppressSpecificBOSTokenLogitsProcessor": lambda t: fl.SuppressSpecificBOSTokenLogitsProcessor([1]),
+    "TopNSigmaLogitsWarper": lambda t: fl.TopNSigmaLogitsWarper(1.0),
+    "TriggerPhraseLogitsProcessor": lambda t: fl.TriggerPhraseLogitsProcessor(
+        t, phrase="no", trigger_token_phrase="yes"
+    ),
+    "XTCLogitsProcessor": lambda t: fl.XTCLogitsProcessor(0.1, 1.0),
+}
+"""One of each processor that transformers lacks."""
+
+
+def catalogue() -> str:
+    """The table, in Markdown."""
+    tokenizer, ids = _tokenizer(), torch.zeros(2, HISTORY, dtype=torch.int64)
+    rows = ["| processor | kind | what it does | cost on a GPU, in a list |", "|---|---|---|---|"]
+    for name in fl.__all__:
+        if name in CLASSES:
+            rows.append(_row(CLASSES[name](fl, ids, _V)[0]))
+        elif name in _EXTRAS:
+            rows.append(_row(_EXTRAS[name](tokenizer)))
+    return "\n".join(rows)
+
+
+def uncatalogued() -> set[str]:
+    """Public processors that the table forgets."""
+    known = {
+        *CLASSES,
+        *_EXTRAS,
+        "LogitsProcessor",
+        "LogitsProcessorList",
+        "StagedProcessor",
+        "HammingDiversityLogitsProcessor",
+    }
+    return {
+        name
+        for name in fl.__all__
+        if isinstance(getattr(fl, name), type)
+        and issubclass(getattr(fl, name), fl.LogitsProcessor)
+        and name not in known
+    }
+
+
+def _row(processor: Any) -> str:
+    (step,) = processor.plan.gpu_steps
+    (member,) = step.members
+    stage = member.stage
+    kind = stage.law if isinstance(stage, Rows) else stage.kind
+    does = " ".join((type(processor).__doc__ or "").partition("\n\n")[0].split()).replace("|", "\\|").replace("``", "`")
+    return f"| `{member.name}` | {kind} | {does} | {_cost(step, member.name)} |"
+
+
+def _cost(step: Any, name: str) -> str:
+    if name in _WAITS:
+        return "torch; asks the host at each call"
+    if isinstance(step, MaskLaunch):
+        return "none of its own: the shared pass"
+    if isinstance(step, FoldLaunch):
+        return "the shared pass" + (", the shared search before it" if step.searches else "")
+    if isinstance(step, SelectLaunch):
+        more = ", where it comes first a read more" if step.cost().reads > 1 else ""
+        return f"the shared selection{more}"
+    if isinstance(step, RowsLaunch) and step.is_normalisation:
+        return "nothing after truncations, else torch"
+    return "torch, on whole rows"

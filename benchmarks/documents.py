@@ -1,0 +1,232 @@
+"""The figures in the documents, taken from the results files: nobody types one.
+
+A document marks where they go, and ``python -m benchmarks readme`` fills what stands between the marks:
+
+    <!-- benchmarks: gpu -->
+    <!-- /benchmarks -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.catalogue import catalogue
+from benchmarks.inputs import MANY_IDS
+from benchmarks.results import Record, newest, read_folder, slug
+from benchmarks.tables import METRICS
+from benchmarks.workloads import COPY, FAST, FAST_, FAST_COPIED_, LOOP, OURS, THEIRS, WORKLOADS, YARDSTICKS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/results.md")
+_REGION = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
+
+_SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
+_CPU_SIZES = ((1, 32000), (8, 32000), (1, 128256), (8, 128256), (64, 128256))
+_FEW = ("first step", "chain 6", "chain 9", "T k p", "T p", "draw T k p", "bitmask", "serving", "serving tokens")
+_LOGITS = ("gauss", "zipf", "mixture", "flat")
+_MEANS = {
+    "first step": "tokens forbidden at the first step",
+    "chain 1": "temperature",
+    "chain 3": "repetition penalty, first tokens, temperature",
+    "chain 5": "chain 3, top-k 50, top-p 0.9",
+    "chain 6": "repetition, 3-grams, bad words, least length, first tokens, temperature",
+    "chain 9": "chain 6, top-k 50, top-p 0.9, min-p 0.05",
+    "T k p": "temperature, top-k 50, top-p 0.9",
+    "T p": "temperature, top-p 0.9",
+    "T min-p": "temperature, min-p 0.05",
+    "T typical": "temperature, typical 0.9",
+    "T large k": "temperature, top-k 2000",
+    "draw T k p": "temperature, top-k 50, top-p 0.9, to a token",
+    "draw T p": "temperature, top-p 0.9, to a token",
+    "draw T": "temperature, to a token",
+    "serving": "a batch of requests, each with its own parameters, to logits",
+    "serving tokens": "a batch of requests, each with its own parameters, to tokens",
+    "bitmask": "a grammar's bitmask, half of its bits, in place",
+}
+
+
+def fill(results: Path, write: bool = True, root: Path = ROOT) -> list[Path]:
+    """Fill the marked regions of all documents.
+
+    Args:
+        results: the folder of the results files.
+        write: whether to write what is new; else it is only told.
+        root: the folder of the documents.
+
+    Returns:
+        The documents whose figures were not up to date.
+
+    Raises:
+        ValueError: a document asks for a region that there is none of.
+    """
+    records = [record for record in newest(read_folder(results)) if record.cache == "warm"]
+    stale = []
+    for name in DOCUMENTS:
+        path = root / name
+        before = path.read_text()
+        after = _filled(path, before, records)
+        if after != before:
+            stale.append(path)
+            if write:
+                path.write_text(after)
+    return stale
+
+
+def _filled(document: Path, text: str, records: Sequence[Record]) -> str:
+    def region(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in REGIONS:
+            raise ValueError(f"{document}: there is no region {name!r}; there are {', '.join(REGIONS)}")
+        return f"{begin}{REGIONS[name](records)}\n{end}"
+
+    return _REGION.sub(region, text)
+
+
+def _of_newest_device(records: Sequence[Record], metric: str) -> list[Record]:
+    """The records of a metric on the device that was measured last."""
+    chosen = [record for record in records if record.metric == metric and record.median is not None]
+    if not chosen:
+        return []
+    device = max(chosen, key=lambda record: record.timestamp).device
+    return [record for record in chosen if record.device == device]
+
+
+_CLAIMS = (
+    ("gpu_us", "chain 9", 0, THEIRS, FAST),
+    ("gpu_us", "T k p", 0, THEIRS, FAST),
+    ("cpu_us", "chain 9", 0, THEIRS, FAST),
+    ("gpu_us", "first step", 1000, LOOP, FAST_),
+    ("cpu_us", "first step", 1000, LOOP, FAST_),
+)
+"""What to set side by side, the first that was measured: a metric, a workload, its ids, another contender and ours."""
+
+
+def _claim(records: Sequence[Record]) -> str:
+    """One sentence: a job here and elsewhere."""
+    for metric, workload, ids, other, ours in _CLAIMS:
+        found = _of_newest_device(records, metric)
+        for batch, vocab in reversed(_SIZES[:3]):
+            of = {
+                r.contender: r
+                for r in found
+                if (r.workload, r.ids, r.batch, r.vocab, r.logits) == (workload, ids, batch, vocab, "gauss")
+                and r.dtype == "float32"
+            }
+            if {other, ours} <= of.keys():
+                return _sentence(of[other], of[ours], of.get(COPY))
+    return "Nothing has been measured yet."
+
+
+def _sentence(other: Record, ours: Record, copy: Record | None) -> str:
+    kind = "GPU time" if ours.metric == "gpu_us" else f"{ours.threads} threads"
+    them, us = other.median or 0.0, ours.median or 1.0
+    beside = "" if copy is None else f"; copying the logits takes {_us(copy.median)} us"
+    job = _MEANS[ours.workload].capitalize() + (f", {ours.ids:,} ids" if ours.ids else "")
+    return (
+        f"{job}, float32 logits of {ours.batch} x {ours.vocab}, {ours.device}, {kind}: "
+        f"{other.contender} {_us(them)} us, {ours.contender} {_us(us)} us ({them / us:,.0f} x faster){beside}."
+    )
+
+
+def _us(us: float | None) -> str:
+    if us is None:
+        return ""
+    return f"{us:.1f}" if us < 10 else f"{us:,.0f}"
+
+
+def _plot(records: Sequence[Record]) -> str:
+    """The speed-ups of the newest GPU, else of the newest processor."""
+    for metric in ("gpu_us", "cpu_us"):
+        found = _of_newest_device(records, metric)
+        if found:
+            name = f"{slug(found[0].device)}-speed-up-{metric.removesuffix('_us')}.png"
+            text = f"Times faster than transformers, or than the published loop, by batch size on {found[0].device}"
+            return f"![{text}](benchmarks/results/{name})"
+    return ""
+
+
+def _table(
+    metric: str, sizes: Sequence[tuple[int, int]], workloads: Sequence[str]
+) -> Callable[[Sequence[Record]], str]:
+    """A table of a metric: a row for each workload and contender, a column for each size."""
+
+    def table(records: Sequence[Record]) -> str:
+        found = _of_newest_device(records, metric)
+        found = [r for r in found if (r.batch, r.vocab) in sizes and r.ids < MANY_IDS]
+        shown = [name for name in workloads if any(r.workload == name and r.contender in OURS for r in found)]
+        if not shown:
+            return "Not measured yet."
+        head = "".join(f" {batch} x {vocab} |" for batch, vocab in sizes)
+        lines = [_caption(found, metric, shown), "", f"| work | by |{head}", f"|---|---|{'---:|' * len(sizes)}"]
+        for name in shown:
+            of_workload = [r for r in found if r.workload == name]
+            for ids, dtype in sorted(
+                {(r.ids, r.dtype) for r in of_workload}, key=lambda key: (key[0], key[1] != "float32")
+            ):
+                group = [r for r in of_workload if (r.ids, r.dtype) == (ids, dtype)]
+                lines += _rows(name, ids, dtype, group, sizes)
+        return "\n".join(lines)
+
+    return table
+
+
+def _rows(name: str, ids: int, dtype: str, records: Sequence[Record], sizes: Sequence[tuple[int, int]]) -> list[str]:
+    work = _MEANS.get(name, name) + (f", {ids:,} ids" if ids else "") + ("" if dtype == "float32" else f", {dtype}")
+    rows = []
+    for contender in _in_order({r.contender for r in records}):
+        cells = []
+        for size in sizes:
+            by_logits = {r.logits: r.median for r in records if r.contender == contender and (r.batch, r.vocab) == size}
+            if contender in YARDSTICKS:  # which don't look at the logits
+                by_logits = dict(list(by_logits.items())[:1])
+            cells.append(" / ".join(_us(by_logits[logits]) for logits in _LOGITS if logits in by_logits))
+        if any(cells):
+            bold = "**" if contender in OURS else ""
+            rows.append(f"| {work} | {bold}{contender}{bold} |{''.join(f' {cell} |' for cell in cells)}")
+            work = ""
+    return rows
+
+
+def _in_order(contenders: set[str]) -> list[str]:
+    """The published loop and transformers, others, ours, a copy; what else is for scale is left out."""
+    first = [name for name in (LOOP, THEIRS) if name in contenders]
+    ours = [name for name in (FAST, FAST_, FAST_COPIED_) if name in contenders]
+    copy = [COPY] if COPY in contenders else []
+    return first + sorted(contenders - {*first, *OURS, *YARDSTICKS} - _parts(contenders)) + ours + copy
+
+
+def _parts(contenders: set[str]) -> set[str]:
+    return {name for name in contenders if name.endswith(" alone")}
+
+
+def _caption(records: Sequence[Record], metric: str, workloads: Sequence[str]) -> str:
+    chosen = [r for r in records if r.workload in workloads]
+    last = max(chosen, key=lambda r: r.timestamp)
+    threads = f", {last.threads} threads" if metric == "cpu_us" else ""
+    several = [logits for logits in _LOGITS if any(r.logits == logits for r in chosen)]
+    kinds = f"; where several figures stand, logits are {' / '.join(several)}" if len(several) > 1 else ""
+    commits = " and ".join(dict.fromkeys(r.commit for r in sorted(chosen, key=lambda r: r.timestamp)))
+    versions = f"torch {last.torch}" + (f", Triton {last.triton}" if last.triton and metric != "cpu_us" else "")
+    return (
+        f"{last.device}{threads}, {METRICS[metric]}, medians in microseconds{kinds} "
+        f"({versions}, transformers {last.transformers or 'not noted'}; commit {commits}):"
+    )
+
+
+_ALL = tuple(name for name, workload in WORKLOADS.items() if workload.main)
+REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
+    "claim": _claim,
+    "plot": _plot,
+    "gpu": _table("gpu_us", _SIZES, _FEW),
+    "gpu-all": _table("gpu_us", _SIZES, _ALL),
+    "host-all": _table("host_us", _SIZES, _ALL),
+    "cpu": _table("cpu_us", _CPU_SIZES, ("chain 9", "T k p")),
+    "cpu-all": _table("cpu_us", _CPU_SIZES, _ALL),
+    "processors": lambda records: catalogue(),
+    "cpu-classes": _table(
+        "cpu_us", _CPU_SIZES, tuple(name for name, workload in WORKLOADS.items() if not workload.main)
+    ),
+}
+"""What a document can ask for."""

@@ -1,0 +1,76 @@
+"""One page of HTML with everything that a folder's files hold: plots and tables, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from benchmarks.results import Record, newest, read_folder, slug
+from benchmarks.tables import METRICS
+from benchmarks.workloads import OURS, YARDSTICKS
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-size: 13px }
+td, th { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left }
+.ours td { font-weight: 600 } .yardstick td { color: #777 } .remark { color: #a40000 }
+img { max-width: 100% } small { color: #666 }
+"""
+
+
+def write(folder: Path) -> Path:
+    """Write ``report.html`` into the folder, from its results files and plots."""
+    records = newest(read_folder(folder))
+    body = ["<h1>Benchmarks of fastlogits</h1>", "<p>The last measurement of each thing; medians, microseconds.</p>"]
+    for device in dict.fromkeys(record.device for record in records):
+        body += _device(folder, device, [record for record in records if record.device == device])
+    path = folder / "report.html"
+    title = "<!doctype html><html lang='en'><meta charset='utf-8'><title>Benchmarks of fastlogits</title>"
+    path.write_text(f"{title}<style>{_STYLE}</style>{''.join(body)}</html>\n")
+    return path
+
+
+def _device(folder: Path, device: str, records: Sequence[Record]) -> list[str]:
+    made_with = dict.fromkeys(
+        f"commit {r.commit}, {r.timestamp[:10]}: Python {r.python}, torch {r.torch}, Triton {r.triton or 'none'}, "
+        f"transformers {r.transformers or 'not noted'}, {r.threads or 'unknown'} threads"
+        for r in records
+    )
+    parts = [f"<h2>{escape(device)}</h2>", "<p><small>", "<br>".join(map(escape, made_with)), "</small></p>"]
+    for image in sorted(folder.glob(f"{slug(device)}-*.svg")):
+        drawn = image.read_text()
+        parts.append(drawn[drawn.index("<svg") :])
+    tables: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        key = (record.workload, record.metric, record.ids, record.logits, record.dtype, record.cache)
+        tables.setdefault(key, []).append(record)
+    for (workload, metric, ids, logits, dtype, cache), group in tables.items():
+        what = f"{workload}{f', {ids} ids' if ids else ''}: {METRICS[str(metric)]}"
+        parts.append(f"<h3>{escape(what)}</h3><small>{logits} {dtype}, {cache}</small>{_table(group)}")
+    return parts
+
+
+def _table(records: Sequence[Record]) -> str:
+    sizes = sorted({(record.vocab, record.batch) for record in records})
+    head = "".join(f"<th>{batch} x {vocab}</th>" for vocab, batch in sizes)
+    rows = [f"<tr><th></th>{head}</tr>"]
+    for contender in dict.fromkeys(record.contender for record in records):
+        by_size = {(r.vocab, r.batch): r for r in records if r.contender == contender}
+        kind = "ours" if contender in OURS else "yardstick" if contender in YARDSTICKS else ""
+        cells = "".join(f"<td>{_cell(by_size[size]) if size in by_size else ''}</td>" for size in sizes)
+        rows.append(f"<tr class='{kind}'><td>{escape(contender)}</td>{cells}</tr>")
+    roofs = {(r.vocab, r.batch): r.roof_us for r in records if r.roof_us and r.metric != "host_us"}
+    if roofs:
+        cells = "".join(f"<td>{f'{roofs[size]:,.1f}' if size in roofs else ''}</td>" for size in sizes)
+        rows.append(f"<tr class='yardstick'><td>memory roof</td>{cells}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _cell(record: Record) -> str:
+    if record.median is None:
+        return f"<span class='remark' title='{escape(record.remark)}'>{escape(record.remark.partition(':')[0])}</span>"
+    spread = "" if record.p10 is None else f"10 % {record.p10:,.2f}, 90 % {record.p90:,.2f}"
+    peak = "" if record.peak_bytes is None else f"; peak memory {record.peak_bytes / 2**20:,.1f} MiB"
+    return f"<span title='{spread}{peak}'>{record.median:,.1f}</span>"

@@ -1,0 +1,242 @@
+"""Plots of the results files, as SVG and PNG: drawn anywhere, of what was measured anywhere."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import matplotlib as mpl
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks.results import Record, newest, read_folder, slug
+from benchmarks.tables import METRICS
+from benchmarks.workloads import COPY, EMPTY, FAST, FAST_, OURS, THEIRS, WORKLOADS, YARDSTICKS
+
+_Key = TypeVar("_Key")
+
+_VOCAB, _LARGEST, _BATCH = 128256, 151936, 64
+_COLUMNS = 4
+_OURS, _THEIRS, _YARDSTICK = "#0b5fa5", "#d9730d", "#7a7a7a"
+_OTHERS = ("#2a8c4a", "#8a3ffc", "#b5338a", "#5aa9e6", "#a08000", "#00767a", "#c0392b")
+_SHORT = {FAST: "fastlogits", FAST_: "fastlogits in place", THEIRS: "transformers"}
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """Draw what a folder's files hold into it: for each device and metric up to four plots.
+
+    Returns:
+        The files written.
+    """
+    records = [record for record in newest(read_folder(folder)) if record.median is not None]
+    written: list[Path] = []
+    for device in dict.fromkeys(record.device for record in records):
+        for metric in METRICS:
+            chosen = [r for r in records if r.device == device and r.metric == metric and r.cache == "warm"]
+            for name, draw in _PLOTS.items():
+                figure = draw(chosen) if metric != "host_us" or draw is speed_up else None
+                if figure is not None:
+                    figure.suptitle(f"{figure.get_suptitle()}\n{device}, {METRICS[metric]}", fontsize=11)
+                    written += _save(figure, folder / f"{slug(device)}-{name}-{metric.removesuffix('_us')}")
+    return written
+
+
+def speed_up(records: Sequence[Record]) -> Figure | None:
+    """Times faster than a workload's baseline, by batch size; a panel each for a workload and kind of logits."""
+    panels = {}
+    for key, group in _grouped(records, lambda r: (r.workload, r.ids, r.logits, r.dtype)).items():
+        workload = WORKLOADS.get(key[0])
+        if workload is None or not workload.main:
+            continue
+        shown = [r for r in group if r.vocab == _VOCAB]
+        shown += [r for r in group if r.vocab == _LARGEST and r.batch not in {each.batch for each in shown}]
+        base = {r.batch: r.median or 0.0 for r in shown if r.contender == workload.baseline}
+        lines = {
+            name: [(r.batch, base[r.batch] / (r.median or 1.0)) for r in line if r.batch in base]
+            for name, line in _grouped(shown, lambda r: r.contender).items()
+            if name != workload.baseline and name not in YARDSTICKS
+        }
+        lines = {name: points for name, points in lines.items() if len(points) > 1}
+        if lines:
+            panels[_panel_title(key)] = (lines, workload.baseline)
+    if not panels:
+        return None
+    figure, axes = _grid(len(panels))
+    figure.suptitle(f"Times faster by batch size, vocabulary {_VOCAB:,} (or {_LARGEST:,})")
+    for axis, (title, (lines, baseline)) in zip(axes, panels.items(), strict=True):
+        for name, points in lines.items():
+            _line(axis, name, points)
+        axis.axhline(1, color="black", linewidth=1, linestyle=":", label=baseline)
+        axis.set_title(title, fontsize=9)
+        axis.set(xscale="log", yscale="log", xlabel="batch size")
+        axis.set_xscale("log", base=2)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
+        _ticks(axis, {batch for points in lines.values() for batch, _ in points})
+    return _legend(figure, axes)
+
+
+def against_roof(records: Sequence[Record]) -> Figure | None:
+    """Time against that of moving a workload's bytes at the bandwidth measured in the same run."""
+    shown = [
+        r for r in records
+        if r.roof_us and r.contender not in YARDSTICKS and r.workload in WORKLOADS and WORKLOADS[r.workload].main
+    ]  # fmt: skip
+    if not shown:
+        return None
+    figure, (axis,) = _grid(1, size=(8.0, 6.0))
+    figure.suptitle("Time against the measured memory roof; on the line nothing could be faster from memory")
+    for group, colour in (("theirs", _THEIRS), ("others", _OTHERS[0]), ("ours", _OURS)):
+        of_group = [r for r in shown if _group(r.contender) == group]
+        if of_group:
+            axis.scatter(
+                [r.roof_us or 0 for r in of_group], [r.median or 0 for r in of_group],
+                s=14, alpha=0.7, color=colour, label={"ours": "fastlogits", "theirs": THEIRS}.get(group, group),
+            )  # fmt: skip
+    ends = [min(r.roof_us or 1 for r in shown), max(r.roof_us or 1 for r in shown)]
+    axis.plot(ends, ends, color="black", linewidth=1, label="roof")
+    empty = [r.median for r in records if r.contender == EMPTY and r.median]
+    if empty:
+        axis.axhline(min(empty), color=_YARDSTICK, linewidth=1, linestyle=":", label=EMPTY)
+    axis.set(xscale="log", yscale="log", xlabel="roof, us", ylabel="measured, us")
+    return _legend(figure, [axis])
+
+
+def by_length(records: Sequence[Record]) -> Figure | None:
+    """Cost against the number of processors, a panel for each size."""
+    chains = {name: int(match[1]) for name in WORKLOADS if (match := re.fullmatch(r"chain (\d+)", name))}
+    chosen = [r for r in records if r.workload in chains and r.vocab in (_VOCAB, _LARGEST)]
+    panels = {}
+    for key, group in _grouped(chosen, lambda r: (r.batch, r.vocab)).items():
+        lines = {
+            name: sorted((chains[r.workload], r.median or 0.0) for r in line)
+            for name, line in _grouped(group, lambda r: r.contender).items()
+            if name not in YARDSTICKS or name == COPY
+        }
+        if any(len(points) > 2 for points in lines.values()):
+            panels[f"{key[0]} x {key[1]}"] = lines
+    if not panels:
+        return None
+    figure, axes = _grid(len(panels))
+    figure.suptitle("Cost against the length of the chain")
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for name, points in lines.items():
+            _line(axis, name, points)
+        axis.set_title(title, fontsize=9)
+        axis.set(yscale="log", xlabel="processors", ylabel="us", xticks=sorted(chains.values()))
+    return _legend(figure, axes)
+
+
+def by_vocabulary(records: Sequence[Record]) -> Figure | None:
+    """Cost against the size of the vocabulary, a panel for each workload that was measured at several."""
+    panels = {}
+    for key, group in _grouped(records, lambda r: (r.workload, r.ids, r.logits, r.dtype, r.batch)).items():
+        workload = WORKLOADS.get(key[0])
+        if workload is None or not workload.main or key[4] not in (8, _BATCH):
+            continue
+        lines = {
+            name: sorted((r.vocab, r.median or 0.0) for r in line)
+            for name, line in _grouped(group, lambda r: r.contender).items()
+            if name not in YARDSTICKS or name == COPY
+        }
+        if any(len(points) > 2 for points in lines.values()):
+            panels[f"{_panel_title(key[:4])}, batch {key[4]}"] = lines
+    if not panels:
+        return None
+    figure, axes = _grid(len(panels))
+    figure.suptitle("Cost against the vocabulary")
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for name, points in lines.items():
+            _line(axis, name, points)
+        axis.set_title(title, fontsize=9)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="us")
+        _ticks(axis, {vocab for points in lines.values() for vocab, _ in points})
+    return _legend(figure, axes)
+
+
+_PLOTS: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
+    "speed-up": speed_up,
+    "roof": against_roof,
+    "chain-length": by_length,
+    "vocabulary": by_vocabulary,
+}
+
+
+def _grouped(records: Iterable[Record], key: Callable[[Record], _Key]) -> dict[_Key, list[Record]]:
+    found: dict[_Key, list[Record]] = {}
+    for record in records:
+        found.setdefault(key(record), []).append(record)
+    return found
+
+
+def _panel_title(key: Sequence[object]) -> str:
+    workload, ids, logits, dtype = key
+    kinds = [str(logits)] if len(WORKLOADS[str(workload)].inputs) > 1 else []
+    kinds += [str(dtype)] if len(WORKLOADS[str(workload)].dtypes) > 1 else []
+    title = str(workload) + (f", {ids} ids" if ids else "")
+    return f"{title} ({', '.join(kinds)})" if kinds else title
+
+
+def _group(contender: str) -> str:
+    theirs = contender.startswith(("transformers", "article"))
+    return "ours" if contender in OURS else "theirs" if theirs else "others"
+
+
+def _grid(count: int, size: tuple[float, float] | None = None) -> tuple[Figure, list[Axes]]:
+    across = min(_COLUMNS, count)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=size or (3.6 * across + 0.6, 2.8 * down + 1.4), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count]:
+        axis.grid(which="major", color="#dddddd", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:count]
+
+
+def _line(axis: Axes, name: str, points: Sequence[tuple[float, float]]) -> None:
+    group = _group(name)
+    if name in YARDSTICKS:
+        colour, width = _YARDSTICK, 1.0
+    elif group == "ours":
+        colour, width = (_OURS, 2.0) if name in (FAST, FAST_) else ("#5aa9e6", 1.2)
+    elif name.startswith(THEIRS):
+        colour, width = _THEIRS, 1.6
+    else:
+        colour, width = _OTHERS[sum(map(ord, name)) % len(_OTHERS)], 1.4
+    dashed = "--" if "in place" in name or name.endswith("_") else "-"
+    xs, ys = zip(*sorted(points), strict=True)
+    axis.plot(xs, ys, dashed, marker="o", markersize=4, color=colour, linewidth=width, label=_SHORT.get(name, name))
+
+
+def _ticks(axis: Axes, values: Iterable[int]) -> None:
+    chosen = sorted(values)
+    axis.set_xticks(chosen, [f"{value:,}" for value in chosen], fontsize=7)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
+    handles: dict[str, Artist] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(str(label), handle)
+    columns = max(2, int(figure.get_figwidth() // 2.6))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    paths = [path.with_name(f"{path.name}.{form}") for form in ("svg", "png")]
+    # Neither file changes where its content doesn't.
+    with mpl.rc_context({"svg.hashsalt": "fastlogits"}):
+        figure.savefig(paths[0], metadata={"Date": None})
+        figure.savefig(paths[1], dpi=110, metadata={"Software": None})
+    return paths

@@ -1,0 +1,343 @@
+"""Looking inside: what a plan says of itself, traces, checks, and the command line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from fastlogits_kernels import select
+from fastlogits_kernels._triton import Launcher
+
+import fastlogits as fl
+from fastlogits.__main__ import main
+from fastlogits.inside import doctor
+from fastlogits.stages import Ban, Scale
+
+V = 200
+INF = float("inf")
+IDS = torch.tensor([[5, 6, 5, 6, 5], [9, 8, 7, 9, 8]])
+
+
+def scores(rows=2, vocab=V):
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1)) * 3
+
+
+class Add(transformers.LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores + 1
+
+
+class Heats(fl.StagedProcessor, transformers.TemperatureLogitsWarper):
+    """A stage that isn't what the call of its base says."""
+
+    def stage(self):
+        return Scale(self.temperature * 1.001)
+
+
+TOP = scores().argmax(-1).tolist()
+"""The likeliest token of each row."""
+
+
+class BansAnother(fl.StagedProcessor, transformers.SuppressTokensLogitsProcessor):
+    def stage(self):
+        return Ban((TOP[1],))
+
+
+def _chain():
+    return [
+        fl.RepetitionPenaltyLogitsProcessor(1.1),
+        fl.NoRepeatNGramLogitsProcessor(2),
+        fl.TemperatureLogitsWarper(0.7),
+        fl.SuppressTokensLogitsProcessor([3, 4]),
+    ]
+
+
+# -- explain ------------------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_law_of_each_merge():
+    explanation = fl.LogitsProcessorList([*_chain(), fl.TopKLogitsWarper(50), fl.LogitNormalization()]).explain()
+    fold, truncation, _ = explanation.parts
+    bans = "NoRepeatNGramLogitsProcessor, SuppressTokensLogitsProcessor"
+    assert fold.laws == (
+        f"law: mask . mask = mask (or) ({bans})",
+        "law: a mask commutes with every map that keeps -inf (SuppressTokensLogitsProcessor)",
+        "law: pointwise maps compose, in their order",
+    )
+    assert truncation.laws == ()
+    assert explanation.gpu == (
+        "at most 4 launches",
+        "steps 1, 2 and 3 share one read and one write of the logits, after a look at a sample of each row",
+        "law: a pointwise map is done wherever a logit is read (step 1, step 2)",
+        "law: the sum over a row is that over the tokens kept (step 2, step 3)",
+    )
+    assert all(line in explanation for line in (*fold.laws, *explanation.gpu))
+
+
+@pytest.mark.parametrize(
+    ("between", "merges"),
+    [(fl.TemperatureLogitsWarper(0.5), True), (fl.InfNanRemoveLogitsProcessor(), False)],
+)
+def test_a_mask_is_said_to_move_only_where_it_does(between, merges):
+    banning = fl.SuppressTokensLogitsProcessor([1]), fl.NoRepeatNGramLogitsProcessor(2)
+    processors = fl.LogitsProcessorList([banning[0], between, banning[1]])
+    assert ("a mask commutes" in processors.explain()) is merges
+    (step,) = processors.plan.steps
+    chain = step.inputs(IDS, scores(), None)[0]
+    assert (chain.search.sets == 1) is merges
+
+
+def test_sources_that_are_searched_for_once():
+    twice = [fl.RepetitionPenaltyLogitsProcessor(1.1), fl.RepetitionPenaltyLogitsProcessor(1.2)]
+    assert "law: the same tokens are searched for once" in fl.LogitsProcessorList(twice).explain()
+    other = [fl.RepetitionPenaltyLogitsProcessor(1.1), fl.RepetitionPenaltyLogitsProcessor(1.2, 2)]
+    assert "searched for once" not in fl.LogitsProcessorList(other).explain()
+
+
+def test_explain_tells_bytes_and_the_least_time():
+    explain = fl.LogitsProcessorList([fl.TemperatureLogitsWarper(0.7), Add()]).plan.explain
+    assert "logits of" not in explain()
+    size = 64 * 128256 * 2
+    line = explain((64, 128256), torch.bfloat16, bandwidth=4e12).gpu[-1]
+    least = f"at least {4 * size / 1e6:.1f} MB to move, {1e6 * 4 * size / 4e12:.1f} us at 4,000 GB/s"
+    assert line == f"bfloat16 logits of 64 x 128256: {least}; a copy of them moves {2 * size / 1e6:.1f} MB"
+    with pytest.raises(ValueError, match="shape must be"):
+        explain((1, 2, 3))
+    with pytest.raises(ValueError, match="bandwidth must be"):
+        explain((1, 2), bandwidth=0.0)
+
+
+def test_explain_as_html_is_whole_and_escaped():
+    processors = fl.LogitsProcessorList([fl.SuppressFirstTokens([1], window=2), fl.TopPLogitsWarper(0.9)])
+    html = processors.explain()._repr_html_()
+    assert "ban 1 token while step &lt; 2" in html
+    assert html.count("<tr>") == html.count("</tr>") == 5
+    assert "TopPLogitsWarper" in html
+
+
+@pytest.mark.parametrize(
+    "processors",
+    [
+        [fl.TemperatureLogitsWarper(0.7)],
+        [fl.RepetitionPenaltyLogitsProcessor(1.1)],
+        [fl.TopKLogitsWarper(5)],
+        [fl.TopPLogitsWarper(0.9)],
+        [fl.RepetitionPenaltyLogitsProcessor(1.1), fl.MinPLogitsWarper(0.1), fl.TypicalLogitsWarper(0.9)],
+        [fl.TypicalLogitsWarper(0.9), fl.LogitNormalization()],
+        [fl.SuppressTokensLogitsProcessor([3]), fl.TopKLogitsWarper(5)],
+    ],
+)
+def test_no_more_launches_than_explain_says(processors, monkeypatch, device):
+    plan = fl.LogitsProcessorList(processors).plan
+    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    launched = []
+    launch = Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: launched.append(self) or launch(self, *args))
+    scored = scores().to(device)
+    for step in plan.gpu_steps:
+        launched.clear()
+        scored = step(IDS.to(device), scored, None)
+        # On the CPU only a selection runs its kernels, and finds its tokens in torch.
+        if device == "cuda" or step.takes_in_others:
+            assert step.cost().launches - step.cost().launches // 4 <= len(launched) <= step.cost().launches
+
+
+# -- trace --------------------------------------------------------------------------------------------------------
+
+
+def test_trace_tells_what_each_processor_removed():
+    processors = [fl.SuppressTokensLogitsProcessor([3, 4]), fl.TemperatureLogitsWarper(0.5), fl.TopKLogitsWarper(10)]
+    found = fl.trace(processors, IDS, scores())
+    assert [(change.processor, change.row) for change in found] == [
+        (type(processor).__name__, row) for processor in processors for row in (0, 1)
+    ]
+    banned, heated, kept = found[0], found[2], found[4]
+    probabilities = scores()[0].double().softmax(-1)
+    assert (banned.removed, banned.left, banned.changed) == (2, V - 2, 0)
+    assert {token for token, _ in banned.removed_likeliest} == {3, 4}
+    assert banned.kept_mass == pytest.approx(float(1 - probabilities[[3, 4]].sum()))
+    assert (heated.removed, heated.changed, heated.kept_mass) == (0, V - 2, pytest.approx(1))
+    assert (kept.removed, kept.left) == (V - 12, 10)
+    before = scores()[0].clone()
+    before[[3, 4]] = -INF
+    sharp = (before.double() / 0.5).softmax(-1).sort(descending=True)
+    assert kept.kept_mass == pytest.approx(float(sharp.values[:10].sum()))
+    assert kept.top_before == kept.top_before[:3]
+    assert [token for token, _ in kept.top_before] == sharp.indices[:3].tolist()
+    assert [p for _, p in kept.top_after] == pytest.approx((sharp.values[:3] / sharp.values[:10].sum()).tolist())
+    assert [token for token, _ in kept.removed_likeliest] == sharp.indices[10:13].tolist()
+    assert torch.equal(found.scores, fl.LogitsProcessorList(processors)(IDS, scores()))
+
+
+def test_trace_leaves_processors_and_scores_alone():
+    given = scores()
+    processor = fl.WhisperNoSpeechDetection(3, 1, scores_is_logprobs=False)
+    processor.set_begin_index(IDS.shape[1])
+    before = dict(vars(processor))
+    fl.trace([processor, fl.TopKLogitsWarper(3)], IDS, given)
+    assert vars(processor) == before
+    assert torch.equal(given, scores())
+
+
+def test_trace_of_rows_that_are_mixed_forced_or_empty():
+    guided = fl.trace([fl.ClassifierFreeGuidanceLogitsProcessor(2.0)], IDS[:1], scores())
+    assert [change.row for change in guided] == [0]
+    forced = fl.trace([fl.TopKLogitsWarper(1), fl.ForcedBOSTokenLogitsProcessor(3)], IDS[:, :1], scores())
+    assert (forced[2].left, forced[2].added, forced[2].removed) == (1, 1, 1)
+    assert forced[2].top_after == ((3, 1.0),)
+    nothing = fl.trace([fl.SuppressTokensLogitsProcessor(range(V))], IDS, scores())
+    assert (nothing[0].left, nothing[0].kept_mass, nothing[0].top_after) == (0, 0.0, ())
+
+
+def test_trace_as_text_table_html_and_plot(tokenizer, tmp_path):
+    digits = fl.TokenMask.matching(tokenizer, r"\s*\d")
+    processors = fl.LogitsProcessorList([fl.SuppressFirstTokens(digits), fl.TopKLogitsWarper(3)])
+    found = processors.trace(IDS, scores(vocab=len(tokenizer)), tokenizer, prompt_length=5, top=2)
+    lines = str(found).splitlines()
+    for heading in ("processor", "removed", "kept mass", "removed, likeliest first", "top now"):
+        assert heading in lines[0]
+    assert len(lines) == 1 + 4
+    token = found[2].top_after[0][0]
+    assert found.text(token) in lines[3]
+    assert found.text(10**6) == "1000000"
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(found)
+    assert "SuppressFirstTokens" in console.export_text()
+    assert found._repr_html_().count("<tr>") == 5
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "trace.svg", row=1)
+    assert "<svg" in (tmp_path / "trace.svg").read_text()
+    with pytest.raises(ValueError, match="row must be a row that was traced, 0 to 1"):
+        found.plot(row=2)
+
+
+def test_trace_as_a_frame():
+    pytest.importorskip("pandas")
+    frame = fl.trace([fl.TopKLogitsWarper(3)], IDS, scores()).frame()
+    assert frame["left"].tolist() == [3, 3]
+
+
+def test_trace_refuses_what_it_cannot_read():
+    with pytest.raises(ValueError, match="top must be at least 1"):
+        fl.trace([], IDS, scores(), top=0)
+    with pytest.raises(ValueError, match=r"scores must be floating-point of shape \(B, V\)"):
+        fl.trace([], IDS, scores()[0])
+    with pytest.raises(ValueError, match="SuppressFirstTokens"):
+        fl.trace([fl.SuppressFirstTokens([1])], IDS, scores())
+
+
+# -- check --------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_was_compared_and_why_not(device):
+    processors = [*_chain(), Add(), fl.SuppressFirstTokens([1]), fl.TopKLogitsWarper(20)]
+    outcome = fl.check(processors, IDS.to(device), scores().to(device), prompt_length=5)
+    assert outcome
+    assert outcome.compared == (*(type(each).__name__ for each in _chain()), "TopKLogitsWarper")
+    assert [name for name, _ in outcome.not_compared] == ["Add", "SuppressFirstTokens"]
+    assert str(outcome).startswith("the same: 5 compared with transformers")
+    assert "not compared: Add: fastlogits runs it as it is" in str(outcome)
+
+
+@pytest.mark.parametrize("front", [[], [fl.TopKLogitsWarper(50)], [Add(), fl.TopPLogitsWarper(0.9)]])
+def test_check_finds_the_processor_row_and_token(front):
+    ids, given = IDS, scores()
+    outcome = fl.check([*front, BansAnother([TOP[0]]), fl.TemperatureLogitsWarper(0.5), Add()], ids, given)
+    assert not outcome
+    found = outcome.difference
+    before = transformers.LogitsProcessorList(front)(ids, given)
+    wrong = [(row, token) for row in (0, 1) for token in sorted(TOP) if before[row, token] > -INF]
+    assert (found.number, found.processor, (found.row, found.token)) == (len(front), "BansAnother", wrong[0])
+    expected = -INF if wrong[0][1] == TOP[0] else float(before[wrong[0]])
+    assert (found.expected, found.count) == (expected, len(wrong))
+    assert f"BansAnother (processor {len(front) + 1}): row {wrong[0][0]}, token {wrong[0][1]}" in str(outcome)
+
+
+def test_check_sees_a_value_that_is_off():
+    outcome = fl.check([fl.TopKLogitsWarper(50), Heats(0.5)], IDS, scores())
+    assert outcome.difference.processor == "Heats"
+    assert outcome.difference.found == pytest.approx(outcome.difference.expected / 1.001)
+    assert fl.check([fl.TopKLogitsWarper(50), Heats(0.5)], IDS, scores(), tolerance=0.01)
+    with pytest.raises(ValueError, match="tolerance must be at least 0"):
+        fl.check([], IDS, scores(), tolerance=-1.0)
+
+
+def test_check_of_processors_that_carry_a_state():
+    watermark = fl.SynthIDTextWatermarkLogitsProcessor(3, [1, 2, 3, 4], 64, 0, 16, torch.device("cpu"))
+    assert fl.check([watermark, fl.TopKLogitsWarper(40)], IDS, scores())
+    assert watermark.state is None
+
+
+def test_check_where_both_raise_and_where_one_does():
+    both = fl.check([fl.TopKLogitsWarper(4), fl.ForcedBOSTokenLogitsProcessor(V + 1), Add()], IDS[:, :1], scores())
+    assert both
+    assert both.compared == ("TopKLogitsWarper",)
+    assert [name for name, _ in both.not_compared] == ["ForcedBOSTokenLogitsProcessor", "Add"]
+    assert "raises IndexError" in both.not_compared[0][1]
+
+    class Raises(fl.StagedProcessor, transformers.TemperatureLogitsWarper):
+        def stage(self):
+            return Ban((V + 1,))
+
+    one = fl.check([Raises(0.5)], IDS, scores())
+    assert "fastlogits raised ValueError" in str(one)
+
+
+# -- The command line ---------------------------------------------------------------------------------------------
+
+
+def test_explain_on_the_command_line(capsys, tmp_path):
+    text = "TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)"
+    assert main(["explain", text, "--batch", "8", "--vocab", "1000", "--html", str(tmp_path / "plan.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "2 processors, 2 fused steps" in printed
+    assert "float32 logits of 8 x 1000: 64.0 kB to move" in printed
+    assert "TopKLogitsWarper" in (tmp_path / "plan.html").read_text()
+
+
+def test_check_on_the_command_line(capsys, tmp_path):
+    small = ["--vocab", "300", "--batch", "2", "--device", "cpu"]
+    assert main(["check", "RepetitionPenaltyLogitsProcessor(1.2), TopPLogitsWarper(0.9)", *small]) == 0
+    assert "the same: 2 compared" in capsys.readouterr().out
+    torch.save((IDS, scores()), tmp_path / "inputs.pt")
+    module = f"{__name__}:wrong_ones"
+    assert main(["check", module, "--inputs", str(tmp_path / "inputs.pt"), "--device", "cpu"]) == 1
+    assert "different, first in Heats" in capsys.readouterr().out
+
+
+def wrong_ones():
+    return [Heats(0.5)]
+
+
+@pytest.mark.parametrize("text", ["TopQ(3)", "fastlogits:nothing_there", "1 +"])
+def test_processors_that_are_none(text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["explain", text])
+    assert "is neither an expression nor module:name" in capsys.readouterr().err
+
+
+def test_doctor(capsys, device, monkeypatch):
+    assert main(["doctor", "--device", device]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch: {torch.__version__}" in printed
+    assert "path: " in printed
+    assert printed.count("self-test: ") == printed.count(": right, ") == 4
+    monkeypatch.setattr(fl.TopKLogitsWarper, "stage", lambda self: Scale(1.0))
+    assert main(["doctor", "--device", device]) == 1
+    assert "WRONG  self-test: truncations against transformers: different, first in TopKLogitsWarper" in (
+        capsys.readouterr().out
+    )
+
+
+def test_doctor_says_why_a_path_is_taken(monkeypatch):
+    assert doctor.path(torch.device("cpu")).startswith("torch: the kernels are for CUDA")
+    monkeypatch.setattr(doctor, "HAS_TRITON", False)
+    assert doctor.path(torch.device("cuda")).startswith("torch: Triton is not installed")
+
+
+def test_help_needs_no_torch():
+    code = "import sys, fastlogits.__main__ as m; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
