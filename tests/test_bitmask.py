@@ -88,6 +88,34 @@ def test_one_row(device):
             assert logits.flatten().tolist() == [0, NEG, NEG, 0, NEG]
 
 
+# A vocabulary, and what xgrammar 0.2.8 made for it of the regular expression [0-9]{2}-[a-d]+ before and after each of
+# "1", "2", "-" and "a"; then of the schema {"type": "object", "properties": {"a": {"type": "boolean"}}, "required":
+# ["a"]} before and after each of '{"a"', ": ", "true" and "}".
+VOCABULARY = ["</s>", *"0123456789", *"abcdefghij", *[f"{tens}{ones}" for tens in range(3) for ones in range(5)]]
+VOCABULARY += [' "', '{"', '":', ": ", '"}', "}", " -", "-", "true", "false", '{"a"', '"', "{", "\n", " "]
+VOCABULARY += ['a"', ", ", ","]
+COMPILED = [
+    ([-2095106, 15], [token for token in VOCABULARY if token.isdigit()]),
+    ([2046, 0], list("0123456789")),
+    ([0, 2048], ["-"]),
+    ([30720, 0], list("abcd")),
+    ([30721, 0], ["</s>", *"abcd"]),
+    ([0, 81952], ['{"', '{"a"', "{"]),
+    ([0, 128], [": "]),
+    ([65536, 12288], ["f", "true", "false"]),
+    ([0, 512], ["}"]),
+    ([1, 0], ["</s>"]),
+]
+
+
+def test_masks_that_xgrammar_compiled(device):
+    bitmask = torch.tensor([words for words, _ in COMPILED], dtype=torch.int32, device=device)
+    logits = torch.zeros(len(COMPILED), len(VOCABULARY), device=device)
+    apply_token_bitmask_inplace(logits, bitmask)
+    for row, (_, allowed) in zip(logits.tolist(), COMPILED, strict=True):
+        assert [token for token, score in zip(VOCABULARY, row, strict=True) if score == 0] == allowed
+
+
 def test_indices_choose_rows_of_both(device):
     bitmask = pack_bits(torch.eye(4, dtype=torch.bool)).to(device)
     for indices in ([2, 0], torch.tensor([2, 0]), torch.tensor([2, 0], dtype=torch.int32, device=device)):

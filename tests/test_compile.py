@@ -158,6 +158,7 @@ def _rows(*values):
 
 
 EXAMPLES = {
+    "apply_bitmask_": lambda: ((SCORES.clone(), _rows(*[0b0101] * -(-V // 32)).int().expand(len(SCORES), -1), V), {}),
     "draw": lambda: ((SCORES, _rows(3, 4), _rows(0, 1), _rows(True, False)), {}),
     "fold": _fold,
     "fold_": _fold,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # vLLM takes lower temperatures for greedy decoding.
 _GREEDY = 1e-5
+# Rows that there is room for at first; each takes a bit a token for some sets of tokens.
+_FEW_ROWS = 64
 
 
 def _interfaces() -> tuple[type, ...]:
@@ -51,7 +54,8 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
     is applied twice. Values out of range are refused when the request comes in.
 
     vLLM's older runner calls ``update_state`` and ``apply(logits)``, its newer one ``add_request``,
-    ``apply_staged_writes`` and ``apply(logits, context)``, also with the rows of speculative decoding.
+    ``apply_staged_writes`` and ``apply(logits, context)``, also with the rows of speculative decoding. With speculative
+    decoding the older runner loads no logits processors at all.
     """
 
     _instances: ClassVar[weakref.WeakSet[FastLogitsProcessor]] = weakref.WeakSet()
@@ -68,8 +72,8 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, place: Any, is_pin_memory: bool | None = None) -> None:
         # The older runner gives a device and whether memory is pinned, the newer one the state of its requests.
         self._config = vllm_config
-        self._older = _OlderRunner(vllm_config, place) if is_pin_memory is not None else None
-        self._newer = _NewerRunner(vllm_config, place) if is_pin_memory is None else None
+        self._older = _OlderRunner(vllm_config) if is_pin_memory is not None else None
+        self._newer = _NewerRunner(place) if is_pin_memory is None else None
         # Named beside the entry point, the class is loaded twice; then the first instance does it all.
         self._is_second = any(other._config is vllm_config for other in self._instances)
         self._instances.add(self)
@@ -131,11 +135,11 @@ def _keep_outputs(batch: Any) -> None:
 class _OlderRunner:
     """Rows of logits are requests in the order of their indices, their tokens are lists on the host."""
 
-    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+    def __init__(self, vllm_config: Any) -> None:
         self.requests: dict[int, Live] = {}
-        self._device = device
-        self._max_requests: int = vllm_config.scheduler_config.max_num_seqs
-        self._max_length: int = vllm_config.model_config.max_model_len
+        # What it may come to can be gigabytes: a batch begins small, and grows where it has to.
+        self._max_requests: int = min(64, vllm_config.scheduler_config.max_num_seqs)
+        self._max_length: int = min(4096, vllm_config.model_config.max_model_len)
         self._batch: LiveBatch | None = None
 
     def update(self, changes: Any) -> None:
@@ -177,10 +181,8 @@ class _OlderRunner:
 class _NewerRunner:
     """Rows of logits name their slots, whose tokens are on the device; draft tokens are among the rows' inputs."""
 
-    def __init__(self, vllm_config: Any, states: Any) -> None:
+    def __init__(self, states: Any) -> None:
         self._states = states
-        drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
-        self._max_rows: int = states.max_num_reqs * (1 + drafts)
         self._wishes: dict[int, Wishes] = {}
         self._new: list[int] = []
         self._tables: _Tables | None = None
@@ -199,9 +201,8 @@ class _NewerRunner:
         if not self._new:
             return
         if self._tables is None:
-            self._tables = _Tables(self._states, self._max_rows)
-        for slot in self._new:
-            self._tables.put(slot, self._wishes.get(slot), int(self._states.prompt_len.np[slot]))
+            self._tables = _Tables(self._states, _FEW_ROWS)
+        self._put(self._new)
         self._new.clear()
 
     def apply(self, logits: torch.Tensor, context: Any) -> torch.Tensor:
@@ -209,8 +210,16 @@ class _NewerRunner:
         if not wishes or not any(slot in wishes for slot in context.idx_mapping_np.tolist()):
             return logits
         assert self._tables is not None
+        if len(logits) > self._tables.max_rows:
+            self._tables = _Tables(self._states, 2 * len(logits))
+            self._put(wishes)
         self._tables.apply_(logits, context)
         return logits
+
+    def _put(self, slots: Iterable[int]) -> None:
+        assert self._tables is not None
+        for slot in slots:
+            self._tables.put(slot, self._wishes.get(slot), int(self._states.prompt_len.np[slot]))
 
 
 class _Tables:
@@ -220,6 +229,7 @@ class _Tables:
         from fastlogits.integrations.steering import MAX_LISTED, Cutter
         from fastlogits.serving import BatchProcessor
 
+        self.max_rows = max_rows
         tokens, lengths = states.all_token_ids.gpu, states.total_len.gpu
         S, V, device = states.max_num_reqs, states.vocab_size, tokens.device
         # The runner's own prompt lengths are in another buffer at every step.
