@@ -1,8 +1,11 @@
-"""A serving step in which every feature is in use by some request."""
+"""A serving step with every feature in use by some request; ``python -m benchmarks.serving`` times its upkeep."""
 
 from __future__ import annotations
 
-from functools import cache
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,3 +67,48 @@ def tokens(scores: torch.Tensor) -> torch.Tensor:
     """The tokens, by torch on the CPU."""
     made = step(*scores.shape, torch.device("cpu"))
     return made.batch.sample(scores.cpu(), made.slots, bitmask=made.bitmask).tokens.to(scores.device)
+
+
+def _common() -> RequestParams:
+    return RequestParams(temperature=0.7, top_k=50, repetition_penalty=1.1, logit_bias={1: 2.0, 3: 4.0})
+
+
+def upkeep(device: torch.device, rows: int = 64, vocab: int = 128256, rounds: int = 500) -> dict[str, float]:
+    """Microseconds of the host, medians, that requests take to come, go and move; the device is waited for in between.
+
+    The prompt has ``HISTORY`` tokens. Parameters are new each time, or the same object.
+    """
+    made = step(rows, vocab, device).batch
+    prompt = np.arange(HISTORY)
+    same = _common()
+    free = rows - 1
+    made.remove(free)
+    tokens, slots = torch.zeros(rows, dtype=torch.int64, device=device), torch.full((rows,), -1, device=device)
+    times: dict[str, list[float]] = {}
+
+    def timed(what: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter_ns()
+        found = call()
+        times.setdefault(what, []).append((time.perf_counter_ns() - start) / 1e3)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return found
+
+    for _ in range(rounds):
+        params = timed("RequestParams", _common)
+        timed("add, new parameters", partial(made.add, params, prompt))
+        timed("swap", lambda: made.swap(0, free))
+        timed("swap", lambda: made.swap(0, free))
+        timed("remove", lambda: made.remove(free))
+        timed("add, known parameters", lambda: made.add(same, prompt))
+        timed("append", lambda: made.append(slots, tokens))
+        made.remove(free)
+        timed("move", lambda: made.move(0, free))
+        made.move(free, 0)
+    step.cache_clear()
+    return {what: statistics.median(each) for what, each in times.items()}
+
+
+if __name__ == "__main__":
+    for what, us in upkeep(torch.device("cuda" if torch.cuda.is_available() else "cpu")).items():
+        print(f"{what:24} {us:8.1f} us")

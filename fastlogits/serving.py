@@ -55,6 +55,7 @@ _PRESETS: dict[Preset, _Preset] = {
 
 # Sets of more tokens than this are kept as packed masks, which cost the same whatever they hold.
 _FEW = 64
+_LARGEST_BASE = torch.finfo(torch.float64).max ** (1 / layout.LONGEST)
 _LARGEST = torch.finfo(torch.float32).max
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -144,12 +145,14 @@ class RequestParams:
         _check_number("temperature", self.temperature, 0)
         for kind in layout.RULE_KINDS:
             name = argument_of(kind)
-            value, bounds = getattr(self, name), RANGES[kind]
-            whole = kind == "top_k"
-            if value is not None and not (
-                _is_number(value)
-                and (not whole or isinstance(value, int))
-                and (bounds.has(value) or value == bounds.off)
+            value = getattr(self, name)
+            if value is None:
+                continue
+            bounds, whole = RANGES[kind], kind == "top_k"
+            if (
+                not _is_number(value)
+                or (whole and not isinstance(value, int))
+                or not (bounds.has(value) or value == bounds.off)
             ):
                 what = "an integer" if whole else "a number"
                 raise ValueError(f"`{name}` has to be {what} {bounds.words}, but is {value!r}")
@@ -160,11 +163,11 @@ class RequestParams:
         _check_number("frequency_penalty", self.frequency_penalty)
         for name in ("repetition_scope", "presence_scope"):
             scope = getattr(self, name)
-            if scope not in (None, *get_args(Scope)):
+            if scope is not None and scope not in get_args(Scope):
                 raise ValueError(f"`{name}` has to be 'all', 'output' or None, but is {scope!r}")
         _check_number("dry_multiplier", self.dry_multiplier, 0)
         _check_number("dry_base", self.dry_base, 1)
-        if self.dry_base > 1 and layout.LONGEST * math.log(self.dry_base) > math.log(torch.finfo(torch.float64).max):
+        if self.dry_base > _LARGEST_BASE:
             raise ValueError(f"`dry_base` has to have a finite {layout.LONGEST}th power, but is {self.dry_base!r}")
         for name, least in (
             ("dry_allowed_length", 0), ("no_repeat_ngram_size", 0), ("min_tokens", 0), ("first_window", 1)
@@ -177,7 +180,8 @@ class RequestParams:
         if not isinstance(self.bitmask, bool):
             raise ValueError(f"`bitmask` has to be True or False, but is {self.bitmask!r}")
         for name in ("dry_breakers", "banned_token_ids", "first_tokens_suppressed", "stop_token_ids"):
-            self._keep(name, checked_set(f"`{name}`", getattr(self, name)))
+            if getattr(self, name) != ():
+                self._keep(name, checked_set(f"`{name}`", getattr(self, name)))
         if isinstance(self.stop_token_ids, TokenMask):
             self._keep("stop_token_ids", tuple(self.stop_token_ids))
         if self.allowed_token_ids is not None:
@@ -681,6 +685,7 @@ class BatchProcessor:
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
+_RULES = [(argument_of(kind), layout.OFF[kind]) for kind in layout.RULE_KINDS]
 # The words before the lists, in the order of their places in the record.
 _HEADER = struct.Struct("=6i 2i 4f fi5f i 16i")
 
@@ -753,8 +758,8 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
             masks[layout.BREAKER_PLANE] = fitted("`dry_breakers`", _as_set(params.dry_breakers), V)
             flags |= layout.BREAKER_MASK.value
 
-    wanted = ((kind, getattr(params, argument_of(kind))) for kind in layout.RULE_KINDS)
-    rules = [layout.OFF[kind] if value is None else value for kind, value in wanted]
+    wanted = ((getattr(params, name), off) for name, off in _RULES)
+    rules = [off if value is None else value for value, off in wanted]
     rules[layout.TOP_K_AT] = _small(int(rules[layout.TOP_K_AT]))
     header = _HEADER.pack(
         0, 0, flags, _small(params.no_repeat_ngram_size), _small(params.min_tokens), _small(params.first_window),
@@ -783,7 +788,8 @@ def _token_ids(name: str, ids: Ids, V: int) -> np.ndarray[Any, Any]:
     found = np.asarray(ids) if len(ids) else _NO_TOKENS
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise ValueError(f"`{name}` has to be integers of one dimension, but is {found.dtype} of shape {found.shape}")
-    if len(found) and not (found.min() >= 0 and found.max() < V):
+    # Negative ids are the largest of all without their sign; one pass, for the host's sake.
+    if len(found) and np.maximum.reduce(found.view(f"u{found.itemsize}")) >= V:
         wrong = int(found[(found < 0) | (found >= V)][0])
         raise ValueError(f"`{name}`: token id {wrong} is outside the vocabulary of {V} tokens (0 to {V - 1})")
     return found

@@ -79,13 +79,16 @@ for dtype in ("fp32", "bf16"):
     absent = tuple(f"r{i}" for i in range(8)) + ("bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr")
     chain = {"OPS": (3, -1, 2, 3), "MAX": 65504.0}
     rules = {"RULES": (0, 1, -1, 1, 1, -2), "SUMS": 1, "NORMALISE": False, "TILES": 64}
-    fixed = {"GREEDY": False, "SAMPLE": 8192, "BITS": 20}
-    swept = {"FILL": float("-inf"), "BANDED": False, "MAY_BE_FREE": False, "BLOCK_W": 32, "PORTABLE": False}
+    fixed = {"BRACKETED": True, "GREEDY": False, "SAMPLE": 8192, "BITS": 20}
+    swept = {"FILL": float("-inf"), "BANDED": False, "BRACKETED": True, "MAY_BE_FREE": False}
+    swept |= {"BLOCK_W": 32, "PORTABLE": False}
+    early = {"PDL": capability >= 90}
     more = ("temperature_ptr", "seeds_ptr", "positions_ptr", "tokens_ptr")
-    cases[f"sums {dtype}"] = (sweep.sums_kernel, dtype, absent + more, chain | {"SUMS": 3})
-    cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed, 16)
-    cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, absent + more, chain | swept)
-    settled = chain | rules | {"SETUP": (False, False, 65504.0, 1), "PARTS": 128}
+    cases[f"sums {dtype}"] = (sweep.sums_kernel, dtype, absent + more, chain | early | {"SUMS": 3})
+    cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed | early, 8)
+    cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, absent + more, chain | swept | early)
+    setup = (False, False, 65504.0, 1, True, False, float("-inf"))
+    settled = chain | rules | early | {"SETUP": setup, "PARTS": 128}
     cases[f"settle {dtype}"] = (settle.settle_kernel, dtype, absent + more, settled, 8)
     raw = ("temperature_ptr", "alive_ptr", "counts_ptr") + absent
     shape = {"FIRST": False, "GROUP": 128, "MAX": 65504.0}
@@ -97,9 +100,9 @@ for dtype in ("fp32", "bf16"):
     # What follows the search of a serving step: edited logits, bans.
     served = {"OPS": (*(12, 1, 2047, 2), *(0, 0, -1, -1)), "MAX": 3.4028234663852886e38}
     absent = tuple(f"r{i}" for i in range(7, 8)) + ("biases_ptr", "row_values_ptr")
-    cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | {"SUMS": 3})
+    cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | early | {"SUMS": 3})
     swept |= {"MAY_BE_FREE": True, "BANDED": True}
-    cases[f"sweep served {dtype}"] = (sweep.sweep_kernel, dtype, (*absent, "out_ptr"), served | swept)
+    cases[f"sweep served {dtype}"] = (sweep.sweep_kernel, dtype, (*absent, "out_ptr"), served | swept | early)
     kept = served | {"FILL": float("-inf"), "FIRST": False, "BANDED": True, "BLOCK_W": 32}
     cases[f"keep served {dtype}"] = (keep._keep_kernel, dtype, absent, kept)
     cases[f"fold served {dtype}"] = (fold._fold_kernel, dtype, absent, served | {"BLOCK_W": 32})

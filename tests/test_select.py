@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fastlogits_kernels import _triton, select
+from fastlogits_kernels import _triton, draw, select
 from fastlogits_kernels.truncate import Rule, reference_truncate
 
 import fastlogits as fl
@@ -125,6 +125,52 @@ def test_strides_and_normalisation():
     assert torch.equal(selected(strided, CHAINS["k p"]), selected(scores, CHAINS["k p"]))
     normal = selected(scores, CHAINS["k p"], normalise=True)
     torch.testing.assert_close(normal, reference_truncate(scores, CHAINS["k p"]).log_softmax(-1))
+
+
+FLAT = {
+    "p": (Rule("top_p", 0.5),),
+    "p min": (Rule("top_p", 0.6), Rule("min_p", 0.001)),
+    "k": (Rule("top_k", 3000),),
+    "epsilon": (Rule("epsilon", 1e-4),),
+    "eta": (Rule("eta", 2e-5),),
+    "sigma": (Rule("top_n_sigma", 3.0),),
+    "p of many": (Rule("top_p", 0.01, 2000),),
+}
+
+
+def states(scores, rules, **outputs):
+    """What the sample took each row for."""
+    alive = select.launch_select(scores, select.Selection(rules, scores.shape[1], scores.device), **outputs)
+    return alive._base[:, 0].tolist()
+
+
+@pytest.mark.parametrize("chain", FLAT)
+def test_flat_rows_keep_most_unseen(chain):
+    """Where thousands are kept only those at the edge are put by; their tokens are those of the reference."""
+    V = 120_000 if GPU else 12_000
+    scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = states(scores, FLAT[chain], out=torch.empty_like(scores))
+    assert found == [3 if chain != "p of many" else 1] * 2
+    check_truncation(scores, FLAT[chain], selected(scores, FLAT[chain]))
+    seeds = torch.tensor([5, 6], device=DEVICE)
+    tokens = drawn(scores, FLAT[chain], seeds, seeds)
+    wanted = draw.reference_draw(reference_truncate(scores, FLAT[chain]), seeds, seeds)
+    assert torch.equal(tokens, wanted)
+
+
+def test_a_sample_that_misleads():
+    """Tokens that no sample sees: the whole row is settled, and what the sweep took for kept is taken back."""
+    V = 12_000
+    scores = torch.randn(3, V, generator=torch.Generator().manual_seed(2))
+    sampled = torch.zeros(V, dtype=torch.bool)
+    run = torch.arange(1024) * (V // 8) // 1024
+    sampled[(8 * run.unsqueeze(1) + torch.arange(8)).flatten()] = True
+    scores[0, ~sampled] += 3
+    scores[1, ~sampled] -= 3
+    scores[2, torch.arange(V)[~sampled][0]] = 40
+    scores = scores.to(DEVICE)
+    for chain in ("p", "p min", "k"):
+        check_truncation(scores, FLAT[chain], selected(scores, FLAT[chain]))
 
 
 def test_tokens_are_the_reference_draw(monkeypatch):

@@ -16,7 +16,7 @@ from fastlogits_kernels._triton import Launcher, tl, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.fold import Chain, set_strides
 from fastlogits_kernels.select import Selection
-from fastlogits_kernels.selection import ALIVE_AT, row_logits
+from fastlogits_kernels.selection import row_logits
 from fastlogits_kernels.settle import _alive
 from fastlogits_kernels.token_sets import TokenSets
 
@@ -71,21 +71,20 @@ def launch_keep(
     scores: torch.Tensor,
     out: torch.Tensor,
     selection: Selection,
-    work: torch.Tensor,
+    alive: torch.Tensor,
     chain: Chain,
     found: TokenSets | None,
     temperature: torch.Tensor | None,
 ) -> None:
     """Write what is alive of ``scores`` ``[B, V]`` to ``out``, in place where the two are one tensor: one launch.
 
-    ``work`` is what ``launch_select`` returned for the other arguments. To an ``out`` of float32 nothing is rounded.
+    ``alive`` is what ``launch_select`` returned for the other arguments. To an ``out`` of float32 nothing is rounded.
     """
     B, V = scores.shape
     W = words(V)
     parts = -(-W // _BLOCK_W)
     stride_row, stride_token = scores.stride()
     stride_out, stride_out_token = out.stride()
-    alive = work[:, ALIVE_AT.value :]
     bits, planes, row_values = (None, None, None) if found is None else found
     key = (
         scores.device, scores.dtype, out.dtype, V, chain.form, selection.form,

@@ -27,7 +27,7 @@ from fastlogits_kernels._triton import HAS_TRITON, Launcher, row_stride, tl, tri
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.fold import NOWHERE, Chain, find_sets, set_strides
 from fastlogits_kernels.select import Selection, launch_select
-from fastlogits_kernels.selection import ALIVE_AT, LOWEST, TILE_W, exp, key_of, number_of, row_logits
+from fastlogits_kernels.selection import LOWEST, TILE_W, exp, key_of, number_of, row_logits
 from fastlogits_kernels.settle import _alive
 from fastlogits_kernels.token_sets import Position, TokenSets
 from fastlogits_kernels.truncate import row_tails
@@ -348,10 +348,10 @@ def select_and_report(
     if not logits.numel():
         return tokens, launch_report(logits, tokens, count, counts)
     found = None if chain is None else find_sets(logits, chain, input_ids, position, allowed)
-    work = launch_select(
+    rows = launch_select(
         logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
     )
-    alive = Alive(work[:, ALIVE_AT.value :], selection.first, selection.banded)
+    alive = Alive(rows, selection.first, selection.banded)
     return tokens, launch_report(logits, tokens, count, counts, chain, found, temperature, alive)
 
 

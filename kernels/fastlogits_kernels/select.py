@@ -28,7 +28,7 @@ import torch
 from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, row_stride, to_device, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.fold import NOWHERE, Chain, find_sets, set_strides
-from fastlogits_kernels.selection import FEW_SLOTS, MANY_SLOTS, SUM_WORDS, SUMS_AT, TILE_W
+from fastlogits_kernels.selection import ALIVE_AT, FEW_SLOTS, MANY_SLOTS, PART_WORDS, SUM_WORDS, SUMS_AT, TILE_W
 from fastlogits_kernels.settle import settle_kernel
 from fastlogits_kernels.sweep import bound_kernel, sums_kernel, sweep_kernel
 from fastlogits_kernels.token_sets import Position, TokenSets
@@ -36,11 +36,35 @@ from fastlogits_kernels.truncate import Rule
 
 _KINDS = {"top_k": 0, "top_p": 1, "min_p": 2, "typical": 3, "epsilon": 4, "eta": 5, "top_h": 6, "top_n_sigma": 7}
 
-_sums_launcher = Launcher(sums_kernel, num_warps=4, enable_fp_fusion=False)
-_bound_launcher = Launcher(bound_kernel, num_warps=16, enable_fp_fusion=False)
-_sweep_launcher = Launcher(sweep_kernel, num_warps=4, enable_fp_fusion=False)
-# Two programs of a multiprocessor at once: what spills then is the way of rows that are settled as a whole.
-_settle_launcher = Launcher(settle_kernel, num_warps=8, enable_fp_fusion=False, maxnreg=128)
+
+class _Launchers(NamedTuple):
+    """Of the four kernels."""
+
+    sums: Launcher
+    bound: Launcher
+    sweep: Launcher
+    settle: Launcher
+
+    @classmethod
+    def of(cls, **early: bool) -> _Launchers:
+        return cls(
+            Launcher(sums_kernel, num_warps=4, enable_fp_fusion=False),
+            Launcher(bound_kernel, num_warps=8, enable_fp_fusion=False, **early),
+            Launcher(sweep_kernel, num_warps=4, enable_fp_fusion=False, **early),
+            # Two programs of a multiprocessor at once: what spills then is the way of rows settled as a whole.
+            Launcher(settle_kernel, num_warps=8, enable_fp_fusion=False, maxnreg=128, **early),
+        )
+
+
+_launchers = _Launchers.of()
+# From Hopper on a launch begins while the one before it still runs, and waits where it reads what that has written.
+_early = _Launchers.of(launch_pdl=True)
+
+
+@cache
+def _overlaps(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
 
 FORCE_KERNEL = False
 """Take the kernels for tensors on the CPU too; for tests, with Triton's interpreter."""
@@ -90,9 +114,9 @@ class _Layout(NamedTuple):
     tiles: int
     parts: int
     slots: int
-    apart: int
+    runs: int
     sampled: int
-    bests_at: int
+    parts_at: int
     pairs_at: int
     words_of_row: int
     TILES: int
@@ -103,11 +127,11 @@ class _Layout(NamedTuple):
         W = words(V)
         tiles, parts = -(-W // TILE_W.value), -(-W // _BLOCK_W)
         # With the sums, at most 5 % of what the logits of a large vocabulary take.
-        slots = min(MANY_SLOTS.value, max(FEW_SLOTS.value, V // 46 // 128 * 128))
-        bests_at = SUMS_AT.value + SUM_WORDS.value * tiles
-        pairs_at = bests_at + 2 * parts
+        slots = min(MANY_SLOTS.value, max(FEW_SLOTS.value, V // 50 // 128 * 128))
+        parts_at = SUMS_AT.value + SUM_WORDS.value * tiles
+        pairs_at = parts_at + PART_WORDS.value * parts
         return cls(
-            W, tiles, parts, slots, 8 * max(1, (V // 8) // (_SAMPLE // 8)), min(V, _SAMPLE), bests_at, pairs_at,
+            W, tiles, parts, slots, max(V, _SAMPLE) // 8, min(V, _SAMPLE), parts_at, pairs_at,
             pairs_at + 2 * slots, triton.next_power_of_2(tiles), triton.next_power_of_2(parts),
         )  # fmt: skip
 
@@ -123,7 +147,6 @@ class Selection:
     """
 
     def __init__(self, rules: Sequence[Rule], V: int, device: torch.device, normalise: bool = False) -> None:
-        self.layout = _Layout.of(V)
         rules = [rule for rule in rules if not _is_idle(rule, V)]
         self.rows = [rule.value for rule in rules if isinstance(rule.value, torch.Tensor)]
         numbers = [1.0 if isinstance(rule.value, torch.Tensor) else float(rule.value) for rule in rules]
@@ -143,6 +166,10 @@ class Selection:
         self.first = any(rule.ties == "lowest" for rule in rules if rule.kind in ("top_k", "top_p"))
         self.banded = any(rule.kind == "typical" for rule in rules)
         self.normalise = normalise
+        counted = [rule.value for rule in rules if _is_number(rule) and rule.kind == "top_k"]
+        self.layout = _Layout.of(V)
+        # Where no rule keeps more than can be put by, none has to be taken for kept.
+        self.bracketed = not normalise and not (counted and min(counted) <= 0.6 * self.layout.slots)
         self.form = _forms.setdefault((self.rules, self.fill, self.first, normalise), len(_forms))
 
 
@@ -179,11 +206,11 @@ def launch_select(
 ) -> torch.Tensor:
     """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: up to four launches.
 
-    Returns the workspace, int32 ``[B, N]``, which says from ``ALIVE_AT`` on what is alive in each row.
+    Returns what is alive of each row, int32 ``[B, 4]``, as settle.py says it.
     """
     B, V = scores.shape
     chain = chain or _NO_CHAIN
-    W, tiles, parts, slots, apart, sampled, bests_at, pairs_at, words_of_row, TILES, PARTS = selection.layout
+    W, tiles, parts, slots, runs, sampled, parts_at, pairs_at, words_of_row, TILES, PARTS = selection.layout
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
     stride_row, stride_token = scores.stride()
     stride_out, stride_out_token = (0, 0) if out is None else out.stride()
@@ -207,37 +234,42 @@ def launch_select(
     given = (scores, temperature, bits, planes, chain.biases, row_values, chain.kernel_numbers(scores.device))
     top = _MAX[scores.dtype if tokens is None else torch.float32]
     portable = not scores.is_cuda or torch.version.hip is not None
+    early = _overlaps(scores.device)
+    launchers = _early if early else _launchers
     if selection.sums:
-        _sums_launcher(key, B * tiles, (
+        launchers.sums(key, B * tiles, (
             *given, work,
             V, W, tiles,
             stride_row, stride_token, words_of_row, *strides[:5],
-            chain.flat, top, selection.sums,
+            chain.flat, top, selection.sums, early,
         ))  # fmt: skip
-    _bound_launcher(key, B, (
+    # The first launch waits for whatever was there before.
+    bound_launcher = launchers.bound if selection.sums else _launchers.bound
+    bound_launcher(key, B, (
         *given, selection.values, *rows,
         work,
-        V, W, tiles, apart, sampled, sampled / V, float(0.95 * slots),
+        V, W, tiles, runs, sampled, sampled / V, float(0.95 * slots),
         stride_row, stride_token, words_of_row, *strides[:5],
-        chain.flat, top, selection.rules, selection.sums, selection.normalise,
-        tokens is not None and temperature is not None, _SAMPLE, _BITS, TILES,
+        chain.flat, top, selection.rules, selection.sums, selection.normalise, selection.bracketed,
+        tokens is not None and temperature is not None, _SAMPLE, _BITS, TILES, early,
     ))  # fmt: skip
-    _sweep_launcher(key, B * parts, (
+    launchers.sweep(key, B * parts, (
         *given, seeds, positions,
         out, work,
-        V, W, slots, parts, bests_at, pairs_at,
+        V, W, slots, parts, parts_at, pairs_at,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
-        chain.flat, top, selection.fill, selection.banded, selection.may_be_free, _BLOCK_W, portable,
+        chain.flat, top, selection.fill, selection.banded, selection.bracketed, selection.may_be_free, _BLOCK_W,
+        portable, early,
     ))  # fmt: skip
-    setup = (selection.first, selection.banded, top, selection.sums)
-    _settle_launcher(key, B, (
+    setup = (selection.first, selection.banded, top, selection.sums, selection.bracketed, portable, selection.fill)
+    launchers.settle(key, B, (
         *given, selection.values, *rows, seeds, positions, work,
         out, tokens,
-        V, W, tiles, slots, parts, bests_at, pairs_at,
+        V, W, tiles, slots, parts, parts_at, pairs_at,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
-        chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, TILES, PARTS,
+        chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, TILES, PARTS, early,
     ))  # fmt: skip
-    return work
+    return work[:, ALIVE_AT.value : ALIVE_AT.value + 4]
 
 
 def select(

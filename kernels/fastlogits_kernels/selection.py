@@ -20,20 +20,28 @@ TOP_H = tl.constexpr(6)
 TOP_N_SIGMA = tl.constexpr(7)
 TOP_H_TOKENS = tl.constexpr(100)
 
-# What a row is, in the first word of its workspace; the second is its bound.
+# What a row is.
 FEW = tl.constexpr(0)  # its candidates were put by
 WHOLE = tl.constexpr(1)  # they would be too many
 FREE = tl.constexpr(2)  # no rule says anything of it
+BRACKET = tl.constexpr(3)  # as FEW, and tokens above them were taken for kept
 
-# The workspace of a row, in words of 32 bits: what it is, its bound, whether that is one of distances, and their
-# centre, how many candidates there are; what is alive in the end; sums of each tile; the best token of each tile, and
-# its key; and the candidates, each with its token.
+# The workspace of a row, in words of 32 bits. First what it is, its bound, whether that is one of distances, and their
+# centre, how many candidates there are, the key from which tokens are taken for kept, and the largest logit; then, once
+# it is settled, what is alive, as settle.py says it. Then the sums of each tile; of each part, what it has drawn and
+# what it has taken for kept; and the candidates, each with its token.
+COUNT_AT = tl.constexpr(4)
+HIGH_AT = tl.constexpr(5)
+TOP_AT = tl.constexpr(6)
 ALIVE_AT = tl.constexpr(8)
 SUMS_AT = tl.constexpr(12)
 SUM_WORDS = tl.constexpr(6)
+# Of a part: the key of the best draw and its token, how many tokens were taken, their largest key, and their mass.
+PART_WORDS = tl.constexpr(6)
 
 # Keys: integers in the order of float32 numbers.
 LOWEST = tl.constexpr(-(2**31))  # below all
+HIGHEST = tl.constexpr(2**31 - 1)  # that of NaN
 KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 KEY_OF_INFINITY = tl.constexpr(2139095040)
 
@@ -51,7 +59,7 @@ UNALIGNED = [
 ]  # fmt: skip
 STEPWISE = [
     "W", "stride_temperature", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row", "stride_work",
-    "tiles", "slots", "parts", "bests_at", "pairs_at", "apart", "sampled", "share", "capacity", "stride_seed",
+    "tiles", "slots", "parts", "parts_at", "pairs_at", "runs", "sampled", "share", "capacity", "stride_seed",
     "stride_position",
 ]  # fmt: skip
 
@@ -67,6 +75,24 @@ def key_of(x):
 def number_of(key):
     """The number of a key."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def wait_for_launch(PDL: tl.constexpr):
+    """Wait until the launch before this one has written all; what was there before it may be read earlier."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
+def let_next_launch(PDL: tl.constexpr):
+    """Let programs of the next launch take their places, as soon as all of this one have theirs."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
 
 
 @triton.jit
@@ -182,3 +208,44 @@ def noise_of(token, seed, position):
     v = tl.minimum(v, 0.99999994)
     # -log1p(-v); where v is small the logarithm of 1 - v would lose it.
     return tl.where(v < 0.001, v * (1 + v * (0.5 + v * (1.0 / 3))), -tl.log(1 - v))
+
+
+# Four tokens of a thread: hardly any thread has a candidate, and those that have none are done with one branch. Triton
+# itself would make an atomic addition and a store for each token, which takes longer than all the rest of the sweep.
+_PUT_BY = tl.constexpr("""{
+    .reg .pred none, there;
+    .reg .b32 count, place;
+    .reg .b64 to;
+    mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+    add.s32 count, $4, $5; add.s32 count, count, $6; add.s32 count, count, $7;
+    setp.eq.s32 none, count, 0;
+    @none bra done;
+    atom.relaxed.gpu.global.add.u32 place, [$16], count;
+    setp.ne.s32 there, $4, 0; setp.lt.and.u32 there, place, $24, there;
+    mad.wide.u32 to, place, 8, $20; @there st.global.v2.b32 [to], {$8, $12}; add.u32 place, place, $4;
+    setp.ne.s32 there, $5, 0; setp.lt.and.u32 there, place, $24, there;
+    mad.wide.u32 to, place, 8, $20; @there st.global.v2.b32 [to], {$9, $13}; add.u32 place, place, $5;
+    setp.ne.s32 there, $6, 0; setp.lt.and.u32 there, place, $24, there;
+    mad.wide.u32 to, place, 8, $20; @there st.global.v2.b32 [to], {$10, $14}; add.u32 place, place, $6;
+    setp.ne.s32 there, $7, 0; setp.lt.and.u32 there, place, $24, there;
+    mad.wide.u32 to, place, 8, $20; @there st.global.v2.b32 [to], {$11, $15};
+    done:
+}""")
+_PUT_BY_OPERANDS = tl.constexpr("=r,=r,=r,=r" + 12 * ",r" + 8 * ",l" + 4 * ",r")
+
+
+@triton.jit
+def put_by(candidate, x, token, counter, pairs, slots, PORTABLE: tl.constexpr):
+    """Put candidates by, each as 64 bits: its token above its logit."""
+    bits = x.to(tl.int32, bitcast=True)
+    if PORTABLE:
+        place = tl.atomic_add(counter + tl.zeros_like(token), 1, mask=candidate, sem="relaxed")
+        here = pairs + 2 * place
+        tl.store(here, bits, mask=candidate & (place < slots))
+        tl.store(here + 1, token, mask=candidate & (place < slots))
+    else:
+        tl.inline_asm_elementwise(
+            _PUT_BY, _PUT_BY_OPERANDS,
+            [candidate.to(tl.int32), bits, token, counter.to(tl.int64), pairs.to(tl.int64), slots],
+            dtype=tl.int32, is_pure=False, pack=4,
+        )  # fmt: skip

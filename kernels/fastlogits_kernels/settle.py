@@ -2,6 +2,11 @@
 
 What is alive in a row is said by four numbers: tokens of a key above ``edge``, those at it whose rank is at least
 ``cut``, and of these those no further from ``centre`` than ``near`` says. Ranks order tokens that tie.
+
+``few`` is where the tokens are looked for. Of a row whose candidates were put by: their logits, whether they are there,
+tokens and ranks, and of the tokens above them, all kept for certain, how many they are, their mass and largest key, and
+the key from which they are. Of a whole row: where a search puts by what is left of it, and the bounds that its sample
+made likely.
 """
 
 from __future__ import annotations
@@ -9,16 +14,21 @@ from __future__ import annotations
 from fastlogits_kernels._triton import tl, triton
 from fastlogits_kernels.selection import (
     ALIVE_AT,
+    BRACKET,
+    COUNT_AT,
     EPSILON,
     ETA,
     FEW_SLOTS,
     FREE,
+    HIGH_AT,
+    HIGHEST,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
     LOWEST,
     MANY_SLOTS,
     MIN_P,
     ONE,
+    PART_WORDS,
     STEPWISE,
     TOP_H,
     TOP_H_TOKENS,
@@ -34,13 +44,16 @@ from fastlogits_kernels.selection import (
     key_of,
     noise_of,
     number_of,
+    put_by,
     row_logits,
     rule_value,
     sums_of_row,
+    wait_for_launch,
     weight_of,
 )
 
-_BLOCK = tl.constexpr(4096)  # where there are more, so many tokens are looked at at a time
+_BLOCK = tl.constexpr(2048)  # so many tokens of a whole row are looked at at a time
+_COUNTED = tl.constexpr(50)  # sums of weights hold a count from this bit on
 # What a search adds up.
 _COUNT = tl.constexpr(0)
 _MASS = tl.constexpr(1)
@@ -101,38 +114,68 @@ def _block(start, row, V, access, OPS: tl.constexpr, SETUP: tl.constexpr):
 def _top(few, row, V, access, alive, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr):
     """The largest key alive, or below all."""
     if WHOLE:
-        top = tl.full([], LOWEST, tl.int32)
+        tops = tl.full([_BLOCK], LOWEST, tl.int32)
         for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
-            top = tl.maximum(top, tl.max(tl.where(_alive(x, valid, rank, alive, SETUP[1]), key_of(x), LOWEST)))
+            tops = tl.maximum(tops, tl.where(_alive(x, valid, rank, alive, SETUP[1]), key_of(x), LOWEST))
+        top = tl.max(tops)
     else:
-        x, valid, token, rank = few
+        x, valid, rank = few[0], few[1], few[3]
         top = tl.max(tl.where(_alive(x, valid, rank, alive, SETUP[1]), key_of(x), LOWEST))
+        if SETUP[4]:
+            top = tl.maximum(top, few[6])
     return top
 
 
 @triton.jit
-def _sums_of(x, valid, rank, alive, top, BANDED: tl.constexpr):
-    lives = _alive(x, valid, rank, alive, BANDED)
-    weight = tl.where(lives, weight_of(x, top), 0)
-    below = tl.where(weight > 0, exp(x - top) * (top - x) * ONE, 0.0).to(tl.int64)
-    return tl.sum(lives.to(tl.int32)), tl.sum(weight), tl.sum(tl.where(lives, below, 0))
+def _weighed(lives, amount):
+    """What is added up of tokens: their number above their amount."""
+    return tl.where(lives, amount + (tl.full([], 1, tl.int64) << _COUNTED), 0)
 
 
 @triton.jit
-def _sums(few, row, V, access, alive, top, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr):
-    """Of what is alive: how many, their mass, and the mass times the distance from the top."""
+def _unpacked(total):
+    return (total >> _COUNTED).to(tl.int32), total & ((tl.full([], 1, tl.int64) << _COUNTED) - 1)
+
+
+@triton.jit
+def _sums_of(x, lives, top, MASS: tl.constexpr, BELOW: tl.constexpr):
+    """What tokens add to their number and mass, and to the mass times the distance from the top."""
+    weight = tl.zeros_like(lives.to(tl.int64))
+    below = weight
+    if MASS:
+        weight = weight_of(x, top)
+    if BELOW:
+        below = tl.where(lives & (weight > 0), exp(x - top) * (top - x) * ONE, 0.0).to(tl.int64)
+    return _weighed(lives, weight), below
+
+
+@triton.jit
+def _sums(
+    few, row, V, access, alive, top,
+    MASS: tl.constexpr, BELOW: tl.constexpr, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
+):  # fmt: skip
+    """Of what is alive: how many; their mass; and the mass times the distance from the top, of candidates alone."""
     if WHOLE:
-        count, mass, below = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+        weights = tl.zeros([_BLOCK], tl.int64)
+        belows = weights
         for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
-            c, m, b = _sums_of(x, valid, rank, alive, top, SETUP[1])
-            count += c
-            mass += m
-            below += b
+            weight, below = _sums_of(x, _alive(x, valid, rank, alive, SETUP[1]), top, MASS, BELOW)
+            weights += weight
+            belows += below
+        counts, masses = _unpacked(weights)
+        count, mass, below = tl.sum(counts), tl.sum(masses), tl.sum(belows)
     else:
-        x, valid, token, rank = few
-        count, mass, below = _sums_of(x, valid, rank, alive, top, SETUP[1])
+        x, valid, rank = few[0], few[1], few[3]
+        weights, belows = _sums_of(x, _alive(x, valid, rank, alive, SETUP[1]), top, MASS, BELOW)
+        count, mass = _unpacked(tl.sum(weights))
+        below = tl.full([], 0, tl.int64)
+        if BELOW:
+            below = tl.sum(belows)
+        if SETUP[4]:
+            count += few[4]
+            mass += few[5]
     return count, mass, below
 
 
@@ -140,65 +183,151 @@ def _sums(few, row, V, access, alive, top, WHOLE: tl.constexpr, OPS: tl.constexp
 def _squares_of(x, valid, rank, alive, top, BANDED: tl.constexpr):
     lives = _alive(x, valid, rank, alive, BANDED) & (tl.abs(x) < float("inf"))
     off = tl.where(lives, x - top, 0.0).to(tl.float64)
-    return tl.sum(lives.to(tl.float64)), tl.sum(off), tl.sum(off * off)
+    return lives.to(tl.float64), off, off * off
 
 
 @triton.jit
 def _squares(few, row, V, access, alive, top, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr):
     """Of what is alive and finite: how many, and the sums of their distances from the top and of the squares."""
     if WHOLE:
-        zero = tl.full([], 0.0, tl.float64)
-        count, first, second = zero, zero, zero
+        counts = tl.zeros([_BLOCK], tl.float64)
+        firsts, seconds = counts, counts
         for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
-            c, f, s = _squares_of(x, valid, rank, alive, top, SETUP[1])
-            count += c
-            first += f
-            second += s
+            count, first, second = _squares_of(x, valid, rank, alive, top, SETUP[1])
+            counts += count
+            firsts += first
+            seconds += second
     else:
-        x, valid, token, rank = few
-        count, first, second = _squares_of(x, valid, rank, alive, top, SETUP[1])
-    return count, first, second
+        x, valid, rank = few[0], few[1], few[3]
+        counts, firsts, seconds = _squares_of(x, valid, rank, alive, top, SETUP[1])
+    return tl.sum(counts), tl.sum(firsts), tl.sum(seconds)
 
 
 @triton.jit
-def _tally(key, lives, amount, pivot, WHAT: tl.constexpr):
-    """How many are at or above a key, and their amount."""
-    above = lives & (key >= pivot)
-    total = tl.full([], 0, tl.int64)
-    if WHAT != _COUNT:
-        # In halves of 19 bits: the sums of 4096 of them fit into 32 bits, and those are added up faster.
-        high = tl.sum(tl.where(above, (amount >> 19).to(tl.int32), 0))
-        low = tl.sum(tl.where(above, (amount & 0x7FFFF).to(tl.int32), 0))
-        total = (high.to(tl.int64) << 19) + low
-    return tl.sum(above.to(tl.int32)), total
+def _moved(pivot, count, amount, goal, amount_goal, bounds):
+    """Bounds of a search, of which one becomes ``pivot``: at or above it are so many tokens of such an amount."""
+    low, high, at_low, amount_at_low, at_high, amount_at_high = bounds
+    inside = (pivot > low) & (pivot < high)
+    reached = inside & (count >= goal) & (amount >= amount_goal)
+    missed = inside & (reached == 0)
+    return (
+        tl.where(reached, pivot, low), tl.where(missed, pivot, high),
+        tl.where(reached, count, at_low), tl.where(reached, amount, amount_at_low),
+        tl.where(missed, count, at_high), tl.where(missed, amount, amount_at_high),
+    )  # fmt: skip
 
 
 @triton.jit
 def _tally_all(
-    length, pivot, row, V, access, alive, top, mass, tie,
+    low, high, first, second, third, row, V, access, alive, top, mass, tie,
     WHAT: tl.constexpr, DISTANCE: tl.constexpr, TIES: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    """The same, block by block; each thread adds up for itself, and all of them once at the end."""
-    counts = tl.zeros([_BLOCK], tl.int32)
-    highs, lows = counts, counts
-    for start in tl.range(0, length, _BLOCK, loop_unroll_factor=2):
+    """What is at or above each of three keys, and the least and the largest key that is there from ``low`` to ``high``.
+
+    Each thread adds up for itself, and all of them once at the end.
+    """
+    a = tl.zeros([_BLOCK], tl.int64)
+    b, c = a, a
+    least = tl.full([_BLOCK], HIGHEST, tl.int32)
+    most = tl.full([_BLOCK], LOWEST, tl.int32)
+    for start in range(0, V, _BLOCK):
         x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
         key, lives, amount = _measure(x, valid, rank, alive, top, mass, tie, WHAT, DISTANCE, TIES, SETUP[1])
-        above = lives & (key >= pivot)
-        counts += above.to(tl.int32)
-        if WHAT != _COUNT:
-            highs += tl.where(above, (amount >> 19).to(tl.int32), 0)
-            lows += tl.where(above, (amount & 0x7FFFF).to(tl.int32), 0)
-    total = tl.full([], 0, tl.int64)
-    if WHAT != _COUNT:
-        total = (tl.sum(highs.to(tl.int64)) << 19) + tl.sum(lows.to(tl.int64))
-    return tl.sum(counts), total
+        weighed = _weighed(lives, amount)
+        a += tl.where(key >= first, weighed, 0)
+        b += tl.where(key >= second, weighed, 0)
+        c += tl.where(key >= third, weighed, 0)
+        least = tl.minimum(least, tl.where(lives & (key >= low), key, HIGHEST))
+        most = tl.maximum(most, tl.where(lives & (key < high), key, LOWEST))
+    count_a, amount_a = _unpacked(a)
+    count_b, amount_b = _unpacked(b)
+    count_c, amount_c = _unpacked(c)
+    return (
+        tl.min(least), tl.max(most),
+        tl.sum(count_a), tl.sum(amount_a), tl.sum(count_b), tl.sum(amount_b), tl.sum(count_c), tl.sum(amount_c),
+    )  # fmt: skip
 
 
 @triton.jit
-def _pick(condition, a, b, c, x, y, z):
-    return tl.where(condition, a, x), tl.where(condition, b, y), tl.where(condition, c, z)
+def _narrow(
+    few, row, V, access, alive, top, mass, tie, bounds, goal, amount_goal,
+    WHAT: tl.constexpr, DISTANCE: tl.constexpr, TIES: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
+):  # fmt: skip
+    """Bounds of a search in a whole row between which no more tokens are than can be put by, or one key.
+
+    The first keys looked at are those that the sample made likely; then the range is quartered, by turns of the
+    numbers, among which logits are spread, and of the keys, which comes to an end whatever they are.
+    """
+    low, high, count, amount, above, amount_above = bounds
+    likely_low, likely_high, slots = few[2].to(tl.int64), few[3].to(tl.int64), few[4]
+    told = likely_high < HIGHEST
+    by_turns = tl.full([], 0, tl.int32)
+    while (high - low > 1) & (count - above > slots):
+        first = low + (high - low) // 4
+        second = low + (high - low) // 2
+        third = low + (high - low) * 3 // 4
+        if not TIES:
+            highest = number_of((high - 1).to(tl.int32))
+            lowest = tl.maximum(number_of(low.to(tl.int32)), highest - 128.0)
+            apart = (highest - lowest) * 0.25
+            by_number = (by_turns % 2 == 0) & (apart > 0) & (apart < float("inf"))
+            first = tl.where(by_number, key_of(lowest + apart).to(tl.int64), first)
+            second = tl.where(by_number, key_of(lowest + 2 * apart).to(tl.int64), second)
+            third = tl.where(by_number, key_of(lowest + 3 * apart).to(tl.int64), third)
+            if not DISTANCE:
+                first = tl.where(told, likely_low, first)
+                second = tl.where(told, (likely_low + likely_high) // 2, second)
+                third = tl.where(told, likely_high, third)
+        least, most, count_1, amount_1, count_2, amount_2, count_3, amount_3 = _tally_all(
+            low.to(tl.int32), high, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), row, V, access, alive,
+            top, mass, tie, WHAT, DISTANCE, TIES, OPS, SETUP,
+        )  # fmt: skip
+        bounds = (low, high, count, amount, above, amount_above)
+        bounds = _moved(first, count_1, amount_1, goal, amount_goal, bounds)
+        bounds = _moved(second, count_2, amount_2, goal, amount_goal, bounds)
+        bounds = _moved(third, count_3, amount_3, goal, amount_goal, bounds)
+        low, high, count, amount, above, amount_above = bounds
+        # Only where keys are is there anything to find.
+        low = tl.maximum(low, least)
+        high = tl.minimum(high, most.to(tl.int64) + 1)
+        by_turns += 1
+        told = told & False
+    return (low, high, count, amount, above, amount_above)
+
+
+@triton.jit
+def _gathered(
+    few, row, V, access, alive, top, mass, tie, bounds,
+    WHAT: tl.constexpr, DISTANCE: tl.constexpr, TIES: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
+):  # fmt: skip
+    """The tokens of a whole row between the bounds of a search."""
+    counter, pairs, slots = few[0], few[1], few[4]
+    # Other threads may still read what a search before this one has put by.
+    tl.debug_barrier()
+    tl.store(counter, 0)
+    tl.debug_barrier()
+    for start in range(0, tl.where(bounds[2] > 0, V, 0), _BLOCK):
+        x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+        key, lives, _amount = _measure(x, valid, rank, alive, top, mass, tie, WHAT, DISTANCE, TIES, SETUP[1])
+        between = lives & (key >= bounds[0].to(tl.int32)) & (key.to(tl.int64) < bounds[1])
+        put_by(between.to(tl.int32) != 0, x, token, counter, pairs.to(tl.pointer_type(tl.int32)), slots, SETUP[5])
+    tl.debug_barrier()
+    found = tl.minimum(tl.load(counter, volatile=True), slots)
+    return _candidates(pairs, found, MANY_SLOTS, SETUP)
+
+
+@triton.jit
+def _candidates(pairs, found, SLOTS: tl.constexpr, SETUP: tl.constexpr):
+    """Logits, whether they are there, tokens, and ranks of what was put by."""
+    slot = tl.arange(0, SLOTS)
+    valid = slot < found
+    pair = tl.load(pairs + slot, mask=valid, other=0, volatile=True)
+    x, token = pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32)
+    rank = token
+    if SETUP[0]:
+        rank = -token
+    return x, valid, token, rank
 
 
 @triton.jit
@@ -212,48 +341,47 @@ def _search(
     ``low`` and ``high`` enclose it; ``count`` and ``amount`` are what is at or above ``low``, which reaches both. Also
     returns what is at or above the key, and what is above it.
     """
-    low = low.to(tl.int64)
-    high = high.to(tl.int64) + 1
-    count_above, amount_above = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
-    # Until one token is left between the two, or one key.
+    above, amount_above = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
+    if SETUP[4] and not (WHOLE or TIES):
+        above, amount_above = few[4], few[5]
+    bounds = (low.to(tl.int64), high.to(tl.int64) + 1, count, amount, above, amount_above)
     if WHOLE:
-        for _ in range(33):
-            open_still = (high - low > 1) & (count - count_above > 1)
-            middle = (low + high) >> 1
-            # No blocks where there is nothing left to find: a branch around the loop is what Triton 3.6 can't compile.
-            c, a = _tally_all(
-                tl.where(open_still, V, 0), middle.to(tl.int32), row, V, access, alive, top, mass, tie,
-                WHAT, DISTANCE, TIES, OPS, SETUP,
-            )  # fmt: skip
-            reached = open_still & (c >= goal) & (a >= amount_goal)
-            missed = open_still & (reached == 0)
-            low, count, amount = _pick(reached, middle, c, a, low, count, amount)
-            high, count_above, amount_above = _pick(missed, middle, c, a, high, count_above, amount_above)
+        bounds = _narrow(
+            few, row, V, access, alive, top, mass, tie, bounds, goal, amount_goal, WHAT, DISTANCE, TIES, OPS, SETUP
+        )  # fmt: skip
+        x, valid, _token, rank = _gathered(
+            few, row, V, access, alive, top, mass, tie, bounds, WHAT, DISTANCE, TIES, OPS, SETUP
+        )  # fmt: skip
     else:
-        x, valid, token, rank = few
-        key, lives, each = _measure(x, valid, rank, alive, top, mass, tie, WHAT, DISTANCE, TIES, SETUP[1])
-        while (high - low > 1) & (count - count_above > 1):
-            middle = (low + high) >> 1
-            c, a = _tally(key, lives, each, middle.to(tl.int32), WHAT)
-            stuck = (c == count) | (c == count_above)
-            reached = (c >= goal) & (a >= amount_goal)
-            low, count, amount = _pick(reached, middle, c, a, low, count, amount)
-            high, count_above, amount_above = _pick(reached == 0, middle, c, a, high, count_above, amount_above)
-            if stuck:
-                # A gap between keys, or keys that many share: go on from those that are there.
-                between = lives & (key >= low.to(tl.int32)) & (key.to(tl.int64) < high)
-                low = tl.min(tl.where(between, key, 0x7FFFFFFF)).to(tl.int64)
-                high = tl.max(tl.where(between, key, LOWEST)).to(tl.int64) + 1
-    least = low.to(tl.int32)
-    found = tl.full([], 0x7FFFFFFF, tl.int32)
-    if WHOLE:
-        for start in range(0, V, _BLOCK):
-            x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
-            key, lives, each = _measure(x, valid, rank, alive, top, mass, tie, WHAT, DISTANCE, TIES, SETUP[1])
-            found = tl.minimum(found, tl.min(tl.where(lives & (key >= least), key, 0x7FFFFFFF)))
-    else:
-        found = tl.min(tl.where(lives & (key >= least), key, 0x7FFFFFFF))
-    return found, count, amount, count_above, amount_above
+        x, valid, rank = few[0], few[1], few[3]
+    key, lives, each = _measure(x, valid, rank, alive, top, mass, tie, WHAT, DISTANCE, TIES, SETUP[1])
+    low, high, count, amount, above, amount_above = bounds
+    # A row has one key left, or few tokens.
+    lives = lives & (key >= low.to(tl.int32)) & (key.to(tl.int64) < high)
+    weighed = _weighed(lives, each)
+    beyond, amount_beyond = above, amount_above  # the tokens that aren't here
+    # Until one token is left between the two, or one key. What costs time is each sum over all threads.
+    while (high - low > 1) & (count - above > 1):
+        pivot = (low + high) >> 1
+        reach = key >= pivot.to(tl.int32)
+        if WHAT == _COUNT:
+            c, a = tl.sum((lives & reach).to(tl.int32)), tl.full([], 0, tl.int64)
+        else:
+            c, a = _unpacked(tl.sum(tl.where(reach, weighed, 0)))
+        c += beyond
+        a += amount_beyond
+        stuck = (c == count) | (c == above)
+        reached = (c >= goal) & (a >= amount_goal)
+        low, count, amount = tl.where(reached, pivot, low), tl.where(reached, c, count), tl.where(reached, a, amount)
+        high, above = tl.where(reached, high, pivot), tl.where(reached, above, c)
+        amount_above = tl.where(reached, amount_above, a)
+        if stuck:
+            # A gap between keys, or keys that many share: go on from those that are there.
+            between = lives & (key >= low.to(tl.int32)) & (key.to(tl.int64) < high)
+            low = tl.min(tl.where(between, key, HIGHEST)).to(tl.int64)
+            high = tl.max(tl.where(between, key, LOWEST)).to(tl.int64) + 1
+    least = tl.min(tl.where(lives & (key >= low.to(tl.int32)), key, HIGHEST))
+    return least, count, amount, above, amount_above
 
 
 @triton.jit
@@ -277,24 +405,23 @@ def _cut_ties(
 @triton.jit
 def _surprise(few, row, V, access, alive, top, mass, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr):
     """The largest term of the entropy of what is alive, and all of them in units of 2 ** -37 of it."""
-    surprise = tl.full([], 0, tl.int64)
     if WHOLE:
-        largest = tl.full([], 1e-38, tl.float32)
+        terms = tl.full([_BLOCK], 1e-38, tl.float32)
         for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
-            term = tl.where(_alive(x, valid, rank, alive, SETUP[1]), _term(x, top, mass), 0.0)
-            largest = tl.maximum(largest, tl.max(term))
+            terms = tl.maximum(terms, tl.where(_alive(x, valid, rank, alive, SETUP[1]), _term(x, top, mass), 0.0))
+        largest = tl.max(terms)
+        each = tl.zeros([_BLOCK], tl.int64)
         for start in range(0, V, _BLOCK):
             x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
-            key, lives, each = _measure(x, valid, rank, alive, top, mass, largest, _SURPRISE, False, False, SETUP[1])
-            surprise += tl.sum(each)
+            _key, _lives, more = _measure(x, valid, rank, alive, top, mass, largest, _SURPRISE, False, False, SETUP[1])
+            each += more
     else:
-        x, valid, token, rank = few
+        x, valid, rank = few[0], few[1], few[3]
         term = tl.where(_alive(x, valid, rank, alive, SETUP[1]), _term(x, top, mass), 0.0)
         largest = tl.maximum(tl.max(term), 1e-38)
-        key, lives, each = _measure(x, valid, rank, alive, top, mass, largest, _SURPRISE, False, False, SETUP[1])
-        surprise = tl.sum(each)
-    return largest, surprise
+        _key, _lives, each = _measure(x, valid, rank, alive, top, mass, largest, _SURPRISE, False, False, SETUP[1])
+    return largest, tl.sum(each)
 
 
 @triton.jit
@@ -306,7 +433,7 @@ def _spend(
     possible = key_of(top - 103.0)
     if possible > alive[0]:
         alive = (possible, tl.full([], LOWEST, tl.int32), alive[2], alive[3])
-    count, mass, below = _sums(few, row, V, access, alive, top, WHOLE, OPS, SETUP)
+    count, mass, _below = _sums(few, row, V, access, alive, top, True, False, WHOLE, OPS, SETUP)
     relative = (mass.to(tl.float64) / ONE).to(tl.float32)
     largest, surprise = _surprise(few, row, V, access, alive, top, relative, WHOLE, OPS, SETUP)
     budget = (value * surprise.to(tl.float64)).to(tl.int64)
@@ -359,14 +486,20 @@ def _threshold(
 @triton.jit
 def _apply(
     few, row, V, access, alive, top_key, open_below, uncut, value, bound, row_sums,
-    KIND: tl.constexpr, LEAST: tl.constexpr, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
+    KIND: tl.constexpr, LEAST: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr, OPS: tl.constexpr,
+    SETUP: tl.constexpr,
 ):  # fmt: skip
-    """Apply a rule: what is alive, the largest key of it, and whether tokens below the bound may be."""
+    """Apply a rule: what is alive, the largest key of it, and whether tokens below the bound may be.
+
+    Also returns whether tokens that were taken for kept may not be.
+    """
     RANKED: tl.constexpr = (KIND == TOP_K) or (KIND == TOP_H) or (KIND == TOP_P) or (KIND == TYPICAL)
     MASS: tl.constexpr = (KIND == TOP_P) or (KIND == TYPICAL)
     nothing = tl.full([], 0, tl.int64)
     top = number_of(top_key)
-    count, mass, below = _sums(few, row, V, access, alive, top, WHOLE, OPS, SETUP)
+    LIKELY: tl.constexpr = MASS or (KIND == EPSILON) or (KIND == ETA)
+    BELOW: tl.constexpr = ((KIND == ETA) or (KIND == TYPICAL)) and not (SETUP[3] >= 2 and FIRST)
+    count, mass, below = _sums(few, row, V, access, alive, top, LIKELY, BELOW, WHOLE, OPS, SETUP)
     all_mass, all_below = mass, below
     if SETUP[3] >= 1:
         all_mass = tl.where(uncut, (row_sums[0] * ONE).to(tl.int64), mass)
@@ -385,13 +518,18 @@ def _apply(
         goal = tl.full([], TOP_H_TOKENS, tl.int32)
     elif MASS:
         mass_goal = tl.ceil(value * all_mass.to(tl.float64)).to(tl.int64)
+    wrong = tl.full([], False, tl.int1)
     if RANKED or (LEAST > 1):
-        if (count >= goal) & (mass >= mass_goal):
+        if SETUP[4] and not WHOLE:
+            wrong = RANKED & (few[4] > 0) & (few[4] >= goal) & (few[5] >= mass_goal)
+        if (count >= goal) & (mass >= mass_goal) & (wrong == 0):
             low, high = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32), top_key
             if KIND == TYPICAL:
                 high = tl.full([], 0, tl.int32)
             elif not WHOLE:
                 low = tl.maximum(low, bound)
+                if SETUP[4]:
+                    high = tl.where(few[4] > 0, few[7] - 1, high)
             centre = top - distance
             found, c, m, c_above, m_above = _search(
                 few, row, V, access, alive, top, relative, centre, low, high, goal, mass_goal, count,
@@ -416,20 +554,29 @@ def _apply(
                 if KIND == TOP_K:
                     # As many NaN as that: nothing is below them.
                     edge = tl.where(found > KEY_OF_INFINITY, LOWEST, edge)
-                if RANKED or (KIND == MIN_P):
+                if (KIND == TOP_K) and not SETUP[0]:
+                    # Of those that tie at the edge all stay.
+                    if edge > alive[0]:
+                        alive = (edge, tl.full([], LOWEST, tl.int32), alive[2], alive[3])
+                elif RANKED or (KIND == MIN_P):
                     alive = _cut_ties(few, row, V, access, alive, edge, keep, c - c_above, WHOLE, OPS, SETUP)
             open_below = open_below & (found > KEY_OF_INFINITY)
-        elif not RANKED:
+        elif RANKED:
+            # What is here is not enough; there may be more.
+            wrong = wrong | open_below
+        else:
             edge = tl.full([], LOWEST, tl.int32)
     if not RANKED:
         edge = tl.minimum(edge, top_key)
         open_below = open_below & (edge < bound)
+        if SETUP[4] and not WHOLE:
+            wrong = wrong | ((few[4] > 0) & (edge > few[7]))
         if edge > alive[0]:
             alive = (edge, tl.full([], LOWEST, tl.int32), alive[2], alive[3])
     if KIND == TOP_H:
         if open_below == 0:
             alive = _spend(few, row, V, access, alive, top_key, top, value, WHOLE, OPS, SETUP)
-    return alive, top_key, open_below
+    return alive, top_key, open_below, wrong
 
 
 @triton.jit
@@ -458,10 +605,11 @@ def _settle(
             # Nothing is likely or unlikely beside NaN or an infinity.
             active = active & (top_key < KEY_OF_INFINITY) & (top_key > KEY_OF_MINUS_INFINITY)
         if active & (failed == 0):
-            alive, top_key, open_below = _apply(
+            alive, top_key, open_below, wrong = _apply(
                 few, row, V, access, alive, top_key, open_below, uncut, value, bound, row_sums,
-                RULES[i], RULES[i + 1], WHOLE, OPS, SETUP,
+                RULES[i], RULES[i + 1], i == 0, WHOLE, OPS, SETUP,
             )  # fmt: skip
+            failed = failed | wrong
             uncut = uncut & False
             if RULES[i] == TOP_H:
                 failed = failed | open_below
@@ -481,16 +629,16 @@ def _drawn(x, valid, token, rank, alive, seed, position, greedy, BANDED: tl.cons
 
 @triton.jit
 def _emit(
-    few, row, V, access, alive, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, greedy,
+    few, row, V, access, alive, state, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, greedy,
     NORMALISE: tl.constexpr, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    """Write what is alive, or draw a token of it."""
+    """Write what is alive, or draw a token of it and of what the sweep has ``drawn``."""
     if out_ptr is not None:
         log_mass = 0.0
         if NORMALISE:
             top_key = _top(few, row, V, access, alive, WHOLE, OPS, SETUP)
             top = number_of(top_key)
-            _count, mass, _below = _sums(few, row, V, access, alive, top, WHOLE, OPS, SETUP)
+            _count, mass, _below = _sums(few, row, V, access, alive, top, True, False, WHOLE, OPS, SETUP)
             log_mass = top + tl.log((mass.to(tl.float64) / ONE).to(tl.float32))
             finite = (top_key > KEY_OF_MINUS_INFINITY) & (top_key < KEY_OF_INFINITY)
             log_mass = tl.where(finite, log_mass, float("nan"))
@@ -499,10 +647,13 @@ def _emit(
             for start in range(0, V, _BLOCK):
                 x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
                 lives = _alive(x, valid, rank, alive, SETUP[1])
-                kept = (x - log_mass).to(out_ptr.dtype.element_ty)
-                tl.store(here + token.to(tl.int64) * stride_out_token, kept, mask=lives)
+                # The sweep may have kept more.
+                kept = tl.where(lives, x - log_mass, SETUP[6]).to(out_ptr.dtype.element_ty)
+                there = here + token.to(tl.int64) * stride_out_token
+                everywhere = tl.where(state == BRACKET, 1, 0)
+                tl.store(there, kept, mask=lives | (valid & (tl.where(valid, everywhere, 0) != 0)))
         else:
-            x, valid, token, rank = few
+            x, valid, token, rank = few[0], few[1], few[2], few[3]
             lives = _alive(x, valid, rank, alive, SETUP[1])
             kept = (x - log_mass).to(out_ptr.dtype.element_ty)
             tl.store(here + token.to(tl.int64) * stride_out_token, kept, mask=lives)
@@ -515,56 +666,66 @@ def _emit(
                 which = tl.where(mine > best, my_token, which)
                 best = tl.maximum(best, mine)
         else:
-            x, valid, token, rank = few
+            x, valid, token, rank = few[0], few[1], few[2], few[3]
             best, which = _drawn(x, valid, token, rank, alive, seed, position, greedy, SETUP[1])
+            if SETUP[4]:
+                first = (drawn[0] > best) | ((drawn[0] == best) & (drawn[1] < which))
+                which = tl.where(first, drawn[1], which)
         tl.store(tokens_ptr + row, which.to(tl.int64))
 
 
 @triton.jit
+def _remember(work, alive):
+    """Leave what is alive where others find it."""
+    tl.store(work + ALIVE_AT, alive[0])
+    tl.store(work + ALIVE_AT + 1, alive[1])
+    tl.store(work + ALIVE_AT + 2, alive[2].to(tl.int32, bitcast=True))
+    tl.store(work + ALIVE_AT + 3, alive[3])
+
+
+@triton.jit
 def _settle_few(
-    row, V, access, pairs, found, values, bound, top_key, row_sums, greedy, alive, out_ptr, stride_out,
-    stride_out_token, tokens_ptr, seed, position,
+    row, V, access, work, pairs, found, taken, values, bound, top_key, row_sums, greedy, alive, state, drawn, out_ptr,
+    stride_out, stride_out_token, tokens_ptr, seed, position,
     RULES: tl.constexpr, NORMALISE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Settle a row of so many candidates: whether they were enough, and what is alive."""
-    slot = tl.arange(0, SLOTS)
-    valid = slot < found
-    pair = tl.load(pairs + slot, mask=valid, other=0)
-    x, token = pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32)
-    rank = token
-    if SETUP[0]:
-        rank = -token
-    few = (x, valid, token, rank)
+    """Settle a row of so many candidates; whether they were enough."""
+    x, valid, token, rank = _candidates(pairs, found, SLOTS, SETUP)
+    few = (x, valid, token, rank, taken[0], taken[1], taken[2], taken[3])
     settled = greedy
     if greedy == 0:
         alive, settled = _settle(
             few, row, V, access, alive, values, bound, found >= V, top_key, row_sums, False, RULES, OPS, SETUP
         )  # fmt: skip
+        if SETUP[4]:
+            # NaN is no candidate beside tokens that were taken for kept.
+            settled = settled & ((taken[0] == 0) | (tl.max(tl.where(valid, key_of(x), LOWEST)) < taken[3]))
     if settled:
+        _remember(work, alive)
         _emit(
-            few, row, V, access, alive, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, greedy,
-            NORMALISE, False, OPS, SETUP,
+            few, row, V, access, alive, state, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
+            greedy, NORMALISE, False, OPS, SETUP,
         )  # fmt: skip
-    return settled, alive
+    return settled
 
 
 @triton.jit
 def _settle_all(
-    row, V, access, values, bound, top_key, row_sums, greedy, alive, out_ptr, stride_out, stride_out_token,
-    tokens_ptr, seed, position,
+    row, V, access, work, pairs, slots, values, bound, top_key, row_sums, greedy, alive, state, drawn, out_ptr,
+    stride_out, stride_out_token, tokens_ptr, seed, position,
     RULES: tl.constexpr, NORMALISE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    """Settle a row by itself, block by block: what is alive."""
-    few = (0, 0, 0, 0)
+    """Settle a row by itself, block by block."""
+    few = (work + COUNT_AT, pairs, bound, tl.load(work + HIGH_AT), slots)
     if greedy == 0:
         alive, _settled = _settle(
             few, row, V, access, alive, values, bound, True, top_key, row_sums, True, RULES, OPS, SETUP
         )  # fmt: skip
+    _remember(work, alive)
     _emit(
-        few, row, V, access, alive, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, greedy,
-        NORMALISE, True, OPS, SETUP,
+        few, row, V, access, alive, state, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
+        greedy, NORMALISE, True, OPS, SETUP,
     )  # fmt: skip
-    return alive
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -575,22 +736,18 @@ def settle_kernel(
     # outputs
     out_ptr, tokens_ptr,
     # shapes
-    V, W, tiles, slots, parts, bests_at, pairs_at,
+    V, W, tiles, slots, parts, parts_at, pairs_at,
     # strides
     stride_row, stride_token, stride_out, stride_out_token, stride_work,
     stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row, stride_seed, stride_position,
     # constants
     OPS: tl.constexpr, MAX: tl.constexpr, RULES: tl.constexpr, NORMALISE: tl.constexpr, SUMS: tl.constexpr,
-    SETUP: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    SETUP: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What the rules leave of a row, or a token of it."""
     row = tl.program_id(0).to(tl.int64)
     work = work_ptr + row * stride_work
     values = (values_ptr, r0, r1, r2, r3, r4, r5, r6, r7)
-    state = tl.load(work)
-    # A bound of distances says nothing of keys.
-    bound = tl.where(tl.load(work + 2) != 0, KEY_OF_MINUS_INFINITY, tl.load(work + 1))
-    found = tl.load(work + 4)
     greedy = tl.full([], False, tl.int1)
     seed, position = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     if tokens_ptr is not None:
@@ -598,23 +755,44 @@ def settle_kernel(
         position = tl.load(positions_ptr + row * stride_position).to(tl.int64)
         if temperature_ptr is not None:
             greedy = is_greedy(temperature_ptr + row * stride_temperature)
+    wait_for_launch(PDL)
+    state = tl.load(work)
+    # A bound of distances says nothing of keys.
+    bound = tl.where(tl.load(work + 2) != 0, KEY_OF_MINUS_INFINITY, tl.load(work + 1))
+    found = tl.load(work + COUNT_AT)
     top_key = tl.full([], LOWEST, tl.int32)
     row_sums = (tl.full([], 0.0, tl.float64), 0.0, 0.0, 0.0)
     if SUMS >= 1:
         top, mass, below, count, squares = sums_of_row(work, tiles, SUMS, TILES)
         # A NaN among the logits is one in the mass, and would be the largest key.
-        top_key = tl.where(mass == mass, key_of(top), tl.where(top == float("inf"), KEY_OF_INFINITY, 0x7FFFFFFF))
+        top_key = tl.where(mass == mass, key_of(top), tl.where(top == float("inf"), KEY_OF_INFINITY, HIGHEST))
         row_sums = (mass, below, count, squares)
-
     lowest = tl.full([], LOWEST, tl.int32)
     all_alive = (lowest, lowest, tl.full([], 0.0, tl.float32), lowest)
-    alive = all_alive
-    if state == FREE:
+
+    # Of what the sweep has taken for kept: how many, their mass, their largest key, and the key from which they are.
+    taken = (tl.full([], 0, tl.int32), tl.full([], 0, tl.int64), lowest, tl.full([], HIGHEST, tl.int32))
+    drawn = (lowest, tl.full([], HIGHEST, tl.int32))
+    if (state == FREE) | (state == BRACKET):
+        part = tl.arange(0, PARTS)
+        here = work + parts_at + PART_WORDS * part
         if tokens_ptr is not None:
-            part = tl.arange(0, PARTS)
-            best = tl.load(work + bests_at + 2 * part, mask=part < parts, other=LOWEST)
-            which = tl.load(work + bests_at + 2 * part + 1, mask=part < parts, other=0)
-            tl.store(tokens_ptr + row, tl.min(tl.where(best == tl.max(best), which, 0x7FFFFFFF)).to(tl.int64))
+            best = tl.load(here, mask=part < parts, other=LOWEST)
+            which = tl.load(here + 1, mask=part < parts, other=0)
+            drawn = (tl.max(best), tl.min(tl.where(best == tl.max(best), which, HIGHEST)))
+        if state == BRACKET:
+            mass_here = (here + 4).to(tl.pointer_type(tl.int64))
+            taken = (
+                tl.sum(tl.load(here + 2, mask=part < parts, other=0)),
+                tl.sum(tl.load(mass_here, mask=part < parts, other=0)),
+                tl.max(tl.load(here + 3, mask=part < parts, other=LOWEST)),
+                tl.load(work + HIGH_AT),
+            )
+
+    if state == FREE:
+        _remember(work, all_alive)
+        if tokens_ptr is not None:
+            tl.store(tokens_ptr + row, drawn[1].to(tl.int64))
     else:
         of_row = (state == WHOLE) | (found > slots)
         pairs = (work + pairs_at).to(tl.pointer_type(tl.int64))
@@ -625,22 +803,20 @@ def settle_kernel(
         )  # fmt: skip
         settled = tl.full([], False, tl.int1)
         if (of_row == 0) & (found <= FEW_SLOTS):
-            settled, alive = _settle_few(
-                row, V, access, pairs, found, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
-                stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP, FEW_SLOTS,
+            settled = _settle_few(
+                row, V, access, work, pairs, found, taken, values, bound, top_key, row_sums, greedy, all_alive, state,
+                drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
+                RULES, NORMALISE, OPS, SETUP, FEW_SLOTS,
             )  # fmt: skip
         elif of_row == 0:
-            settled, alive = _settle_few(
-                row, V, access, pairs, found, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
-                stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP, MANY_SLOTS,
+            settled = _settle_few(
+                row, V, access, work, pairs, found, taken, values, bound, top_key, row_sums, greedy, all_alive, state,
+                drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
+                RULES, NORMALISE, OPS, SETUP, MANY_SLOTS,
             )  # fmt: skip
         if settled == 0:
             # More than could be put by, or a question that they leave open.
-            alive = _settle_all(
-                row, V, access, values, bound, top_key, row_sums, greedy, all_alive, out_ptr, stride_out,
-                stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP,
+            _settle_all(
+                row, V, access, work, pairs, slots, values, bound, top_key, row_sums, greedy, all_alive, state, drawn,
+                out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP,
             )  # fmt: skip
-    tl.store(work + ALIVE_AT, alive[0])
-    tl.store(work + ALIVE_AT + 1, alive[1])
-    tl.store(work + ALIVE_AT + 2, alive[2].to(tl.int32, bitcast=True))
-    tl.store(work + ALIVE_AT + 3, alive[3])

@@ -28,7 +28,6 @@ from fastlogits_kernels.fold import Chain, Op, popcount
 from fastlogits_kernels.keep import launch_keep
 from fastlogits_kernels.report import Alive, Report, launch_report, report, takes
 from fastlogits_kernels.select import Selection, launch_select
-from fastlogits_kernels.selection import ALIVE_AT
 from fastlogits_kernels.slots import (
     ACTIVE,
     BAN_MASK,
@@ -588,9 +587,9 @@ def process_rows(step: Step, scores: torch.Tensor, rows: Rows, out: torch.Tensor
     temperature = made.numbers.temperature
     # In place, nothing may be written before all rows are settled.
     to = None if out is scores else out
-    work = launch_select(scores, made.selection, made.chain, found, out=to, temperature=temperature)
+    alive = launch_select(scores, made.selection, made.chain, found, out=to, temperature=temperature)
     if to is None:
-        launch_keep(scores, out, made.selection, work, made.chain, found, temperature)
+        launch_keep(scores, out, made.selection, alive, made.chain, found, temperature)
     return out
 
 
@@ -613,7 +612,7 @@ def sample_rows(
     made = step.workspace
     numbers, selection = made.numbers, made.selection
     found = launch_slot_sets(step, scores, rows, True)
-    work = launch_select(
+    alive = launch_select(
         scores, selection, made.chain, found, temperature=numbers.temperature, seeds=numbers.longs[0],
         positions=numbers.longs[1], tokens=tokens,
     )  # fmt: skip
@@ -624,10 +623,10 @@ def sample_rows(
         return tokens, report(scores, tokens, count, counts)
     if not takes(scores, count):
         processed = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        launch_keep(scores, processed, selection, work, made.chain, found, numbers.temperature)
+        launch_keep(scores, processed, selection, alive, made.chain, found, numbers.temperature)
         return tokens, report(processed, tokens, count, counts)
-    alive = Alive(work[:, ALIVE_AT.value :], selection.first, selection.banded)
-    return tokens, launch_report(scores, tokens, count, counts, made.chain, found, numbers.temperature, alive)
+    left = Alive(alive, selection.first, selection.banded)
+    return tokens, launch_report(scores, tokens, count, counts, made.chain, found, numbers.temperature, left)
 
 
 # -- Histories ------------------------------------------------------------------------------------------------------
