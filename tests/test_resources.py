@@ -109,6 +109,8 @@ for dtype in ("fp32", "bf16"):
     cases[f"fold served {dtype}"] = (fold._fold_kernel, dtype, absent, served | {"BLOCK_W": 32})
     search = {"BIAS_LAST": False, "WORDS_IN_OUTPUT": True, "ROOM": 2048, "BLOCK": 1024, "LIST_BLOCK": 128}
     cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
+    absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
+    cases[f"slot_sets plain {dtype}"] = (slot_sets._slot_sets_kernel, dtype, absent, search | {"DRAWS": False}, 8)
 cases["append"] = (slot_sets._append_kernel, "fp32", (), {"BLOCK": 32})
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 

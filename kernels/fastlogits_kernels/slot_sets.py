@@ -123,10 +123,9 @@ def _token(text, i, inside):
     """Tokens of what a row sees: its history, then its draft tokens; -1 elsewhere."""
     history_ptr, drafts_ptr, stored, stride_draft = text
     token = tl.load(history_ptr + i, mask=inside & (i < stored) & (i >= 0), other=-1).to(tl.int32)
-    if drafts_ptr is not None:
-        drafted = inside & (i >= stored)
-        token = tl.where(drafted, tl.load(drafts_ptr + (i - stored) * stride_draft, mask=drafted, other=-1), token)
-    return token.to(tl.int32)
+    drafted = inside & (i >= stored)
+    draft = tl.load(drafts_ptr + (i - stored) * stride_draft, mask=drafted, other=-1).to(tl.int32)
+    return tl.where(drafted, draft, token)
 
 
 @triton.jit
@@ -299,9 +298,10 @@ def _slot_sets_kernel(
     step = length - prompt
     prompt = tl.maximum(prompt, 0)
     stored = tl.minimum(tl.maximum(length - local, 0), known)
-    first_draft = drafts_ptr
+    # A tuple holds no None; where there are no drafts, nothing that is seen lies beyond what is stored.
+    first_draft = history_ptr
     if drafts_ptr is not None:
-        first_draft += (row - local + 1) * stride_draft
+        first_draft = drafts_ptr + (row - local + 1) * stride_draft
     else:
         local = 0
     text = (history_ptr + slot * stride_history, first_draft, stored, stride_draft)
