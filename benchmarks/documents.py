@@ -136,6 +136,11 @@ def _us(us: float | None) -> str:
     return f"{us:.1f}" if us < 10 else f"{us:,.0f}"
 
 
+def _figure(logits: str, us: float | None) -> str:
+    """A figure, with the name of its logits where they are not those that most rows have."""
+    return _us(us) if logits in _LOGITS[:2] else f"{logits} {_us(us)}"
+
+
 def _plot(records: Sequence[Record]) -> str:
     """The speed-ups of the newest GPU, else of the newest processor."""
     for metric in ("gpu_us", "cpu_us"):
@@ -181,7 +186,7 @@ def _rows(name: str, ids: int, dtype: str, records: Sequence[Record], sizes: Seq
             by_logits = {r.logits: r.median for r in records if r.contender == contender and (r.batch, r.vocab) == size}
             if contender in YARDSTICKS:  # which don't look at the logits
                 by_logits = dict(list(by_logits.items())[:1])
-            cells.append(" / ".join(_us(by_logits[logits]) for logits in _LOGITS if logits in by_logits))
+            cells.append(" / ".join(_figure(logits, by_logits[logits]) for logits in _LOGITS if logits in by_logits))
         if any(cells):
             bold = "**" if contender in OURS else ""
             rows.append(f"| {work} | {bold}{contender}{bold} |{''.join(f' {cell} |' for cell in cells)}")
@@ -205,8 +210,8 @@ def _caption(records: Sequence[Record], metric: str, workloads: Sequence[str]) -
     chosen = [r for r in records if r.workload in workloads]
     last = max(chosen, key=lambda r: r.timestamp)
     threads = f", {last.threads} threads" if metric == "cpu_us" else ""
-    several = [logits for logits in _LOGITS if any(r.logits == logits for r in chosen)]
-    kinds = f"; where several figures stand, logits are {' / '.join(several)}" if len(several) > 1 else ""
+    several = len({r.logits for r in chosen}) > 1
+    kinds = f"; where several figures stand, logits are {' / '.join(_LOGITS[:2])}, others named" if several else ""
     commits = " and ".join(dict.fromkeys(r.commit for r in sorted(chosen, key=lambda r: r.timestamp)))
     versions = f"torch {last.torch}" + (f", Triton {last.triton}" if last.triton and metric != "cpu_us" else "")
     return (

@@ -157,13 +157,15 @@ def _measure(model: Any, size: Size, batch: int, forward: str, repeats: int, sta
 
     kept = {"output_scores": True, "return_dict_in_generate": True}
     said = generate()
-    _say(started, f"batch {batch}, {forward}: plain generate has run")
+    # Where the model's own forward pass isn't reproducible, no two runs can be compared.
+    _say(started, f"batch {batch}, {forward}: plain generate twice, {_compared(said, generate())}")
     with fl.accelerate(model):
-        same = torch.equal(generate(), said)
-    _say(started, f"batch {batch}, {forward}: accelerated, {'same tokens' if same else 'OTHER TOKENS'}")
-    drawn = generate(custom_generate=fl.decode)
-    same_drawn = torch.equal(drawn, generate(custom_generate=fl.decode, **kept).sequences)
-    _say(started, f"batch {batch}, {forward}: decode, {'same tokens' if same_drawn else 'OTHER TOKENS'}")
+        fast = generate()
+    same = torch.equal(fast, said)
+    _say(started, f"batch {batch}, {forward}: accelerated, {_compared(said, fast)}")
+    drawn, again = generate(custom_generate=fl.decode), generate(custom_generate=fl.decode, **kept).sequences
+    same_drawn = torch.equal(drawn, again)
+    _say(started, f"batch {batch}, {forward}: decode, without and with scores, {_compared(drawn, again)}")
     bare()
     for contender, call, is_same in (
         (BARE, bare, True),
@@ -186,6 +188,15 @@ def _measure(model: Any, size: Size, batch: int, forward: str, repeats: int, sta
         row = Row(batch, forward, contender, is_same, batch / step, step * 1e6, wall, gpu)
         _say(started, _line(row))
         yield row
+
+
+def _compared(ids: torch.Tensor, others: torch.Tensor) -> str:
+    """Whether two runs have said the same, and from where on not."""
+    if torch.equal(ids, others):
+        return "same tokens"
+    shared = min(ids.shape[1], others.shape[1])
+    apart = (ids[:, :shared] != others[:, :shared]).any(0).nonzero()
+    return f"OTHER TOKENS from place {int(apart[0]) if len(apart) else shared} on"
 
 
 @contextmanager

@@ -82,12 +82,14 @@ class ReplayBunch:
     """
 
     def __init__(self, calls: Sequence[Call]) -> None:
+        calls[0]()  # a first call may wait where it builds what the others use
         if _waits_for_gpu(calls[0]):
             raise NotCapturableError("it waits for the GPU")
         captured = [_capture(call) for call in calls]
         self._graphs = [graph for graph, _ in captured]
-        # The outputs are kept, so that no graph writes into another's.
+        # The outputs are kept, so that no graph writes into another's; and the calls, whose tensors the graphs read.
         self._outputs = [output for _, output in captured]
+        self._kept = calls
         self._start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._turns = 1

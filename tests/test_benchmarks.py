@@ -23,7 +23,7 @@ from benchmarks.inputs import Case, random_scores
 from benchmarks.peers import PEERS, Peer
 from benchmarks.processors import CHAINS, CLASSES, TRUNCATIONS
 from benchmarks.targets import verdicts
-from benchmarks.timing import Timing
+from benchmarks.timing import ReplayBunch, Timing
 from benchmarks.workloads import (
     COPY,
     DRAWS,
@@ -474,3 +474,15 @@ def test_a_base_is_measured_in_turns(tmp_path):
     assert (
         subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True).stdout.count("\n") == 1
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_call_keeps_what_its_graph_reads():
+    """Also tensors that nothing but the call holds: their memory isn't given to others."""
+
+    def call(parameter: torch.Tensor) -> torch.Tensor:
+        return parameter * 2
+
+    replays = ReplayBunch([partial(call, torch.full((1 << 16,), 3.0, device="cuda"))])
+    others = [torch.zeros(1 << 16, device="cuda") for _ in range(64)]
+    assert torch.equal(replays.once(), torch.full_like(others[0], 6.0))
