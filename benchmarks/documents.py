@@ -17,6 +17,7 @@ from benchmarks.inputs import MANY_IDS
 from benchmarks.results import Record, newest, read_folder, slug
 from benchmarks.tables import METRICS
 from benchmarks.workloads import COPY, FAST, FAST_, FAST_COPIED_, LOOP, OURS, THEIRS, WORKLOADS, YARDSTICKS
+from fastlogits import BatchProcessor
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/results.md")
@@ -220,6 +221,18 @@ def _caption(records: Sequence[Record], metric: str, workloads: Sequence[str]) -
     )
 
 
+def _slots(records: Sequence[Record]) -> str:
+    """What a slot takes, asked of batches of two sizes."""
+    sizes = ((128256, 4096), (151936, 32768))
+    batches = [BatchProcessor(1, vocab, "cpu", max_length=length) for vocab, length in sizes]
+    head = "".join(f" {vocab} tokens, `max_length` {length} |" for vocab, length in sizes)
+    lines = [f"| bytes of a slot |{head}", f"|---|{'---:|' * len(sizes)}"]
+    for part in batches[0].bytes_per_slot:
+        lines.append(f"| {part} |{''.join(f' {batch.bytes_per_slot[part]:,} |' for batch in batches)}")
+    lines.append(f"| workspace, for each row of a step |{''.join(f' {batch.bytes_per_row:,} |' for batch in batches)}")
+    return "\n".join(lines)
+
+
 _ALL = tuple(name for name, workload in WORKLOADS.items() if workload.main)
 REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "claim": _claim,
@@ -230,6 +243,7 @@ REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "cpu": _table("cpu_us", _CPU_SIZES, ("chain 9", "T k p")),
     "cpu-all": _table("cpu_us", _CPU_SIZES, _ALL),
     "processors": lambda records: catalogue(),
+    "slots": _slots,
     "cpu-classes": _table(
         "cpu_us", _CPU_SIZES, tuple(name for name, workload in WORKLOADS.items() if not workload.main)
     ),
