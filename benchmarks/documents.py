@@ -226,11 +226,10 @@ def _slots(records: Sequence[Record]) -> str:
     sizes = ((128256, 4096), (151936, 32768))
     batches = [BatchProcessor(1, vocab, "cpu", max_length=length) for vocab, length in sizes]
     head = "".join(f" {vocab} tokens, `max_length` {length} |" for vocab, length in sizes)
-    lines = [f"| bytes of a slot |{head}", f"|---|{'---:|' * len(sizes)}"]
-    for part in batches[0].bytes_per_slot:
-        lines.append(f"| {part} |{''.join(f' {batch.bytes_per_slot[part]:,} |' for batch in batches)}")
-    lines.append(f"| workspace, for each row of a step |{''.join(f' {batch.bytes_per_row:,} |' for batch in batches)}")
-    return "\n".join(lines)
+    parts = {part: [batch.bytes_per_slot[part] for batch in batches] for part in batches[0].bytes_per_slot}
+    parts["workspace, for each row of a step"] = [batch.bytes_per_row for batch in batches]
+    rows = (f"| {part} |{''.join(f' {count:,} |' for count in counts)}" for part, counts in parts.items())
+    return "\n".join([f"| bytes of a slot |{head}", f"|---|{'---:|' * len(sizes)}", *rows])
 
 
 _ALL = tuple(name for name, workload in WORKLOADS.items() if workload.main)
