@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -142,69 +143,11 @@ class RequestParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0)
-        for kind in layout.RULE_KINDS:
-            name = argument_of(kind)
-            value = getattr(self, name)
-            if value is None:
-                continue
-            bounds, whole = RANGES[kind], kind == "top_k"
-            if (
-                not _is_number(value)
-                or (whole and not isinstance(value, int))
-                or not (bounds.has(value) or value == bounds.off)
-            ):
-                what = "an integer" if whole else "a number"
-                raise ValueError(f"`{name}` has to be {what} {bounds.words}, but is {value!r}")
-        _check_number("repetition_penalty", self.repetition_penalty, 0)
-        if self.repetition_penalty == 0:
-            raise ValueError("`repetition_penalty` has to be above 0 (1 turns it off), but is 0")
-        _check_number("presence_penalty", self.presence_penalty)
-        _check_number("frequency_penalty", self.frequency_penalty)
-        for name in ("repetition_scope", "presence_scope"):
-            scope = getattr(self, name)
-            if scope is not None and scope not in get_args(Scope):
-                raise ValueError(f"`{name}` has to be 'all', 'output' or None, but is {scope!r}")
-        _check_number("dry_multiplier", self.dry_multiplier, 0)
-        _check_number("dry_base", self.dry_base, 1)
-        if self.dry_base > _LARGEST_BASE:
-            raise ValueError(f"`dry_base` has to have a finite {layout.LONGEST}th power, but is {self.dry_base!r}")
-        for name, least in (
-            ("dry_allowed_length", 0), ("no_repeat_ngram_size", 0), ("min_tokens", 0), ("first_window", 1)
-        ):  # fmt: skip
-            _check_whole(name, getattr(self, name), least)
-        if self.logprobs is not None:
-            _check_whole("logprobs", self.logprobs, 0)
-        if self.seed is not None:
-            _check_whole("seed", self.seed, -(2**63), 2**64 - 1)
-        if not isinstance(self.bitmask, bool):
-            raise ValueError(f"`bitmask` has to be True or False, but is {self.bitmask!r}")
-        for name in ("dry_breakers", "banned_token_ids", "first_tokens_suppressed", "stop_token_ids"):
-            if getattr(self, name) != ():
-                self._keep(name, checked_set(f"`{name}`", getattr(self, name)))
-        if isinstance(self.stop_token_ids, TokenMask):
-            self._keep("stop_token_ids", tuple(self.stop_token_ids))
-        if self.allowed_token_ids is not None:
-            self._keep("allowed_token_ids", checked_set("`allowed_token_ids`", self.allowed_token_ids))
-        self._keep("forced_tokens", _sequence("forced_tokens", self.forced_tokens))
-        bad_words = self.bad_words
-        if isinstance(bad_words, (str, bytes)) or not isinstance(bad_words, Iterable):
-            raise ValueError(f"`bad_words` has to be sequences of token ids, but is {bad_words!r}")
-        sequences = tuple(_sequence("bad_words", each) for each in bad_words)
-        if not all(sequences):
-            raise ValueError("`bad_words` has to be sequences of at least one token id, but one of them is empty")
-        self._keep("bad_words", sequences)
-        if not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"`logit_bias` has to be a mapping from token ids to numbers, but is {self.logit_bias!r}")
-        tokens = _sequence("logit_bias", self.logit_bias)
-        for token in tokens:
-            value = self.logit_bias[token]
-            if not _is_number(value) or not (value == -math.inf or abs(value) <= _LARGEST):
-                raise ValueError(f"`logit_bias` has to be finite or -inf, but is {value!r} for token {token}")
-        self._keep("logit_bias", dict(self.logit_bias))
-
-    def _keep(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+        given = self.__dict__
+        for name, default, check in _CHECKED:
+            value = given[name]
+            if value is not default:
+                given[name] = check(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
@@ -810,7 +753,65 @@ def _halves(seed: int) -> tuple[int, int]:
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
-def _sequence(name: str, ids: object) -> tuple[int, ...]:
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_number(name: str, value: Any, least: float = -math.inf) -> float:
+    if not _is_number(value) or not abs(value) <= _LARGEST or value < least:
+        at_least = "" if least == -math.inf else f" of at least {least:g}"
+        raise ValueError(f"`{name}` has to be a finite number{at_least}, but is {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        at_most = "" if most is None else f" and at most {most}"
+        raise ValueError(f"`{name}` has to be an integer of at least {least}{at_most}, but is {value!r}")
+    return value
+
+
+def _check_rule(name: str, value: Any, kind: RuleKind) -> float:
+    bounds, whole = RANGES[kind], kind == "top_k"
+    if (
+        not _is_number(value)
+        or (whole and not isinstance(value, int))
+        or not (bounds.has(value) or value == bounds.off)
+    ):
+        what = "an integer" if whole else "a number"
+        raise ValueError(f"`{name}` has to be {what} {bounds.words}, but is {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_repetition(name: str, value: Any) -> float:
+    if _check_number(name, value, 0) == 0:
+        raise ValueError(f"`{name}` has to be above 0 (1 turns it off), but is 0")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_scope(name: str, value: Any) -> Any:
+    if value not in get_args(Scope):
+        raise ValueError(f"`{name}` has to be 'all', 'output' or None, but is {value!r}")
+    return value
+
+
+def _check_base(name: str, value: Any) -> float:
+    if _check_number(name, value, 1) > _LARGEST_BASE:
+        raise ValueError(f"`{name}` has to have a finite {layout.LONGEST}th power, but is {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` has to be True or False, but is {value!r}")
+    return value
+
+
+def _check_set(name: str, value: Any) -> TokenSet:
+    return checked_set(f"`{name}`", value)
+
+
+def _sequence(name: str, ids: Any) -> tuple[int, ...]:
     if isinstance(ids, torch.Tensor):
         ids = ids.tolist()
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
@@ -823,21 +824,54 @@ def _sequence(name: str, ids: object) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _check_words(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ValueError(f"`{name}` has to be sequences of token ids, but is {value!r}")
+    sequences = tuple(_sequence(name, each) for each in value)
+    if not all(sequences):
+        raise ValueError(f"`{name}` has to be sequences of at least one token id, but one of them is empty")
+    return sequences
 
 
-def _check_number(name: str, value: Any, least: float = -math.inf) -> None:
-    if not _is_number(value) or not abs(value) <= _LARGEST or value < least:
-        at_least = "" if least == -math.inf else f" of at least {least:g}"
-        raise ValueError(f"`{name}` has to be a finite number{at_least}, but is {value!r}")
+def _check_bias(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"`{name}` has to be a mapping from token ids to numbers, but is {value!r}")
+    biases = dict(value)
+    _sequence(name, biases)
+    for token, bias in biases.items():
+        if not _is_number(bias) or not (bias == -math.inf or abs(bias) <= _LARGEST):
+            raise ValueError(f"`{name}` has to be finite or -inf, but is {bias!r} for token {token}")
+    return biases
 
 
-def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        at_most = "" if most is None else f" and at most {most}"
-        raise ValueError(f"`{name}` has to be an integer of at least {least}{at_most}, but is {value!r}")
-    return value
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": partial(_check_number, least=0),
+    **{argument_of(kind): partial(_check_rule, kind=kind) for kind in layout.RULE_KINDS},
+    "repetition_penalty": _check_repetition,
+    "presence_penalty": _check_number,
+    "frequency_penalty": _check_number,
+    "repetition_scope": _check_scope,
+    "presence_scope": _check_scope,
+    "dry_multiplier": partial(_check_number, least=0),
+    "dry_base": _check_base,
+    "dry_allowed_length": partial(_check_whole, least=0),
+    "dry_breakers": _check_set,
+    "logit_bias": _check_bias,
+    "allowed_token_ids": _check_set,
+    "banned_token_ids": _check_set,
+    "bad_words": _check_words,
+    "no_repeat_ngram_size": partial(_check_whole, least=0),
+    "min_tokens": partial(_check_whole, least=0),
+    "stop_token_ids": lambda name, value: tuple(_check_set(name, value)),
+    "first_tokens_suppressed": _check_set,
+    "first_window": partial(_check_whole, least=1),
+    "forced_tokens": _sequence,
+    "bitmask": _check_bool,
+    "seed": partial(_check_whole, least=-(2**63), most=2**64 - 1),
+    "logprobs": partial(_check_whole, least=0),
+}
+# What is left as it is needs no check: most of the parameters of most requests.
+_CHECKED = [(each.name, each.default, _CHECKS[each.name]) for each in fields(RequestParams)]
 
 
 def _check_history(history: tuple[torch.Tensor, ...], slots: int, device: torch.device) -> None:
