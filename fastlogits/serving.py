@@ -15,7 +15,7 @@ import torch
 from fastlogits_kernels import slots as layout
 from fastlogits_kernels._triton import to_device
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, sample_rows
+from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, sample_rows, swap_slots
 from fastlogits_kernels.slots import Rows, Semantics, Slots
 from fastlogits_kernels.truncate import RANGES, RuleKind, Ties, argument_of
 
@@ -54,6 +54,8 @@ _PRESETS: dict[Preset, _Preset] = {
     ),
 }  # fmt: skip
 
+# Words that are allocated at once for staging: those of dozens of requests.
+_STAGED = 2**16
 # Sets of more tokens than this are kept as packed masks, which cost the same whatever they hold.
 _FEW = 64
 _LARGEST_BASE = torch.finfo(torch.float64).max ** (1 / layout.LONGEST)
@@ -158,8 +160,28 @@ class _Packed(NamedTuple):
 
     record: np.ndarray[Any, Any]
     """int32, all but the lengths and a seed that is drawn."""
-    masks: tuple[tuple[int, torch.Tensor], ...]
-    """Planes of packed masks, and those, on the device."""
+    masks: tuple[tuple[int, np.ndarray[Any, Any]], ...]
+    """Planes in ascending order, and the packed masks that they hold."""
+
+
+class _Staging:
+    """Memory of the host from which requests are copied to the device, piece by piece and never the same one twice.
+
+    Where a GPU copies from it, it is pinned. A block that is used up goes back to torch, which hands it out again when
+    the copies from it are done, on whatever streams they are; so nothing waits, and nothing is overwritten too early.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned, self._used, self._array = device.type == "cuda", 0, _NO_TOKENS
+
+    def take(self, count: int) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
+        """So many words, int32, not initialised: as a tensor and as an array."""
+        begin, end = self._used, self._used + count
+        if end > len(self._array):
+            self._block = torch.empty(max(count, _STAGED), dtype=torch.int32, pin_memory=self._pinned)
+            self._array, begin, end = self._block.numpy(), 0, count
+        self._used = end
+        return self._block[begin:end], self._array[begin:end]
 
 
 class BatchProcessor:
@@ -167,8 +189,8 @@ class BatchProcessor:
 
     A step takes the logits ``[rows, V]`` and the slot of each row. It launches the same kernels whatever the requests
     ask for, reads all parameters on the device, and neither waits nor copies: one CUDA graph, captured once, serves
-    every mix of requests. Adding, removing and moving take a small copy each, in the order of the current stream, and
-    never wait either. They are calls of the host: between two replays, not inside a graph.
+    every mix of requests. Adding takes one copy, and removing, moving and swapping one launch, in the order of the
+    current stream; they never wait either. They are calls of the host: between two replays, not inside a graph.
 
     A request's result depends on its own parameters, history, seed and position, and on nothing else: not on its slot,
     its row, or the other requests.
@@ -259,10 +281,14 @@ class BatchProcessor:
         self._preset = _PRESETS[semantics]
         self._lists_end = layout.RECORD.value + max_listed
         self._owns_history = history is None
-        records = torch.zeros(
-            max_requests, self._lists_end + (max_length or 0), dtype=torch.int32, device=device
-        )  # a request's history stands behind its lists, so that one copy brings both
-        masks = torch.zeros(max_requests, layout.MASKS, words(vocab_size), dtype=torch.int32, device=device)
+        # What a slot holds stands side by side, so that one copy brings it: packed masks, record, lists, history.
+        W = words(vocab_size)
+        self._masks_end = layout.MASKS * W
+        table = torch.zeros(
+            max_requests, self._masks_end + self._lists_end + (max_length or 0), dtype=torch.int32, device=device
+        )
+        masks = table[:, : self._masks_end].view(max_requests, layout.MASKS, W)
+        records = table[:, self._masks_end :]
         if history is None:
             tokens, prompts, lengths = records[:, self._lists_end :], records[:, 1], records[:, 0]
         else:
@@ -273,7 +299,8 @@ class BatchProcessor:
             self._slots, rows, vocab_size, self._preset.rules, self._preset.ties, self._preset.semantics, max_listed
         )
         # Views take the host longer than what is done with them.
-        self._records, self._flags = records.unbind(), records[:, layout.FLAGS.value].unbind()
+        self._table, self._held, self._flags = table, table.unbind(), records[:, layout.FLAGS.value].unbind()
+        self._staging = _Staging(device)
         self._active = bytearray(max_requests)
         self._seeds = random.Random()
 
@@ -365,10 +392,7 @@ class BatchProcessor:
             return
         if self._active[target]:
             raise ValueError(f"`target` is {target}, which holds a request: remove it first, or use swap()")
-        for table in self._slots[:2]:
-            table[target].copy_(table[source])
-        self._flags[source].zero_()
-        self._active[source], self._active[target] = 0, 1
+        self.swap(source, target)
 
     def swap(self, a: int, b: int) -> None:
         """Exchange what two slots hold, a request or none, but for histories that are the engine's own.
@@ -380,10 +404,7 @@ class BatchProcessor:
         self._check_slot(b)
         if a == b:
             return
-        for table in self._slots[:2]:
-            kept = table[a].clone()
-            table[a].copy_(table[b])
-            table[b].copy_(kept)
+        swap_slots(self._table, a, b)
         self._active[a], self._active[b] = self._active[b], self._active[a]
 
     def append(self, slots: Ids, token_ids: Ids) -> None:
@@ -591,11 +612,15 @@ class BatchProcessor:
     def _write(
         self, slot: int, packed: _Packed, prompt: np.ndarray[Any, Any], output: np.ndarray[Any, Any], draws_seed: bool
     ) -> None:
-        """Bring a request to its slot: one copy, and one for each of its masks."""
+        """Bring a request to its slot: one copy, of no more than from its first mask to its last token."""
         P, N = len(prompt), len(prompt) + len(output)
-        used = self._lists_end + N if N else len(packed.record)
-        staged = torch.empty(used, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        record = staged.numpy()
+        W = self._masks_end // layout.MASKS
+        begin = packed.masks[0][0] * W if packed.masks else self._masks_end
+        end = self._masks_end + (self._lists_end + N if N else len(packed.record))
+        staged, held = self._staging.take(end - begin)
+        for plane, mask in packed.masks:
+            held[plane * W - begin : (plane + 1) * W - begin] = mask
+        record = held[self._masks_end - begin :]
         record[: len(packed.record)] = packed.record
         record[layout.LENGTH.value] = N
         record[layout.PROMPT.value] = P
@@ -605,17 +630,15 @@ class BatchProcessor:
         if N:
             record[self._lists_end : self._lists_end + P] = prompt
             record[self._lists_end + P :] = output
-        self._records[slot][:used].copy_(staged, non_blocking=True)
-        for plane, mask in packed.masks:
-            self._slots.masks[slot, plane].copy_(mask)
+        self._held[slot][begin:end].copy_(staged, non_blocking=True)
 
     def _packed(self, params: RequestParams) -> _Packed:
         """What a slot holds of parameters; kept with them."""
-        key = (self.vocab_size, self.device, self.semantics)
+        key = (self.vocab_size, self.semantics)
         kept: dict[Any, _Packed] = params.__dict__.setdefault("_packed", {})
         packed = kept.get(key)
         if packed is None:
-            packed = kept[key] = _pack(params, self.vocab_size, self.device, self._preset)
+            packed = kept[key] = _pack(params, self.vocab_size, self._preset)
         listed = len(packed.record) - layout.RECORD.value
         if listed > self.max_listed:
             raise ValueError(
@@ -633,7 +656,7 @@ _RULES = [(argument_of(kind), layout.OFF[kind]) for kind in layout.RULE_KINDS]
 _HEADER = struct.Struct("=6i 2i 4f fi5f i 16i")
 
 
-def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) -> _Packed:
+def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
     flags = layout.ACTIVE.value
     masks: list[TokenMask | None] = [None] * layout.MASKS
     places = [0] * 16
@@ -714,7 +737,7 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
     )  # fmt: skip
     return _Packed(
         np.frombuffer(header + b"".join(parts), dtype=np.int32),
-        tuple((plane, to_device(mask.bits(), device)) for plane, mask in enumerate(masks) if mask is not None),
+        tuple((plane, mask.bits().numpy()) for plane, mask in enumerate(masks) if mask is not None),
     )
 
 
@@ -814,14 +837,15 @@ def _check_set(name: str, value: Any) -> TokenSet:
 def _sequence(name: str, ids: Any) -> tuple[int, ...]:
     if isinstance(ids, torch.Tensor):
         ids = ids.tolist()
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, (list, tuple, Iterable)):
         raise ValueError(f"`{name}` has to be token ids, but is {ids!r}")
-    found = []
-    for token in ids:
+    found = tuple(ids)
+    if not found or (set(map(type, found)) == {int} and min(found) >= 0):
+        return found
+    for token in found:
         if isinstance(token, bool) or not hasattr(token, "__index__") or token < 0:
             raise ValueError(f"`{name}` has to be token ids of at least 0, but has {token!r} among them")
-        found.append(int(token))
-    return tuple(found)
+    return tuple(map(int, found))
 
 
 def _check_words(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
@@ -834,7 +858,7 @@ def _check_words(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def _check_bias(name: str, value: Any) -> dict[int, float]:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, (dict, Mapping)):
         raise ValueError(f"`{name}` has to be a mapping from token ids to numbers, but is {value!r}")
     biases = dict(value)
     _sequence(name, biases)
