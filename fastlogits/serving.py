@@ -552,20 +552,16 @@ class BatchProcessor:
             raise ValueError(
                 f"`{argument}` has to be int32 or int64 of one dimension, but is {value.dtype} of {tuple(value.shape)}"
             )
-        if value.device.type == "cpu" and argument == "slots":
+        device = value.device
+        if device.type == "cpu" and argument == "slots":
             for slot in value.tolist():
                 if slot >= self.max_requests or (slot >= 0 and not self._active[slot]):
                     raise ValueError(f"`slots` has {slot}, which holds no request; use -1 for a row of none")
-        if (
-            value.device.type == "cpu"
-            and argument == "token_ids"
-            and len(value)
-            and int(value.max()) >= self.vocab_size
-        ):
+        if device.type == "cpu" and argument == "token_ids" and len(value) and int(value.max()) >= self.vocab_size:
             raise ValueError(f"`token_ids` has {int(value.max())}, but the vocabulary has {self.vocab_size} tokens")
-        if value.device != self.device:
-            if value.device.type != "cpu":
-                raise ValueError(f"`{argument}` is on {value.device}, but the batch is on {self.device}")
+        if device != self.device:
+            if device.type != "cpu":
+                raise ValueError(f"`{argument}` is on {device}, but the batch is on {self.device}")
             value = to_device(value, self.device)
         return value
 
@@ -670,9 +666,8 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
         end += len(packed) // 4
 
     def put_ids(which: Any, name: str, ids: Sequence[int]) -> None:
-        if ids:
-            _check_ids(name, ids, V)
-            put(which, struct.pack(f"={len(ids)}i", *ids), len(ids))
+        _check_ids(name, ids, V)
+        put(which, struct.pack(f"={len(ids)}i", *ids), len(ids))
 
     def put_set(which: Any, name: str, tokens: TokenMask | Sequence[int], plane: int, flag: Any) -> None:
         """Keep a set of tokens as a list where it is small; else as a mask, of which the flag tells."""
@@ -696,11 +691,15 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
     if params.allowed_token_ids is not None:
         masks[layout.BAN_PLANE] = ~fitted("`allowed_token_ids`", _as_set(params.allowed_token_ids), V)
         flags |= layout.BAN_MASK.value
-    put_set(layout.BANS, "banned_token_ids", params.banned_token_ids, layout.BAN_PLANE, layout.BAN_MASK)
-    first = params.first_tokens_suppressed
-    put_set(layout.FIRSTS, "first_tokens_suppressed", first, layout.FIRST_PLANE, layout.FIRST_MASK)
-    put_ids(layout.STOPS, "stop_token_ids", params.stop_token_ids)
-    put_ids(layout.FORCED, "forced_tokens", params.forced_tokens)
+    if params.banned_token_ids != ():
+        put_set(layout.BANS, "banned_token_ids", params.banned_token_ids, layout.BAN_PLANE, layout.BAN_MASK)
+    if params.first_tokens_suppressed != ():
+        first = params.first_tokens_suppressed
+        put_set(layout.FIRSTS, "first_tokens_suppressed", first, layout.FIRST_PLANE, layout.FIRST_MASK)
+    if params.stop_token_ids:
+        put_ids(layout.STOPS, "stop_token_ids", params.stop_token_ids)
+    if params.forced_tokens:
+        put_ids(layout.FORCED, "forced_tokens", params.forced_tokens)
     if params.logit_bias:
         tokens, values = list(params.logit_bias), params.logit_bias.values()
         _check_ids("logit_bias", tokens, V)
@@ -724,8 +723,8 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
             masks[layout.BREAKER_PLANE] = fitted("`dry_breakers`", _as_set(params.dry_breakers), V)
             flags |= layout.BREAKER_MASK.value
 
-    wanted = ((getattr(params, name), off) for name, off in _RULES)
-    rules = [off if value is None else value for value, off in wanted]
+    given = params.__dict__
+    rules = [off if given[name] is None else given[name] for name, off in _RULES]
     rules[layout.TOP_K_AT] = _small(int(rules[layout.TOP_K_AT]))
     header = _HEADER.pack(
         0, 0, flags, _small(params.no_repeat_ngram_size), _small(params.min_tokens), _small(params.first_window),
@@ -751,11 +750,13 @@ def _token_ids(name: str, ids: Ids, V: int) -> np.ndarray[Any, Any]:
         if ids.device.type != "cpu":
             raise ValueError(f"`{name}` is on {ids.device}: give token ids on the host, so that nothing waits for them")
         ids = ids.numpy()
-    found = np.asarray(ids) if len(ids) else _NO_TOKENS
+    if not len(ids):
+        return _NO_TOKENS
+    found = np.asarray(ids)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise ValueError(f"`{name}` has to be integers of one dimension, but is {found.dtype} of shape {found.shape}")
     # Negative ids are the largest of all without their sign; one pass, for the host's sake.
-    if len(found) and np.maximum.reduce(found.view(f"u{found.itemsize}")) >= V:
+    if np.maximum.reduce(found.view(f"u{found.itemsize}")) >= V:
         wrong = int(found[(found < 0) | (found >= V)][0])
         raise ValueError(f"`{name}`: token id {wrong} is outside the vocabulary of {V} tokens (0 to {V - 1})")
     return found
