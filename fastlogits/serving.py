@@ -618,13 +618,12 @@ class BatchProcessor:
             held[plane * W - begin : (plane + 1) * W - begin] = mask
         record = held[self._masks_end - begin :]
         record[: len(packed.record)] = packed.record
-        record[layout.LENGTH.value] = N
-        record[layout.PROMPT.value] = P
+        _LENGTHS.pack_into(record.data, 4 * layout.LENGTH.value, N, P)
         if draws_seed:
-            low, high = _halves(self._seeds.getrandbits(64))
-            record[layout.SEED.value], record[layout.SEED.value + 1] = low, high
-        if N:
+            _SEED.pack_into(record.data, 4 * layout.SEED.value, self._seeds.getrandbits(64))
+        if P:
             record[self._lists_end : self._lists_end + P] = prompt
+        if N > P:
             record[self._lists_end + P :] = output
         self._held[slot][begin:end].copy_(staged, non_blocking=True)
 
@@ -649,7 +648,8 @@ _NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 _RULES = [(argument_of(kind), layout.OFF[kind]) for kind in layout.RULE_KINDS]
 # The words before the lists, in the order of their places in the record.
-_HEADER = struct.Struct("=6i 2i 4f fi5f i 16i")
+_HEADER = struct.Struct("=6i Q 4f fi5f i 16i")
+_LENGTHS, _SEED = struct.Struct("=2i"), struct.Struct("=Q")
 
 
 def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
@@ -728,7 +728,7 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
     rules[layout.TOP_K_AT] = _small(int(rules[layout.TOP_K_AT]))
     header = _HEADER.pack(
         0, 0, flags, _small(params.no_repeat_ngram_size), _small(params.min_tokens), _small(params.first_window),
-        *_halves(params.seed or 0),
+        (params.seed or 0) & (2**64 - 1),
         params.temperature, params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
         *rules,
         -1 if params.logprobs is None else params.logprobs,
@@ -755,8 +755,9 @@ def _token_ids(name: str, ids: Ids, V: int) -> np.ndarray[Any, Any]:
     found = np.asarray(ids)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise ValueError(f"`{name}` has to be integers of one dimension, but is {found.dtype} of shape {found.shape}")
-    # Negative ids are the largest of all without their sign; one pass, for the host's sake.
-    if np.maximum.reduce(found.view(f"u{found.itemsize}")) >= V:
+    # Negative ids are the largest of all without their sign. Of a few thousand, argmax finds it sooner than max.
+    unsigned = found.view(f"u{found.itemsize}")
+    if unsigned[unsigned.argmax()] >= V:
         wrong = int(found[(found < 0) | (found >= V)][0])
         raise ValueError(f"`{name}`: token id {wrong} is outside the vocabulary of {V} tokens (0 to {V - 1})")
     return found
@@ -769,12 +770,6 @@ def _as_set(tokens: TokenMask | Sequence[int]) -> TokenSet:
 def _small(value: int) -> int:
     """What 32 bits hold of a count; larger ones mean the same."""
     return min(value, 2**31 - 1)
-
-
-def _halves(seed: int) -> tuple[int, int]:
-    """The halves of 64 bits, the low one first, as int32 has them."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
 def _is_number(value: object) -> bool:
