@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from fastlogits_kernels import slots as layout
 from fastlogits_kernels._triton import to_device
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, sample_rows
+from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, sample_rows, swap_slots
 from fastlogits_kernels.slots import Rows, Semantics, Slots
 from fastlogits_kernels.truncate import RANGES, RuleKind, Ties, argument_of
 
@@ -53,6 +54,8 @@ _PRESETS: dict[Preset, _Preset] = {
     ),
 }  # fmt: skip
 
+# Words that are allocated at once for staging: those of dozens of requests.
+_STAGED = 2**16
 # Sets of more tokens than this are kept as packed masks, which cost the same whatever they hold.
 _FEW = 64
 _LARGEST_BASE = torch.finfo(torch.float64).max ** (1 / layout.LONGEST)
@@ -142,69 +145,11 @@ class RequestParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0)
-        for kind in layout.RULE_KINDS:
-            name = argument_of(kind)
-            value = getattr(self, name)
-            if value is None:
-                continue
-            bounds, whole = RANGES[kind], kind == "top_k"
-            if (
-                not _is_number(value)
-                or (whole and not isinstance(value, int))
-                or not (bounds.has(value) or value == bounds.off)
-            ):
-                what = "an integer" if whole else "a number"
-                raise ValueError(f"`{name}` has to be {what} {bounds.words}, but is {value!r}")
-        _check_number("repetition_penalty", self.repetition_penalty, 0)
-        if self.repetition_penalty == 0:
-            raise ValueError("`repetition_penalty` has to be above 0 (1 turns it off), but is 0")
-        _check_number("presence_penalty", self.presence_penalty)
-        _check_number("frequency_penalty", self.frequency_penalty)
-        for name in ("repetition_scope", "presence_scope"):
-            scope = getattr(self, name)
-            if scope is not None and scope not in get_args(Scope):
-                raise ValueError(f"`{name}` has to be 'all', 'output' or None, but is {scope!r}")
-        _check_number("dry_multiplier", self.dry_multiplier, 0)
-        _check_number("dry_base", self.dry_base, 1)
-        if self.dry_base > _LARGEST_BASE:
-            raise ValueError(f"`dry_base` has to have a finite {layout.LONGEST}th power, but is {self.dry_base!r}")
-        for name, least in (
-            ("dry_allowed_length", 0), ("no_repeat_ngram_size", 0), ("min_tokens", 0), ("first_window", 1)
-        ):  # fmt: skip
-            _check_whole(name, getattr(self, name), least)
-        if self.logprobs is not None:
-            _check_whole("logprobs", self.logprobs, 0)
-        if self.seed is not None:
-            _check_whole("seed", self.seed, -(2**63), 2**64 - 1)
-        if not isinstance(self.bitmask, bool):
-            raise ValueError(f"`bitmask` has to be True or False, but is {self.bitmask!r}")
-        for name in ("dry_breakers", "banned_token_ids", "first_tokens_suppressed", "stop_token_ids"):
-            if getattr(self, name) != ():
-                self._keep(name, checked_set(f"`{name}`", getattr(self, name)))
-        if isinstance(self.stop_token_ids, TokenMask):
-            self._keep("stop_token_ids", tuple(self.stop_token_ids))
-        if self.allowed_token_ids is not None:
-            self._keep("allowed_token_ids", checked_set("`allowed_token_ids`", self.allowed_token_ids))
-        self._keep("forced_tokens", _sequence("forced_tokens", self.forced_tokens))
-        bad_words = self.bad_words
-        if isinstance(bad_words, (str, bytes)) or not isinstance(bad_words, Iterable):
-            raise ValueError(f"`bad_words` has to be sequences of token ids, but is {bad_words!r}")
-        sequences = tuple(_sequence("bad_words", each) for each in bad_words)
-        if not all(sequences):
-            raise ValueError("`bad_words` has to be sequences of at least one token id, but one of them is empty")
-        self._keep("bad_words", sequences)
-        if not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"`logit_bias` has to be a mapping from token ids to numbers, but is {self.logit_bias!r}")
-        tokens = _sequence("logit_bias", self.logit_bias)
-        for token in tokens:
-            value = self.logit_bias[token]
-            if not _is_number(value) or not (value == -math.inf or abs(value) <= _LARGEST):
-                raise ValueError(f"`logit_bias` has to be finite or -inf, but is {value!r} for token {token}")
-        self._keep("logit_bias", dict(self.logit_bias))
-
-    def _keep(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+        given = self.__dict__
+        for name, default, check in _CHECKED:
+            value = given[name]
+            if value is not default:
+                given[name] = check(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
@@ -215,8 +160,28 @@ class _Packed(NamedTuple):
 
     record: np.ndarray[Any, Any]
     """int32, all but the lengths and a seed that is drawn."""
-    masks: tuple[tuple[int, torch.Tensor], ...]
-    """Planes of packed masks, and those, on the device."""
+    masks: tuple[tuple[int, np.ndarray[Any, Any]], ...]
+    """Planes in ascending order, and the packed masks that they hold."""
+
+
+class _Staging:
+    """Memory of the host from which requests are copied to the device, piece by piece and never the same one twice.
+
+    Where a GPU copies from it, it is pinned. A block that is used up goes back to torch, which hands it out again when
+    the copies from it are done, on whatever streams they are; so nothing waits, and nothing is overwritten too early.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned, self._used, self._array = device.type == "cuda", 0, _NO_TOKENS
+
+    def take(self, count: int) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
+        """So many words, int32, not initialised: as a tensor and as an array."""
+        begin, end = self._used, self._used + count
+        if end > len(self._array):
+            self._block = torch.empty(max(count, _STAGED), dtype=torch.int32, pin_memory=self._pinned)
+            self._array, begin, end = self._block.numpy(), 0, count
+        self._used = end
+        return self._block[begin:end], self._array[begin:end]
 
 
 class BatchProcessor:
@@ -224,8 +189,8 @@ class BatchProcessor:
 
     A step takes the logits ``[rows, V]`` and the slot of each row. It launches the same kernels whatever the requests
     ask for, reads all parameters on the device, and neither waits nor copies: one CUDA graph, captured once, serves
-    every mix of requests. Adding, removing and moving take a small copy each, in the order of the current stream, and
-    never wait either. They are calls of the host: between two replays, not inside a graph.
+    every mix of requests. Adding takes one copy, and removing, moving and swapping one launch, in the order of the
+    current stream; they never wait either. They are calls of the host: between two replays, not inside a graph.
 
     A request's result depends on its own parameters, history, seed and position, and on nothing else: not on its slot,
     its row, or the other requests.
@@ -316,10 +281,14 @@ class BatchProcessor:
         self._preset = _PRESETS[semantics]
         self._lists_end = layout.RECORD.value + max_listed
         self._owns_history = history is None
-        records = torch.zeros(
-            max_requests, self._lists_end + (max_length or 0), dtype=torch.int32, device=device
-        )  # a request's history stands behind its lists, so that one copy brings both
-        masks = torch.zeros(max_requests, layout.MASKS, words(vocab_size), dtype=torch.int32, device=device)
+        # What a slot holds stands side by side, so that one copy brings it: packed masks, record, lists, history.
+        W = words(vocab_size)
+        self._masks_end = layout.MASKS * W
+        table = torch.zeros(
+            max_requests, self._masks_end + self._lists_end + (max_length or 0), dtype=torch.int32, device=device
+        )
+        masks = table[:, : self._masks_end].view(max_requests, layout.MASKS, W)
+        records = table[:, self._masks_end :]
         if history is None:
             tokens, prompts, lengths = records[:, self._lists_end :], records[:, 1], records[:, 0]
         else:
@@ -330,7 +299,8 @@ class BatchProcessor:
             self._slots, rows, vocab_size, self._preset.rules, self._preset.ties, self._preset.semantics, max_listed
         )
         # Views take the host longer than what is done with them.
-        self._records, self._flags = records.unbind(), records[:, layout.FLAGS.value].unbind()
+        self._table, self._held, self._flags = table, table.unbind(), records[:, layout.FLAGS.value].unbind()
+        self._staging = _Staging(device)
         self._active = bytearray(max_requests)
         self._seeds = random.Random()
 
@@ -422,10 +392,7 @@ class BatchProcessor:
             return
         if self._active[target]:
             raise ValueError(f"`target` is {target}, which holds a request: remove it first, or use swap()")
-        for table in self._slots[:2]:
-            table[target].copy_(table[source])
-        self._flags[source].zero_()
-        self._active[source], self._active[target] = 0, 1
+        self.swap(source, target)
 
     def swap(self, a: int, b: int) -> None:
         """Exchange what two slots hold, a request or none, but for histories that are the engine's own.
@@ -437,10 +404,7 @@ class BatchProcessor:
         self._check_slot(b)
         if a == b:
             return
-        for table in self._slots[:2]:
-            kept = table[a].clone()
-            table[a].copy_(table[b])
-            table[b].copy_(kept)
+        swap_slots(self._table, a, b)
         self._active[a], self._active[b] = self._active[b], self._active[a]
 
     def append(self, slots: Ids, token_ids: Ids) -> None:
@@ -588,20 +552,16 @@ class BatchProcessor:
             raise ValueError(
                 f"`{argument}` has to be int32 or int64 of one dimension, but is {value.dtype} of {tuple(value.shape)}"
             )
-        if value.device.type == "cpu" and argument == "slots":
+        device = value.device
+        if device.type == "cpu" and argument == "slots":
             for slot in value.tolist():
                 if slot >= self.max_requests or (slot >= 0 and not self._active[slot]):
                     raise ValueError(f"`slots` has {slot}, which holds no request; use -1 for a row of none")
-        if (
-            value.device.type == "cpu"
-            and argument == "token_ids"
-            and len(value)
-            and int(value.max()) >= self.vocab_size
-        ):
+        if device.type == "cpu" and argument == "token_ids" and len(value) and int(value.max()) >= self.vocab_size:
             raise ValueError(f"`token_ids` has {int(value.max())}, but the vocabulary has {self.vocab_size} tokens")
-        if value.device != self.device:
-            if value.device.type != "cpu":
-                raise ValueError(f"`{argument}` is on {value.device}, but the batch is on {self.device}")
+        if device != self.device:
+            if device.type != "cpu":
+                raise ValueError(f"`{argument}` is on {device}, but the batch is on {self.device}")
             value = to_device(value, self.device)
         return value
 
@@ -648,31 +608,32 @@ class BatchProcessor:
     def _write(
         self, slot: int, packed: _Packed, prompt: np.ndarray[Any, Any], output: np.ndarray[Any, Any], draws_seed: bool
     ) -> None:
-        """Bring a request to its slot: one copy, and one for each of its masks."""
+        """Bring a request to its slot: one copy, of no more than from its first mask to its last token."""
         P, N = len(prompt), len(prompt) + len(output)
-        used = self._lists_end + N if N else len(packed.record)
-        staged = torch.empty(used, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        record = staged.numpy()
-        record[: len(packed.record)] = packed.record
-        record[layout.LENGTH.value] = N
-        record[layout.PROMPT.value] = P
-        if draws_seed:
-            low, high = _halves(self._seeds.getrandbits(64))
-            record[layout.SEED.value], record[layout.SEED.value + 1] = low, high
-        if N:
-            record[self._lists_end : self._lists_end + P] = prompt
-            record[self._lists_end + P :] = output
-        self._records[slot][:used].copy_(staged, non_blocking=True)
+        W = self._masks_end // layout.MASKS
+        begin = packed.masks[0][0] * W if packed.masks else self._masks_end
+        end = self._masks_end + (self._lists_end + N if N else len(packed.record))
+        staged, held = self._staging.take(end - begin)
         for plane, mask in packed.masks:
-            self._slots.masks[slot, plane].copy_(mask)
+            held[plane * W - begin : (plane + 1) * W - begin] = mask
+        record = held[self._masks_end - begin :]
+        record[: len(packed.record)] = packed.record
+        _LENGTHS.pack_into(record.data, 4 * layout.LENGTH.value, N, P)
+        if draws_seed:
+            _SEED.pack_into(record.data, 4 * layout.SEED.value, self._seeds.getrandbits(64))
+        if P:
+            record[self._lists_end : self._lists_end + P] = prompt
+        if N > P:
+            record[self._lists_end + P :] = output
+        self._held[slot][begin:end].copy_(staged, non_blocking=True)
 
     def _packed(self, params: RequestParams) -> _Packed:
         """What a slot holds of parameters; kept with them."""
-        key = (self.vocab_size, self.device, self.semantics)
+        key = (self.vocab_size, self.semantics)
         kept: dict[Any, _Packed] = params.__dict__.setdefault("_packed", {})
         packed = kept.get(key)
         if packed is None:
-            packed = kept[key] = _pack(params, self.vocab_size, self.device, self._preset)
+            packed = kept[key] = _pack(params, self.vocab_size, self._preset)
         listed = len(packed.record) - layout.RECORD.value
         if listed > self.max_listed:
             raise ValueError(
@@ -687,10 +648,11 @@ _NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 _RULES = [(argument_of(kind), layout.OFF[kind]) for kind in layout.RULE_KINDS]
 # The words before the lists, in the order of their places in the record.
-_HEADER = struct.Struct("=6i 2i 4f fi5f i 16i")
+_HEADER = struct.Struct("=6i Q 4f fi5f i 16i")
+_LENGTHS, _SEED = struct.Struct("=2i"), struct.Struct("=Q")
 
 
-def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) -> _Packed:
+def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
     flags = layout.ACTIVE.value
     masks: list[TokenMask | None] = [None] * layout.MASKS
     places = [0] * 16
@@ -704,9 +666,8 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
         end += len(packed) // 4
 
     def put_ids(which: Any, name: str, ids: Sequence[int]) -> None:
-        if ids:
-            _check_ids(name, ids, V)
-            put(which, struct.pack(f"={len(ids)}i", *ids), len(ids))
+        _check_ids(name, ids, V)
+        put(which, struct.pack(f"={len(ids)}i", *ids), len(ids))
 
     def put_set(which: Any, name: str, tokens: TokenMask | Sequence[int], plane: int, flag: Any) -> None:
         """Keep a set of tokens as a list where it is small; else as a mask, of which the flag tells."""
@@ -730,11 +691,15 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
     if params.allowed_token_ids is not None:
         masks[layout.BAN_PLANE] = ~fitted("`allowed_token_ids`", _as_set(params.allowed_token_ids), V)
         flags |= layout.BAN_MASK.value
-    put_set(layout.BANS, "banned_token_ids", params.banned_token_ids, layout.BAN_PLANE, layout.BAN_MASK)
-    first = params.first_tokens_suppressed
-    put_set(layout.FIRSTS, "first_tokens_suppressed", first, layout.FIRST_PLANE, layout.FIRST_MASK)
-    put_ids(layout.STOPS, "stop_token_ids", params.stop_token_ids)
-    put_ids(layout.FORCED, "forced_tokens", params.forced_tokens)
+    if params.banned_token_ids != ():
+        put_set(layout.BANS, "banned_token_ids", params.banned_token_ids, layout.BAN_PLANE, layout.BAN_MASK)
+    if params.first_tokens_suppressed != ():
+        first = params.first_tokens_suppressed
+        put_set(layout.FIRSTS, "first_tokens_suppressed", first, layout.FIRST_PLANE, layout.FIRST_MASK)
+    if params.stop_token_ids:
+        put_ids(layout.STOPS, "stop_token_ids", params.stop_token_ids)
+    if params.forced_tokens:
+        put_ids(layout.FORCED, "forced_tokens", params.forced_tokens)
     if params.logit_bias:
         tokens, values = list(params.logit_bias), params.logit_bias.values()
         _check_ids("logit_bias", tokens, V)
@@ -758,12 +723,12 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
             masks[layout.BREAKER_PLANE] = fitted("`dry_breakers`", _as_set(params.dry_breakers), V)
             flags |= layout.BREAKER_MASK.value
 
-    wanted = ((getattr(params, name), off) for name, off in _RULES)
-    rules = [off if value is None else value for value, off in wanted]
+    given = params.__dict__
+    rules = [off if given[name] is None else given[name] for name, off in _RULES]
     rules[layout.TOP_K_AT] = _small(int(rules[layout.TOP_K_AT]))
     header = _HEADER.pack(
         0, 0, flags, _small(params.no_repeat_ngram_size), _small(params.min_tokens), _small(params.first_window),
-        *_halves(params.seed or 0),
+        (params.seed or 0) & (2**64 - 1),
         params.temperature, params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
         *rules,
         -1 if params.logprobs is None else params.logprobs,
@@ -771,7 +736,7 @@ def _pack(params: RequestParams, V: int, device: torch.device, preset: _Preset) 
     )  # fmt: skip
     return _Packed(
         np.frombuffer(header + b"".join(parts), dtype=np.int32),
-        tuple((plane, to_device(mask.bits(), device)) for plane, mask in enumerate(masks) if mask is not None),
+        tuple((plane, mask.bits().numpy()) for plane, mask in enumerate(masks) if mask is not None),
     )
 
 
@@ -785,11 +750,14 @@ def _token_ids(name: str, ids: Ids, V: int) -> np.ndarray[Any, Any]:
         if ids.device.type != "cpu":
             raise ValueError(f"`{name}` is on {ids.device}: give token ids on the host, so that nothing waits for them")
         ids = ids.numpy()
-    found = np.asarray(ids) if len(ids) else _NO_TOKENS
+    if not len(ids):
+        return _NO_TOKENS
+    found = np.asarray(ids)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise ValueError(f"`{name}` has to be integers of one dimension, but is {found.dtype} of shape {found.shape}")
-    # Negative ids are the largest of all without their sign; one pass, for the host's sake.
-    if len(found) and np.maximum.reduce(found.view(f"u{found.itemsize}")) >= V:
+    # Negative ids are the largest of all without their sign. Of a few thousand, argmax finds it sooner than max.
+    unsigned = found.view(f"u{found.itemsize}")
+    if unsigned[unsigned.argmax()] >= V:
         wrong = int(found[(found < 0) | (found >= V)][0])
         raise ValueError(f"`{name}`: token id {wrong} is outside the vocabulary of {V} tokens (0 to {V - 1})")
     return found
@@ -804,33 +772,15 @@ def _small(value: int) -> int:
     return min(value, 2**31 - 1)
 
 
-def _halves(seed: int) -> tuple[int, int]:
-    """The halves of 64 bits, the low one first, as int32 has them."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)
-
-
-def _sequence(name: str, ids: object) -> tuple[int, ...]:
-    if isinstance(ids, torch.Tensor):
-        ids = ids.tolist()
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
-        raise ValueError(f"`{name}` has to be token ids, but is {ids!r}")
-    found = []
-    for token in ids:
-        if isinstance(token, bool) or not hasattr(token, "__index__") or token < 0:
-            raise ValueError(f"`{name}` has to be token ids of at least 0, but has {token!r} among them")
-        found.append(int(token))
-    return tuple(found)
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_number(name: str, value: Any, least: float = -math.inf) -> None:
+def _check_number(name: str, value: Any, least: float = -math.inf) -> float:
     if not _is_number(value) or not abs(value) <= _LARGEST or value < least:
         at_least = "" if least == -math.inf else f" of at least {least:g}"
         raise ValueError(f"`{name}` has to be a finite number{at_least}, but is {value!r}")
+    return value  # type: ignore[no-any-return]
 
 
 def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -838,6 +788,110 @@ def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> 
         at_most = "" if most is None else f" and at most {most}"
         raise ValueError(f"`{name}` has to be an integer of at least {least}{at_most}, but is {value!r}")
     return value
+
+
+def _check_rule(name: str, value: Any, kind: RuleKind) -> float:
+    bounds, whole = RANGES[kind], kind == "top_k"
+    if (
+        not _is_number(value)
+        or (whole and not isinstance(value, int))
+        or not (bounds.has(value) or value == bounds.off)
+    ):
+        what = "an integer" if whole else "a number"
+        raise ValueError(f"`{name}` has to be {what} {bounds.words}, but is {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_repetition(name: str, value: Any) -> float:
+    if _check_number(name, value, 0) == 0:
+        raise ValueError(f"`{name}` has to be above 0 (1 turns it off), but is 0")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_scope(name: str, value: Any) -> Any:
+    if value not in get_args(Scope):
+        raise ValueError(f"`{name}` has to be 'all', 'output' or None, but is {value!r}")
+    return value
+
+
+def _check_base(name: str, value: Any) -> float:
+    if _check_number(name, value, 1) > _LARGEST_BASE:
+        raise ValueError(f"`{name}` has to have a finite {layout.LONGEST}th power, but is {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` has to be True or False, but is {value!r}")
+    return value
+
+
+def _check_set(name: str, value: Any) -> TokenSet:
+    return checked_set(f"`{name}`", value)
+
+
+def _sequence(name: str, ids: Any) -> tuple[int, ...]:
+    if isinstance(ids, torch.Tensor):
+        ids = ids.tolist()
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, (list, tuple, Iterable)):
+        raise ValueError(f"`{name}` has to be token ids, but is {ids!r}")
+    found = tuple(ids)
+    if not found or (set(map(type, found)) == {int} and min(found) >= 0):
+        return found
+    for token in found:
+        if isinstance(token, bool) or not hasattr(token, "__index__") or token < 0:
+            raise ValueError(f"`{name}` has to be token ids of at least 0, but has {token!r} among them")
+    return tuple(map(int, found))
+
+
+def _check_words(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ValueError(f"`{name}` has to be sequences of token ids, but is {value!r}")
+    sequences = tuple(_sequence(name, each) for each in value)
+    if not all(sequences):
+        raise ValueError(f"`{name}` has to be sequences of at least one token id, but one of them is empty")
+    return sequences
+
+
+def _check_bias(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, (dict, Mapping)):
+        raise ValueError(f"`{name}` has to be a mapping from token ids to numbers, but is {value!r}")
+    biases = dict(value)
+    _sequence(name, biases)
+    for token, bias in biases.items():
+        if not _is_number(bias) or not (bias == -math.inf or abs(bias) <= _LARGEST):
+            raise ValueError(f"`{name}` has to be finite or -inf, but is {bias!r} for token {token}")
+    return biases
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": partial(_check_number, least=0),
+    **{argument_of(kind): partial(_check_rule, kind=kind) for kind in layout.RULE_KINDS},
+    "repetition_penalty": _check_repetition,
+    "presence_penalty": _check_number,
+    "frequency_penalty": _check_number,
+    "repetition_scope": _check_scope,
+    "presence_scope": _check_scope,
+    "dry_multiplier": partial(_check_number, least=0),
+    "dry_base": _check_base,
+    "dry_allowed_length": partial(_check_whole, least=0),
+    "dry_breakers": _check_set,
+    "logit_bias": _check_bias,
+    "allowed_token_ids": _check_set,
+    "banned_token_ids": _check_set,
+    "bad_words": _check_words,
+    "no_repeat_ngram_size": partial(_check_whole, least=0),
+    "min_tokens": partial(_check_whole, least=0),
+    "stop_token_ids": lambda name, value: tuple(_check_set(name, value)),
+    "first_tokens_suppressed": _check_set,
+    "first_window": partial(_check_whole, least=1),
+    "forced_tokens": _sequence,
+    "bitmask": _check_bool,
+    "seed": partial(_check_whole, least=-(2**63), most=2**64 - 1),
+    "logprobs": partial(_check_whole, least=0),
+}
+# What is left as it is needs no check: most of the parameters of most requests.
+_CHECKED = [(each.name, each.default, _CHECKS[each.name]) for each in fields(RequestParams)]
 
 
 def _check_history(history: tuple[torch.Tensor, ...], slots: int, device: torch.device) -> None:

@@ -112,6 +112,7 @@ for dtype in ("fp32", "bf16"):
     absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
     cases[f"slot_sets plain {dtype}"] = (slot_sets._slot_sets_kernel, dtype, absent, search | {"DRAWS": False}, 8)
 cases["append"] = (slot_sets._append_kernel, "fp32", (), {"BLOCK": 32})
+cases["swap"] = (slot_sets._swap_kernel, "fp32", (), {"BLOCK": 1024})
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
 for form, (done, more, first, wraps) in {

@@ -14,7 +14,7 @@ from fastlogits_kernels.slot_sets import launch_slot_sets
 from fastlogits_kernels.slots import Rows, reference_slots
 
 import fastlogits as fl
-from fastlogits import BatchProcessor, RequestParams, TokenMask
+from fastlogits import BatchProcessor, RequestParams, TokenMask, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -345,6 +345,46 @@ def test_random_adds_removes_moves_and_steps_leave_every_row_as_it_would_be_alon
                     request.output.append(token)
         assert len(batch) == len(present)
         assert all((slot in batch) == (slot in present) for slot in range(slots))
+
+
+def test_slots_change_places_with_all_that_they_hold(device, path):
+    vocab = 40_000
+    batch = BatchProcessor(3, vocab, device, max_length=20)
+    masks = {"banned_token_ids": range(100, 200), "first_tokens_suppressed": range(300, 400), "logit_bias": {5: 1.0}}
+    batch.add(RequestParams(**masks, seed=1), [1, 2, 3], [4])
+    batch.add(RequestParams(temperature=0.5, seed=2), [6])
+    batch._slots.history[2].fill_(9)
+    first, second, third = batch._table.clone()
+    batch.swap(0, 1)
+    assert torch.equal(batch._table, torch.stack((second, first, third)))
+    batch.move(1, 2)
+    assert torch.equal(batch._table, torch.stack((second, third, first)))
+    assert [slot in batch for slot in range(3)] == [True, False, True]
+    assert batch._slots.history[2, :4].tolist() == [1, 2, 3, 4]
+
+
+def test_a_slot_holds_nothing_of_the_request_before(device, path):
+    batch = BatchProcessor(1, V, device, max_length=40)
+    masks = {"banned_token_ids": range(70), "first_tokens_suppressed": range(20, 90), "dry_breakers": [3]}
+    logits = logits_of(1).to(device)
+    for arguments in ({**masks, "dry_multiplier": 1.0}, {"first_tokens_suppressed": range(20, 90)}, {}):
+        batch.add(RequestParams(**arguments), PROMPT)
+        alone = BatchProcessor(1, V, device, max_length=40)
+        alone.add(RequestParams(**arguments), PROMPT)
+        assert torch.equal(batch.apply(logits, [0]), alone.apply(logits, [0]))
+        batch.remove(0)
+    assert torch.equal(batch.apply(logits, [-1]), logits)
+
+
+def test_staged_requests_are_not_overwritten_by_those_after_them():
+    staging = serving._Staging(torch.device("cpu"))
+    taken = []
+    for count in (5, serving._STAGED - 6, 3, 2 * serving._STAGED, 1):
+        tensor, array = staging.take(count)
+        assert tensor.shape == array.shape == (count,)
+        array.fill(len(taken))
+        taken.append(tensor)
+    assert all(bool((tensor == i).all()) for i, tensor in enumerate(taken))
 
 
 def test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request(device, path):

@@ -70,6 +70,7 @@ from fastlogits_kernels.slots import (
     Slots,
     reference_append,
     reference_slots,
+    reference_swap,
 )
 from fastlogits_kernels.token_sets import TokenSets
 from fastlogits_kernels.truncate import Rule, RuleKind, Ties, truncate
@@ -284,7 +285,7 @@ def _slot_sets_kernel(
     flags = tl.load(record_ptr + FLAGS)
     active = active & ((flags & ACTIVE) != 0)
     flags = tl.where(active, flags, 0)
-    masks_ptr += slot * 3 * W
+    masks_ptr += slot * stride_record
 
     # What the row sees.
     known = tl.minimum(tl.maximum(tl.load(lengths_ptr + slot * stride_length).to(tl.int32), 0), L)
@@ -700,3 +701,39 @@ def append_tokens(tables: Slots, of: torch.Tensor, tokens: torch.Tensor) -> None
             tables.lengths.stride(0),
             _APPEND_BLOCK,
         ))  # fmt: skip
+
+
+# -- Slots that change places ------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["a", "b", "N", "stride_row"], do_not_specialize_on_alignment=["table_ptr"])
+def _swap_kernel(
+    # input and output
+    table_ptr, a, b,
+    # shapes
+    N,
+    # strides
+    stride_row,
+    # constants
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a_ptr = table_ptr + a.to(tl.int64) * stride_row + word
+    b_ptr = table_ptr + b.to(tl.int64) * stride_row + word
+    of_a = tl.load(a_ptr, mask=word < N)
+    of_b = tl.load(b_ptr, mask=word < N)
+    tl.store(a_ptr, of_b, mask=word < N)
+    tl.store(b_ptr, of_a, mask=word < N)
+
+
+_swap_launcher = Launcher(_swap_kernel, num_warps=4)
+_SWAP_BLOCK = 1024
+
+
+def swap_slots(table: torch.Tensor, a: int, b: int) -> None:
+    """Exchange two rows of ``table``, int32 ``[S, N]``: one launch, which reads and writes both once."""
+    if not _takes(table):
+        reference_swap(table, a, b)
+        return
+    N = table.shape[1]
+    _swap_launcher((table.device,), -(-N // _SWAP_BLOCK), (table, a, b, N, table.stride(0), _SWAP_BLOCK))

@@ -57,7 +57,7 @@ DRY = tl.constexpr(7)  # float32 penalty of a repetition of 0, 1, ... tokens
 
 # The packed masks of a slot.
 MASKS = 3
-BAN_PLANE, FIRST_PLANE, BREAKER_PLANE = range(MASKS)
+BREAKER_PLANE, FIRST_PLANE, BAN_PLANE = range(MASKS)  # what is in use more often stands nearer to the record
 
 LONGEST = 50
 """Longer repetitions count as this long."""
@@ -73,7 +73,7 @@ class Slots(NamedTuple):
     records: torch.Tensor
     """int32 ``[S, R]`` of any row stride."""
     masks: torch.Tensor
-    """int32 ``[S, 3, W]``."""
+    """int32 ``[S, 3, W]``, rows as far apart as those of the records."""
     history: torch.Tensor
     """Token ids, int32 or int64 ``[S, L]`` of any row stride."""
     lengths: torch.Tensor
@@ -329,6 +329,13 @@ def _lower_repetitions(x: torch.Tensor, record: _Record, masks: torch.Tensor, id
 
 def _inside(ids: torch.Tensor, V: int) -> torch.Tensor:
     return ids[(ids >= 0) & (ids < V)]
+
+
+def reference_swap(table: torch.Tensor, a: int, b: int) -> None:
+    """Exchange two rows of ``table`` ``[S, N]``."""
+    kept = table[a].clone()
+    table[a] = table[b]
+    table[b] = kept
 
 
 def reference_append(slots: Slots, of: torch.Tensor, tokens: torch.Tensor) -> None:
