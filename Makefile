@@ -13,11 +13,14 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/ready
 	$(RUN) -m fastlogits demo $(ARGS)
 
+# One thread for each of several processes: most tests are small, and the slow ones interpret kernels in Python.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist worksteal
+
 test: $(VENV)/ready
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-matrix: test $(OLD_VENV)/ready
-	$(OLD_VENV)/bin/python -m pytest $(ARGS)
+	$(subst $(VENV),$(OLD_VENV),$(PYTEST)) $(ARGS)
 
 test-engines: $(ENGINES_VENV)/ready
 	PYTHONPATH=.:kernels $(ENGINES_VENV)/bin/python -m pytest tests/engines $(ARGS)
