@@ -7,10 +7,14 @@ reads the logits, writes the fill value everywhere, and puts by the tokens above
 row, applies the rules to these few, by bisection on the bits of the logits, and writes the survivors or draws one of
 them. Where a rule that speaks of probabilities comes first, a launch before these adds up the row.
 
+Where more tokens stay than can be put by, the sample gives a second bound, above which all are kept: the second launch
+writes them, or draws the best of them, and adds them up; only what lies between the bounds is put by.
+
 A bound is a guess that the last launch verifies: where too many tokens are above it, or a rule would keep one below,
-its program works on the whole row instead, with the same arithmetic. So the result never depends on the guess, on the
-batch around a row, or on the order in which tokens were put by: probabilities are added up as integers of 2 ** -37 of
-the largest one, and the sums over a row, of which there is one for each tile, in the order of the tiles.
+or drop one that was kept, its program works on the whole row instead, with the same arithmetic. So the result never
+depends on the guess, on the batch around a row, or on the order in which tokens were put by: probabilities are added up
+as integers of 2 ** -37 of the largest one, and the sums over a row, of which there is one for each tile, in the order
+of the tiles.
 
 Bytes moved: one read and one write of the logits (no write for a token), a read more for the sums, and at most 5 % of
 the logits for what is put by.
@@ -66,7 +70,11 @@ _early = _Launchers.of(launch_pdl=True)
 
 @cache
 def _overlaps(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return hasattr(CUDAOptions, "launch_pdl")
 
 
 FORCE_KERNEL = False
