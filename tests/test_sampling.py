@@ -373,7 +373,7 @@ def test_equal_tokens_are_listed_by_their_ids(device):
         ({"eta": -1.0}, "`eta` .* -1.0"),
         ({"top_h": 0}, "`top_h` .* 0"),
         ({"top_n_sigma": 0}, "`top_n_sigma` .* 0"),
-        ({"order": "sglang"}, "`order` has to be one of 'transformers', 'vllm', but is 'sglang'"),
+        ({"order": "openai"}, "`order` has to be one of 'transformers', 'vllm', 'sglang', but is 'openai'"),
         ({"ties": "first"}, "`ties` .* 'first'"),
         ({"logprobs": "all"}, "`logprobs` .* 'all'"),
         ({"top_logprobs": -1, "logprobs": "raw"}, "`top_logprobs` .* -1"),
