@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import zoo
 from fastlogits_kernels.bits import unpack_bits
 
@@ -420,6 +421,7 @@ def test_the_table_holds_every_processor():
     assert costs["TopPLogitsWarper"] == "the shared selection, where it comes first a read more"
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="the documents' table is that of the newest transformers")
 def test_the_documents_are_up_to_date():
     assert documents.fill(RESULTS, write=False) == [], "run python -m benchmarks readme"
 
