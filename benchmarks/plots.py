@@ -111,17 +111,22 @@ def against_roof(records: Sequence[Record]) -> Figure | None:
     return _legend(figure, [axis])
 
 
+def _costs(records: Sequence[Record], of: Callable[[Record], int]) -> dict[str, list[tuple[int, float]]]:
+    """A line for each contender, and for a copy: its medians against a number of each record."""
+    return {
+        name: sorted((of(r), r.median or 0.0) for r in line)
+        for name, line in _grouped(records, lambda r: r.contender).items()
+        if name not in YARDSTICKS or name == COPY
+    }
+
+
 def by_length(records: Sequence[Record]) -> Figure | None:
     """Cost against the number of processors, a panel for each size."""
     chains = {name: int(match[1]) for name in WORKLOADS if (match := re.fullmatch(r"chain (\d+)", name))}
     chosen = [r for r in records if r.workload in chains and r.vocab in (_VOCAB, _LARGEST)]
     panels = {}
     for key, group in _grouped(chosen, lambda r: (r.batch, r.vocab)).items():
-        lines = {
-            name: sorted((chains[r.workload], r.median or 0.0) for r in line)
-            for name, line in _grouped(group, lambda r: r.contender).items()
-            if name not in YARDSTICKS or name == COPY
-        }
+        lines = _costs(group, lambda r: chains[r.workload])
         if any(len(points) > 2 for points in lines.values()):
             panels[f"{key[0]} x {key[1]}"] = lines
     if not panels:
@@ -143,11 +148,7 @@ def by_vocabulary(records: Sequence[Record]) -> Figure | None:
         workload = WORKLOADS.get(key[0])
         if workload is None or not workload.main or key[4] not in (8, _BATCH):
             continue
-        lines = {
-            name: sorted((r.vocab, r.median or 0.0) for r in line)
-            for name, line in _grouped(group, lambda r: r.contender).items()
-            if name not in YARDSTICKS or name == COPY
-        }
+        lines = _costs(group, lambda r: r.vocab)
         if any(len(points) > 2 for points in lines.values()):
             panels[f"{_panel_title(key[:4])}, batch {key[4]}"] = lines
     if not panels:

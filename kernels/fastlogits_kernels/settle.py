@@ -71,6 +71,12 @@ def _alive(x, valid, rank, alive, BANDED: tl.constexpr):
 
 
 @triton.jit
+def _from(alive, edge):
+    """``alive`` without what is below a key."""
+    return tl.maximum(edge, alive[0]), tl.where(edge > alive[0], LOWEST, alive[1]), alive[2], alive[3]
+
+
+@triton.jit
 def _term(x, top, mass):
     """What a token adds to the entropy."""
     p = exp(x - top) / mass
@@ -430,9 +436,7 @@ def _spend(
 ):
     """Of what is alive, the most likely tokens that make up a share of the entropy."""
     # What float32 takes for impossible goes.
-    possible = key_of(top - 103.0)
-    if possible > alive[0]:
-        alive = (possible, tl.full([], LOWEST, tl.int32), alive[2], alive[3])
+    alive = _from(alive, key_of(top - 103.0))
     count, mass, _below = _sums(few, row, V, access, alive, top, True, False, WHOLE, OPS, SETUP)
     relative = (mass.to(tl.float64) / ONE).to(tl.float32)
     largest, surprise = _surprise(few, row, V, access, alive, top, relative, WHOLE, OPS, SETUP)
@@ -556,8 +560,7 @@ def _apply(
                     edge = tl.where(found > KEY_OF_INFINITY, LOWEST, edge)
                 if (KIND == TOP_K) and not SETUP[0]:
                     # Of those that tie at the edge all stay.
-                    if edge > alive[0]:
-                        alive = (edge, tl.full([], LOWEST, tl.int32), alive[2], alive[3])
+                    alive = _from(alive, edge)
                 elif RANKED or (KIND == MIN_P):
                     alive = _cut_ties(few, row, V, access, alive, edge, keep, c - c_above, WHOLE, OPS, SETUP)
             open_below = open_below & (found > KEY_OF_INFINITY)
@@ -571,8 +574,7 @@ def _apply(
         open_below = open_below & (edge < bound)
         if SETUP[4] and not WHOLE:
             wrong = wrong | ((few[4] > 0) & (edge > few[7]))
-        if edge > alive[0]:
-            alive = (edge, tl.full([], LOWEST, tl.int32), alive[2], alive[3])
+        alive = _from(alive, edge)
     if KIND == TOP_H:
         if open_below == 0:
             alive = _spend(few, row, V, access, alive, top_key, top, value, WHOLE, OPS, SETUP)

@@ -126,11 +126,11 @@ def _in_sample(count, share):
 @triton.jit
 def _bounds_of_rule(
     x, keys, top, sums, share, capacity, value, V,
-    KIND: tl.constexpr, LEAST: tl.constexpr, BRACKETED: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, LEAST: tl.constexpr, SUMS: tl.constexpr, BRACKETED: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """A key below which a rule hardly keeps anything, and one from which it keeps all, from a sample and row's sums.
 
-    For typical tokens they are keys of distances, from a centre.
+    For typical tokens the lower one is one of distances, from a centre, and there is no other.
     """
     mass, below, count, squares = sums
     centre = top
@@ -147,8 +147,9 @@ def _bounds_of_rule(
         most, fewest = _in_sample(tl.full([], TOP_H_TOKENS, tl.float64), share)
         bound = _bound_of_count(keys, most, BITS)
     elif KIND == MIN_P:
-        # Without sums the largest logit is that of the sample only.
         bound = key_of(top + logarithm - 0.01)
+        if SUMS >= 1:  # else the largest logit is that of the sample only
+            high = key_of(top + logarithm + 0.01)
     elif KIND == EPSILON:
         bound = key_of(top + logarithm + tl.log(mass.to(tl.float32)) - 0.01)
         high = key_of(top + logarithm + tl.log(mass.to(tl.float32)) + 0.01)
@@ -195,12 +196,10 @@ def _bounds(
             sealed = sealed | (active & cut)
         if active & (sealed == 0):
             mine, above, from_here = _bounds_of_rule(
-                x, keys, top, sums, share, capacity, value, V, RULES[i], RULES[i + 1], BRACKETED, BITS
+                x, keys, top, sums, share, capacity, value, V, RULES[i], RULES[i + 1], SUMS, BRACKETED, BITS
             )  # fmt: skip
             mine = tl.where(mine > KEY_OF_INFINITY, KEY_OF_MINUS_INFINITY, mine)  # NaN is no bound
             bound = tl.maximum(bound, mine)
-            if (RULES[i] == MIN_P) and (SUMS >= 1):
-                above = key_of(top + tl.log(value.to(tl.float32)) + 0.01)
             high = tl.maximum(high, above)
             if RULES[i] == TYPICAL:
                 bound = mine
