@@ -54,6 +54,14 @@ class Sample(NamedTuple):
     top_logprobs: torch.Tensor | None
     """Their log-probabilities, float32 ``[B, n]``."""
 
+    @classmethod
+    def of(cls, tokens: torch.Tensor, found: Report | None, top_logprobs: int) -> Sample:
+        """Tokens with a report on them, if there is one, of so many of the likeliest tokens."""
+        if found is None:
+            return cls(tokens, None, None, None, None)
+        top = (found.top_tokens, found.top_logprobs) if top_logprobs else (None, None)
+        return cls(tokens, found.logprobs, found.ranks, *top)
+
 
 class Sampler:
     """Draws a token for each row of logits: what doesn't change from step to step is prepared here, once.
@@ -218,7 +226,7 @@ class Sampler:
             run = None if prompt_length is None else Run(prompt_length, cache_position)
             call = (logits, seeds, positions, input_ids, run)
             if self._logprobs == "processed":
-                return self._sampled(*self._fused(*call, top_logprobs=self._top_logprobs))
+                return Sample.of(*self._fused(*call, top_logprobs=self._top_logprobs), self._top_logprobs)
             tokens, _ = self._fused(*call)
             return self._reported(logits, tokens)
         raw = logits.float()
@@ -232,13 +240,8 @@ class Sampler:
 
     def _reported(self, scores: torch.Tensor, tokens: torch.Tensor) -> Sample:
         """The tokens, and what was asked about them in the distribution of some scores."""
-        return self._sampled(tokens, None if self._logprobs is None else report(scores, tokens, self._top_logprobs))
-
-    def _sampled(self, tokens: torch.Tensor, found: Report | None) -> Sample:
-        if found is None:
-            return Sample(tokens, None, None, None, None)
-        top = (found.top_tokens, found.top_logprobs) if self._top_logprobs else (None, None)
-        return Sample(tokens, found.logprobs, found.ranks, *top)
+        found = None if self._logprobs is None else report(scores, tokens, self._top_logprobs)
+        return Sample.of(tokens, found, self._top_logprobs)
 
     def _distribution(self, plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The logits that are drawn from, after temperature and truncations, and which rows are greedy."""

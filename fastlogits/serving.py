@@ -528,10 +528,7 @@ class BatchProcessor:
             raise ValueError(f"`logprobs` has to be None, 'raw' or 'processed', but is {logprobs!r}")
         rows = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
         tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs)
-        if asked is None:
-            return Sample(tokens, None, None, None, None)
-        top = (asked.top_tokens, asked.top_logprobs) if self.max_logprobs else (None, None)
-        return Sample(tokens, asked.logprobs, asked.ranks, *top)
+        return Sample.of(tokens, asked, self.max_logprobs)
 
     # -- What calls have in common ---------------------------------------------------------------------------------
 
