@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-_Method = TypeVar("_Method", bound=Callable[..., None])
+_Method = TypeVar("_Method", bound=Callable[..., object])
 
 
 def constant(method: _Method) -> _Method:

@@ -221,6 +221,7 @@ def test_rows_of_the_batch_change_nothing_that_is_compiled_and_nothing_waits():
             apply_token_bitmask_inplace(logits[:B], bitmask[: B + 1])
             apply_token_bitmask_inplace(logits, bitmask[1:], indices=every[:B], mask_rows=every[:B])
 
+    before = len(launcher.compiled)
     calls()
     known = len(launcher.compiled)
     torch.cuda.set_sync_debug_mode("error")
@@ -228,7 +229,7 @@ def test_rows_of_the_batch_change_nothing_that_is_compiled_and_nothing_waits():
         calls()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(launcher.compiled) == known == 2
+    assert len(launcher.compiled) == known <= before + 2
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         apply_token_bitmask_inplace(logits, bitmask)

@@ -84,6 +84,8 @@ def test_changes_of_a_list_count(module):
     check()
     processors[0].temperature = 1.7
     check()
+    processors[1].top_k = 5
+    check()
     processors.append(module.MinPLogitsWarper(0.3))
     check()
     processors[0] = module.RepetitionPenaltyLogitsProcessor(2.0)

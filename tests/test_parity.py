@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import os
 import pickle
 import re
@@ -174,7 +175,8 @@ def undecided(name, arguments, case, ids, scores) -> torch.Tensor:
             kept.append(~same(processor(ids, shifted + noise), shifted + noise))
     for each in kept:
         found |= each != kept[0]
-    return found
+    # Which of several equal scores it is that stays is up to a sort.
+    return (scores.unsqueeze(2) == torch.where(found, scores, math.nan).unsqueeze(1)).any(2) | found
 
 
 def but_for_ties(found, expected, scores, right) -> torch.Tensor:

@@ -79,7 +79,7 @@ def _wait(device: torch.device) -> None:
 
 def _version(package: str) -> str:
     try:
-        return version(package)
+        return torch.__version__ if package == "torch" else version(package)
     except PackageNotFoundError:
         return "not installed"
 

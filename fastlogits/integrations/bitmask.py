@@ -83,10 +83,10 @@ def apply_token_bitmask_inplace(
         raise ValueError(
             f"vocab_size must be from 0 to {most}, got {vocab_size}: logits have {V} tokens, bitmask has {covered}"
         )
-    rows = None if indices is None else _index("indices", indices, 0, B, logits.device)
+    rows = None if indices is None else _index("indices", indices, 0, B)
     if mask_rows is None:
         if rows is not None:
-            chosen = _index("indices (which bitmask has to have too)", rows, 0, M, logits.device)
+            chosen = rows = _index("indices (which bitmask has to have too)", rows, 0, M)
         elif B > M:
             raise ValueError(
                 f"bitmask has {M} rows, but logits have {B}; say with indices or mask_rows which rows belong together"
@@ -94,17 +94,18 @@ def apply_token_bitmask_inplace(
         else:
             chosen = None
     else:
-        chosen = _index("mask_rows", mask_rows, -1, M, logits.device)
+        chosen = _index("mask_rows", mask_rows, -1, M)
         entries = B if rows is None else rows.shape[0]
         if chosen.shape[0] != entries:
             raise ValueError(f"mask_rows must have one entry for each of {entries} rows, got {chosen.shape[0]}")
-    apply_bitmask_(logits, bitmask, vocab_size, rows, chosen)
+    moved = None if rows is None else to_device(rows, logits.device)
+    if chosen is not None:
+        chosen = moved if chosen is rows else to_device(chosen, logits.device)
+    apply_bitmask_(logits, bitmask, vocab_size, moved, chosen)
 
 
-def _index(
-    argument: str, index: Sequence[int] | torch.Tensor, first: int, stop: int, device: torch.device
-) -> torch.Tensor:
-    """Row numbers as a contiguous integer tensor on the device, checked where that needs no wait."""
+def _index(argument: str, index: Sequence[int] | torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """Row numbers as a contiguous integer tensor, checked where that needs no wait."""
     made = index if isinstance(index, torch.Tensor) else torch.tensor(index, dtype=torch.int64)
     if made.ndim != 1 or made.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{argument} must be integers of shape (E,), got {made.dtype} of {tuple(made.shape)}")
@@ -112,4 +113,4 @@ def _index(
         wrong = [row for row in made.tolist() if not first <= row < stop]
         if wrong:
             raise ValueError(f"{argument} must be rows from {first} to {stop - 1}, got {wrong[0]}")
-    return to_device(made.contiguous(), device)
+    return made.contiguous()

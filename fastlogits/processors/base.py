@@ -190,11 +190,24 @@ class LogitsProcessorList(_Planned, _TransformersList):
     def plan(self) -> Plan:
         """The compiled plan of the processors that the list holds now."""
         processors = list(super().__iter__())
-        self._make_plan(tuple(map(id, processors)), tuple(map(_revision, processors)))
+        ids = tuple(map(id, processors))
+        if torch.compiler.is_compiling():
+            self._trace_plan(ids, tuple(map(_traced_revision, processors, self._attributes(ids))))
+        else:
+            self._make_plan(ids, tuple(map(_revision, processors)))
         assert self._planned is not None
         return self._planned[2]
 
     @constant
+    def _attributes(self, ids: tuple[int, ...]) -> tuple[tuple[tuple[str, float | None], ...], ...]:
+        """The attributes of each processor, and their values where they are numbers."""
+        made = [getattr(processor, "__dict__", {}).items() for processor in super().__iter__()]
+        return tuple([tuple([(k, v if isinstance(v, (int, float)) else None) for k, v in items]) for items in made])
+
+    @constant
+    def _trace_plan(self, ids: tuple[int, ...], revisions: tuple[Any, ...]) -> None:
+        self._make_plan(ids, tuple(map(_revision, super().__iter__())))
+
     def _make_plan(self, ids: tuple[int, ...], revisions: tuple[Any, ...]) -> None:
         if self._planned is None or self._planned[:2] != (ids, revisions):
             processors = list(super().__iter__())
@@ -310,6 +323,24 @@ def _revision(processor: Any) -> Any:
     if isinstance(processor, StagedProcessor):
         return processor._revision
     return tuple([id(value) for value in getattr(processor, "__dict__", {}).values()])
+
+
+_GUARDED = (str, list, tuple, dict, type(None))
+
+
+def _traced_revision(processor: Any, attributes: tuple[tuple[str, float | None], ...]) -> Any:
+    """What ``torch.compile`` has to guard; not every version lists attributes, or knows the identity of each value."""
+    if isinstance(processor, StagedProcessor):
+        return processor._revision
+    made: list[Any] = []
+    for name, number in attributes:
+        value = getattr(processor, name)
+        if number is not None:
+            if value == number:  # a number that has changed before is a symbol, and the comparison its guard
+                made.append(number)
+        else:
+            made.append(value if isinstance(value, _GUARDED) else id(value))
+    return tuple(made)
 
 
 def _staged(processor: StagedProcessor) -> Member:

@@ -27,7 +27,7 @@ from fastlogits_kernels._triton import HAS_TRITON, Launcher, row_stride, tl, tri
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.fold import NOWHERE, Chain, find_sets, set_strides
 from fastlogits_kernels.select import Selection, launch_select
-from fastlogits_kernels.selection import LOWEST, TILE_W, exp, key_of, number_of, row_logits
+from fastlogits_kernels.selection import LOWEST, ONE, TILE_W, exp, key_of, number_of, row_logits, weight_of
 from fastlogits_kernels.settle import _alive
 from fastlogits_kernels.token_sets import Position, TokenSets
 from fastlogits_kernels.truncate import row_tails
@@ -143,7 +143,8 @@ def tiles_kernel(
         largest = tl.max(tl.reshape(tl.where(inside, key_of(x), LOWEST), [TILE // GROUP, GROUP]), 1)
         top_key = tl.max(largest)
         top = number_of(top_key)
-        mass = tl.sum(tl.where(x > float("-inf"), exp(x - top), 0.0))
+        # As integers, whose sum doesn't depend on how the threads of a program share a tile.
+        mass = tl.sum(tl.where(x > float("-inf"), weight_of(x, top), 0)).to(tl.float32) / ONE
         work = work_ptr + row * stride_work
         here = work + _TILES_AT + _TILE_WORDS * tile
         tl.store(here, top_key)
@@ -364,7 +365,7 @@ def _likeliest(scores: torch.Tensor, count: int) -> torch.Tensor:
     if not count:
         return torch.empty((len(scores), 0), dtype=torch.int64, device=scores.device)
     if scores.device.type != "cpu" or not len(scores) or count >= scores.shape[1]:
-        return scores.sort(descending=True, stable=True).indices[:, :count]
+        return scores.sort(descending=True, stable=True).indices[:, :count].contiguous()
     nothing, V = float("-inf"), scores.shape[1]
     values, ends = row_tails(scores, count + 1, False)
     # Where fewer are above -inf, the lowest ids at -inf follow: they are among as many ids, and as many again.

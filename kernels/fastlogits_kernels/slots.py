@@ -263,7 +263,7 @@ def _apply(
 
     def biased() -> None:
         tokens, values = record.biases
-        x[tokens] += values
+        x[tokens] += values.to(x.device)
 
     def repeated() -> None:
         penalty = record.float32(REPETITION)
