@@ -29,6 +29,8 @@ TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "tem
 TYPES |= {"logprobs_ptr": "fp32", "top_logprobs_ptr": "fp32", "ranks_ptr": "i64", "top_tokens_ptr": "i64"}
 TYPES |= {"floats_ptr": "fp32", "longs_ptr": "i64", "slots_ptr": "i64", "drafts_ptr": "i64", "local_ptr": "i64"}
 TYPES |= {"values_ptr slot_sets": "fp32", "tokens_ptr append": "i64"}
+ROW_VALUES = [f"r{i}" for i in range(8)]  # of rules
+TYPES |= dict.fromkeys(ROW_VALUES, "fp32")
 TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
 
 
@@ -39,7 +41,7 @@ def compile_(case, kernel, dtype, absent, constants, warps=4):
             signature[name], values[name] = "constexpr", constants.get(name, 1 if "stride" in name else None)
         elif name == "numbers_ptr":
             signature[name] = "*fp64" if "TASKS" in constants else "*fp32"
-        elif name.endswith("_ptr"):
+        elif name.endswith("_ptr") or name in ROW_VALUES:
             own = TYPES.get(f"{name} {case.split()[0]}", TYPES.get(name, "i32"))
             signature[name] = "*" + (dtype if name in STREAMED else own)
         else:
@@ -85,7 +87,7 @@ for dtype in ("fp32", "bf16"):
     swept |= {"BLOCK_W": 32, "PORTABLE": False}
     early = {"PDL": capability >= 90}
     more = ("temperature_ptr", "seeds_ptr", "positions_ptr", "tokens_ptr")
-    cases[f"sums {dtype}"] = (sweep.sums_kernel, dtype, absent + more, chain | early | {"SUMS": 3})
+    cases[f"sums {dtype}"] = (sweep.sums_kernel, dtype, absent + more, chain | rules | fixed | early | {"SUMS": 3})
     cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed | early, 8)
     cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, absent + more, chain | swept | early)
     setup = (False, False, 65504.0, 1, True, False, float("-inf"))
@@ -101,7 +103,9 @@ for dtype in ("fp32", "bf16"):
     # What follows the search of a serving step: edited logits, bans.
     served = {"OPS": (*(12, 1, 2047, 2), *(0, 0, -1, -1)), "MAX": 3.4028234663852886e38}
     absent = tuple(f"r{i}" for i in range(7, 8)) + ("biases_ptr", "row_values_ptr")
-    cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | early | {"SUMS": 3})
+    summed = {"RULES": tuple(n for i, kind in enumerate((7, 0, 1, 2, 3, 4, 5)) for n in (kind, 1, i))}
+    summed |= {"SUMS": 3, "GREEDY": True}
+    cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | early | summed)
     swept |= {"MAY_BE_FREE": True, "BANDED": True}
     cases[f"sweep served {dtype}"] = (sweep.sweep_kernel, dtype, (*absent, "out_ptr"), served | swept | early)
     kept = served | {"FILL": float("-inf"), "FIRST": False, "BANDED": True, "BLOCK_W": 32}

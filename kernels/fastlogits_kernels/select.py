@@ -248,15 +248,17 @@ def launch_select(
     )  # fmt: skip
     given = (scores, temperature, bits, planes, chain.biases, row_values, chain.kernel_numbers(scores.device))
     top = _MAX[scores.dtype if tokens is None else torch.float32]
+    greedy = tokens is not None and temperature is not None
     portable = not scores.is_cuda or torch.version.hip is not None
     early = _overlaps(scores.device)
     launchers = _early if early else _launchers
     if selection.sums:
         launchers.sums(key, B * tiles, (
-            *given, work,
+            *given, selection.values, *rows,
+            work,
             V, W, tiles,
             stride_row, stride_token, words_of_row, *strides[:5],
-            chain.flat, top, selection.sums, early,
+            chain.flat, top, selection.rules, selection.sums, greedy, early,
         ))  # fmt: skip
     # The first launch waits for whatever was there before.
     bound_launcher = launchers.bound if selection.sums else _launchers.bound
@@ -266,7 +268,7 @@ def launch_select(
         V, W, tiles, runs, sampled, sampled / V, float(0.95 * slots),
         stride_row, stride_token, words_of_row, *strides[:5],
         chain.flat, top, selection.rules, selection.sums, selection.normalise, selection.bracketed,
-        tokens is not None and temperature is not None, _SAMPLE, _BITS, TILES, early,
+        greedy, _SAMPLE, _BITS, TILES, early,
     ))  # fmt: skip
     launchers.sweep(key, B * parts, (
         *given, seeds, positions,

@@ -166,6 +166,24 @@ def is_active(value, V, KIND: tl.constexpr, PER_ROW: tl.constexpr):
 
 
 @triton.jit
+def is_summed(row, V, values, temperature_ptr, stride_temperature, RULES: tl.constexpr, GREEDY: tl.constexpr):
+    """Whether anything reads the sums over a row: where the first rule that may drop something speaks of them.
+
+    Temperatures by row make some rows greedy, where ``GREEDY`` says so; no rule is asked there.
+    """
+    summed = tl.full([], False, tl.int1)
+    cut = summed
+    for i in tl.static_range(0, len(RULES), 3):
+        active = is_active(rule_value(row, values, RULES[i + 2]), V, RULES[i], RULES[i + 2] >= 0)
+        if (RULES[i] != TOP_K) and (RULES[i] != MIN_P) and (RULES[i] != TOP_H):
+            summed = summed | (active & (cut == 0))
+        cut = cut | active
+    if GREEDY:
+        summed = summed & (is_greedy(temperature_ptr + row * stride_temperature) == 0)
+    return summed
+
+
+@triton.jit
 def sums_of_row(work, tiles, SUMS: tl.constexpr, TILES: tl.constexpr):
     """Of a row: its largest logit, mass, mass times distance, number of finite logits, and squares of deviations.
 

@@ -41,6 +41,7 @@ from fastlogits_kernels.selection import (
     exp,
     is_active,
     is_greedy,
+    is_summed,
     key_of,
     noise_of,
     number_of,
@@ -459,7 +460,7 @@ def _spend(
 
 @triton.jit
 def _threshold(
-    few, row, V, access, alive, top, value, relative, distance, uncut, row_sums,
+    few, row, V, access, alive, top, value, relative, distance, summed, row_sums,
     KIND: tl.constexpr, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
     """The key below which a rule drops all, where it is one that says so; else one below all."""
@@ -476,8 +477,8 @@ def _threshold(
         n, first, second = _squares(few, row, V, access, alive, top, WHOLE, OPS, SETUP)
         squares = second - first * first / tl.maximum(n, 1.0)
         if SETUP[3] >= 3:
-            n = tl.where(uncut, row_sums[2], n)
-            squares = tl.where(uncut, row_sums[3], squares)
+            n = tl.where(summed, row_sums[2], n)
+            squares = tl.where(summed, row_sums[3], squares)
         deviation = tl.sqrt(tl.where(squares > 0, squares, 0.0) / tl.maximum(n - 1, 1.0)).to(tl.float32)
         # Squares beyond float32 say nothing.
         known = (n > 1) & (squares.to(tl.float32) < float("inf"))
@@ -489,13 +490,13 @@ def _threshold(
 
 @triton.jit
 def _apply(
-    few, row, V, access, alive, top_key, open_below, uncut, value, bound, row_sums,
+    few, row, V, access, alive, top_key, open_below, summed, value, bound, row_sums,
     KIND: tl.constexpr, LEAST: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr, OPS: tl.constexpr,
     SETUP: tl.constexpr,
 ):  # fmt: skip
     """Apply a rule: what is alive, the largest key of it, and whether tokens below the bound may be.
 
-    Also returns whether tokens that were taken for kept may not be.
+    ``row_sums`` are those of what is alive where ``summed``. Also returns whether tokens that were taken for kept may not be.
     """
     RANKED: tl.constexpr = (KIND == TOP_K) or (KIND == TOP_H) or (KIND == TOP_P) or (KIND == TYPICAL)
     MASS: tl.constexpr = (KIND == TOP_P) or (KIND == TYPICAL)
@@ -506,13 +507,13 @@ def _apply(
     count, mass, below = _sums(few, row, V, access, alive, top, LIKELY, BELOW, WHOLE, OPS, SETUP)
     all_mass, all_below = mass, below
     if SETUP[3] >= 1:
-        all_mass = tl.where(uncut, (row_sums[0] * ONE).to(tl.int64), mass)
+        all_mass = tl.where(summed, (row_sums[0] * ONE).to(tl.int64), mass)
     if SETUP[3] >= 2:
-        all_below = tl.where(uncut, (row_sums[1] * ONE).to(tl.int64), below)
+        all_below = tl.where(summed, (row_sums[1] * ONE).to(tl.int64), below)
     relative = (all_mass.to(tl.float64) / ONE).to(tl.float32)  # in units of the largest probability
     distance = (all_below.to(tl.float64) / all_mass.to(tl.float64)).to(tl.float32)
     edge = _threshold(
-        few, row, V, access, alive, top, value, relative, distance, uncut, row_sums, KIND, WHOLE, OPS, SETUP
+        few, row, V, access, alive, top, value, relative, distance, summed, row_sums, KIND, WHOLE, OPS, SETUP
     )  # fmt: skip
     # How many tokens, and what mass of them, are to stay at least.
     goal, mass_goal = tl.full([], LEAST, tl.int32), nothing
@@ -589,9 +590,10 @@ def _settle(
     """Apply the rules to what is alive: what is left of it, and whether all that it takes was known.
 
     All tokens that aren't there are below ``bound``, or there are none where ``complete``. ``top_key`` is the largest
-    key of the row, where its sums are known.
+    key of the row, where its sums are known; else LOWEST.
     """
-    if SETUP[3] == 0:
+    summed = top_key > LOWEST
+    if summed == 0:
         top_key = _top(few, row, V, access, alive, WHOLE, OPS, SETUP)
     open_below = complete == 0  # whether tokens below the bound may be alive
     uncut = tl.full([], True, tl.int1)  # whether no rule may have dropped anything yet
@@ -599,8 +601,10 @@ def _settle(
     for i in tl.static_range(0, len(RULES), 3):
         value = rule_value(row, values, RULES[i + 2])
         active = is_active(value, V, RULES[i], RULES[i + 2] >= 0)
-        if (RULES[i] != TOP_K) and (RULES[i] != MIN_P):
+        if RULES[i] == TOP_H:
             failed = failed | (active & (uncut == 0) & open_below)
+        elif (RULES[i] != TOP_K) and (RULES[i] != MIN_P):
+            failed = failed | (active & ((uncut & summed) == 0) & open_below)
         if RULES[i] == TOP_N_SIGMA:
             active = active & (top_key <= KEY_OF_INFINITY) & (top_key > KEY_OF_MINUS_INFINITY)
         elif RULES[i] != TOP_K:
@@ -608,7 +612,7 @@ def _settle(
             active = active & (top_key < KEY_OF_INFINITY) & (top_key > KEY_OF_MINUS_INFINITY)
         if active & (failed == 0):
             alive, top_key, open_below, wrong = _apply(
-                few, row, V, access, alive, top_key, open_below, uncut, value, bound, row_sums,
+                few, row, V, access, alive, top_key, open_below, uncut & summed, value, bound, row_sums,
                 RULES[i], RULES[i + 1], i == 0, WHOLE, OPS, SETUP,
             )  # fmt: skip
             failed = failed | wrong
@@ -757,6 +761,8 @@ def settle_kernel(
         position = tl.load(positions_ptr + row * stride_position).to(tl.int64)
         if temperature_ptr is not None:
             greedy = is_greedy(temperature_ptr + row * stride_temperature)
+    if SUMS >= 1:
+        summed = is_summed(row, V, values, temperature_ptr, stride_temperature, RULES, False)
     wait_for_launch(PDL)
     state = tl.load(work)
     # A bound of distances says nothing of keys.
@@ -768,6 +774,7 @@ def settle_kernel(
         top, mass, below, count, squares = sums_of_row(work, tiles, SUMS, TILES)
         # A NaN among the logits is one in the mass, and would be the largest key.
         top_key = tl.where(mass == mass, key_of(top), tl.where(top == float("inf"), KEY_OF_INFINITY, HIGHEST))
+        top_key = tl.where(summed, top_key, LOWEST)
         row_sums = (mass, below, count, squares)
     lowest = tl.full([], LOWEST, tl.int32)
     all_alive = (lowest, lowest, tl.full([], 0.0, tl.float32), lowest)

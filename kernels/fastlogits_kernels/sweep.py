@@ -32,6 +32,7 @@ from fastlogits_kernels.selection import (
     exp,
     is_active,
     is_greedy,
+    is_summed,
     key_of,
     let_next_launch,
     noise_of,
@@ -132,7 +133,7 @@ def _bounds_of_rule(
 
     For typical tokens the lower one is one of distances, from a centre, and there is no other.
     """
-    mass, below, count, squares = sums
+    mass, below, count, squares, summed = sums
     centre = top
     logarithm = tl.log(value.to(tl.float32))
     high = tl.full([], HIGHEST, tl.int32)
@@ -149,7 +150,7 @@ def _bounds_of_rule(
     elif KIND == MIN_P:
         bound = key_of(top + logarithm - 0.01)
         if SUMS >= 1:  # else the largest logit is that of the sample only
-            high = key_of(top + logarithm + 0.01)
+            high = tl.where(summed, key_of(top + logarithm + 0.01), HIGHEST)
     elif KIND == EPSILON:
         bound = key_of(top + logarithm + tl.log(mass.to(tl.float32)) - 0.01)
         high = key_of(top + logarithm + tl.log(mass.to(tl.float32)) + 0.01)
@@ -231,6 +232,7 @@ def _bounds(
 def sums_kernel(
     # inputs
     scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+    values_ptr, r0, r1, r2, r3, r4, r5, r6, r7,
     # output
     work_ptr,
     # shapes
@@ -239,7 +241,8 @@ def sums_kernel(
     stride_row, stride_token, stride_work,
     stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
     # constants
-    OPS: tl.constexpr, MAX: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr,
+    OPS: tl.constexpr, MAX: tl.constexpr, RULES: tl.constexpr, SUMS: tl.constexpr, GREEDY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums over a tile of a row, by itself: so they don't depend on how the row is split."""
     let_next_launch(PDL)
@@ -250,27 +253,29 @@ def sums_kernel(
         scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
         W, stride_row, stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
     )  # fmt: skip
-    word = tile * TILE_W + tl.arange(0, TILE_W)[:, None]
-    lane = tl.arange(0, 32)[None, :]
-    token = word * 32 + lane
-    x = row_logits(row, word, lane, token, token < V, V, access, OPS, MAX)
-    here = work_ptr + row * stride_work + SUMS_AT + SUM_WORDS * tile
-    top = tl.max(x)
-    safe = tl.where(top > float("-inf"), top, 0.0)
-    p = exp(x - safe)
-    tl.store(here, top.to(tl.int32, bitcast=True))
-    tl.store(here + 1, tl.sum(p).to(tl.int32, bitcast=True))
-    if SUMS >= 2:
-        below = tl.where(p > 0, p * (safe - x), 0.0)
-        tl.store(here + 2, tl.sum(below).to(tl.int32, bitcast=True))
-    if SUMS >= 3:
-        finite = tl.abs(x) < float("inf")
-        count = tl.sum(finite.to(tl.float32))
-        mean = tl.sum(tl.where(finite, x, 0.0)) / tl.maximum(count, 1.0)
-        off = tl.where(finite, x - mean, 0.0)
-        tl.store(here + 3, count.to(tl.int32, bitcast=True))
-        tl.store(here + 4, mean.to(tl.int32, bitcast=True))
-        tl.store(here + 5, tl.sum(off * off).to(tl.int32, bitcast=True))
+    values = (values_ptr, r0, r1, r2, r3, r4, r5, r6, r7)
+    if is_summed(row, V, values, temperature_ptr, stride_temperature, RULES, GREEDY):
+        word = tile * TILE_W + tl.arange(0, TILE_W)[:, None]
+        lane = tl.arange(0, 32)[None, :]
+        token = word * 32 + lane
+        x = row_logits(row, word, lane, token, token < V, V, access, OPS, MAX)
+        here = work_ptr + row * stride_work + SUMS_AT + SUM_WORDS * tile
+        top = tl.max(x)
+        safe = tl.where(top > float("-inf"), top, 0.0)
+        p = exp(x - safe)
+        tl.store(here, top.to(tl.int32, bitcast=True))
+        tl.store(here + 1, tl.sum(p).to(tl.int32, bitcast=True))
+        if SUMS >= 2:
+            below = tl.where(p > 0, p * (safe - x), 0.0)
+            tl.store(here + 2, tl.sum(below).to(tl.int32, bitcast=True))
+        if SUMS >= 3:
+            finite = tl.abs(x) < float("inf")
+            count = tl.sum(finite.to(tl.float32))
+            mean = tl.sum(tl.where(finite, x, 0.0)) / tl.maximum(count, 1.0)
+            off = tl.where(finite, x - mean, 0.0)
+            tl.store(here + 3, count.to(tl.int32, bitcast=True))
+            tl.store(here + 4, mean.to(tl.int32, bitcast=True))
+            tl.store(here + 5, tl.sum(off * off).to(tl.int32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -302,15 +307,17 @@ def bound_kernel(
     flat = tl.arange(0, SAMPLE // _GROUPS)[:, None] * _GROUPS + tl.arange(0, _GROUPS)[None, :]
     token = (flat // 8) * runs // (SAMPLE // 8) * 8 + flat % 8
     sample = row_logits(row, token >> 5, token & 31, token, (flat < sampled) & (token < V), V, access, OPS, MAX)
-    if SUMS >= 1:
-        wait_for_launch(PDL)
-        top, mass, below, count, squares = sums_of_row(work, tiles, SUMS, TILES)
-    else:
-        top = tl.max(sample)
-        mass, below, count, squares = 0.0, 0.0, 0.0, 0.0
     values = (values_ptr, r0, r1, r2, r3, r4, r5, r6, r7)
+    top = tl.max(sample)
+    sums = (0.0, 0.0, 0.0, 0.0, tl.full([], False, tl.int1))
+    if SUMS >= 1:
+        summed = is_summed(row, V, values, temperature_ptr, stride_temperature, RULES, GREEDY)
+        wait_for_launch(PDL)
+        row_top, mass, below, count, squares = sums_of_row(work, tiles, SUMS, TILES)
+        top = tl.where(summed, row_top, top)
+        sums = (mass, below, count, squares, summed)
     state, bound, high, banded, centre = _bounds(
-        sample, row, top, (mass, below, count, squares), share, capacity, V, values, RULES, SUMS, BRACKETED, BITS
+        sample, row, top, sums, share, capacity, V, values, RULES, SUMS, BRACKETED, BITS
     )  # fmt: skip
     if GREEDY:
         if is_greedy(temperature_ptr + row * stride_temperature):
