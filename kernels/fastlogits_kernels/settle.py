@@ -496,7 +496,8 @@ def _apply(
 ):  # fmt: skip
     """Apply a rule: what is alive, the largest key of it, and whether tokens below the bound may be.
 
-    ``row_sums`` are those of what is alive where ``summed``. Also returns whether tokens that were taken for kept may not be.
+    ``row_sums`` are those of what is alive where ``summed``. Also returns whether tokens that were taken for kept may
+    not be.
     """
     RANKED: tl.constexpr = (KIND == TOP_K) or (KIND == TOP_H) or (KIND == TOP_P) or (KIND == TYPICAL)
     MASS: tl.constexpr = (KIND == TOP_P) or (KIND == TYPICAL)

@@ -199,6 +199,11 @@ def reference_slots(
     Where a token is drawn, rows of no request get -inf everywhere, and are greedy; else what is not edited is as it
     was, and edited scores are rounded to the dtype of the scores.
     """
+    if scores.device.type != "cpu":  # row by row, each element would be waited for
+        of_slots: Any = [table.cpu() for table in slots]
+        of_rows: Any = [None if index is None else index.cpu() for index in rows]
+        x, numbers = reference_slots(scores.cpu(), Slots(*of_slots), Rows(*of_rows), semantics, draws)
+        return x.to(scores.device), numbers
     B = scores.shape[0]
     x = scores.float().clone(memory_format=torch.contiguous_format)
     numbers = Numbers.empty(B, torch.device("cpu"))
@@ -206,9 +211,9 @@ def reference_slots(
     for kind, value in OFF.items():
         rules[kind].fill_(value)
     numbers.temperature.fill_(0.0 if draws else 1.0)
-    of_rows = rows.slots.tolist()
+    slot_of = rows.slots.tolist()
     for row in range(B):
-        slot = of_rows[row]
+        slot = slot_of[row]
         record = _Record(slots.records[slot]) if 0 <= slot < len(slots.records) else None
         if record is None or not record.has(ACTIVE):
             if draws:
@@ -263,7 +268,7 @@ def _apply(
 
     def biased() -> None:
         tokens, values = record.biases
-        x[tokens] += values.to(x.device)
+        x[tokens] += values
 
     def repeated() -> None:
         penalty = record.float32(REPETITION)
