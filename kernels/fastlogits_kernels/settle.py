@@ -565,7 +565,8 @@ def _apply(
                     alive = _from(alive, edge)
                 elif RANKED or (KIND == MIN_P):
                     alive = _cut_ties(few, row, V, access, alive, edge, keep, c - c_above, WHOLE, OPS, SETUP)
-            open_below = open_below & (found > KEY_OF_INFINITY)
+            if RANKED:
+                open_below = open_below & (found > KEY_OF_INFINITY)
         elif RANKED:
             # What is here is not enough; there may be more.
             wrong = wrong | open_below

@@ -141,7 +141,7 @@ def _bounds_of_rule(
         most, fewest = _in_sample(value, share)
         bound = _bound_of_count(keys, most, BITS)
         if BRACKETED:
-            if (value > capacity) & (fewest >= 1):
+            if (most > capacity * share) & (fewest >= 1):
                 # Above it are fewer of the sample.
                 _bound, high = _key_of_count(keys, fewest, BITS)
     elif KIND == TOP_H:
@@ -168,6 +168,7 @@ def _bounds_of_rule(
         bound = _bound_of_mass(key_of(-tl.abs(x - centre)), p, (value * mass * share).to(tl.float32), BITS)
     else:
         bound, high = _bounds_of_nucleus(x, top, mass, value, share, V)
+    bound = tl.where(bound > KEY_OF_INFINITY, KEY_OF_MINUS_INFINITY, bound)  # NaN is no bound
     if LEAST > 1:
         if KIND == TYPICAL:
             bound = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32)
@@ -199,7 +200,6 @@ def _bounds(
             mine, above, from_here = _bounds_of_rule(
                 x, keys, top, sums, share, capacity, value, V, RULES[i], RULES[i + 1], SUMS, BRACKETED, BITS
             )  # fmt: skip
-            mine = tl.where(mine > KEY_OF_INFINITY, KEY_OF_MINUS_INFINITY, mine)  # NaN is no bound
             bound = tl.maximum(bound, mine)
             high = tl.maximum(high, above)
             if RULES[i] == TYPICAL:
