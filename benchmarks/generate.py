@@ -4,9 +4,11 @@
     python -m benchmarks.generate --device cuda --compiled  with a static cache and a compiled forward besides
     python -m benchmarks.generate --device cpu --tiny       the same code with a model of nothing
 
-Each way of processing says the same tokens as plain transformers under the same seed, or its time is marked as not
-comparable and the exit status is 1. ``fl.decode`` draws from the same distribution by another generator: its tokens are
-compared with those of its own processed scores.
+Two runs of a large model say the same only where its own forward pass repeats itself to the last bit, which is asked
+and printed. So each way of processing is given the logits of one plain run, step by step: its scores have to be what
+transformers made of them, or its time is marked and the exit status is 1. ``fl.decode`` draws from the same
+distribution by another generator: the tokens that it draws while it processes have to be those that it draws from
+processed scores.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from benchmarks.results import commit, slug
 
 COLUMNS = (
     "timestamp", "commit", "torch", "triton", "transformers", "device", "dtype", "vocab", "prompt", "new_tokens",
-    "batch", "forward", "contender", "same_tokens", "tokens_per_s", "ratio_to_plain", "step_us", "processing_wall_us",
+    "batch", "forward", "contender", "same", "tokens_per_s", "ratio_to_plain", "step_us", "processing_wall_us",
     "processing_gpu_us", "share_wall", "share_gpu",
 )  # fmt: skip
 
@@ -91,7 +93,7 @@ class Row(NamedTuple):
     batch: int
     forward: str
     contender: str
-    same_tokens: bool
+    same: bool
     tokens_per_s: float
     step_us: float
     wall_us: float | None
@@ -99,7 +101,7 @@ class Row(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, report and return the exit status: 1 where tokens differ or a part has failed."""
+    """Measure, report and return the exit status: 1 where results differ or a part has failed."""
     options = _parse(arguments)
     device = torch.device(options.device)
     size = TINY if options.tiny else LARGE
@@ -118,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 for row in _measure(model, size, batch, forward, options.repeats, started):
                     rows.append(row)
-                    failed |= not row.same_tokens
+                    failed |= not row.same
             except Exception:  # the other sizes are worth their figures
                 failed = True
                 traceback.print_exc()
@@ -155,17 +157,23 @@ def _measure(model: Any, size: Size, batch: int, forward: str, repeats: int, sta
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=size.new_tokens, **options
         )
 
-    kept = {"output_scores": True, "return_dict_in_generate": True}
-    said = generate()
-    # Where the model's own forward pass isn't reproducible, no two runs can be compared.
-    _say(started, f"batch {batch}, {forward}: plain generate twice, {_compared(said, generate())}")
+    kept = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    plain = generate(**kept)
+    _say(started, f"batch {batch}, {forward}: plain generate twice, {_compared(plain.sequences, generate())}")
     with fl.accelerate(model):
+        processors, _ = _caught(model, generate)
         fast = generate()
-    same = torch.equal(fast, said)
-    _say(started, f"batch {batch}, {forward}: accelerated, {_compared(said, fast)}")
-    drawn, again = generate(custom_generate=fl.decode), generate(custom_generate=fl.decode, **kept).sequences
-    same_drawn = torch.equal(drawn, again)
-    _say(started, f"batch {batch}, {forward}: decode, without and with scores, {_compared(drawn, again)}")
+    _say(started, f"batch {batch}, {forward}: accelerated, {_compared(plain.sequences, fast)}")
+    steps = [
+        (plain.sequences[:, : size.prompt + i], *step)
+        for i, step in enumerate(zip(plain.logits, plain.scores, strict=True))
+    ]
+    same = all(torch.equal(processors(seen, logits), scores) for seen, logits, scores in steps)
+    generate(custom_generate=fl.decode)  # the first run compiles
+    ways = [_caught(model, generate, custom_generate=fl.decode, **more)[0] for more in ({}, kept)]
+    drawn = [[way(seen, logits.clone()).argmax(-1) for way in ways] for seen, logits, _ in steps]
+    same_drawn = all(torch.equal(*tokens) for tokens in drawn)
+    _say(started, f"batch {batch}, {forward}: on the same logits, accelerated {same}, decode {same_drawn}")
     bare()
     for contender, call, is_same in (
         (BARE, bare, True),
@@ -188,6 +196,22 @@ def _measure(model: Any, size: Size, batch: int, forward: str, repeats: int, sta
         row = Row(batch, forward, contender, is_same, batch / step, step * 1e6, wall, gpu)
         _say(started, _line(row))
         yield row
+
+
+def _caught(model: Any, generate: Callable[..., Any], **options: Any) -> tuple[Any, torch.Tensor]:
+    """What ``generate`` hands to the model's loop: the processors, and the prompt."""
+    caught: list[Any] = []
+
+    def catch(model: Any, input_ids: torch.Tensor, logits_processor: Any, **rest: Any) -> torch.Tensor:
+        caught.extend((logits_processor, input_ids))
+        return input_ids
+
+    type(model)._sample = catch
+    try:
+        generate(**options)
+    finally:
+        del type(model)._sample
+    return caught[0], caught[1]
 
 
 def _compared(ids: torch.Tensor, others: torch.Tensor) -> str:
@@ -221,27 +245,13 @@ def _processing(
     the host, which lets the GPU run behind where nothing waits for it; the GPU's is the sum of its kernels' times.
     """
     device = model.device
-    caught: dict[str, Any] = {}
-
-    def catch(model: Any, input_ids: torch.Tensor, logits_processor: Any, **rest: Any) -> torch.Tensor:
-        caught["processors"], caught["ids"] = logits_processor, input_ids
-        return input_ids
-
-    if contender == DECODE:
-        # What decode runs is what it hands to the model's loop.
-        type(model)._sample = catch
-        try:
-            generate(custom_generate=fl.decode)
-        finally:
-            del type(model)._sample
-    else:
-        generate(custom_generate=catch)
-    processors, prompt = caught["processors"], caught["ids"]
+    more = {"custom_generate": fl.decode} if contender == DECODE else {}
+    processors, prompt = _caught(model, generate, **more)
     generator = torch.Generator(device).manual_seed(0)
-    more = torch.randint(
+    new = torch.randint(
         3, min(size.vocab, 500), (len(prompt), size.new_tokens // 2), generator=generator, device=device
     )
-    ids = torch.cat((prompt, more), 1)
+    ids = torch.cat((prompt, new), 1)
     logits = torch.randn(len(prompt), size.vocab, generator=generator, device=device)
 
     def step() -> torch.Tensor:
@@ -311,7 +321,7 @@ def _print(rows: Sequence[Row]) -> None:
     for row in rows:
         shares = [_share(row, us) for us in (row.wall_us, row.gpu_us)]
         lines.append((
-            str(row.batch), row.forward, row.contender + ("" if row.same_tokens else " (OTHER TOKENS)"),
+            str(row.batch), row.forward, row.contender + ("" if row.same else " (OTHER RESULTS)"),
             f"{row.tokens_per_s:.0f}", _number(_ratio(rows, row), 2), f"{row.step_us:.0f}", _number(row.wall_us, 0),
             _number(row.gpu_us, 0), *(_number(share and share * 100, 1) for share in shares),
         ))  # fmt: skip
@@ -339,7 +349,7 @@ def _append(rows: Sequence[Row], size: Size, device: torch.device, dtype: torch.
         )  # fmt: skip
         for row in rows:
             writer.writerow((
-                *run, row.batch, row.forward, row.contender, row.same_tokens, f"{row.tokens_per_s:.1f}",
+                *run, row.batch, row.forward, row.contender, row.same, f"{row.tokens_per_s:.1f}",
                 _number(_ratio(rows, row), 3), f"{row.step_us:.1f}", _number(row.wall_us, 1), _number(row.gpu_us, 1),
                 _number(_share(row, row.wall_us), 4), _number(_share(row, row.gpu_us), 4),
             ))  # fmt: skip

@@ -22,13 +22,13 @@ def test_a_run_leaves_a_csv(tmp_path, capsys, monkeypatch):
         (batch, contender) for batch in "12" for contender in (BARE, PLAIN, ACCELERATED, DECODE)
     ]
     for row in rows:
-        assert row["same_tokens"] == "True"
+        assert row["same"] == "True"
         assert float(row["tokens_per_s"]) > 0
         assert (row["processing_wall_us"] == "") == (row["contender"] == BARE)
 
 
-@pytest.mark.parametrize("broken", ["other tokens", "an error"])
-def test_other_tokens_and_errors_are_no_success(tmp_path, capsys, monkeypatch, broken):
+@pytest.mark.parametrize("broken", ["other scores", "an error"])
+def test_other_scores_and_errors_are_no_success(tmp_path, capsys, monkeypatch, broken):
     def process(self, ids, scores, **options):
         if broken == "an error":
             raise ValueError("broken")
@@ -37,4 +37,4 @@ def test_other_tokens_and_errors_are_no_success(tmp_path, capsys, monkeypatch, b
     monkeypatch.setattr(fl.acceleration.RunList, "__call__", process)
     assert main([*TINY, "--no-csv"]) == 1
     said = capsys.readouterr()
-    assert ("OTHER TOKENS" in said.out) if broken == "other tokens" else ("FAILED" in said.out)
+    assert ("OTHER RESULTS" in said.out) if broken == "other scores" else ("FAILED" in said.out)
