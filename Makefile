@@ -7,7 +7,7 @@ OLD_VENV := .venv-4.57
 ENGINES_VENV := .venv-engines
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-matrix test-engines lint bench figures export clean
+.PHONY: demo test test-matrix test-engines fuzz lint bench figures export clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -24,6 +24,11 @@ test-matrix: test $(OLD_VENV)/ready
 
 test-engines: $(ENGINES_VENV)/ready
 	PYTHONPATH=.:kernels $(ENGINES_VENV)/bin/python -m pytest tests/engines $(ARGS)
+
+# New examples for the property tests, which take the same ones in `make test`; it ends at the first that fails.
+MINUTES ?= 10
+fuzz: $(VENV)/ready
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py $(MINUTES) $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

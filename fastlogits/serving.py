@@ -6,6 +6,7 @@ import math
 import random
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from ctypes import c_float
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
@@ -17,7 +18,7 @@ from fastlogits_kernels._triton import to_device
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, sample_rows, swap_slots
 from fastlogits_kernels.slots import Rows, Semantics, Slots
-from fastlogits_kernels.truncate import RANGES, RuleKind, Ties, argument_of
+from fastlogits_kernels.truncate import RANGES, Range, RuleKind, Ties, argument_of
 
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
 
@@ -773,6 +774,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _single(value: float) -> float:
+    """A number in float32, as a slot holds it: what is within a range may be rounded out of it."""
+    return c_float(value).value if abs(value) <= _LARGEST else math.nan
+
+
 def _check_number(name: str, value: Any, least: float = -math.inf) -> float:
     if not _is_number(value) or not abs(value) <= _LARGEST or value < least:
         at_least = "" if least == -math.inf else f" of at least {least:g}"
@@ -787,12 +793,17 @@ def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> 
     return value
 
 
+def _is_in(bounds: Range, value: float) -> bool:
+    return value == bounds.off or bool(bounds.has(value))
+
+
 def _check_rule(name: str, value: Any, kind: RuleKind) -> float:
     bounds, whole = RANGES[kind], kind == "top_k"
     if (
         not _is_number(value)
         or (whole and not isinstance(value, int))
-        or not (bounds.has(value) or value == bounds.off)
+        or not _is_in(bounds, value)
+        or not (whole or value == bounds.off or _is_in(bounds, _single(value)))
     ):
         what = "an integer" if whole else "a number"
         raise ValueError(f"`{name}` has to be {what} {bounds.words}, but is {value!r}")
@@ -800,7 +811,7 @@ def _check_rule(name: str, value: Any, kind: RuleKind) -> float:
 
 
 def _check_repetition(name: str, value: Any) -> float:
-    if _check_number(name, value, 0) == 0:
+    if _single(_check_number(name, value, 0)) == 0:
         raise ValueError(f"`{name}` has to be above 0 (1 turns it off), but is 0")
     return value  # type: ignore[no-any-return]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
@@ -87,13 +90,18 @@ class TokenMask:
         Texts carry their leading space (see ``fastlogits.token_text``), so ``r"\s*\d"`` finds every token that begins
         with a digit: space-prefixed twins, byte tokens and multi-digit tokens. Special tokens have no text.
 
+        ``re`` may backtrack without end, and nothing in its own process can stop it. A pattern of more than one
+        repetition or alternative is therefore matched in a Python process of its own, which gets ten seconds.
+
         Args:
             tokenizer: a tokenizer of transformers or a ``tokenizers.Tokenizer``.
             pattern: a regular expression of Python's ``re``, or one compiled with flags.
             how: ``"match"`` at the beginning of the text, ``"search"`` anywhere in it, or ``"fullmatch"``.
 
         Raises:
-            ValueError: the pattern is not a regular expression, or ``how`` is none of the three.
+            ValueError: the pattern is not a regular expression of text, or takes longer than ten seconds; or ``how``
+                is none of the three.
+            RuntimeError: no Python process can be started.
         """
         if how not in ("match", "search", "fullmatch"):
             raise ValueError(f"how must be 'match', 'search' or 'fullmatch', got {how!r}")
@@ -101,12 +109,18 @@ class TokenMask:
             compiled = re.compile(pattern)
         except (re.error, TypeError) as error:
             raise ValueError(f"pattern must be a regular expression, got {pattern!r}: {error}") from error
+        if not isinstance(compiled.pattern, str):
+            raise ValueError(f"pattern must be a regular expression of text, not of bytes, got {pattern!r}")
         texts = token_texts(tokenizer)
         known, key = kept_with(tokenizer), (compiled, how, len(texts))
         mask: TokenMask | None = known.get(key)
         if mask is None:
-            test = getattr(compiled, how)
-            mask = known[key] = cls.from_predicate(tokenizer, lambda text: test(text) is not None)
+            if _is_linear(compiled.pattern):
+                test = getattr(compiled, how)
+                mask = cls.from_predicate(tokenizer, lambda text: test(text) is not None)
+            else:
+                mask = cls(torch.tensor(_matched_apart(compiled, how, texts), dtype=torch.bool), any_width=True)
+            known[key] = mask
         return mask
 
     @classmethod
@@ -224,6 +238,41 @@ class TokenMask:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_forms": {}}
+
+
+# How long a pattern may take over all tokens of a tokenizer; seldom is it more than a tenth of a second.
+_SECONDS = 10
+_MATCH = """
+import json, re, sys
+pattern, flags, how, texts = json.load(sys.stdin)
+test = getattr(re.compile(pattern, flags), how)
+json.dump([text is not None and test(text) is not None for text in texts], sys.stdout)
+"""
+
+
+def _is_linear(pattern: str) -> bool:
+    """Whether a pattern is too simple to backtrack for long: one choice at most, however its characters are meant."""
+    return sum(map(pattern.count, "*+?{|")) <= 1
+
+
+def _matched_apart(pattern: re.Pattern[str], how: str, texts: list[str | None]) -> list[bool]:
+    """Which texts match, found by a process that can be ended; no thread can be, and signals reach the first only."""
+    given = json.dumps([pattern.pattern, int(pattern.flags), how, texts]).encode()
+    # Isolated, so that nothing of the user's is imported before it begins.
+    command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _MATCH]
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, timeout=_SECONDS, check=True)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"pattern {pattern.pattern!r} takes more than {_SECONDS} s over the {len(texts)} tokens: it backtracks "
+            "without end, as where a repetition stands in another; write it without, or use from_predicate()"
+        ) from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"pattern {pattern.pattern!r} has to be matched by a Python process of its own, but {sys.executable!r} "
+            f"could not be run ({error}); use from_predicate()"
+        ) from error
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 def checked_ids(argument: str, ids: Iterable[int] | torch.Tensor) -> tuple[int, ...]:

@@ -217,8 +217,9 @@ class Chain:
         self.handle = next(_handles)
         _chains[self.handle] = self
         self.flat = tuple(number for op in self.ops for number in op)
-        # Chains of one form share their compiled kernel, whatever their parameters are.
-        self.form = _forms.setdefault(self.flat, len(_forms))
+        # Chains of one form share their compiled kernel, whatever their parameters are. A form's number is not how many
+        # there are: two threads may read that at once.
+        self.form = _forms.setdefault(self.flat, next(_handles))
         self._numbers: torch.Tensor | None = None
 
     def kernel_numbers(self, device: torch.device) -> torch.Tensor:

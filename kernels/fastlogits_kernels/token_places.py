@@ -270,6 +270,8 @@ def _find_sequences(
             if min(length, input_ids.shape[1]) < P:
                 continue
             ends = input_ids[:, length - P : length]
+        elif input_ids.shape[1] < P:
+            continue
         else:
             column = (length - P + torch.arange(P, device=input_ids.device)).expand(B, P)
             ends = torch.where(column >= 0, input_ids.long().gather(1, column.clamp(min=0)), -1)

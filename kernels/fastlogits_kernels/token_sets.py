@@ -12,7 +12,7 @@ of one row, which it clears and then fills, so that no program waits for another
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -416,7 +416,7 @@ class Search:
     def __post_init__(self) -> None:
         self.flat = tuple(number for task in self.tasks for number in task)
         # Searches of one form share their compiled kernel, whatever they read.
-        self.form = _forms.setdefault((self.flat, self.sets, self.row_values), len(_forms))
+        self.form = _forms.setdefault((self.flat, self.sets, self.row_values), next(_numbers))
         self.is_static = all(
             task.kind == GATE.value or (task.kind == STATIC.value and task.b < 0) for task in self.tasks
         )
@@ -455,6 +455,8 @@ class Search:
 
 
 _forms: dict[object, int] = {}
+# Not how many there are, which two threads may read at once.
+_numbers = count()
 
 
 class TokenSets(NamedTuple):
