@@ -172,6 +172,29 @@ def test_positions_on_the_device_differ_by_row(kernels, device):
         torch.testing.assert_close(backend(chain, ids, scores, run), torch.cat(alone), rtol=0, atol=0)
 
 
+def test_rows_far_apart(kernels, device):
+    """Offsets of rows may take more than 32 bits, also where each stride takes fewer."""
+    apart = 2**30
+    if device == "cpu":
+        torch.utils.deterministic.fill_uninitialized_memory = False  # what nobody touches takes no memory
+    wide = torch.empty(2 * apart + V, dtype=torch.float16, device=device)
+    rows = wide.as_strided((3, V), (apart, 1))
+    rows.copy_(torch.randn(3, V, generator=torch.Generator().manual_seed(0)))
+    stages, ids = [Bias((1, 2), 0.5), Scale(2.0)], torch.zeros(3, 2, dtype=torch.int64, device=device)
+    expected = kernels.torch(stages, ids, rows.contiguous())
+    assert torch.equal(kernels.triton(stages, ids, rows), expected)
+    assert torch.equal(kernels.triton(stages, ids, rows, in_place=True), expected)
+
+
+def test_a_batch_of_another_size_has_its_own_texts():
+    """Rows of a text are dealt out to the rows of the scores, anew for each number of these."""
+    launch = FoldLaunch([Member("stage", Penalize(Given(torch.tensor([[1, 2], [3, 4]])), 2.0))])
+    for B in (2, 4, 2):
+        changed = launch(torch.zeros(B, 1, dtype=torch.int64), torch.ones(B, V)) != 1
+        wanted = [[1, 2]] * (B // 2) + [[3, 4]] * (B // 2)
+        assert [row.nonzero().flatten().tolist() for row in changed] == wanted
+
+
 @pytest.mark.parametrize("length", [1, 1023, 1024, 1025, 2500])
 def test_long_histories(kernels, device, length):
     """More than one block of positions, and more than one range of words."""

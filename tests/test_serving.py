@@ -373,6 +373,9 @@ def test_a_slot_holds_nothing_of_the_request_before(device, path):
         alone.add(RequestParams(**arguments), PROMPT)
         assert torch.equal(batch.apply(logits, [0]), alone.apply(logits, [0]))
         batch.remove(0)
+        # On a GPU a row may name a slot that the host knows to be free.
+        rows = Rows(torch.tensor([0], device=device))
+        assert torch.equal(slot_sets.process_rows(batch._step, logits, rows, torch.empty_like(logits)), logits)
     assert torch.equal(batch.apply(logits, [-1]), logits)
 
 
@@ -393,6 +396,7 @@ def test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request(devi
     batch.add(RequestParams(), [3], slot=2)
     slots = torch.tensor([2, 0, -1, 2, 1, 7, 2, 0, 0, 0, 0], device=device)
     tokens = torch.tensor([10, 11, 12, 13, 14, 15, -1, 16, 17, 18, 19], device=device, dtype=torch.int32)
+    before = batch._table.clone()
     slot_sets.append_tokens(
         batch._slots, slots, tokens
     )  # on a GPU, where nothing can be refused, append() is just that
@@ -401,6 +405,9 @@ def test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request(devi
     assert tables.lengths.tolist() == [6, 0, 4]
     assert tables.history[0, :6].tolist() == [1, 2, 11, 16, 17, 18]
     assert tables.history[2, :4].tolist() == [3, 10, 13, 20]
+    changed = batch._table != before
+    changed[:, batch._masks_end] = changed[:, -batch.max_length :] = False
+    assert not changed.any()  # nothing but lengths and histories, also where one is full
     many = torch.arange(300, device=device) % 50
     large = BatchProcessor(50, V, device, max_length=6)
     for _ in range(50):
@@ -492,6 +499,16 @@ def test_half_precision_rounds_what_is_edited_and_leaves_the_rest(dtype, device,
     assert batch.apply_(logits, [0, -1]) is logits
     assert torch.equal(logits, processed)
     assert torch.equal(wide[1::2], others)
+
+
+def test_ties_of_the_lowest_ids_in_place(device, path):
+    """Of tokens that tie at the edge SGLang keeps as many as it takes, the lowest ids first."""
+    batch = BatchProcessor(2, V, device, max_length=8, semantics="sglang")
+    slots = [batch.add(RequestParams(top_k=3)), batch.add(RequestParams(top_p=0.45))]
+    logits = torch.zeros(2, V, device=device)
+    logits[:, 40:50] = 9.0
+    kept = (batch.apply_(logits, slots) > -INF).nonzero()[:, 1].tolist()
+    assert kept == [40, 41, 42, 40, 41, 42, 43, 44]
 
 
 def test_greedy_ignores_truncations(device, path):
