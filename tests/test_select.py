@@ -93,6 +93,8 @@ def test_small_vocabularies(V):
     scores = torch.randn(3, V, generator=torch.Generator().manual_seed(V)).to(DEVICE)
     for chain in ("k", "p", "k p min", "typical"):
         check_truncation(scores, CHAINS[chain], selected(scores, CHAINS[chain]))
+    all_but_one = (Rule("top_k", V - 1),)
+    check_truncation(scores, all_but_one, selected(scores, all_but_one))
 
 
 def test_values_by_row():

@@ -60,6 +60,13 @@ FEATURES = {
     "allowed": ({"allowed_token_ids": range(0, V, 3)}, [lambda: fl.AllowedTokensLogitsProcessor(range(0, V, 3))]),
     "banned": ({"banned_token_ids": [5, 7]}, [lambda: fl.SuppressTokensLogitsProcessor([5, 7], "cpu")]),
     "many banned": ({"banned_token_ids": range(80)}, [lambda: fl.SuppressTokensLogitsProcessor(range(80), "cpu")]),
+    "allowed and many banned": (
+        {"allowed_token_ids": range(0, V, 3), "banned_token_ids": range(80)},
+        [
+            lambda: fl.AllowedTokensLogitsProcessor(range(0, V, 3)),
+            lambda: fl.SuppressTokensLogitsProcessor(range(80), "cpu"),
+        ],
+    ),
     "bad words": (
         {"bad_words": [[7], [OUTPUT[-1], 9], [*OUTPUT[-2:], 11], [90, 91]]},
         [lambda: fl.NoBadWordsLogitsProcessor([[7], [OUTPUT[-1], 9], [*OUTPUT[-2:], 11], [90, 91]])],
@@ -388,6 +395,20 @@ def test_staged_requests_are_not_overwritten_by_those_after_them():
         array.fill(len(taken))
         taken.append(tensor)
     assert all(bool((tensor == i).all()) for i, tensor in enumerate(taken))
+
+
+def test_a_step_repeated_until_the_places_of_its_edits_come_round(device, path):
+    """Edits are kept in a ring: what a step finds there, many steps later, is as clean as at first."""
+    batch = BatchProcessor(1, 40, device, max_length=16, max_listed=64)
+    params = RequestParams(
+        repetition_penalty=1.3, frequency_penalty=0.2, presence_scope="all", dry_multiplier=1.0, logit_bias={3: 0.5}
+    )
+    batch.add(params, history_of(14), slot=0)
+    logits = logits_of(1)[:, :40].to(device)
+    first = batch.apply(logits, [0])
+    assert (first != logits).any()
+    for _ in range(24):
+        assert torch.equal(batch.apply(logits, [0]), first)
 
 
 def test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request(device, path):
