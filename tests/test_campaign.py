@@ -6,6 +6,7 @@ from fastlogits_kernels._triton import HAS_TRITON
 
 from tests.campaign import mutations, sanitizer, sanitizer_cases, soak
 from tests.campaign.mutations import Mutation
+from tests.campaign.record import read
 
 CLEAN = """========= COMPUTE-SANITIZER
 ========= ERROR SUMMARY: 0 errors
@@ -71,6 +72,42 @@ def test_kernels_stay_within_their_guards(name, device):
     torch.utils.deterministic.fill_uninitialized_memory = False
     for case in sanitizer_cases.chosen([f"{name}-0x1000", f"{name}-3x32"]):
         sanitizer_cases.run_case(case, torch.device(device), check=True)
+
+
+STAND_IN = """#!/usr/bin/env bash
+# Says what compute-sanitizer says, after the command line that follows its own options.
+[ "$1" = --version ] && echo "NVIDIA (R) Compute Sanitizer 2026.1" && exit
+tool=$2 log=$8
+shift 8
+"$@"
+status=$?
+if [ "$tool" = memcheck ]; then echo "========= ERROR SUMMARY: 0 errors" > "$log"; fi
+if [ "$tool" = racecheck ]; then echo "========= Error: Race reported between Write access at a
+========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)" > "$log"; fi
+exit $status
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="tries the script with Triton's interpreter")
+def test_a_tool_in_another_process_says_what_becomes_of_the_cases(tmp_path, monkeypatch):
+    """One that finds nothing, one that finds something, and one that never says anything."""
+    monkeypatch.setattr(sanitizer, "RESULTS", tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    program = tmp_path / "stand-in"
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+    given = ["--device", "cpu", "--program", str(program), "--logs", str(tmp_path), "--cases", "pack_ids-3x32"]
+    assert sanitizer.main([*given, "--tools", "memcheck", "racecheck", "synccheck"]) == 1
+    (written,) = tmp_path.glob("sanitizer-*.csv")
+    rows = {row["tool"]: row for row in read(written)}
+    assert {tool: (row["done"], row["errors"], row["outcome"]) for tool, row in rows.items()} == {
+        "guards": ("1", "0", "clean"),
+        "memcheck": ("1", "0", "clean"),
+        "racecheck": ("1", "2", "not clean"),
+        "synccheck": ("1", "unknown", "not clean"),
+    }
+    assert rows["racecheck"]["first"] == "Error: Race reported between Write access at a"
+    assert rows["memcheck"]["sanitizer"] == "2026.1"
 
 
 def test_guards_see_what_is_written_beside_an_allocation(device):

@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,17 @@ _STOPPED = re.compile(
     r"Target application (?:returned an error|terminated)|Error: .*(?:did not|didn't) (?:terminate|launch)"
 )
 _LINE = re.compile(r"^(done|failed|left out) (\S+?)(?::|$)(.*)$", re.MULTILINE)
+
+
+class Setting(NamedTuple):
+    """What all processes have in common."""
+
+    program: str
+    """compute-sanitizer."""
+    version: str
+    device: torch.device
+    logs: Path
+    """The folder of their logs."""
 
 
 class Verdict(NamedTuple):
@@ -95,23 +107,24 @@ def cases_for(tool: str, cases: Sequence[Case], named: bool) -> list[Case]:
     return [*far, *cases] if tool == "memcheck" else list(cases)
 
 
-def command_of(tool: str | None, program: str, log: Path, cases: Sequence[Case], seconds: float) -> list[str]:
+def command_of(tool: str | None, setting: Setting, log: Path, cases: Sequence[Case], seconds: float) -> list[str]:
     """The command line of a process: cases under a tool, or checked without one."""
-    driver = [sys.executable, "-m", "tests.campaign.sanitizer_cases", "--seconds", str(seconds)]
+    driver = [sys.executable, "-m", "tests.campaign.sanitizer_cases"]
+    driver += ["--device", setting.device.type, "--seconds", str(seconds)]
     names = ["--cases", *(case.name for case in cases)]
     if tool is None:
         return [*driver, "--check", *names]
     options = ["--tool", tool, "--launch-timeout", str(_LAUNCH_S), "--print-limit", "100", "--log-file", str(log)]
-    return [program, *options, *driver, *names]
+    return [setting.program, *options, *driver, *names]
 
 
 class Process:
     """Cases in a process of their own, whose output goes to a file."""
 
-    def __init__(self, tool: str | None, program: str, folder: Path, cases: Sequence[Case], seconds: float, n: int = 0):
-        name = GUARDS if tool is None else tool
-        self.tool, self.cases = name, [case.name for case in cases]
-        self.log, self._out = folder / f"{name}-{n}.log", folder / f"{name}-{n}.out"
+    def __init__(self, tool: str | None, setting: Setting, cases: Sequence[Case], seconds: float, number: int = 0):
+        self.tool, self.cases = GUARDS if tool is None else tool, [case.name for case in cases]
+        self.log, self._out = (setting.logs / f"{self.tool}-{number}.{kind}" for kind in ("log", "out"))
+        self.log.unlink(missing_ok=True)
         self._limit = seconds + _LAUNCH_S + _DEADLINE_S
         self._start = time.perf_counter()
         self.seconds = 0.0
@@ -121,15 +134,16 @@ class Process:
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         with self._out.open("w") as out:
             self._process = subprocess.Popen(
-                command_of(tool, program, self.log, cases, seconds), cwd=ROOT, env=environment, stdout=out, stderr=out
-            )
+                command_of(tool, setting, self.log, cases, seconds),
+                cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True,
+            )  # fmt: skip
 
     def is_over(self) -> bool:
         """Whether it has ended; one that has run too long is ended."""
         over = self._process.poll() is not None
         self.seconds = time.perf_counter() - self._start
         if not over and self.seconds > self._limit:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)  # the tool, and what it watches
             self._process.wait()
         return over
 
@@ -162,7 +176,7 @@ def _wait(processes: Sequence[Process], what: str, console: Console) -> None:
                 progress.update(task, completed=len(each.seen.done) + len(each.seen.failed))
 
 
-def row_of(tool: str, processes: Sequence[Process], version: str) -> dict[str, object]:
+def row_of(tool: str, processes: Sequence[Process], setting: Setting) -> dict[str, object]:
     """What all processes of a tool have found, as a row of the results file."""
     seen = [each.seen for each in processes]
     done = [name for each in seen for name in each.done]
@@ -182,7 +196,7 @@ def row_of(tool: str, processes: Sequence[Process], version: str) -> dict[str, o
     clean = errors == 0 and not failed and not ended_badly and not any(each.stopped for each in verdicts)
     return dated(
         {
-            "gpu": device_name(torch.device("cuda")), "sanitizer": version, "tool": tool, "done": len(done),
+            "gpu": device_name(setting.device), "sanitizer": setting.version, "tool": tool, "done": len(done),
             "left_out": len(missing), "errors": "unknown" if errors is None else errors,
             "outcome": "clean" if clean else "not clean", "seconds": f"{max(each.seconds for each in processes):.1f}",
             "first": first, "cases_left_out": " ".join(missing),
@@ -218,28 +232,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=16, help="that compile at once; 16")
     parser.add_argument("--program", help="compute-sanitizer, where it is not on the path")
     parser.add_argument("--logs", type=Path, default=Path("build/sanitizer"), help="where the logs go")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script itself")
     given = parser.parse_args(arguments)
-    console = Console()
+    console, device = Console(), torch.device(given.device)
     program = next(filter(None, map(shutil.which, filter(None, (given.program, *_PLACES)))), None)
-    if program is None or not torch.cuda.is_available():
+    if program is None or (device.type == "cuda" and not torch.cuda.is_available()):
         parser.error("needs a GPU, and compute-sanitizer of the CUDA toolkit: give its path as --program")
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout.split()[-1]
+    told = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout.split()
+    setting = Setting(program, told[-1] if told else "unknown", device, given.logs)
     given.logs.mkdir(parents=True, exist_ok=True)
     cases = chosen(given.cases)
     named = given.cases is not None
 
-    # The far cases are compiled here too, and nobody else looks at their results.
     first = cases if named else [*(case for case in CASES if case.far), *cases]
     checked = [
-        Process(None, program, given.logs, some, 10 * given.seconds, n)
-        for n, some in enumerate(_dealt(first, given.processes))
+        Process(None, setting, some, 10 * given.seconds, number)
+        for number, some in enumerate(_dealt(first, given.processes))
     ]
     _wait(checked, "without a tool, guarded", console)
-    rows = [row_of(GUARDS, checked, version)]
-    watched = [Process(tool, program, given.logs, cases_for(tool, cases, named), given.seconds) for tool in given.tools]
+    rows = [row_of(GUARDS, checked, setting)]
+    watched = [Process(tool, setting, cases_for(tool, cases, named), given.seconds) for tool in given.tools]
     _wait(watched, "under compute-sanitizer", console)
-    rows += [row_of(each.tool, [each], version) for each in watched]
-    write(RESULTS / f"sanitizer-{slug(device_name(torch.device('cuda')))}.csv", rows)
+    rows += [row_of(each.tool, [each], setting) for each in watched]
+    write(RESULTS / f"sanitizer-{slug(device_name(device))}.csv", rows)
     console.print(_table(rows))
     console.print(f"logs: {given.logs}", markup=False)
     return int(any(row["outcome"] != "clean" for row in rows))

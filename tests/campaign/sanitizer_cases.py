@@ -101,7 +101,8 @@ class Outcome(NamedTuple):
         if self.rules is not None:
             check_truncation(wanted, self.rules, found)
         else:
-            torch.testing.assert_close(found, wanted, rtol=self.tolerance, atol=self.tolerance, equal_nan=True)
+            tolerance = self.tolerance if found.is_floating_point() else 0
+            torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @dataclass
@@ -297,11 +298,10 @@ def _batch(given: Given, device: torch.device) -> BatchProcessor:
 def served(given: Given) -> list[Outcome]:
     """A step of requests that ask for everything, with draft tokens: processed in place and not, and drawn."""
     B, values = given.B, given.values()
-    slots, local = torch.arange(B) // 2 % 7 - 1, torch.arange(B) % 2
+    # Two rows of a request, as far as these go; the last slot has none, as a GPU may be told.
+    slots, local = torch.tensor([0, 3, 1, 4, 2, -1])[torch.arange(B) // 2 % 6], torch.arange(B) % 2
     drafts, mask = given.integers(0, min(given.V, 6), B), given.sets(B)
     named = {"bitmask": mask, "draft_ids": drafts, "local_position": local}
-    # A slot of none, as a GPU may be given it.
-    slots = torch.where(slots == 5, -1, slots)
     alone = _batch(given, torch.device("cpu"))
     batch = _batch(given, given.device)
     scores = given.scores(values)

@@ -13,6 +13,7 @@ its tokens. At the end the first requests come again. Memory may not grow once t
 """
 
 import argparse
+import gc
 import random
 import sys
 import time
@@ -194,6 +195,7 @@ def _captured(step: Callable[[torch.Tensor], None], slots: torch.Tensor) -> Call
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated() if device.type == "cuda" else 0
