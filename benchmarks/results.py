@@ -116,7 +116,8 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What a row of a results file says of the code and the packages, without the device."""
     return {
         "commit": commit(),
         "python": platform.python_version(),
@@ -143,7 +144,7 @@ def records_of(results: Sequence[Result]) -> list[Record]:
     """Results as rows of their device's file; what is only not installed is none."""
     timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return [
-        Record(timestamp=timestamp, **_environment(), **_fields(result))
+        Record(timestamp=timestamp, **environment(), **_fields(result))
         for result in results
         if not result.remark.startswith("not installed")
     ]

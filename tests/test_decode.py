@@ -119,6 +119,21 @@ def test_the_same_prompt_and_seed_in_several_rows(llama):
     assert torch.equal(same[0], same[1])
 
 
+@pytest.mark.parametrize("seeds", [5, torch.tensor([5])])
+def test_sequences_of_a_request_share_no_noise(llama, seeds):
+    """No row draws at a step what another one draws at another step: rows of equal scores aren't shifted copies."""
+
+    class Flat(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.zeros_like(scores)
+
+    options = {"logits_processor": [Flat()], "top_k": 0, "max_new_tokens": 30, "eos_token_id": None, "seeds": seeds}
+    rows = {} if isinstance(seeds, torch.Tensor) else {"input_ids": PROMPT[:1].repeat(3, 1)}
+    said = generate(llama, rows.get("input_ids", PROMPT[:1]), num_return_sequences=1 if rows else 3, **options)[:, L:]
+    for shift in range(1, 4):
+        assert (said[1:, :-shift] == said[:-1, shift:]).sum() < 10
+
+
 def test_each_step_draws_anew(llama):
     """Where all tokens are as likely at every step, they differ from step to step, and from seed to seed."""
 

@@ -172,6 +172,29 @@ def test_positions_on_the_device_differ_by_row(kernels, device):
         torch.testing.assert_close(backend(chain, ids, scores, run), torch.cat(alone), rtol=0, atol=0)
 
 
+def test_rows_far_apart(kernels, device):
+    """Offsets of rows may take more than 32 bits, also where each stride takes fewer."""
+    apart = 2**30
+    if device == "cpu":
+        torch.utils.deterministic.fill_uninitialized_memory = False  # what nobody touches takes no memory
+    wide = torch.empty(2 * apart + V, dtype=torch.float16, device=device)
+    rows = wide.as_strided((3, V), (apart, 1))
+    rows.copy_(torch.randn(3, V, generator=torch.Generator().manual_seed(0)))
+    stages, ids = [Bias((1, 2), 0.5), Scale(2.0)], torch.zeros(3, 2, dtype=torch.int64, device=device)
+    expected = kernels.torch(stages, ids, rows.contiguous())
+    assert torch.equal(kernels.triton(stages, ids, rows), expected)
+    assert torch.equal(kernels.triton(stages, ids, rows, in_place=True), expected)
+
+
+def test_a_batch_of_another_size_has_its_own_texts():
+    """Rows of a text are dealt out to the rows of the scores, anew for each number of these."""
+    launch = FoldLaunch([Member("stage", Penalize(Given(torch.tensor([[1, 2], [3, 4]])), 2.0))])
+    for B in (2, 4, 2):
+        changed = launch(torch.zeros(B, 1, dtype=torch.int64), torch.ones(B, V)) != 1
+        wanted = [[1, 2]] * (B // 2) + [[3, 4]] * (B // 2)
+        assert [row.nonzero().flatten().tolist() for row in changed] == wanted
+
+
 @pytest.mark.parametrize("length", [1, 1023, 1024, 1025, 2500])
 def test_long_histories(kernels, device, length):
     """More than one block of positions, and more than one range of words."""
@@ -203,6 +226,75 @@ def test_bans_are_one_set_wherever_they_may_be():
     assert sets(Ban((1,)), Clean(), Ban((2,))) == 2
     assert sets(Ban((1,)), Force((3,), When("length", 9, 10)), Ban((2,))) == 2
     assert sets(Ban((1,)), Scale(INF), Ban((2,))) == 2  # -inf / inf is NaN
+    assert sets(Ban((1,)), Scale(-2.0), Ban((2,))) == 2  # -inf / -2 is inf
+    assert sets(Ban((1,)), Penalize(History(), 0.0), Ban((2,))) == 2  # -inf * 0 is NaN
+
+
+def test_bans_behind_one_gate_add_up():
+    while_first = When("step", stop=3)
+    chain = [Ban((1, 2), while_first), Scale(2.0), Ban((2, 3), while_first), Ban((4,), When("step", start=3))]
+    for length, banned in ((3, [1, 2, 3]), (6, [4])):
+        found = fold(chain, torch.zeros(1, length).long(), torch.ones(1, V), Run(3))
+        assert found[0].isinf().nonzero().flatten().tolist() == banned
+
+
+def test_two_divisions_round_twice(device, kernels):
+    """A product of divisors would round once: not what one warper after the other makes."""
+    scores = torch.randn(3, V, generator=torch.Generator().manual_seed(0)).to(device)
+    chain, ids = [Scale(0.7), Scale(1.3)], torch.zeros(3, 2, dtype=torch.int64, device=device)
+    expected = scores / 0.7 / 1.3
+    assert not torch.equal(expected, scores / (0.7 * 1.3))
+    assert torch.equal(kernels.torch(chain, ids, scores), expected)
+    torch.testing.assert_close(kernels.triton(chain, ids, scores), expected, rtol=3e-7, atol=0)
+
+
+def test_allowed_rows_on_both_sides_of_what_brings_scores_back():
+    """Tokens that the first doesn't allow are back before the second is asked."""
+    first, second = (AllowFrom(torch.tensor([ids]), (), (), ()) for ids in ([1, 2], [2, 3]))
+    for between in (Clean(), Force((3,), When("step", 0))):
+        members = [Member("stage", stage) for stage in (first, between, second)]
+        found = Plan.compile(members)(torch.zeros(1, 3).long(), torch.ones(1, V), Run(3))
+        wanted = torch.ones(1, V)
+        for member in members:
+            wanted = FoldLaunch([member])(torch.zeros(1, 3).long(), wanted, Run(3))
+        assert torch.equal(found, wanted)
+        assert found[0, 3] != -INF
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_history_as_long_as_the_prefix_of_an_ngram(kernels, device, size):
+    """The shortest one that can repeat an n-gram of another text, and one token less."""
+    text = Given(torch.tensor([[5, 6, 7, 8, 5, 6, 9]]))
+    scores = torch.zeros(1, V, device=device)
+    for length in range(max(1, size - 2), size + 1):
+        ids = torch.tensor([[5, 6, 7][:length]], device=device)
+        chain = [Ban(Repeated(size, text)), Bias((0,), 1.0)]
+        found = kernels.triton(chain, ids, scores)
+        assert torch.equal(found, kernels.torch(chain, ids, scores))
+        ends = ids[0, length - size + 1 :].tolist() if length >= size - 1 else None
+        texts = text.ids[0].tolist()
+        banned = {texts[i] for i in range(size - 1, len(texts)) if texts[i - size + 1 : i] == ends}
+        assert set((found[0] == -INF).nonzero().flatten().tolist()) == banned
+
+
+def test_growth_leaves_what_is_not_finite(kernels):
+    scores = torch.tensor([[INF, -INF, math.nan, -2.0, 0.0, *[1.0] * (V - 5)]])
+    expected = kernels.torch([Decay((0, 1, 2, 3, 4), 1, 2.0)], torch.zeros(1, 3).long(), scores)
+    assert expected[0, :5].nan_to_num(nan=77.0, posinf=88.0, neginf=99.0).tolist() == [88.0, 99.0, 77.0, 4.0, 0.0]
+    found = kernels.triton([Decay((0, 1, 2, 3, 4), 1, 2.0)], torch.zeros(1, 3).long(), scores)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_each_map_rounds_as_a_kernel_of_its_own(kernels, device):
+    """In float16 the sum of two small biases is not what one after the other makes."""
+    scores = (torch.randn(3, V, generator=torch.Generator().manual_seed(0)) * 3).half().to(device)
+    ids = torch.zeros(3, 2, dtype=torch.int64, device=device)
+    first, second = 2**-10, 3 * 2**-11  # numbers of float16, to which torch rounds them on the CPU
+    chain = [Bias(tuple(range(V)), first), Bias(tuple(range(V)), second), Scale(2.0)]
+    expected = (scores + first + second) / 2
+    assert not torch.equal(expected, (scores + (first + second)) / 2)
+    assert torch.equal(kernels.torch(chain, ids, scores), expected)
+    assert torch.equal(kernels.triton(chain, ids, scores), expected)
 
 
 def test_a_list_that_does_nothing_at_a_step_returns_its_input():
@@ -214,7 +306,8 @@ def test_a_list_that_does_nothing_at_a_step_returns_its_input():
     assert processors(torch.zeros(1, 2).long(), scores)[0, :3].tolist() == [0, -INF, -INF]
 
 
-def test_other_shapes_and_gradients_go_to_transformers():
+def test_other_shapes_and_gradients_go_to_transformers(monkeypatch):
+    monkeypatch.setattr(fold_kernels, "FORCE_KERNEL", HAS_TRITON)  # kernels have no gradients
     processors = fl.LogitsProcessorList([fl.TemperatureLogitsWarper(0.5), fl.SuppressTokensLogitsProcessor([1])])
     assert processors(None, torch.ones(3)).tolist() == [2, -INF, 2]
     assert processors(None, torch.ones(1, 1, 3)).tolist() == [[[2, -INF, 2]]]

@@ -8,6 +8,7 @@ from fastlogits_kernels import _triton, draw, select
 from fastlogits_kernels.truncate import Rule, reference_truncate
 
 import fastlogits as fl
+from fastlogits.plan import Plan
 from tests.oracle import broken_rows, check_truncation, hard_rows
 
 pytestmark = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
@@ -92,6 +93,8 @@ def test_small_vocabularies(V):
     scores = torch.randn(3, V, generator=torch.Generator().manual_seed(V)).to(DEVICE)
     for chain in ("k", "p", "k p min", "typical"):
         check_truncation(scores, CHAINS[chain], selected(scores, CHAINS[chain]))
+    all_but_one = (Rule("top_k", V - 1),)
+    check_truncation(scores, all_but_one, selected(scores, all_but_one))
 
 
 def test_values_by_row():
@@ -180,7 +183,7 @@ def test_tokens_are_the_reference_draw(monkeypatch):
     V, B = 700, 8
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(B, V, generator=generator) * 3
-    seeds, positions = torch.arange(B) * 12345678901 - 3, torch.arange(B) + 7
+    seeds, positions = torch.arange(B) * 12345678901 - 3, torch.arange(B) * 2**33 + 7
     temperature = torch.tensor([0.0, 0.7, 1.0, 1.5, 0.0, 2.0, 0.3, 1.0])
     p = torch.tensor([0.9, 0.9, 1.0, 0.5, 1.0, 1.0, 0.9, 0.95])
     arguments = [each.to(DEVICE) for each in (seeds, positions, temperature, p)]
@@ -205,6 +208,37 @@ def test_rows_without_a_distribution_have_a_token():
     seeds = torch.zeros(len(logits), dtype=torch.int64, device=DEVICE)
     for rules in ((), CHAINS["k"], CHAINS["p"]):
         assert drawn(logits, rules, seeds, seeds).tolist() == [350, 0, 0, 233, 0, 0]
+
+
+def test_steps_that_share_a_pass_are_the_steps_one_by_one():
+    """What a plan does on a GPU: a fold, truncations and a normalisation in the same kernels."""
+    ids = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    scores = torch.stack([hard_rows(700)[name] for name in ("gauss", "zipf")]).to(DEVICE)
+    before = [fl.RepetitionPenaltyLogitsProcessor(2.0), fl.SuppressTokensLogitsProcessor([3, 4], DEVICE)]
+    after = [fl.TopKLogitsWarper(50), fl.TopPLogitsWarper(0.9)]
+    for processors in ([*before, *after], after, [*before[1:], *after]):
+        normalised = fl.LogitsProcessorList([*processors, fl.LogitNormalization()])
+        plan = fl.LogitsProcessorList(processors).plan
+        wanted = scores
+        for step in plan.steps:
+            wanted = step(ids, wanted)
+        found = Plan(plan.gpu_steps)(ids, scores)
+        assert torch.equal(found, wanted)
+        (fused,) = normalised.plan.gpu_steps
+        torch.testing.assert_close(fused(ids, scores), found.log_softmax(-1))
+
+
+def test_a_fill_value_that_can_be_drawn(monkeypatch):
+    """A truncation that leaves a finite value joins no draw: what it dropped can still come."""
+    logits = torch.zeros(64, 100, device=DEVICE)
+    logits[:, :5] = 1.0
+    seeds, positions = torch.arange(64, device=DEVICE), torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    processors = fl.LogitsProcessorList([fl.TopKLogitsWarper(5, filter_value=0.5)])
+    found = fl.sample(logits, processors, seeds=seeds, positions=positions).tokens
+    monkeypatch.setattr(select, "FORCE_KERNEL", False)
+    wanted = fl.sample(logits.cpu(), processors, seeds=seeds.cpu(), positions=positions.cpu()).tokens
+    assert found.tolist() == wanted.tolist()
+    assert max(wanted.tolist()) >= 5
 
 
 # -- On a GPU only ------------------------------------------------------------------------------------------------

@@ -60,6 +60,13 @@ FEATURES = {
     "allowed": ({"allowed_token_ids": range(0, V, 3)}, [lambda: fl.AllowedTokensLogitsProcessor(range(0, V, 3))]),
     "banned": ({"banned_token_ids": [5, 7]}, [lambda: fl.SuppressTokensLogitsProcessor([5, 7], "cpu")]),
     "many banned": ({"banned_token_ids": range(80)}, [lambda: fl.SuppressTokensLogitsProcessor(range(80), "cpu")]),
+    "allowed and many banned": (
+        {"allowed_token_ids": range(0, V, 3), "banned_token_ids": range(80)},
+        [
+            lambda: fl.AllowedTokensLogitsProcessor(range(0, V, 3)),
+            lambda: fl.SuppressTokensLogitsProcessor(range(80), "cpu"),
+        ],
+    ),
     "bad words": (
         {"bad_words": [[7], [OUTPUT[-1], 9], [*OUTPUT[-2:], 11], [90, 91]]},
         [lambda: fl.NoBadWordsLogitsProcessor([[7], [OUTPUT[-1], 9], [*OUTPUT[-2:], 11], [90, 91]])],
@@ -373,6 +380,9 @@ def test_a_slot_holds_nothing_of_the_request_before(device, path):
         alone.add(RequestParams(**arguments), PROMPT)
         assert torch.equal(batch.apply(logits, [0]), alone.apply(logits, [0]))
         batch.remove(0)
+        # On a GPU a row may name a slot that the host knows to be free.
+        rows = Rows(torch.tensor([0], device=device))
+        assert torch.equal(slot_sets.process_rows(batch._step, logits, rows, torch.empty_like(logits)), logits)
     assert torch.equal(batch.apply(logits, [-1]), logits)
 
 
@@ -387,12 +397,27 @@ def test_staged_requests_are_not_overwritten_by_those_after_them():
     assert all(bool((tensor == i).all()) for i, tensor in enumerate(taken))
 
 
+def test_a_step_repeated_until_the_places_of_its_edits_come_round(device, path):
+    """Edits are kept in a ring: what a step finds there, many steps later, is as clean as at first."""
+    batch = BatchProcessor(1, 40, device, max_length=16, max_listed=64)
+    params = RequestParams(
+        repetition_penalty=1.3, frequency_penalty=0.2, presence_scope="all", dry_multiplier=1.0, logit_bias={3: 0.5}
+    )
+    batch.add(params, history_of(14), slot=0)
+    logits = logits_of(1)[:, :40].to(device)
+    first = batch.apply(logits, [0])
+    assert (first != logits).any()
+    for _ in range(24):
+        assert torch.equal(batch.apply(logits, [0]), first)
+
+
 def test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request(device, path):
     batch = BatchProcessor(3, V, device, max_length=6)
     batch.add(RequestParams(), [1, 2], slot=0)
     batch.add(RequestParams(), [3], slot=2)
     slots = torch.tensor([2, 0, -1, 2, 1, 7, 2, 0, 0, 0, 0], device=device)
     tokens = torch.tensor([10, 11, 12, 13, 14, 15, -1, 16, 17, 18, 19], device=device, dtype=torch.int32)
+    before = batch._table.clone()
     slot_sets.append_tokens(
         batch._slots, slots, tokens
     )  # on a GPU, where nothing can be refused, append() is just that
@@ -401,6 +426,9 @@ def test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request(devi
     assert tables.lengths.tolist() == [6, 0, 4]
     assert tables.history[0, :6].tolist() == [1, 2, 11, 16, 17, 18]
     assert tables.history[2, :4].tolist() == [3, 10, 13, 20]
+    changed = batch._table != before
+    changed[:, batch._masks_end] = changed[:, -batch.max_length :] = False
+    assert not changed.any()  # nothing but lengths and histories, also where one is full
     many = torch.arange(300, device=device) % 50
     large = BatchProcessor(50, V, device, max_length=6)
     for _ in range(50):
@@ -492,6 +520,16 @@ def test_half_precision_rounds_what_is_edited_and_leaves_the_rest(dtype, device,
     assert batch.apply_(logits, [0, -1]) is logits
     assert torch.equal(logits, processed)
     assert torch.equal(wide[1::2], others)
+
+
+def test_ties_of_the_lowest_ids_in_place(device, path):
+    """Of tokens that tie at the edge SGLang keeps as many as it takes, the lowest ids first."""
+    batch = BatchProcessor(2, V, device, max_length=8, semantics="sglang")
+    slots = [batch.add(RequestParams(top_k=3)), batch.add(RequestParams(top_p=0.45))]
+    logits = torch.zeros(2, V, device=device)
+    logits[:, 40:50] = 9.0
+    kept = (batch.apply_(logits, slots) > -INF).nonzero()[:, 1].tolist()
+    assert kept == [40, 41, 42, 40, 41, 42, 43, 44]
 
 
 def test_greedy_ignores_truncations(device, path):

@@ -1,0 +1,523 @@
+"""Do the tests see it when a kernel or a law is wrong? Wrong on purpose, one place at a time, in a copy of the tree.
+
+    python -m tests.campaign.mutations               # all of them, some twenty minutes on one core
+    python -m tests.campaign.mutations --list
+    python -m tests.campaign.mutations --only NAME ...
+
+Each mutation replaces a text that stands exactly once in its file, and names the tests that ought to fail. Those run on
+the unchanged copy first, in one go, so that a failure afterwards is the mutation's. Kernels run in Triton's
+interpreter. The exit status is 1 where one survives.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tests.campaign.record import RESULTS, ROOT, dated, read, write
+
+CSV = RESULTS / "mutations.csv"
+KERNELS, PACKAGE = "kernels/fastlogits_kernels", "fastlogits"
+_COPIED = (PACKAGE, "kernels", "tests", "benchmarks", "pyproject.toml")
+_FAILED = 1  # pytest's status where tests ran and failed; a process killed by a signal has a negative one
+_LIMIT_S = 300
+
+
+class Mutation(NamedTuple):
+    """One mistake.
+
+    Args:
+        name: what is wrong, in a few words.
+        file: where, from the root of the repository.
+        old: a text that stands exactly once in the file.
+        new: what stands there instead.
+        tests: the tests that ought to fail, as pytest takes them, from ``tests/``.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = [
+    # -- masks --
+    Mutation(
+        "a window one step too long", f"{KERNELS}/mask_tokens.py",
+        "is_open = step < tl.load(window_ptr)", "is_open = step <= tl.load(window_ptr)",
+        ("test_kernels.py::test_mask_tokens",),
+    ),
+    Mutation(
+        "the step counts from -1", f"{KERNELS}/mask_tokens.py",
+        "    step = cache_position + 1 - prompt_length", "    step = cache_position - prompt_length",
+        ("test_kernels.py::test_mask_tokens",),
+    ),
+    Mutation(
+        "a gate dropped", f"{KERNELS}/mask_tokens.py",
+        "mask_word = tl.where(is_open, mask_word, 0)", "mask_word = tl.where(is_open, mask_word, mask_word)",
+        ("test_kernels.py::test_mask_tokens",),
+    ),
+    Mutation(
+        "a column stride of 1 taken for granted", f"{KERNELS}/mask_tokens.py",
+        "here = row_ptr + token.to(tl.int64) * stride_token", "here = row_ptr + token.to(tl.int64)",
+        ("test_kernels.py::test_mask_tokens",),
+    ),
+    Mutation(
+        "a word banned in part banned whole", f"{KERNELS}/mask_tokens.py",
+        "mask=inside & (banned != -1), other", "mask=inside & (banned == -1), other",
+        ("test_kernels.py::test_mask_tokens",),
+    ),
+    Mutation(
+        "blank tokens close the gate (torch)", f"{KERNELS}/mask_tokens.py",
+        "is_open = is_open | (blank | ~generated).all(-1).T", "is_open = is_open & (blank | ~generated).all(-1).T",
+        ("test_first_step.py::test_blank_tokens_keep_the_ban",),
+    ),
+    Mutation(
+        "a packed id beyond the vocabulary", f"{KERNELS}/pack_ids.py",
+        "known = (token >= 0) & (token < V)", "known = (token >= 0) & (token <= V)",
+        ("test_kernels.py::test_pack_ids",),
+    ),
+    Mutation(
+        "words that a bitmask lacks allow", f"{KERNELS}/bitmask.py",
+        "word, mask=word < W, other=0)", "word, mask=word < W, other=-1)",
+        ("test_bitmask.py",),
+    ),
+    Mutation(
+        "the mask row is that of the logits (torch)", f"{KERNELS}/bitmask.py",
+        "~unpack_bits(bitmask[mask_rows], vocab_size)", "~unpack_bits(bitmask[rows], vocab_size)",
+        ("test_bitmask.py",),
+    ),
+    Mutation(
+        "masks merged with and", f"{PACKAGE}/token_mask.py",
+        "TokenMask(both[0] | both[1]", "TokenMask(both[0] & both[1]",
+        ("test_token_mask.py",),
+    ),
+    Mutation(
+        "bans behind one gate merged with and", f"{PACKAGE}/fold_launch.py",
+        "self._static[key] | mask if", "self._static[key] & mask if",
+        ("test_fold.py::test_bans_behind_one_gate_add_up",),
+    ),
+    Mutation(
+        "rows of a source dealt round", f"{PACKAGE}/allowed.py",
+        "rows.repeat_interleave(batch_size // max(1, rows.shape[0]), 0)",
+        "rows.repeat(batch_size // max(1, rows.shape[0]), 1)",
+        ("test_extras.py::test_zoo_whatever_becomes_of_the_rows", "test_vocabulary.py"),
+    ),
+    # -- the fold and its search --
+    Mutation(
+        "a penalty that rewards", f"{KERNELS}/fold.py",
+        "tl.where(x < 0, x * penalty, x *", "tl.where(x > 0, x * penalty, x *",
+        ("test_fold.py::test_kernels_equal_torch",),
+    ),
+    Mutation(
+        "decay grows infinities", f"{KERNELS}/fold.py",
+        'tl.where(found & (tl.abs(x) < float("inf")), x + growth', "tl.where(found, x + growth",
+        ("test_fold.py::test_growth_leaves_what_is_not_finite",),
+    ),
+    Mutation(
+        "no rounding between maps", f"{KERNELS}/fold.py",
+        "        x = x.to(dtype).to(tl.float32)\n    return x", "    return x",
+        ("test_fold.py::test_each_map_rounds_as_a_kernel_of_its_own",),
+    ),
+    Mutation(
+        "row offsets of 32 bits", f"{KERNELS}/fold.py",
+        "row = (program // row_blocks).to(tl.int64)", "row = program // row_blocks",
+        ("test_fold.py::test_rows_far_apart",),
+    ),
+    Mutation(
+        "the prompt counts as generated", f"{KERNELS}/token_sets.py",
+        "start = tl.maximum(prompt_length, 0)", "start = 0",
+        ("test_fold.py::test_kernels_equal_torch",),
+    ),
+    Mutation(
+        "an n-gram needs one token more", f"{KERNELS}/token_sets.py",
+        "if seen >= SIZE - 1:", "if seen >= SIZE:",
+        ("test_fold.py::test_a_history_as_long_as_the_prefix_of_an_ngram",),
+    ),
+    Mutation(
+        "the phase of a gate ignored", f"{KERNELS}/token_sets.py",
+        "((index - tl.load(here + 4)) % tl.load(here + 3) == 0)", "(index % tl.load(here + 3) == 0)",
+        ("test_fold.py::test_kernels_equal_torch",),
+    ),
+    Mutation(
+        "a history read beyond its position", f"{KERNELS}/token_sets.py",
+        "seen = tl.minimum(length, L)", "seen = tl.maximum(length, L)",
+        ("test_fold.py::test_positions_on_the_device_differ_by_row",),
+    ),
+    Mutation(
+        "an n-gram's prefix off by one (torch)", f"{KERNELS}/token_places.py",
+        "prefix = input_ids[:, length - size + 1 : length]",
+        "prefix = input_ids[:, max(0, length - size) : length - 1]",
+        ("test_fold.py::test_a_history_as_long_as_the_prefix_of_an_ngram",),
+    ),
+    Mutation(
+        "two temperatures folded into one", f"{PACKAGE}/fold_launch.py",
+        "            at = self._divisor(stage.divisor)\n",
+        "            if self.ops and self.ops[-1].kind == ops.SCALE.value:\n"
+        "                self.numbers[self.ops[-1].a] *= stage.divisor\n"
+        "                return\n"
+        "            at = self._divisor(stage.divisor)\n",
+        ("test_fold.py::test_two_divisions_round_twice",),
+    ),
+    Mutation(
+        "a chain made for another batch", f"{PACKAGE}/fold_launch.py",
+        "and (last[2] == B or not self._by_row):", "and last[2]:",
+        ("test_fold.py::test_a_batch_of_another_size_has_its_own_texts",),
+    ),
+    # -- laws --
+    Mutation(
+        "allowed rows fused across what brings scores back", f"{PACKAGE}/plan.py",
+        "return not (parted and isinstance(stage, AllowFrom)", "return not (False and isinstance(stage, AllowFrom)",
+        ("test_fold.py::test_allowed_rows_on_both_sides_of_what_brings_scores_back",),
+    ),
+    Mutation(
+        "gradients lost in a plan", f"{PACKAGE}/plan.py",
+        "scores.ndim != 2 or scores.requires_grad or", "scores.ndim != 2 or",
+        ("test_fold.py::test_other_shapes_and_gradients_go_to_transformers",),
+    ),
+    Mutation(
+        "a ban moved before a map that lifts it", f"{PACKAGE}/stages.py",
+        "return 0 < factor < math.inf", "return factor < math.inf",
+        ("test_fold.py::test_bans_are_one_set_wherever_they_may_be",),
+    ),
+    Mutation(
+        "a ban moved before a cleaning", f"{PACKAGE}/stages.py",
+        'kind = "clean"\n\n    @property\n    def keeps_bans(self) -> bool:\n        return False',
+        'kind = "clean"\n\n    @property\n    def keeps_bans(self) -> bool:\n        return True',
+        ("test_fold.py::test_bans_are_one_set_wherever_they_may_be",),
+    ),
+    Mutation(
+        "the step forgets the newest token", f"{PACKAGE}/position.py",
+        "return self.cache_position + 1 - self.prompt_length", "return self.cache_position - self.prompt_length",
+        ("test_position.py",),
+    ),
+    Mutation(
+        "a prompt one token too long", f"{PACKAGE}/position.py",
+        "column >= prompt_length.reshape(-1, 1), -1", "column > prompt_length.reshape(-1, 1), -1",
+        ("test_vocabulary.py", "test_extras.py::test_zoo_a_row_alone_and_rows_at_steps_of_their_own"),
+    ),
+    Mutation(
+        "a step that writes its input", f"{PACKAGE}/step.py",
+        "if not in_place or processed is scores:", "if processed is scores:",
+        ("test_plan.py",),
+    ),
+    # -- truncations --
+    Mutation(
+        "a tie at the cut lost", f"{KERNELS}/settle.py",
+        "((key == edge) & (rank >= cut))", "((key == edge) & (rank > cut))",
+        ("test_select.py::test_small_vocabularies", "test_select.py::test_keeps_what_the_oracle_keeps"),
+    ),
+    Mutation(
+        "a search that stops at either goal", f"{KERNELS}/settle.py",
+        "reached = (c >= goal) & (a >= amount_goal)", "reached = (c >= goal) | (a >= amount_goal)",
+        ("test_select.py::test_small_vocabularies", "test_select.py::test_keeps_what_the_oracle_keeps"),
+    ),
+    Mutation(
+        "a bound never verified", f"{KERNELS}/settle.py",
+        "return alive, (failed == 0) & (open_below == 0)", "return alive, failed == 0",
+        ("test_select.py::test_a_sample_that_misleads",),
+    ),
+    Mutation(
+        "what was taken for kept never doubted", f"{KERNELS}/settle.py",
+        "wrong = RANKED & (few[4] > 0) & (few[4] >= goal) & (few[5] >= mass_goal)", "wrong = wrong & RANKED",
+        ("test_select.py::test_a_sample_that_misleads",),
+    ),
+    Mutation(
+        "a draw takes the highest of equals", f"{KERNELS}/settle.py",
+        "return best, tl.min(tl.where(key == best, token, 0x7FFFFFFF))",
+        "return best, tl.max(tl.where(key == best, token, -1))",
+        ("test_select.py::test_rows_without_a_distribution_have_a_token",),
+    ),
+    Mutation(
+        "candidates at the bound dropped", f"{KERNELS}/sweep.py",
+        "((test < least) == 0)", "(test > least)",
+        ("test_select.py::test_rows_without_a_distribution",),
+    ),
+    Mutation(
+        "the high half of a position ignored", f"{KERNELS}/selection.py",
+        "low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)",
+        "low, high = position.to(tl.uint32), (position * 0).to(tl.uint32)",
+        ("test_select.py::test_tokens_are_the_reference_draw",),
+    ),
+    Mutation(
+        "top-k taken for off below V", f"{KERNELS}/selection.py",
+        "active = (value >= 1) & (value < V)", "active = (value >= 1) & (value < V - 1)",
+        ("test_select.py::test_small_vocabularies", "test_select.py::test_values_by_row"),
+    ),
+    Mutation(
+        "the next rule sees no fill value", f"{KERNELS}/truncate.py",
+        "and rules[together].filter_value == _MINUS_INFINITY:", ":",
+        ("test_truncation.py::test_a_chain_is_the_warpers_one_by_one",),
+    ),
+    Mutation(
+        "a nucleus one token short", f"{KERNELS}/truncate.py",
+        "drop = _spare((p.cumsum(1) - p >= value).flip(1), rule)",
+        "drop = _spare((p.cumsum(1) >= value).flip(1), rule)",
+        ("test_truncation.py::test_a_nucleus_holds_its_mass_and_no_token_too_many",),
+    ),
+    Mutation(
+        "the fused normalisation forgotten", f"{PACKAGE}/truncate_launch.py",
+        "normalise=self._after is not None", "normalise=False",
+        ("test_select.py::test_steps_that_share_a_pass_are_the_steps_one_by_one",),
+    ),
+    # -- draws and reports --
+    Mutation(
+        "a Philox constant", f"{KERNELS}/draw.py",
+        "_WEYL = (0x9E3779B9,", "_WEYL = (0x9E3779B1,",
+        ("test_sampling.py::test_philox_gives_the_published_answers",),
+    ),
+    Mutation(
+        "a rank that leaves out its equals", f"{KERNELS}/report.py",
+        "tl.where(inside & (x >= own), 1, 0)", "tl.where(inside & (x > own), 1, 0)",
+        ("test_report.py::test_hard_rows", "test_report.py::test_tokens_that_tie_come_by_their_ids"),
+    ),
+    Mutation(
+        "a tournament without its losers", f"{KERNELS}/synthid.py",
+        "p *= 1 + g - mass\n", "p *= 1 + g\n",
+        ("test_special.py::TestSynthIDKernel::test_is_the_reference",),
+    ),
+    Mutation(
+        "temperature after the truncations", f"{PACKAGE}/sampling.py",
+        "return self._truncated(plain if temperature is None else plain / temperature), None",
+        "return self._truncated(plain) / (temperature or 1.0), None",
+        ("test_sampling.py",),
+    ),
+    Mutation(
+        "a finite fill value never drawn", f"{PACKAGE}/sampling.py",
+        "and all(rule.filter_value == -math.inf for rule in rules)", "and rules",
+        ("test_select.py::test_a_fill_value_that_can_be_drawn",),
+    ),
+    Mutation(
+        "a tied token kept by its last ids", f"{KERNELS}/keep.py",
+        "        rank = -token\n", "        rank = token\n",
+        ("test_serving.py::test_ties_of_the_lowest_ids_in_place",),
+    ),
+    # -- serving --
+    Mutation(
+        "a removed request acts on", f"{PACKAGE}/serving.py",
+        "        self._flags[slot].zero_()\n", "",
+        ("test_serving.py::test_a_slot_holds_nothing_of_the_request_before",),
+    ),
+    Mutation(
+        "allowed tokens lift the bans", f"{PACKAGE}/serving.py",
+        "mask if kept is None else mask | kept", "mask if kept is None else mask & kept",
+        ("test_serving.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
+    ),
+    Mutation(
+        "the shortest repetition goes free", f"{PACKAGE}/serving.py",
+        "if n >= least else 0.0", "if n > least else 0.0",
+        ("test_serving.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
+    ),
+    Mutation(
+        "draft tokens unseen", f"{KERNELS}/slot_sets.py",
+        "    seen = stored + local\n", "    seen = stored\n",
+        ("test_serving.py::test_draft_rows_see_the_history_and_their_own_prefix",),
+    ),
+    Mutation(
+        "draft tokens one row too early (torch)", f"{KERNELS}/slots.py",
+        "rows.draft_ids[row - local + 1 : row + 1]", "rows.draft_ids[row - local : row]",
+        ("test_serving.py::test_draft_rows_see_the_history_and_their_own_prefix",),
+    ),
+    Mutation(
+        "a stale tally", f"{KERNELS}/slot_sets.py",
+        "tl.store(tallies_ptr + here, 0, mask=place < total)", "tl.store(tallies_ptr + here, 0, mask=place < 0)",
+        ("test_serving.py::test_a_step_repeated_until_the_places_of_its_edits_come_round",),
+    ),
+    Mutation(
+        "a token written behind a full history", f"{KERNELS}/slot_sets.py",
+        "mask=(slot >= 0) & (place < L))", "mask=(slot >= 0) & (place <= L))",
+        ("test_serving.py::test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request",),
+    ),
+    Mutation(
+        "a first window one step too long (torch)", f"{KERNELS}/slots.py",
+        "if step < record.number(FIRST_WINDOW):", "if step <= record.number(FIRST_WINDOW):",
+        ("test_serving.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
+    ),
+    # -- inside generate --
+    Mutation(
+        "an end forced one token late", f"{PACKAGE}/continuous.py",
+        'When("length", start=-1, stop=0)', 'When("length", start=0, stop=1)',
+        ("test_continuous_batching.py::test_each_request_is_processed_as_itself",),
+    ),
+    Mutation(
+        "a stale history of a batch", f"{PACKAGE}/continuous.py",
+        "(state, row, state.position_offset) for row", "(state, row, state.position_offset + 1) for row",
+        ("test_continuous_batching.py::test_prompts_in_several_pieces_and_shared_prefixes",),
+    ),
+    Mutation(
+        "a candidate's own prefix ignored", f"{PACKAGE}/acceleration.py",
+        "step(tokens[:, : seen + i], rows[i : i + 1], run)", "step(tokens[:, :seen], rows[i : i + 1], run)",
+        ("test_accelerate.py::test_candidates_with_processors_that_need_each_position",),
+    ),
+    Mutation(
+        "every step of a run draws alike", f"{PACKAGE}/decoding.py",
+        "positions = self._starts + (input_ids.shape[1] - self._start)", "positions = self._starts + 0",
+        ("test_decode.py::test_each_step_draws_anew",),
+    ),
+    Mutation(
+        "the sequences of a prompt draw alike", f"{PACKAGE}/decoding.py",
+        "row % (B // count) * _PART", "row % (B // count)",
+        ("test_decode.py::test_sequences_of_a_request_share_no_noise",),
+    ),
+]  # fmt: skip
+
+
+# A failure that hypothesis has found says enough; to look for the smallest one takes minutes.
+_NO_SHRINKING = """
+from hypothesis import Phase
+
+settings.register_profile("no shrinking", derandomize=True, phases=[Phase.explicit, Phase.generate])
+settings.load_profile("no shrinking")
+"""
+
+
+def copy_tree(folder: Path) -> None:
+    """What the tests need of the repository."""
+    for name in _COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy2(source, folder / name)
+    with (folder / "tests" / "conftest.py").open("a") as conftest:
+        conftest.write(_NO_SHRINKING)
+
+
+def mutated(mutation: Mutation, text: str) -> str:
+    """The text of the file, wrong.
+
+    Raises:
+        ValueError: the text to replace does not stand there exactly once.
+    """
+    found = text.count(mutation.old)
+    if found != 1:
+        raise ValueError(f"{mutation.name}: {mutation.file} holds {found} times, not once: {mutation.old!r}")
+    return text.replace(mutation.old, mutation.new)
+
+
+def run_tests(folder: Path, tests: Sequence[str], limit_s: float | None = _LIMIT_S) -> tuple[int, str]:
+    """The status and the output of pytest in a copy; a run that takes too long has failed.
+
+    Bytecode is not written: a file that changes back within a second, at its old size, would be taken for the same.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (folder, folder / "kernels"))),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{test}" for test in tests),
+    ]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=limit_s
+        )
+    except subprocess.TimeoutExpired:
+        return _FAILED, f"more than {limit_s} s"
+    return done.returncode, done.stdout + done.stderr
+
+
+def verdict(status: int, output: str) -> str:
+    """Whether a mutation was caught, by the status of its tests.
+
+    Raises:
+        RuntimeError: the tests did not run, which says nothing.
+    """
+    if status == 0:
+        return "survived"
+    if status == _FAILED or status < 0:
+        return "caught"
+    raise RuntimeError(f"pytest ended with status {status}:\n{output[-3000:]}")
+
+
+def run(mutations: Sequence[Mutation], console: Console) -> Iterator[dict[str, object]]:
+    """Try mutations one by one; a row for each, as soon as it is known."""
+    with (
+        tempfile.TemporaryDirectory(prefix="fastlogits-") as made,
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        ) as progress,
+    ):
+        folder = Path(made)
+        copy_tree(folder)
+        texts = [mutated(each, (folder / each.file).read_text()) for each in mutations]
+        task = progress.add_task("unchanged", total=len(mutations))
+        status, output = run_tests(folder, list(dict.fromkeys(test for each in mutations for test in each.tests)), None)
+        if status:
+            raise RuntimeError(f"the tests fail without a mutation:\n{output[-3000:]}")
+        for mutation, text in zip(mutations, texts, strict=True):
+            progress.update(task, description=mutation.name)
+            path = folder / mutation.file
+            before = path.read_text()
+            path.write_text(text)
+            start = time.perf_counter()
+            outcome = verdict(*run_tests(folder, mutation.tests))
+            path.write_text(before)
+            yield dated(
+                {
+                    "name": mutation.name, "file": mutation.file, "tests": " ".join(mutation.tests),
+                    "outcome": outcome, "seconds": f"{time.perf_counter() - start:.1f}",
+                }
+            )  # fmt: skip
+            if outcome == "survived":
+                progress.console.print(f"survived: {mutation.name}", style="bold red")
+            progress.advance(task)
+
+
+def _table(rows: Sequence[dict[str, object]]) -> Table:
+    caught = sum(row["outcome"] == "caught" for row in rows)
+    table = Table("mutation", "file", "outcome", "s", title=f"{caught} of {len(rows)} caught", title_justify="left")
+    for row in rows:
+        style = "" if row["outcome"] == "caught" else "bold red"
+        table.add_row(*(str(row[column]) for column in ("name", "file", "outcome", "seconds")), style=style)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.campaign.mutations", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations")
+    parser.add_argument("--list", action="store_true", help="say which there are")
+    given = parser.parse_args(arguments)
+    console = Console()
+    if given.list:
+        for each in MUTATIONS:
+            console.print(f"{each.name}: {each.file}, {' '.join(each.tests)}", markup=False)
+        return 0
+    names = {each.name for each in MUTATIONS}
+    if given.only and not set(given.only) <= names:
+        parser.error(f"no such mutation: {', '.join(sorted(set(given.only) - names))}")
+    chosen = [each for each in MUTATIONS if not given.only or each.name in given.only]
+    rows = []
+    known: dict[object, Mapping[str, object]] = {row["name"]: row for row in read(CSV)}
+    for row in run(chosen, console):
+        rows.append(row)
+        # One row of each mutation, the last that was found.
+        known[row["name"]] = row
+        write(CSV, [known[each.name] for each in MUTATIONS if each.name in known])
+    console.print(_table(rows))
+    return int(any(row["outcome"] == "survived" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,486 @@
+"""Every kernel on shapes at which it might go wrong, in one process: what ``sanitizer`` runs under each of its tools.
+
+    python -m tests.campaign.sanitizer_cases --device cuda --check
+    python -m tests.campaign.sanitizer_cases --device cuda --cases fold select-3x1000
+
+With ``--check`` each allocation stands between guard zones, which nobody may write, and results are those of torch on
+the CPU. Without it, tensors have the bounds that they have anyway, so that a tool sees an access beyond them.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from fastlogits_kernels import fold, report, select, slot_sets, synthid
+from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.bitmask import launch_bitmask_, reference_bitmask_
+from fastlogits_kernels.bits import pack_bits, words
+from fastlogits_kernels.draw import reference_draw
+from fastlogits_kernels.mask_tokens import Bans, launch_mask_tokens, reference_mask_tokens
+from fastlogits_kernels.pack_ids import launch_pack_ids, reference_pack_ids
+from fastlogits_kernels.truncate import Rule, reference_truncate
+from torch.overrides import TorchFunctionMode
+
+from fastlogits import BatchProcessor, RequestParams
+from fastlogits.fold_launch import FoldLaunch
+from fastlogits.run import Run
+from fastlogits.stages import (
+    Ban,
+    Bias,
+    Clean,
+    Decay,
+    Force,
+    History,
+    Member,
+    Penalize,
+    Repeated,
+    Scale,
+    SequenceBias,
+    When,
+)
+from tests.oracle import check_truncation
+
+SHAPES = [(0, 1000), (1, 1), (3, 31), (3, 32), (257, 33), (3, 1000), (1, 151936), (3, 262144)]
+SMALL = 10_000
+"""Elements of what a slow tool can take."""
+FAR = 2**30
+"""Elements between the rows of a far case, the last of which begins beyond 2**31."""
+_HISTORY = 40
+_ZONE = 512  # bytes before and behind an allocation; a multiple of what torch aligns to
+_MARK = 0xA5
+
+
+class Guards(TorchFunctionMode):
+    """Whatever is allocated on a device stands between zones that nobody may write, and holds nothing of use."""
+
+    _EMPTY = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+    _FILLED = (torch.zeros, torch.full)
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._type = device.type
+        self._zones: list[tuple[torch.Tensor, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func not in (*self._EMPTY, *self._FILLED) or made.device.type != self._type or not made.numel():
+            return made
+        if not made.is_contiguous():
+            return made
+        size = made.numel() * made.element_size()
+        buffer = torch.full((size + 2 * _ZONE,), _MARK, dtype=torch.uint8, device=made.device)
+        inner = buffer[_ZONE : _ZONE + size].view(made.dtype).view(made.shape)
+        if func in self._FILLED:
+            inner.copy_(made)
+        self._zones.append((buffer, size))
+        return inner
+
+    def check(self) -> None:
+        """Fail where a zone has been written."""
+        for buffer, size in self._zones:
+            zones = torch.cat((buffer[:_ZONE], buffer[_ZONE + size :]))
+            assert bool((zones == _MARK).all()), f"written beside an allocation of {size} bytes"
+
+
+class Outcome(NamedTuple):
+    """What a kernel has made, and what it should have made."""
+
+    found: torch.Tensor
+    wanted: Callable[[], torch.Tensor]
+    rules: tuple[Rule, ...] | None = None
+    """Truncations, of which the edge is a matter of rounding; then ``wanted`` is what they were given."""
+    tolerance: float = 0.0
+
+    def check(self) -> None:
+        """Fail unless it is that."""
+        found, wanted = self.found.cpu(), self.wanted()
+        if self.rules is not None:
+            check_truncation(wanted, self.rules, found)
+        else:
+            tolerance = self.tolerance if found.is_floating_point() else 0
+            torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@dataclass
+class Given:
+    """The inputs of a case, the same ones each time: made on the CPU, and put where the kernels are."""
+
+    B: int
+    V: int
+    device: torch.device
+    strided: bool = False
+    far: bool = False
+    beside: list[Callable[[], bool]] = field(default_factory=list)
+    """Whether what lies beside strided scores is as it was."""
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(1000 * self.V + self.B)
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the device."""
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device).copy_(tensor)
+
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        """Random integers, int64, on the CPU."""
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def sets(self, *shape: int) -> torch.Tensor:
+        """Random packed sets of tokens, on the CPU."""
+        return pack_bits(torch.rand(*shape, self.V, generator=self.generator) < 0.3)
+
+    def values(self) -> torch.Tensor:
+        """Logits ``[B, V]``, on the CPU."""
+        values = torch.randn(self.B, self.V, generator=self.generator) * 3
+        return values.half() if self.far else values
+
+    def scores(self, values: torch.Tensor) -> torch.Tensor:
+        """Logits on the device, in the layout of the case."""
+        if self.far:
+            wide = torch.empty((self.B - 1) * FAR + self.V, dtype=values.dtype, device=self.device)
+            return wide.as_strided(values.shape, (FAR, 1)).copy_(values)
+        if not self.strided:
+            return self.put(values)
+        wide = torch.full((self.B, self.V + 24), 7.0, dtype=values.dtype, device=self.device)
+        wide[:, 9 : 9 + self.V] = values
+        self.beside.append(lambda: bool((wide[:, :9] == 7).all() & (wide[:, 9 + self.V :] == 7).all()))
+        return wide[:, 9 : 9 + self.V]
+
+
+def _bans(given: Given) -> tuple[Bans, Bans]:
+    B = given.B
+    bans = Bans(
+        sets=given.sets(2), allowed=~given.sets(B), windows=torch.tensor([2, 4], dtype=torch.int32),
+        blanks=given.sets(2), input_ids=given.integers(-1, given.V + 2, B, _HISTORY),
+        cache_position=given.integers(10, _HISTORY, B), prompt_length=given.integers(9, 12, B),
+    )  # fmt: skip
+    return bans, Bans(*(given.put(each) if isinstance(each, torch.Tensor) else each for each in bans))
+
+
+def mask_tokens(given: Given) -> list[Outcome]:
+    """Gates and allowed rows, to another tensor and in place."""
+    values, (bans, put) = given.values(), _bans(given)
+    scores = given.scores(values)
+    out = torch.empty(values.shape, dtype=values.dtype, device=given.device)
+    launch_mask_tokens(scores, out, put)
+    launch_mask_tokens(scores, scores, put)
+    return [Outcome(found, lambda: reference_mask_tokens(values, None, bans)) for found in (out, scores)]
+
+
+def mask_listed_tokens(given: Given) -> list[Outcome]:
+    """A few tokens in place."""
+    values, tokens = given.values(), torch.arange(0, given.V, 3)
+    scores = given.scores(values)
+    launch_mask_tokens(scores, scores, Bans(tokens=given.put(tokens)))
+    return [Outcome(scores, lambda: reference_mask_tokens(values, None, Bans(tokens=tokens)))]
+
+
+def pack_ids(given: Given) -> list[Outcome]:
+    """Ids within the vocabulary and outside it."""
+    ids = given.integers(-3, given.V + 5, given.B, 600)
+    bits = torch.zeros((given.B, words(given.V)), dtype=torch.int32, device=given.device)
+    launch_pack_ids(given.put(ids), bits, given.V)
+    return [Outcome(bits, lambda: reference_pack_ids(ids, given.V))]
+
+
+def bitmask(given: Given) -> list[Outcome]:
+    """Rows by index, some of which don't exist; a mask that ends before the vocabulary."""
+    B, values = given.B, given.values()
+    mask = given.sets(B)[:, : max(1, words(given.V) - 1)].contiguous()
+    rows, mask_rows = torch.arange(B + 2).flip(0) - 1, torch.arange(B + 2) - 1
+    scores, wanted = given.scores(values), values.clone()
+    launch_bitmask_(scores, given.put(mask), given.V, given.put(rows), given.put(mask_rows))
+
+    def reference() -> torch.Tensor:
+        reference_bitmask_(wanted, mask, given.V, rows, mask_rows)
+        return wanted
+
+    return [Outcome(scores, reference)]
+
+
+def _stages(V: int) -> list[Any]:
+    few = tuple(range(0, V, max(1, V // 7)))
+    sequences = (((0,), 0.5), ((1 % V, 2 % V), -1.0), ((V - 1, 0, V - 1), 2.0))
+    return [
+        Penalize(History(), 2.0), Ban(few, When("step", stop=3)), Ban(Repeated(2)), Scale(0.5), SequenceBias(sequences),
+        Bias(History("generated", 1), 0.5, 0.25), Decay(few, 5, 2.0), Force(few[:1], When("step", 10**6)), Clean(),
+    ]  # fmt: skip
+
+
+def folded(given: Given) -> list[Outcome]:
+    """A map of every kind, and the search for their tokens."""
+    values, ids = given.values(), given.integers(0, min(given.V, 5), given.B, _HISTORY)
+    launch = FoldLaunch([Member("stage", stage) for stage in _stages(given.V)])
+    lengths = given.integers(0, 30, given.B)
+    found = launch(given.put(ids), given.scores(values), Run(given.put(lengths), _HISTORY - 1))
+
+    def reference() -> torch.Tensor:
+        with _Forced(False):
+            return FoldLaunch(launch.members)(ids, values, Run(lengths, _HISTORY - 1))
+
+    return [Outcome(found, reference)]
+
+
+def _select(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
+    values = given.values()
+    selection = select.Selection(rules, given.V, given.device)
+    return [Outcome(select.select(given.scores(values), selection), lambda: values, rules)]
+
+
+def _drawn(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
+    values, seeds = given.values(), given.integers(-(2**62), 2**62, given.B)
+    temperature = torch.full((given.B,), 0.7)
+    temperature[::2] = 0.0
+    selection = select.Selection(rules, given.V, given.device)
+    positions = seeds + 1
+    put = [given.put(each) for each in (seeds, positions, temperature)]
+    tokens, found = report.select_and_report(given.scores(values), selection, put[0], put[1], min(5, given.V), put[2])
+
+    def reference() -> torch.Tensor:
+        greedy = temperature == 0
+        divided = values / torch.where(greedy, 1.0, temperature).unsqueeze(1)
+        return reference_draw(reference_truncate(divided, rules), seeds, positions, greedy)
+
+    # Rounding at the edge may leave another token in, which changes the report a little and hardly ever the draw.
+    return [Outcome(tokens, reference), Outcome(found.ranks > 0, lambda: torch.ones(given.B, dtype=torch.bool))]
+
+
+_KEPT = (Rule("top_k", 20), Rule("top_p", 0.9))
+_RULES = {
+    "": _KEPT,
+    "_nucleus": (Rule("top_p", 0.5), Rule("min_p", 0.001)),
+    "_typical": (Rule("typical", 0.9),),
+    "_eta": (Rule("eta", 0.002), Rule("epsilon", 1e-4)),
+    "_sigma": (Rule("top_n_sigma", 1.0),),
+    "_h": (Rule("top_h", 0.5),),
+    "_lowest": (Rule("top_k", 3, ties="lowest"),),
+}
+
+
+def reported(given: Given) -> list[Outcome]:
+    """Log-probabilities, ranks and the likeliest tokens."""
+    values, count = given.values(), min(5, given.V)
+    tokens, counts = given.integers(-1, given.V + 1, given.B), given.integers(-1, count + 1, given.B).int()
+    found = report.launch_report(given.scores(values), given.put(tokens), count, given.put(counts))
+    return [
+        Outcome(each, lambda i=i: report.reference_report(values, tokens, count, counts)[i], tolerance=1e-4)
+        for i, each in enumerate(found)
+    ]  # fmt: skip
+
+
+def _requests(V: int) -> list[RequestParams]:
+    some = list(range(0, V, max(1, V // 9)))
+    penalties = {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2, "presence_scope": "all"}
+    asked = [
+        {**penalties, "dry_multiplier": 1.0, "dry_breakers": some[:1], "temperature": 0.7, "logprobs": 2},
+        {"logit_bias": dict.fromkeys(some, 0.5), "no_repeat_ngram_size": 2, "bad_words": [[1, 0], some], "top_k": 5},
+        {"allowed_token_ids": some, "bitmask": True, "min_tokens": 99, "stop_token_ids": some[:1], "temperature": 0},
+        {"first_tokens_suppressed": range(V // 2), "first_window": 99, "top_p": 0.9, "min_p": 0.01, "logprobs": 0},
+        {"forced_tokens": [0, 1], **penalties},
+    ]
+    return [RequestParams(**each, seed=seed) for seed, each in enumerate(asked, -2)]
+
+
+def _batch(given: Given, device: torch.device) -> BatchProcessor:
+    batch = BatchProcessor(
+        6, given.V, device, max_length=_HISTORY, max_rows=max(1, given.B), max_listed=256, max_logprobs=2
+    )
+    generator = torch.Generator().manual_seed(given.V)
+    for slot, params in enumerate(_requests(given.V)):
+        ids = torch.randint(0, min(given.V, 6), (_HISTORY,), generator=generator).tolist()
+        batch.add(params, ids[: 5 * slot], ids[5 * slot : 25 + slot], slot=slot)
+    return batch
+
+
+def served(given: Given) -> list[Outcome]:
+    """A step of requests that ask for everything, with draft tokens: processed in place and not, and drawn."""
+    B, values = given.B, given.values()
+    # Two rows of a request, as far as these go; the last slot has none, as a GPU may be told.
+    slots, local = torch.tensor([0, 3, 1, 4, 2, -1])[torch.arange(B) // 2 % 6], torch.arange(B) % 2
+    drafts, mask = given.integers(0, min(given.V, 6), B), given.sets(B)
+    named = {"bitmask": mask, "draft_ids": drafts, "local_position": local}
+    alone = _batch(given, torch.device("cpu"))
+    batch = _batch(given, given.device)
+    scores = given.scores(values)
+    put, put_named = given.put(slots), {name: given.put(each) for name, each in named.items()}
+    processed = batch.apply(scores, put, **put_named)
+    sample = batch.sample(scores, put, **put_named, logprobs="processed")
+    batch.apply_(scores, put, **put_named)
+
+    def reference() -> torch.Tensor:
+        with _Forced(False):
+            return alone.apply(values, slots, **named)
+
+    def tokens() -> torch.Tensor:
+        with _Forced(False):
+            return alone.sample(values, slots, **named).tokens
+
+    return [
+        Outcome(processed, reference, tolerance=1e-4), Outcome(scores, reference, tolerance=1e-4),
+        Outcome(sample.tokens, tokens),
+    ]  # fmt: skip
+
+
+def histories(given: Given) -> list[Outcome]:
+    """Appended tokens, more than there is room for, and slots that change places."""
+    slots = given.integers(-1, 6, max(1, given.B))
+    tokens = given.integers(-1, min(given.V, 6), len(slots))
+    batches = [_batch(given, device) for device in (given.device, torch.device("cpu"))]
+    batch, alone = batches
+
+    def change(of: BatchProcessor, put: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        slot_sets.append_tokens(of._slots, put(slots), put(tokens))
+        of.swap(0, 3)
+        of.move(4, 5)
+        return of._table
+
+    def reference() -> torch.Tensor:
+        with _Forced(False):
+            return change(alone, lambda tensor: tensor)
+
+    return [Outcome(change(batch, given.put), reference)]
+
+
+def tournament(given: Given) -> list[Outcome]:
+    """SynthID's depths."""
+    values, N, D = given.values(), 64, 7
+    table = given.integers(0, 2, N).to(torch.uint8)
+    arguments = (table, given.integers(-(2**62), 2**62, given.B, D), given.integers(0, 2, given.B, 1).bool())
+    found = synthid.launch_synthid(given.scores(values), *map(given.put, arguments), 0x5DEECE66D)
+    wanted = lambda: synthid.reference_synthid(values, *arguments, 0x5DEECE66D)  # noqa: E731
+    return [Outcome(found, wanted, tolerance=1e-3)]
+
+
+class Operation(NamedTuple):
+    """Some launches, and which shapes they take."""
+
+    run: Callable[[Given], list[Outcome]]
+    least_vocab: int = 1
+
+
+OPERATIONS: dict[str, Operation] = {
+    "mask_tokens": Operation(mask_tokens),
+    "mask_listed_tokens": Operation(mask_listed_tokens),
+    "pack_ids": Operation(pack_ids),
+    "bitmask": Operation(bitmask),
+    "fold": Operation(folded),
+    **{
+        f"{name}{kind}": Operation(lambda given, make=make, rules=rules: make(given, rules), 2)
+        for name, make in (("select", _select), ("draw", _drawn))
+        for kind, rules in _RULES.items()
+    },
+    "report": Operation(reported, 2),
+    "slots": Operation(served, 10),
+    "histories": Operation(histories, 10),
+    "synthid": Operation(tournament, 2),
+}
+_FAR_OPERATIONS = ("mask_tokens", "bitmask", "fold", "select")
+
+
+class Case(NamedTuple):
+    """One operation on one shape."""
+
+    name: str
+    operation: str
+    B: int
+    V: int
+    strided: bool = False
+    far: bool = False
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a tool that takes a thousand times as long can have it."""
+        return self.B * self.V <= SMALL and not self.far
+
+
+CASES = [
+    Case(f"{name}-{B}x{V}", name, B, V, strided=number % 2 == 1)
+    for name, operation in OPERATIONS.items()
+    for number, (B, V) in enumerate(SHAPES)
+    if operation.least_vocab <= V
+] + [Case(f"{name}-far", name, 3, 1000, far=True) for name in _FAR_OPERATIONS]
+
+
+class _Forced:
+    """Whether tensors on the CPU go to the kernels too."""
+
+    def __init__(self, kernels: bool) -> None:
+        self._kernels, self._modules = kernels, (fold, select, slot_sets)
+
+    def __enter__(self) -> None:
+        self._before = [module.FORCE_KERNEL for module in self._modules]
+        for module in self._modules:
+            module.FORCE_KERNEL = self._kernels
+
+    def __exit__(self, *error: object) -> None:
+        for module, before in zip(self._modules, self._before, strict=True):
+            module.FORCE_KERNEL = before
+
+
+def run_case(case: Case, device: torch.device, check: bool) -> None:
+    """Launch the kernels of a case.
+
+    Args:
+        case: the case.
+        device: a GPU; or the CPU, where Triton interprets.
+        check: whether allocations are guarded, and results compared.
+
+    Raises:
+        AssertionError: a result is wrong, or something beside it was written.
+    """
+    assert HAS_TRITON, "needs Triton"
+    guards = Guards(device)
+    with _Forced(True):
+        if not check:
+            OPERATIONS[case.operation].run(Given(case.B, case.V, device, case.strided, case.far))
+        else:
+            given = Given(case.B, case.V, device, case.strided, case.far)
+            with guards:
+                outcomes = OPERATIONS[case.operation].run(given)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    if check:
+        guards.check()
+        assert all(unchanged() for unchanged in given.beside), "written beside strided scores"
+        for outcome in outcomes:
+            outcome.check()
+
+
+def chosen(names: Sequence[str] | None) -> list[Case]:
+    """Cases by their names, or all of some operations; without names, all that are not far."""
+    if names is None:
+        return [case for case in CASES if not case.far]
+    unknown = set(names) - {case.name for case in CASES} - set(OPERATIONS)
+    if unknown:
+        raise ValueError(f"no such cases: {', '.join(sorted(unknown))}")
+    return [case for case in CASES if case.name in names or (case.operation in names and not case.far)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status. A line is printed for each case: "done" or "left out", and its name."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--cases", nargs="+", metavar="NAME")
+    parser.add_argument("--check", action="store_true", help="guard allocations, and compare results with torch")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many no other case begins")
+    given = parser.parse_args(arguments)
+    start, failed = time.perf_counter(), False
+    for case in chosen(given.cases):
+        if time.perf_counter() - start > given.seconds:
+            print(f"left out {case.name}", flush=True)
+            continue
+        try:
+            run_case(case, torch.device(given.device), given.check)
+        except AssertionError as error:
+            failed = True
+            print(f"failed {case.name}: {' '.join(str(error).split())[:300]}", flush=True)
+            continue
+        print(f"done {case.name}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
