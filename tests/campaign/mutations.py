@@ -312,7 +312,10 @@ MUTATIONS = [
     Mutation(
         "allowed tokens lift the bans", f"{PACKAGE}/serving.py",
         "mask if kept is None else mask | kept", "mask if kept is None else mask & kept",
-        ("test_serving.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
+        (
+            "test_serving.py::test_a_request_gets_what_the_processors_of_its_parameters_give"
+            "[torch-allowed and many banned]",
+        ),
     ),
     Mutation(
         "the shortest repetition goes free", f"{PACKAGE}/serving.py",
@@ -351,9 +354,11 @@ MUTATIONS = [
         ("test_continuous_batching.py::test_each_request_is_processed_as_itself",),
     ),
     Mutation(
-        "a stale history of a batch", f"{PACKAGE}/continuous.py",
-        "(state, row, state.position_offset) for row", "(state, row, state.position_offset + 1) for row",
-        ("test_continuous_batching.py::test_prompts_in_several_pieces_and_shared_prefixes",),
+        "a token of the history never sent",
+        f"{PACKAGE}/continuous.py",
+        "lacking.append((row, count, state.position_offset - 1, state))",
+        "lacking.append((row, count, state.position_offset - 2, state))",
+        ("test_continuous_batching.py::test_each_request_is_processed_as_itself",),
     ),
     Mutation(
         "a candidate's own prefix ignored", f"{PACKAGE}/acceleration.py",
