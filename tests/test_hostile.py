@@ -99,9 +99,16 @@ def test_ids_outside_the_vocabulary_are_told_apart_in_sequences(path, device):
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 def test_sequences_where_nothing_is_generated_yet(path, device):
     ids, scores = torch.zeros(2, 0, dtype=torch.int64, device=device), random_scores(2, V).to(device)
-    bias = {(1, 2): 1.0, (3,): 2.0}
-    expected = reference.SequenceBiasLogitsProcessor(bias)(ids, scores)
-    processors = fl.LogitsProcessorList([fl.SequenceBiasLogitsProcessor(bias)])
+    source = random_ids(1, 9, V).to(device)
+    expected, processors = (
+        [
+            module.SequenceBiasLogitsProcessor({(1, 2): 1.0, (3,): 2.0}),
+            module.EncoderNoRepeatNGramLogitsProcessor(2, source),
+            module.NoRepeatNGramLogitsProcessor(2),
+        ]
+        for module in (reference, fl)
+    )
+    expected, processors = one_by_one(expected, ids, scores), fl.LogitsProcessorList(processors)
     for cache_position in (None, -1, torch.tensor(-1, device=device), torch.tensor([-1, -1], device=device)):
         assert torch.equal(processors(ids, scores, prompt_length=0, cache_position=cache_position), expected)
 

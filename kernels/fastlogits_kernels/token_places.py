@@ -235,6 +235,8 @@ def _find_repeated(
         prefix = input_ids[:, length - size + 1 : length]
         source = source[:, :length] if text is None else source
         inside = None
+    elif input_ids.shape[1] < size - 1:
+        return None
     else:
         length = length.clamp(max=L).expand(B, 1)
         at = length - size + 1 + torch.arange(size - 1, device=length.device)
