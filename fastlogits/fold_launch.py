@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fastlogits_kernels import fold as ops
 from fastlogits_kernels import token_sets as tasks
-from fastlogits_kernels._triton import to_device
+from fastlogits_kernels._triton import table_on
 from fastlogits_kernels.bits import pack_bits
 from fastlogits_kernels.fold import NOWHERE, Chain, Op, fold
 from fastlogits_kernels.pack_ids import pack_ids
@@ -266,8 +266,8 @@ class _Builder:
             sources=sources,
             starts=self._put(self._starts),
             gates=self._put([torch.tensor(gate, dtype=torch.int32) for gate in gates]),
-            table=to_device(torch.tensor(self._table, dtype=torch.int32), device) if self._table else None,
-            numbers=to_device(torch.tensor(self._table_numbers, dtype=torch.float64), device),
+            table=table_on(torch.tensor(self._table, dtype=torch.int32), device) if self._table else None,
+            numbers=table_on(torch.tensor(self._table_numbers, dtype=torch.float64), device),
         )
         texts = Texts(
             [mask.ids(device) for mask in self._masks],
@@ -279,7 +279,7 @@ class _Builder:
         return Chain(self.ops, search, self.numbers, self.divisors, self._put(self._biases))
 
     def _put(self, tensors: list[torch.Tensor]) -> torch.Tensor | None:
-        return to_device(torch.stack(tensors), self.device) if tensors else None
+        return table_on(torch.stack(tensors), self.device) if tensors else None
 
     def _set(self) -> int:
         self.sets += 1

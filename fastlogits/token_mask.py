@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
-from fastlogits_kernels._triton import to_device
+from fastlogits_kernels._triton import table_on
 from fastlogits_kernels.bits import pack_bits, unpack_bits, words
 
 from fastlogits.token_text import kept_with, token_texts
@@ -300,7 +300,7 @@ def checked_ids(argument: str, ids: Iterable[int] | torch.Tensor) -> tuple[int, 
 @lru_cache(maxsize=256)
 def ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
     """Token ids int64 ``[N]`` on a device, kept there. Don't write to it."""
-    return to_device(torch.tensor(ids), device)
+    return table_on(torch.tensor(ids), device)
 
 
 def checked_set(argument: str, tokens: TokenMask | Iterable[int] | torch.Tensor) -> TokenSet:

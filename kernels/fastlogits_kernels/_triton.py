@@ -29,7 +29,7 @@ except ImportError:  # macOS, Windows, or a CPU-only environment: every operatio
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "Launcher", "empty_out", "row_stride", "tl", "to_device", "triton"]
+__all__ = ["HAS_TRITON", "Launcher", "empty_out", "row_stride", "tl", "table_on", "to_device", "triton"]
 
 # Relaunching relies on how Triton itself launches a compiled kernel; before 3.4 that was another way.
 _RELAUNCHES = HAS_TRITON and tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 4)
@@ -84,6 +84,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def table_on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on the device for all calls to come; one on another stream may be next, so the copy is waited for."""
+    table = to_device(tensor, device)
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).record_event().synchronize()
+    return table
 
 
 def row_stride(index: torch.Tensor | None) -> int:

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, tl, to_device, triton
+from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, tl, table_on, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.token_places import find_places, find_row_value
 from fastlogits_kernels.token_sets import (
@@ -228,7 +228,7 @@ class Chain:
             values = [*self.numbers, 0.0]
             for i in self.divisors:
                 values[i + 1] = 1.0 / values[i] if values[i] else float("inf")
-            self._numbers = to_device(torch.tensor(values, dtype=torch.float32), device)
+            self._numbers = table_on(torch.tensor(values, dtype=torch.float32), device)
         return self._numbers
 
     def is_idle(self, found: StaticSets) -> bool:

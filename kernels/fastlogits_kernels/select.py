@@ -32,7 +32,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, row_stride, to_device, triton
+from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, row_stride, table_on, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.fold import NOWHERE, Chain, chain_of, find_sets, set_strides
 from fastlogits_kernels.selection import ALIVE_AT, FEW_SLOTS, MANY_SLOTS, PART_WORDS, SUM_WORDS, SUMS_AT, TILE_W
@@ -181,7 +181,7 @@ class Selection:
         self.layout = _Layout.of(V)
         # Where no rule keeps more than can be put by, none has to be taken for kept.
         self.bracketed = not normalise and not (counted and min(counted) <= 0.6 * self.layout.slots)
-        self.form = _forms.setdefault((self.rules, self.fill, self.first, normalise, self.bracketed), len(_forms))
+        self.form = _forms.setdefault((self.rules, self.fill, self.first, normalise, self.bracketed), next(_handles))
         self.handle = next(_handles)
         _selections[self.handle] = self
 
@@ -189,7 +189,7 @@ class Selection:
 # Never dropped: captured graphs go on reading them.
 @cache
 def _numbers_on(device: torch.device, *numbers: float) -> torch.Tensor:
-    return to_device(torch.tensor([*numbers, 0.0], dtype=torch.float64), device)
+    return table_on(torch.tensor([*numbers, 0.0], dtype=torch.float64), device)
 
 
 def _is_idle(rule: Rule, V: int) -> bool:
