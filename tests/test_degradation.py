@@ -268,6 +268,7 @@ def test_another_word_in_the_environment():
 
 
 def test_a_transformers_that_no_test_has_seen():
-    done = python("import transformers; transformers.__version__ = '6.1.0'\n" + CALL, FASTLOGITS_BACKEND="torch")
+    code = "import transformers; transformers.__version__ = '6.1.0'\nimport fastlogits as fl; fl.LogitsProcessorList()"
+    done = python(code)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("transformers 6.1.0 is newer than what fastlogits is tested with") == 1
