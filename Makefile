@@ -21,6 +21,7 @@ test: $(VENV)/ready
 
 test-matrix: test $(OLD_VENV)/ready
 	$(subst $(VENV),$(OLD_VENV),$(PYTEST)) $(ARGS)
+	$(RUN) -m benchmarks.matrix
 
 test-engines: $(ENGINES_VENV)/ready
 	PYTHONPATH=.:kernels $(ENGINES_VENV)/bin/python -m pytest tests/engines $(ARGS)
@@ -71,4 +72,4 @@ $(ENGINES_VENV)/ready: constraints-engines.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD_VENV) $(ENGINES_VENV) build *.egg-info
+	rm -rf $(VENV) $(OLD_VENV) $(ENGINES_VENV) .venv-matrix build *.egg-info

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.catalogue import catalogue
 from benchmarks.inputs import MANY_IDS
+from benchmarks.matrix import markdown
 from benchmarks.results import Record, newest, read_folder, slug
 from benchmarks.tables import METRICS
 from benchmarks.workloads import COPY, FAST, FAST_, FAST_COPIED_, LOOP, OURS, THEIRS, WORKLOADS, YARDSTICKS
@@ -243,6 +244,7 @@ REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "cpu-all": _table("cpu_us", _CPU_SIZES, _ALL),
     "processors": lambda records: catalogue(),
     "slots": _slots,
+    "matrix": lambda records: markdown(),
     "cpu-classes": _table(
         "cpu_us", _CPU_SIZES, tuple(name for name, workload in WORKLOADS.items() if not workload.main)
     ),

@@ -379,6 +379,7 @@ class _Sample(_Part):
         return _sampled(scores, temperature, rules)
 
 
+@select.OPERATION.falls_back
 def _sampled(scores: torch.Tensor, temperature: torch.Tensor | None, rules: Sequence[Rule]) -> torch.Tensor:
     """Scores divided by a temperature of each row, and what rules keep of them; on a GPU as they are read."""
     if rules and select.takes_scores(scores) and select.takes_rules(rules) and not torch.compiler.is_compiling():

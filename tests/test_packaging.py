@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -78,19 +80,48 @@ def test_public_names():
         assert re.search(rf"from fastlogits\.{re.escape(home)} import (\(\s*)?{name} as {name}", stub), name
 
 
-def test_wheel_holds_both_packages_and_their_types(tmp_path):
-    source = tmp_path / "source"
+SMOKE = """
+import sys
+sys.path.extend(sys.argv[1].split(","))
+import socket
+def refuse(*arguments, **options):
+    raise OSError("no network here")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+import fastlogits, fastlogits_kernels
+for module in (fastlogits, fastlogits_kernels):
+    assert module.__file__.startswith(sys.prefix), module.__file__
+for name in fastlogits.__all__:
+    getattr(fastlogits, name)
+import torch
+processors = fastlogits.LogitsProcessorList([fastlogits.TemperatureLogitsWarper(0.5), fastlogits.TopKLogitsWarper(1)])
+print(processors(torch.tensor([[1]]), torch.tensor([[1.0, 2.0]])).tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The wheel and the sdist, built from a copy of what the repository holds."""
+    folder = tmp_path_factory.mktemp("distributions")
+    source = folder / "source"
     for part in ("fastlogits", "kernels"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("pyproject.toml", "README.md"):
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, source / part)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
-    built = subprocess.run(build, capture_output=True, text=True, check=False)
-    if built.returncode and "No matching distribution" in built.stderr:
-        pytest.skip("no package index for the build backend")
+    # The backend in an environment of its own, as an installer calls it: here it is asked for both.
+    venv.create(folder / "backend", with_pip=True)
+    run = [str(folder / "backend" / "bin" / "python"), "-m", "pip", "install", "--quiet", "setuptools>=77"]
+    installed = subprocess.run(run, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"no package index for the build backend: {installed.stderr.strip()[-200:]}")
+    build = "import setuptools.build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
+    built = subprocess.run([run[0], "-c", build], cwd=source, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("fastlogits-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    (wheel,), (sdist,) = folder.glob("fastlogits-*.whl"), folder.glob("fastlogits-*.tar.gz")
+    return {"wheel": wheel, "sdist": sdist, "backend": folder / "backend"}
+
+
+def test_wheel_holds_both_packages_their_types_and_the_licence(distributions):
+    names = set(zipfile.ZipFile(distributions["wheel"]).namelist())
     assert {
         "fastlogits/__init__.py",
         "fastlogits/py.typed",
@@ -98,15 +129,23 @@ def test_wheel_holds_both_packages_and_their_types(tmp_path):
         "fastlogits_kernels/mask_tokens.py",
         "fastlogits_kernels/py.typed",
     } <= names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
+    with tarfile.open(distributions["sdist"]) as sdist:
+        assert any(name.count("/") == 1 and name.endswith("/LICENSE") for name in sdist.getnames())
 
 
-def test_without_triton_the_torch_path_serves():
-    code = """
-import sys
-sys.modules["triton"] = None
-import torch, fastlogits as fl
-run = fl.SuppressFirstTokens([1]).for_run(2)
-print(run(torch.zeros(1, 2).long(), torch.zeros(1, 3)).tolist(), sys.modules["triton"])
-"""
-    assert python(code) == "[[0.0, -inf, 0.0]] None"
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_installed_alone_it_runs_and_asks_no_network(distributions, tmp_path, kind):
+    python = distributions["backend"] / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall"]
+    installed = subprocess.run([*install, str(distributions[kind])], capture_output=True, text=True, check=False)
+    assert installed.returncode == 0, installed.stderr
+    # torch and transformers are those of the tests, behind what was installed: the checkout is not on the path.
+    there = ",".join(path for path in sys.path if path.endswith("site-packages"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(python), "-c", SMOKE, there], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[[-inf, 4.0]]"

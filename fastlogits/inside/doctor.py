@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
-from fastlogits_kernels._triton import HAS_TRITON, triton
+from fastlogits_kernels._backend import absence, lost_on, unsupported
+from fastlogits_kernels._triton import triton
 
 import fastlogits as fl
 from fastlogits.inside.checking import check
@@ -43,14 +44,17 @@ def findings(device: torch.device) -> Iterator[Finding]:
             problem = f"{type(error).__name__}: {error}"
         took = f"{time.perf_counter() - start:.1f} s"
         yield Finding(f"self-test: {subject}", f"right, {took}" if problem is None else problem, problem is None)
+    for name, reason in lost_on(device).items():  # which the tests have found
+        yield Finding(f"kernels of {name}", f"torch instead: {reason}", False)
 
 
 def path(device: torch.device) -> str:
     """Which code a call with scores on the device runs, and why."""
     if device.type != "cuda":
         return f"torch: the kernels are for CUDA, and scores on {device.type} take the torch code that they are held to"
-    if not HAS_TRITON:
-        return "torch: Triton is not installed, so that each stage is some operations of torch; pip install triton"
+    reason = absence() or unsupported(device)
+    if reason is not None:
+        return f"torch, so that each stage is some operations of torch: {reason}"
     interpreted = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
     if interpreted:
         return "Triton's interpreter, a thousand times slower than a GPU: TRITON_INTERPRET is set, unset it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import count
@@ -10,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
@@ -26,6 +28,23 @@ if TYPE_CHECKING:
 
 __all__ = ["LogitsProcessor", "LogitsProcessorList", "StagedProcessor"]
 
+
+_UNKNOWN = 6
+"""The first version of transformers that no test has seen, as pyproject.toml has it."""
+
+
+def _check_version(version: str) -> None:
+    """Warn of a transformers that is newer than what the processors are held to: its own may do something else."""
+    if int(version.partition(".")[0]) >= _UNKNOWN:
+        warnings.warn(
+            f"transformers {version} is newer than what fastlogits is tested with (below {_UNKNOWN}): results may "
+            "differ from it. `python -m fastlogits doctor` compares some; pip install 'transformers<6' is sure",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_check_version(transformers.__version__)
 
 _changes = count()
 

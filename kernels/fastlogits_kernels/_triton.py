@@ -6,12 +6,24 @@ from typing import Any
 
 import torch
 
+from fastlogits_kernels import _backend
+from fastlogits_kernels._backend import BACKEND, SWITCH_OFF, CompileError, KernelError
+
 try:
+    if BACKEND == "torch":
+        raise ImportError("FASTLOGITS_BACKEND is torch")
     import triton
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # macOS, Windows, or a CPU-only environment: every operation takes its torch path
+except Exception as error:  # not installed (macOS, Windows, a CPU alone), or broken, as without its own libraries
+    if BACKEND == "triton":
+        raise ImportError(f"FASTLOGITS_BACKEND is triton, but Triton can't be imported: {error}") from error
+    _backend.do_without(
+        str(error)
+        if BACKEND == "torch"
+        else f"Triton can't be imported ({type(error).__name__}: {error}); pip install triton, or {SWITCH_OFF}"
+    )
 
     class _Absent:
         """Stands in for the two modules while kernels are being defined; none is ever launched."""
@@ -29,7 +41,7 @@ except ImportError:  # macOS, Windows, or a CPU-only environment: every operatio
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "Launcher", "empty_out", "row_stride", "tl", "table_on", "to_device", "triton"]
+__all__ = ["HAS_TRITON", "Launcher", "empty_out", "row_stride", "table_on", "tl", "to_device", "triton"]
 
 # Relaunching relies on how Triton itself launches a compiled kernel; before 3.4 that was another way.
 _RELAUNCHES = HAS_TRITON and tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 4)
@@ -62,15 +74,46 @@ class Launcher:
             return
         compiled = self.compiled.get(key)
         if compiled is None:
-            compiled = self.kernel[programs,](*args, **self._options)
-            if _RELAUNCHES and compiled is not None:  # the interpreter returns nothing
-                self.compiled[key] = compiled
-        elif _has_hooks():
-            compiled[programs, 1, 1](*args)
-        else:
-            stream = triton.runtime.driver.active.get_current_stream(device.index)
-            # No hooks, so no metadata for them.
-            compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+            self._compile(device, programs, args)
+        try:
+            if compiled is None:
+                compiled = self.kernel[programs,](*args, **self._options)
+                if _RELAUNCHES and compiled is not None:  # the interpreter returns nothing
+                    self.compiled[key] = compiled
+            elif _has_hooks():
+                compiled[programs, 1, 1](*args)
+            else:
+                stream = triton.runtime.driver.active.get_current_stream(device.index)
+                run = compiled.run
+                # No hooks, so no metadata for them.
+                run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+        except Exception as error:
+            raise KernelError(f"{self._failed('launched', error)}; {SWITCH_OFF}") from error
+
+    def _compile(self, device: torch.device, programs: int, args: tuple[Any, ...]) -> None:
+        """Compile and load the kernel, apart from its launch: where that fails, nothing has been written.
+
+        Raises:
+            CompileError: it can't be had on the device.
+        """
+        reason = _backend.unsupported(device)
+        if reason is not None:
+            raise CompileError(device, reason)
+        warmup = getattr(self.kernel, "warmup", None)
+        if warmup is None:  # the interpreter before Triton 3.9: nothing is compiled
+            return
+        try:
+            compiled = warmup(*args, grid=(programs,), **self._options)
+            # Loaded when asked for, which fails where it takes more shared memory than there is.
+            getattr(compiled, "run", None)
+        except Exception as error:
+            raise CompileError(
+                device, f"{self._failed('compiled', error)}; mend what it says (a C compiler?), or {SWITCH_OFF}"
+            ) from error
+
+    def _failed(self, what: str, error: Exception) -> str:
+        name = getattr(self.kernel, "__name__", type(self.kernel).__name__)
+        return f"the kernel {name} can't be {what} ({type(error).__name__}: {str(error).strip()[-500:]})"
 
 
 def _has_hooks() -> bool:

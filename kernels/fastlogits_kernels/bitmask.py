@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import torch
 
+from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, tl, triton
+from fastlogits_kernels._triton import Launcher, tl, triton
 from fastlogits_kernels.bits import unpack_bits, words
 from fastlogits_kernels.mask_tokens import IN_PLACE_BLOCK_W, ban_words
 
@@ -108,6 +109,10 @@ def _entries(logits: torch.Tensor, rows: torch.Tensor | None, mask_rows: torch.T
     return logits.shape[0] if index is None else index.shape[0]
 
 
+_OPERATION = Operation("apply_bitmask_")
+
+
+@_OPERATION.falls_back
 def _in_place(
     logits: torch.Tensor,
     bitmask: torch.Tensor,
@@ -115,7 +120,7 @@ def _in_place(
     rows: torch.Tensor | None = None,
     mask_rows: torch.Tensor | None = None,
 ) -> None:
-    apply = launch_bitmask_ if logits.is_cuda and HAS_TRITON else reference_bitmask_
+    apply = launch_bitmask_ if _OPERATION.takes(logits) else reference_bitmask_
     apply(logits, bitmask, vocab_size, rows, mask_rows)
 
 

@@ -16,8 +16,9 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, tl, table_on, triton
+from fastlogits_kernels._triton import Launcher, empty_out, table_on, tl, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.token_places import find_places, find_row_value
 from fastlogits_kernels.token_sets import (
@@ -397,6 +398,10 @@ def reference_fold(
     return x
 
 
+_OPERATION = Operation("fold")
+
+
+@_OPERATION.falls_back
 def _fold(
     scores: torch.Tensor,
     out: torch.Tensor | None,
@@ -405,7 +410,7 @@ def _fold(
     position: Position,
     allowed: torch.Tensor | None,
 ) -> torch.Tensor:
-    if (FORCE_KERNEL or (scores.is_cuda and HAS_TRITON)) and scores.dtype in _MAX:
+    if _OPERATION.takes(scores, FORCE_KERNEL) and scores.dtype in _MAX:
         return run_kernels(scores, out, chain, input_ids, position, allowed)
     return reference_fold(scores, out, chain, input_ids, position, allowed)
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, row_stride, tl, triton
+from fastlogits_kernels._triton import Launcher, empty_out, row_stride, tl, triton
 from fastlogits_kernels.bits import unpack_bits, words
 from fastlogits_kernels.columns import fill_columns
 
@@ -270,16 +271,21 @@ def reference_mask_tokens(scores: torch.Tensor, out: torch.Tensor | None, bans: 
     return torch.where(banned, float("-inf"), scores) if out is None else out.masked_fill_(banned, float("-inf"))
 
 
+_OPERATION = Operation("mask_tokens")
+
+
+@_OPERATION.falls_back
 def _copying(scores: torch.Tensor, bans: Bans) -> torch.Tensor:
-    if not (scores.is_cuda and HAS_TRITON):
+    if not _OPERATION.takes(scores):
         return reference_mask_tokens(scores, None, bans)
     out = empty_out(scores)
     launch_mask_tokens(scores, out, bans)
     return out
 
 
+@_OPERATION.falls_back
 def _in_place(scores: torch.Tensor, bans: Bans) -> None:
-    if scores.is_cuda and HAS_TRITON:
+    if _OPERATION.takes(scores):
         launch_mask_tokens(scores, scores, bans)
     else:
         reference_mask_tokens(scores, scores, bans)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, tl, triton
+from fastlogits_kernels._triton import Launcher, tl, triton
 from fastlogits_kernels.bits import pack_bits, words
 
 _BLOCK_L = 256
@@ -64,8 +65,12 @@ def reference_pack_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return pack_bits(rows[:, :-1])
 
 
+_OPERATION = Operation("pack_ids")
+
+
+@_OPERATION.falls_back
 def _pack_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    if not (ids.is_cuda and HAS_TRITON):
+    if not _OPERATION.takes(ids):
         return reference_pack_ids(ids, vocab_size)
     bits = torch.zeros(ids.shape[0], words(vocab_size), dtype=torch.int32, device=ids.device)
     launch_pack_ids(ids, bits, vocab_size)

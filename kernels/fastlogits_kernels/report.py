@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 
 from fastlogits_kernels import select
+from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, row_stride, tl, triton
+from fastlogits_kernels._triton import Launcher, row_stride, tl, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.fold import NOWHERE, Chain, find_sets, set_strides
 from fastlogits_kernels.select import Selection, launch_select
@@ -240,9 +241,12 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 _NO_CHAIN = Chain()
 
 
+_OPERATION = Operation("report")
+
+
 def takes(logits: torch.Tensor, count: int) -> bool:
     """Whether the kernels report on these logits."""
-    return (select.FORCE_KERNEL or (logits.is_cuda and HAS_TRITON)) and logits.dtype in _MAX and count <= MOST
+    return _OPERATION.takes(logits, select.FORCE_KERNEL) and logits.dtype in _MAX and count <= MOST
 
 
 def launch_report(
@@ -318,6 +322,7 @@ def launch_report(
     return report
 
 
+@_OPERATION.falls_back
 def select_and_report(
     logits: torch.Tensor,
     selection: Selection,
@@ -346,6 +351,10 @@ def select_and_report(
         allowed: see there.
         counts: see ``launch_report``.
     """
+    if not (takes(logits, count) and select.takes_scores(logits)):
+        processed = select.reference_select(logits.float(), selection, chain, input_ids, position, allowed, temperature)
+        tokens = select.reference_tokens(processed, seeds, positions, temperature)
+        return tokens, report(processed, tokens, count, counts)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if not logits.numel():
         return tokens, launch_report(logits, tokens, count, counts)
@@ -415,6 +424,7 @@ def reference_report(
     )
 
 
+@_OPERATION.falls_back
 def _report(logits: torch.Tensor, tokens: torch.Tensor, count: int, counts: torch.Tensor | None = None) -> Report:
     if takes(logits, count):
         return launch_report(logits, tokens, count, counts)

@@ -31,15 +31,17 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, empty_out, row_stride, table_on, triton
+from fastlogits_kernels._triton import Launcher, empty_out, row_stride, table_on, triton
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.fold import NOWHERE, Chain, chain_of, find_sets, set_strides
+from fastlogits_kernels.draw import draw
+from fastlogits_kernels.fold import NOWHERE, Chain, chain_of, find_sets, reference_fold, set_strides
 from fastlogits_kernels.selection import ALIVE_AT, FEW_SLOTS, MANY_SLOTS, PART_WORDS, SUM_WORDS, SUMS_AT, TILE_W
 from fastlogits_kernels.settle import settle_kernel
 from fastlogits_kernels.sweep import bound_kernel, sums_kernel, sweep_kernel
 from fastlogits_kernels.token_sets import Position, TokenSets
-from fastlogits_kernels.truncate import Rule
+from fastlogits_kernels.truncate import Rule, truncate
 
 _KINDS = {"top_k": 0, "top_p": 1, "min_p": 2, "typical": 3, "epsilon": 4, "eta": 5, "top_h": 6, "top_n_sigma": 7}
 
@@ -77,6 +79,7 @@ def _overlaps(device: torch.device) -> bool:
     return hasattr(CUDAOptions, "launch_pdl")
 
 
+OPERATION = Operation("select")
 FORCE_KERNEL = False
 """Take the kernels for tensors on the CPU too; for tests, with Triton's interpreter."""
 
@@ -106,7 +109,7 @@ def takes_rules(rules: Sequence[Rule]) -> bool:
 def takes_scores(scores: torch.Tensor) -> bool:
     """Whether the kernels take these scores."""
     return (
-        (FORCE_KERNEL or (scores.is_cuda and HAS_TRITON))
+        OPERATION.takes(scores, FORCE_KERNEL)
         and scores.ndim == 2
         and scores.shape[1] > 1
         and scores.dtype in _MAX
@@ -158,6 +161,7 @@ class Selection:
     """
 
     def __init__(self, rules: Sequence[Rule], V: int, device: torch.device, normalise: bool = False) -> None:
+        self.given = tuple(rules)
         rules = [rule for rule in rules if not _is_idle(rule, V)]
         self.rows = [rule.value for rule in rules if isinstance(rule.value, torch.Tensor)]
         numbers = [1.0 if isinstance(rule.value, torch.Tensor) else float(rule.value) for rule in rules]
@@ -315,6 +319,7 @@ def select(
     return _select(scores, selection, chain, input_ids, position, allowed)
 
 
+@OPERATION.falls_back
 def _select(
     scores: torch.Tensor,
     selection: Selection,
@@ -323,6 +328,8 @@ def _select(
     position: Position,
     allowed: torch.Tensor | None,
 ) -> torch.Tensor:
+    if not OPERATION.takes(scores, FORCE_KERNEL):
+        return reference_select(scores, selection, chain, input_ids, position, allowed)
     out = empty_out(scores)
     if scores.numel():
         found = None if chain is None else find_sets(scores, chain, input_ids, position, allowed)
@@ -350,6 +357,38 @@ register(
 )
 
 
+def reference_select(
+    scores: torch.Tensor,
+    selection: Selection,
+    chain: Chain | None,
+    input_ids: torch.Tensor | None,
+    position: Position,
+    allowed: torch.Tensor | None,
+    temperature: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in torch, one after the other; rows of another ``temperature`` than a positive finite one keep all."""
+    x = scores if chain is None else reference_fold(scores, None, chain, input_ids, position, allowed)
+    if temperature is None:
+        x = truncate(x, selection.given)
+        return x.log_softmax(-1) if selection.normalise else x
+    kept = truncate(x / torch.where(_draws(temperature), temperature, 1.0).reshape(-1, 1), selection.given)
+    return torch.where(_draws(temperature).reshape(-1, 1), kept, x)
+
+
+def reference_tokens(
+    processed: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, temperature: torch.Tensor | None
+) -> torch.Tensor:
+    """Tokens drawn from what ``reference_select`` has left."""
+    B = len(processed)
+    greedy = None if temperature is None else (~_draws(temperature)).expand(B)
+    return draw(processed, seeds.expand(B), positions.expand(B), greedy)
+
+
+def _draws(temperature: torch.Tensor) -> torch.Tensor:
+    return (temperature > 0) & (temperature < math.inf)
+
+
+@OPERATION.falls_back
 def select_tokens(
     logits: torch.Tensor,
     selection: Selection,
@@ -375,6 +414,9 @@ def select_tokens(
         position: likewise.
         allowed: likewise.
     """
+    if not OPERATION.takes(logits, FORCE_KERNEL):
+        processed = reference_select(logits.float(), selection, chain, input_ids, position, allowed, temperature)
+        return reference_tokens(processed, seeds, positions, temperature)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if logits.numel():
         found = None if chain is None else find_sets(logits, chain, input_ids, position, allowed)

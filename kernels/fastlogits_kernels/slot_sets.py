@@ -21,7 +21,8 @@ from typing import Literal
 import torch
 
 from fastlogits_kernels import fold
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, tl, triton
+from fastlogits_kernels._backend import Operation
+from fastlogits_kernels._triton import Launcher, tl, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.draw import draw
 from fastlogits_kernels.fold import Chain, Op, popcount
@@ -561,12 +562,13 @@ def launch_slot_sets(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) 
 
 # -- Steps ----------------------------------------------------------------------------------------------------------
 
+_OPERATION = Operation("slots")
 FORCE_KERNEL = False
 """Take the kernels for tensors on the CPU too; for tests, with Triton's interpreter."""
 
 
 def _takes(scores: torch.Tensor) -> bool:
-    return FORCE_KERNEL or (scores.is_cuda and HAS_TRITON)
+    return _OPERATION.takes(scores, FORCE_KERNEL)
 
 
 def _reference(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) -> tuple[torch.Tensor, Numbers]:
@@ -576,6 +578,7 @@ def _reference(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) -> tup
     return truncate(x / temperature.unsqueeze(1), step.rules(numbers)), numbers
 
 
+@_OPERATION.falls_back
 def process_rows(step: Step, scores: torch.Tensor, rows: Rows, out: torch.Tensor) -> torch.Tensor:
     """Write the processed ``scores`` ``[B, V]`` to ``out``, which may be ``scores`` itself; returns ``out``."""
     if not scores.numel():
@@ -594,6 +597,7 @@ def process_rows(step: Step, scores: torch.Tensor, rows: Rows, out: torch.Tensor
     return out
 
 
+@_OPERATION.falls_back
 def sample_rows(
     step: Step, scores: torch.Tensor, rows: Rows, logprobs: Literal["raw", "processed"] | None = None, count: int = 0
 ) -> tuple[torch.Tensor, Report | None]:
@@ -689,6 +693,7 @@ _append_launcher = Launcher(_append_kernel, num_warps=4)
 _APPEND_BLOCK = 32
 
 
+@_OPERATION.falls_back
 def append_tokens(tables: Slots, of: torch.Tensor, tokens: torch.Tensor) -> None:
     """Add each token to the history of its slot, in their order, as far as there is room: one launch."""
     if not _takes(tables.records):
@@ -730,6 +735,7 @@ _swap_launcher = Launcher(_swap_kernel, num_warps=4)
 _SWAP_BLOCK = 1024
 
 
+@_OPERATION.falls_back
 def swap_slots(table: torch.Tensor, a: int, b: int) -> None:
     """Exchange two rows of ``table``, int32 ``[S, N]``: one launch, which reads and writes both once."""
     if not _takes(table):

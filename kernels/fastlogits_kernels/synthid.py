@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import torch
 
+from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, tl, triton
+from fastlogits_kernels._triton import Launcher, tl, triton
 
 # Depths of one launch: one more halves the passes left to save and doubles the sums.
 GROUP = 3
@@ -189,12 +190,16 @@ def reference_synthid(
     return torch.where(skip, scores, probs.log_().nan_to_num_(nan=lowest, posinf=lowest, neginf=lowest))
 
 
+_OPERATION = Operation("synthid")
+
+
+@_OPERATION.falls_back
 def _synthid(
     scores: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor, skip: torch.Tensor, multiplier: int
 ) -> torch.Tensor:
     # A size of 1 is compiled as a constant, for which Triton 3.6 reads beyond it (seen on an H200).
     fits = scores.dtype == torch.float32 and scores.shape[1] > 1 and offsets.shape[1] > 0
-    if scores.is_cuda and HAS_TRITON and fits:
+    if fits and _OPERATION.takes(scores):
         return launch_synthid(scores, table, offsets, skip, multiplier)
     return reference_synthid(scores, table, offsets, skip, multiplier)
 
