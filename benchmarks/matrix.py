@@ -38,16 +38,23 @@ class Row(NamedTuple):
     torch: str
     transformers: str
     triton: str = ""
+    also: str = ""
+    """A requirement that another package has."""
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Of the packages, in their order."""
+        return self.torch, self.transformers, self.triton
 
     @property
     def name(self) -> str:
         """The folder of its environment."""
-        versions = zip(_PACKAGES, (self.torch, self.transformers, self.triton), strict=True)
+        versions = zip(_PACKAGES, self.versions, strict=True)
         return "-".join([f"py{self.python}", *(f"{name}{version}" for name, version in versions if version)])
 
 
 ROWS = (
-    Row("3.11", "2.8.0", "5.23.0", "3.4.0"),
+    Row("3.11", "2.11.0", "5.23.0", "3.6.0", "numpy<2.3"),  # the interpreter of this Triton takes no newer one
     Row("3.11", "2.13.0", "4.57.6", "3.9.0"),
     Row("3.11", "2.13.0", "5.0.0", "3.9.0"),
     Row("3.10", "2.13.0", "5.20.2"),  # the last transformers for Python 3.10
@@ -68,9 +75,11 @@ def environment(row: Row) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     interpreter = os.environ.get(f"PYTHON{row.python.replace('.', '')}", f"python{row.python}")
     subprocess.run([interpreter, "-m", "venv", str(folder)], check=True)
-    versions = zip(_PACKAGES, row[1:], strict=True)
+    versions = zip(_PACKAGES, row.versions, strict=True)
     wanted = [f"{name}=={version}" if version else name for name, version in versions]
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted, *_NEEDED], check=True)
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "--quiet", *wanted, *filter(None, [row.also]), *_NEEDED], check=True
+    )
     (folder / "ready").touch()
     return python
 

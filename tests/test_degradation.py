@@ -47,12 +47,12 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """A process that has lost and said nothing, with the kernels taken wherever the tensors are."""
+    """A process that has lost and said nothing, with the kernels taken on a CPU where there is no GPU."""
     monkeypatch.setattr(_backend, "_warned", False)
     for operation in OPERATIONS:
         monkeypatch.setattr(operation, "lost", {})
     for module in (fold, select, slot_sets):
-        monkeypatch.setattr(module, "FORCE_KERNEL", True)
+        monkeypatch.setattr(module, "FORCE_KERNEL", not torch.cuda.is_available())
 
 
 class Broken:

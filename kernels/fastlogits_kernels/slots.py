@@ -203,7 +203,7 @@ def reference_slots(
         of_slots: Any = [table.cpu() for table in slots]
         of_rows: Any = [None if index is None else index.cpu() for index in rows]
         x, numbers = reference_slots(scores.cpu(), Slots(*of_slots), Rows(*of_rows), semantics, draws)
-        return x.to(scores.device), numbers
+        return x.to(scores.device), Numbers(*(each.to(scores.device) for each in numbers))
     B = scores.shape[0]
     x = scores.float().clone(memory_format=torch.contiguous_format)
     numbers = Numbers.empty(B, torch.device("cpu"))

@@ -22,6 +22,7 @@ from fastlogits_kernels.bits import pack_bits, words
 from fastlogits_kernels.draw import reference_draw
 from fastlogits_kernels.mask_tokens import Bans, launch_mask_tokens, reference_mask_tokens
 from fastlogits_kernels.pack_ids import launch_pack_ids, reference_pack_ids
+from fastlogits_kernels.slots import RECORD
 from fastlogits_kernels.truncate import Rule, reference_truncate
 from torch.overrides import TorchFunctionMode
 
@@ -326,16 +327,22 @@ def served(given: Given) -> list[Outcome]:
 
 def histories(given: Given) -> list[Outcome]:
     """Appended tokens, more than there is room for, and slots that change places."""
-    slots = given.integers(-1, 6, max(1, given.B))
-    tokens = given.integers(-1, min(given.V, 6), len(slots))
+    of = given.integers(-1, 6, max(1, given.B))
+    tokens = given.integers(-1, min(given.V, 6), len(of))
     batches = [_batch(given, device) for device in (given.device, torch.device("cpu"))]
     batch, alone = batches
 
-    def change(of: BatchProcessor, put: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        slot_sets.append_tokens(of._slots, put(slots), put(tokens))
-        of.swap(0, 3)
-        of.move(4, 5)
-        return of._table
+    def known(batch: BatchProcessor) -> torch.Tensor:
+        """What slots hold; what lies between their lists and beyond their histories is anything."""
+        records, history, lengths = batch._slots.records, batch._slots.history, batch._slots.lengths
+        inside = torch.arange(history.shape[1], device=history.device) < lengths.unsqueeze(1)
+        return torch.cat((records[:, : RECORD.value], torch.where(inside, history, 0)), 1)
+
+    def change(batch: BatchProcessor, put: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        slot_sets.append_tokens(batch._slots, put(of), put(tokens))
+        batch.swap(0, 3)
+        batch.move(4, 5)
+        return known(batch)
 
     def reference() -> torch.Tensor:
         with _Forced(False):

@@ -219,15 +219,20 @@ class Soak:
         self.first: list[tuple[Request, list[int] | None]] = []
         self.steps = self.requests = self.looks = 0
 
-    def run(self, steps: int, progressed: Callable[[int], object] = lambda steps: None) -> Found:
-        """So many steps, or a few more.
+    def run(
+        self,
+        steps: int,
+        progressed: Callable[[int], object] = lambda steps: None,
+        seconds: float = float("inf"),
+    ) -> Found:
+        """So many steps, or a few more; fewer, where the seconds are over before.
 
         Raises:
             AssertionError: a request got something else than it gets alone, or memory has grown.
         """
         start, before = time.perf_counter(), None
         stretch = 0
-        while self.steps < steps:
+        while self.steps < steps and time.perf_counter() - start < seconds:
             if before is None and self.steps >= steps // 10:
                 before = _memory(self.device)
             self._change()
@@ -244,8 +249,8 @@ class Soak:
         before = before or after
         assert after[0] <= before[0] + _SLACK, f"the process has grown from {before[0]} to {after[0]} bytes"
         assert after[1] <= before[1], f"the device's memory has grown from {before[1]} to {after[1]} bytes"
-        seconds = time.perf_counter() - start
-        return Found(self.steps, self.requests, self.looks, again, seconds, before[0], after[0], before[1], after[1])
+        took = time.perf_counter() - start
+        return Found(self.steps, self.requests, self.looks, again, took, before[0], after[0], before[1], after[1])
 
     def _change(self) -> None:
         """Let requests come, go and change places."""
@@ -340,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=SIZES, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no more steps after so many")
     parser.add_argument("--seed", type=int, default=0, help="of all that is chosen at random; 0")
     given = parser.parse_args(arguments)
     console, device = Console(), torch.device(given.device)
@@ -347,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Progress(TextColumn("steps"), *columns, console=console) as progress:
         task = progress.add_task("steps", total=given.steps)
         soak = Soak(device, SIZES[given.device], given.seed)
-        found = soak.run(given.steps, lambda steps: progress.update(task, completed=steps))
+        found = soak.run(given.steps, lambda steps: progress.update(task, completed=steps), given.seconds)
     path = RESULTS / f"soak-{slug(device_name(device))}.csv"
     row = {**found._asdict(), "seconds": f"{found.seconds:.1f}"}
     size = dict(zip(("slots", "vocab", "longest"), soak.size, strict=False))
