@@ -137,13 +137,20 @@ def test_second_turn_with_a_reused_cache(llama):
         history = torch.cat([found, PROMPT[:, 1:4]], 1)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 doesn't take this itself")
 def test_second_turn_with_only_the_new_ids(llama):
-    cache = DynamicCache(config=llama.config)
-    first = generate(llama, ours(), {"input_ids": PROMPT, "past_key_values": cache})
     new = PROMPT[:, 2:6]
-    mask = torch.ones(2, cache.get_seq_length() + new.shape[1], dtype=torch.int64)
-    second = generate(llama, ours(), {"input_ids": new, "past_key_values": cache, "attention_mask": mask})
+
+    def turns(processors):
+        cache = DynamicCache(config=llama.config)
+        first = generate(llama, processors, {"input_ids": PROMPT, "past_key_values": cache})
+        mask = torch.ones(2, cache.get_seq_length() + new.shape[1], dtype=torch.int64)
+        return first, generate(llama, processors, {"input_ids": new, "past_key_values": cache, "attention_mask": mask})
+
+    try:
+        turns([])
+    except (IndexError, RuntimeError, ValueError) as error:
+        pytest.skip(f"transformers {transformers.__version__} doesn't take this itself: {error}")
+    first, second = turns(ours())
     assert not set(first[:, PROMPT.shape[1]].tolist()) & set(BANNED)
     assert not set(second[:, new.shape[1]].tolist()) & set(BANNED)
     assert set(second[:, new.shape[1] + 1 :].flatten().tolist()) & set(BANNED)
