@@ -16,7 +16,7 @@ import torch
 from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import Launcher, tl, triton
-from fastlogits_kernels.bits import unpack_bits, words
+from fastlogits_kernels.bits import ban_unset_, words
 from fastlogits_kernels.mask_tokens import IN_PLACE_BLOCK_W, ban_words
 
 # What changes with the batch must not make a new variant of the kernel.
@@ -94,13 +94,15 @@ def reference_bitmask_(
     entries = _entries(logits, rows, mask_rows)
     decided = logits[:, :vocab_size]
     if rows is None and mask_rows is None and entries <= M:
-        decided.masked_fill_(~unpack_bits(bitmask[:entries], vocab_size), float("-inf"))
+        ban_unset_(decided, bitmask[:entries])
         return
     each = torch.arange(entries, device=logits.device)
     rows, mask_rows = (each if index is None else index.long() for index in (rows, mask_rows))
     exists = ((rows >= 0) & (rows < B) & (mask_rows >= 0) & (mask_rows < M)).nonzero().flatten()
     rows, mask_rows = rows[exists], mask_rows[exists]
-    decided[rows] = decided[rows].masked_fill_(~unpack_bits(bitmask[mask_rows], vocab_size), float("-inf"))
+    chosen = decided[rows]
+    ban_unset_(chosen, bitmask[mask_rows])
+    decided[rows] = chosen
 
 
 def _entries(logits: torch.Tensor, rows: torch.Tensor | None, mask_rows: torch.Tensor | None) -> int:

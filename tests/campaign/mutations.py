@@ -95,7 +95,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the mask row is that of the logits (torch)", f"{KERNELS}/bitmask.py",
-        "~unpack_bits(bitmask[mask_rows], vocab_size)", "~unpack_bits(bitmask[rows], vocab_size)",
+        "ban_unset_(chosen, bitmask[mask_rows])", "ban_unset_(chosen, bitmask[rows])",
         ("test_bitmask.py",),
     ),
     Mutation(
