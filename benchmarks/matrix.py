@@ -7,7 +7,6 @@ asked for. A row whose tests don't end in time is written as such.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import shutil
@@ -18,6 +17,8 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.results import read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "matrix.csv"
@@ -85,7 +86,7 @@ def environment(row: Row) -> Path:
 
 
 def run(row: Row, parts: list[str], limit: float) -> dict[str, str]:
-    """Run tests in a row's environment, each file by itself, and say what came of it."""
+    """Run tests in a row's environment, and say what came of them."""
     python = environment(row)
     ask = f"from importlib.metadata import version; print(*map(version, {_PACKAGES!r}))"
     versions = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.split()
@@ -105,27 +106,16 @@ def run(row: Row, parts: list[str], limit: float) -> dict[str, str]:
     return dict(zip(_FIELDS, (row.python, *versions, " ".join(parts), outcome), strict=True))
 
 
-def read() -> list[dict[str, str]]:
-    """The rows of the results file."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write(found: dict[str, str]) -> None:
     """Put a row into the results file, in place of an older one of the same versions."""
     same = ("python", *_PACKAGES)
-    rows = [row for row in read() if any(row[key] != found[key] for key in same)] + [found]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: [row[key] for key in same]))
+    rows = [row for row in read_rows(RESULTS) if any(row[key] != found[key] for key in same)] + [found]
+    write_rows(RESULTS, sorted(rows, key=lambda row: [row[key] for key in same]))
 
 
 def markdown() -> str:
     """The results file as a table of a document."""
-    rows = read()
+    rows = read_rows(RESULTS)
     if not rows:
         return "Not run yet."
     lines = [f"| {' | '.join(_FIELDS)} |", "|---" * len(_FIELDS) + "|"]

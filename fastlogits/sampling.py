@@ -247,9 +247,7 @@ class Sampler:
         """The logits that are drawn from, after temperature and truncations, and which rows are greedy."""
         temperature = self._temperature
         if isinstance(temperature, torch.Tensor):
-            sampled = (temperature > 0) & (temperature < math.inf)
-            scores = self._truncated(plain / torch.where(sampled, temperature, 1.0).unsqueeze(1))
-            return torch.where(sampled.unsqueeze(1), scores, plain), ~sampled
+            return select.reference_distribution(plain, temperature, self._rules)
         if temperature == 0:
             return plain, torch.ones(len(plain), dtype=torch.bool, device=plain.device)
         return self._truncated(plain if temperature is None else plain / temperature), None

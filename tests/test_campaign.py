@@ -4,9 +4,9 @@ import pytest
 import torch
 from fastlogits_kernels._triton import HAS_TRITON
 
+from benchmarks.results import read_rows
 from tests.campaign import mutations, sanitizer, sanitizer_cases, soak
 from tests.campaign.mutations import Mutation
-from tests.campaign.record import read
 
 CLEAN = """========= COMPUTE-SANITIZER
 ========= ERROR SUMMARY: 0 errors
@@ -99,7 +99,7 @@ def test_a_tool_in_another_process_says_what_becomes_of_the_cases(tmp_path, monk
     given = ["--device", "cpu", "--program", str(program), "--logs", str(tmp_path), "--cases", "pack_ids-3x32"]
     assert sanitizer.main([*given, "--tools", "memcheck", "racecheck", "synccheck"]) == 1
     (written,) = tmp_path.glob("sanitizer-*.csv")
-    rows = {row["tool"]: row for row in read(written)}
+    rows = {row["tool"]: row for row in read_rows(written)}
     assert {tool: (row["done"], row["errors"], row["outcome"]) for tool, row in rows.items()} == {
         "guards": ("1", "0", "clean"),
         "memcheck": ("1", "0", "clean"),

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fastlogits_kernels import fold, token_sets
+from fastlogits_kernels import _triton, fold, token_sets
 from fastlogits_kernels.fold import Chain, Op
 from tokenizers import Tokenizer, models
 from transformers.generation import logits_process as reference
@@ -136,8 +136,7 @@ class Interrupted(dict):
 
 def test_kernels_of_different_chains_are_never_taken_for_one(monkeypatch):
     """The number that a variant of a kernel is known by is nobody else's, whoever numbers at the same time."""
-    for module in (fold, token_sets):
-        monkeypatch.setattr(module, "_forms", Interrupted())
+    monkeypatch.setattr(_triton, "_forms", Interrupted())
     chains = together(lambda i: [Chain([Op(fold.SCALE.value, -1, i, n)]) for n in range(20)])
     assert len({chain.form for each in chains for chain in each}) == len({c.flat for each in chains for c in each})
     searches = together(lambda i: [token_sets.Search([], sets=1000 * (i + 1) + n) for n in range(20)])

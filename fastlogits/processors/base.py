@@ -37,8 +37,9 @@ def _check_version(version: str) -> None:
     """Warn of a transformers that is newer than what the processors are held to: its own may do something else."""
     if int(version.partition(".")[0]) >= _UNKNOWN:
         warnings.warn(
-            f"transformers {version} is newer than what fastlogits is tested with (below {_UNKNOWN}): results may "
-            "differ from it. `python -m fastlogits doctor` compares some; pip install 'transformers<6' is sure",
+            f"transformers {version} is newer than what fastlogits is tested with (below {_UNKNOWN}): results "
+            "may differ from it. `python -m fastlogits doctor` compares some; "
+            f"pip install 'transformers<{_UNKNOWN}' is sure",
             RuntimeWarning,
             stacklevel=2,
         )

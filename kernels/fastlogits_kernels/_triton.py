@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from itertools import count
 from typing import Any
 
 import torch
@@ -41,11 +43,23 @@ except Exception as error:  # not installed (macOS, Windows, a CPU alone), or br
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "Launcher", "empty_out", "row_stride", "table_on", "tl", "to_device", "triton"]
+__all__ = ["HAS_TRITON", "Launcher", "empty_out", "form_of", "row_stride", "table_on", "tl", "to_device", "triton"]
 
 # Relaunching relies on how Triton itself launches a compiled kernel; before 3.4 that was another way.
 _RELAUNCHES = HAS_TRITON and tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 4)
 _MANY_DEVICES = torch.cuda.device_count() > 1
+
+
+_forms: dict[Hashable, int] = {}
+_numbers = count()
+
+
+def form_of(what: Hashable) -> int:
+    """A number for keys of launchers: the same for what is equal, and nobody else's.
+
+    Not how many there are so far: two threads may read that at once.
+    """
+    return _forms.setdefault(what, next(_numbers))
 
 
 class Launcher:

@@ -36,9 +36,10 @@ _WIDE_AS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat
 
 
 @cache
-def _bytes_spread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """For each byte its eight bits, from the lowest on, as integers of all ones or none: ``[256, 8]``."""
-    return -((torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)) & 1).to(dtype)
+def _bytes_spread(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, int]:
+    """As integers as wide as a dtype: for each byte its eight bits, from the lowest on, all ones or none; and -inf."""
+    bits = (torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)) & 1
+    return -bits.to(_WIDE_AS[dtype]), int(torch.tensor(float("-inf"), dtype=dtype).view(_WIDE_AS[dtype]))
 
 
 def ban_unset_(rows: torch.Tensor, bits: torch.Tensor) -> None:
@@ -47,10 +48,9 @@ def ban_unset_(rows: torch.Tensor, bits: torch.Tensor) -> None:
     Tokens beyond the last word are set too. In integers, since ``masked_fill_`` takes four times as long on a
     CPU; words are read as their bytes, the lowest first.
     """
-    integer, tokens = _WIDE_AS[rows.dtype], bits.shape[1] * WORD_BITS
+    spread, nothing = _bytes_spread(rows.dtype, rows.device)
     of_word = bits.contiguous().view(torch.uint8).flatten().int()
-    keep = _bytes_spread(integer, rows.device).index_select(0, of_word).view(len(bits), tokens)[:, : rows.shape[1]]
-    covered = rows.detach()[:, : keep.shape[1]].view(integer)
-    nothing = int(torch.tensor(float("-inf"), dtype=rows.dtype).view(integer))
+    keep = spread.index_select(0, of_word).view(len(bits), bits.shape[1] * WORD_BITS)[:, : rows.shape[1]]
+    covered = rows.detach()[:, : keep.shape[1]].view(spread.dtype)
     covered.bitwise_and_(keep).bitwise_or_(keep.bitwise_not().bitwise_and_(nothing))
     rows.detach()[:, keep.shape[1] :].fill_(float("-inf"))

@@ -18,7 +18,7 @@ import torch
 
 from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import Launcher, empty_out, table_on, tl, triton
+from fastlogits_kernels._triton import Launcher, empty_out, form_of, table_on, tl, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.token_places import find_places, find_row_value
 from fastlogits_kernels.token_sets import (
@@ -218,9 +218,8 @@ class Chain:
         self.handle = next(_handles)
         _chains[self.handle] = self
         self.flat = tuple(number for op in self.ops for number in op)
-        # Chains of one form share their compiled kernel, whatever their parameters are. A form's number is not how many
-        # there are: two threads may read that at once.
-        self.form = _forms.setdefault(self.flat, next(_handles))
+        # Chains of one form share their compiled kernel, whatever their parameters are.
+        self.form = form_of(self.flat)
         self._numbers: torch.Tensor | None = None
 
     def kernel_numbers(self, device: torch.device) -> torch.Tensor:
@@ -242,7 +241,6 @@ class Chain:
 
 _handles = count()
 _chains: WeakValueDictionary[int, Chain] = WeakValueDictionary()
-_forms: dict[object, int] = {}
 
 
 def chain_of(handle: int) -> Chain:

@@ -352,8 +352,9 @@ def select_and_report(
         counts: see ``launch_report``.
     """
     if not (takes(logits, count) and select.takes_scores(logits)):
-        processed = select.reference_select(logits.float(), selection, chain, input_ids, position, allowed, temperature)
-        tokens = select.reference_tokens(processed, seeds, positions, temperature)
+        tokens, processed = select.reference_tokens(
+            logits, selection, seeds, positions, temperature, chain, input_ids, position, allowed
+        )  # fmt: skip
         return tokens, report(processed, tokens, count, counts)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if not logits.numel():

@@ -33,7 +33,7 @@ import torch
 
 from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import Launcher, empty_out, row_stride, table_on, triton
+from fastlogits_kernels._triton import Launcher, empty_out, form_of, row_stride, table_on, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.draw import draw
 from fastlogits_kernels.fold import NOWHERE, Chain, chain_of, find_sets, reference_fold, set_strides
@@ -185,7 +185,7 @@ class Selection:
         self.layout = _Layout.of(V)
         # Where no rule keeps more than can be put by, none has to be taken for kept.
         self.bracketed = not normalise and not (counted and min(counted) <= 0.6 * self.layout.slots)
-        self.form = _forms.setdefault((self.rules, self.fill, self.first, normalise, self.bracketed), next(_handles))
+        self.form = form_of((self.rules, self.fill, self.first, normalise, self.bracketed))
         self.handle = next(_handles)
         _selections[self.handle] = self
 
@@ -206,7 +206,6 @@ def _is_idle(rule: Rule, V: int) -> bool:
     )
 
 
-_forms: dict[object, int] = {}
 _handles = count()
 _selections: WeakValueDictionary[int, Selection] = WeakValueDictionary()
 _NO_CHAIN = Chain()
@@ -364,28 +363,52 @@ def reference_select(
     input_ids: torch.Tensor | None,
     position: Position,
     allowed: torch.Tensor | None,
-    temperature: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same in torch, one after the other; rows of another ``temperature`` than a positive finite one keep all."""
-    x = scores if chain is None else reference_fold(scores, None, chain, input_ids, position, allowed)
-    if temperature is None:
-        x = truncate(x, selection.given)
-        return x.log_softmax(-1) if selection.normalise else x
-    kept = truncate(x / torch.where(_draws(temperature), temperature, 1.0).reshape(-1, 1), selection.given)
-    return torch.where(_draws(temperature).reshape(-1, 1), kept, x)
+    """The same in torch, one after the other."""
+    x = truncate(_folded(scores, chain, input_ids, position, allowed), selection.given)
+    return x.log_softmax(-1) if selection.normalise else x
 
 
 def reference_tokens(
-    processed: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, temperature: torch.Tensor | None
+    logits: torch.Tensor,
+    selection: Selection,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor | None,
+    chain: Chain | None,
+    input_ids: torch.Tensor | None,
+    position: Position,
+    allowed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens as ``select_tokens`` draws them, and the distribution that they were drawn from, float32 ``[B, V]``."""
+    x, greedy = _folded(logits.float(), chain, input_ids, position, allowed), None
+    if temperature is None:
+        x = truncate(x, selection.given)
+    else:
+        x, greedy = reference_distribution(x, temperature, selection.given)
+    return draw(x, seeds.expand(len(x)), positions.expand(len(x)), greedy), x
+
+
+def reference_distribution(
+    x: torch.Tensor, temperature: torch.Tensor, rules: Sequence[Rule]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rules leave of ``x`` ``[B, V]`` divided by temperatures, and which rows are greedy, bool ``[B]``.
+
+    Those are the rows of another temperature than a positive finite one: they stay as they are.
+    """
+    sampled = ((temperature > 0) & (temperature < math.inf)).expand(len(x))
+    heated = x / torch.where(sampled, temperature, 1.0).unsqueeze(1)
+    return torch.where(sampled.unsqueeze(1), truncate(heated, rules) if rules else heated, x), ~sampled
+
+
+def _folded(
+    scores: torch.Tensor,
+    chain: Chain | None,
+    input_ids: torch.Tensor | None,
+    position: Position,
+    allowed: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Tokens drawn from what ``reference_select`` has left."""
-    B = len(processed)
-    greedy = None if temperature is None else (~_draws(temperature)).expand(B)
-    return draw(processed, seeds.expand(B), positions.expand(B), greedy)
-
-
-def _draws(temperature: torch.Tensor) -> torch.Tensor:
-    return (temperature > 0) & (temperature < math.inf)
+    return scores if chain is None else reference_fold(scores, None, chain, input_ids, position, allowed)
 
 
 @OPERATION.falls_back
@@ -415,8 +438,10 @@ def select_tokens(
         allowed: likewise.
     """
     if not OPERATION.takes(logits, FORCE_KERNEL):
-        processed = reference_select(logits.float(), selection, chain, input_ids, position, allowed, temperature)
-        return reference_tokens(processed, seeds, positions, temperature)
+        tokens, _ = reference_tokens(
+            logits, selection, seeds, positions, temperature, chain, input_ids, position, allowed
+        )  # fmt: skip
+        return tokens
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if logits.numel():
         found = None if chain is None else find_sets(logits, chain, input_ids, position, allowed)

@@ -12,12 +12,12 @@ of one row, which it clears and then fills, so that no program waits for another
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import count, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 
-from fastlogits_kernels._triton import Launcher, row_stride, tl, triton
+from fastlogits_kernels._triton import Launcher, form_of, row_stride, tl, triton
 from fastlogits_kernels.bits import pack_bits, words
 
 # Kinds of tasks; each is followed by the meaning of ``a`` and ``b``.
@@ -416,7 +416,7 @@ class Search:
     def __post_init__(self) -> None:
         self.flat = tuple(number for task in self.tasks for number in task)
         # Searches of one form share their compiled kernel, whatever they read.
-        self.form = _forms.setdefault((self.flat, self.sets, self.row_values), next(_numbers))
+        self.form = form_of((self.flat, self.sets, self.row_values))
         self.is_static = all(
             task.kind == GATE.value or (task.kind == STATIC.value and task.b < 0) for task in self.tasks
         )
@@ -452,11 +452,6 @@ class Search:
                 bits[task.set, 0] |= masks[task.a]
                 full.add(task.set)
         return StaticSets(TokenSets(bits, None, row_values), frozenset(full), frozenset(forced))
-
-
-_forms: dict[object, int] = {}
-# Not how many there are, which two threads may read at once.
-_numbers = count()
 
 
 class TokenSets(NamedTuple):

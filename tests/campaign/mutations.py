@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.campaign.record import RESULTS, ROOT, dated, read, write
+from benchmarks.results import read_rows, write_rows
+from tests.campaign.record import RESULTS, ROOT, dated
 
 CSV = RESULTS / "mutations.csv"
 KERNELS, PACKAGE = "kernels/fastlogits_kernels", "fastlogits"
@@ -514,12 +515,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no such mutation: {', '.join(sorted(set(given.only) - names))}")
     chosen = [each for each in MUTATIONS if not given.only or each.name in given.only]
     rows = []
-    known: dict[object, Mapping[str, object]] = {row["name"]: row for row in read(CSV)}
+    known: dict[object, Mapping[str, object]] = {row["name"]: row for row in read_rows(CSV)}
     for row in run(chosen, console):
         rows.append(row)
         # One row of each mutation, the last that was found.
         known[row["name"]] = row
-        write(CSV, [known[each.name] for each in MUTATIONS if each.name in known])
+        write_rows(CSV, [known[each.name] for each in MUTATIONS if each.name in known])
     console.print(_table(rows))
     return int(any(row["outcome"] == "survived" for row in rows))
 

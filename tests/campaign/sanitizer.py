@@ -27,8 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.inputs import device_name
-from benchmarks.results import slug
-from tests.campaign.record import RESULTS, ROOT, dated, write
+from benchmarks.results import slug, write_rows
+from tests.campaign.record import RESULTS, ROOT, dated
 from tests.campaign.sanitizer_cases import CASES, Case, chosen
 
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     watched = [Process(tool, setting, cases_for(tool, cases, named), given.seconds) for tool in given.tools]
     _wait(watched, "under compute-sanitizer", console)
     rows += [row_of(each.tool, [each], setting) for each in watched]
-    write(RESULTS / f"sanitizer-{slug(device_name(device))}.csv", rows)
+    write_rows(RESULTS / f"sanitizer-{slug(device_name(device))}.csv", rows)
     console.print(_table(rows))
     console.print(f"logs: {given.logs}", markup=False)
     return int(any(row["outcome"] != "clean" for row in rows))

@@ -29,9 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.inputs import device_name
-from benchmarks.results import slug
+from benchmarks.results import read_rows, slug, write_rows
 from fastlogits import BatchProcessor, RequestParams
-from tests.campaign.record import RESULTS, dated, read, write
+from tests.campaign.record import RESULTS, dated
 from tests.test_serving import random_params
 
 _BANK = 61  # different logits and bitmasks
@@ -357,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = RESULTS / f"soak-{slug(device_name(device))}.csv"
     row = {**found._asdict(), "seconds": f"{found.seconds:.1f}"}
     size = dict(zip(("slots", "vocab", "longest"), soak.size, strict=False))
-    write(path, [*read(path), dated({"device": device_name(device), "seed": given.seed, **size, **row})])
+    write_rows(path, [*read_rows(path), dated({"device": device_name(device), "seed": given.seed, **size, **row})])
     table = Table("", "", title=f"{device_name(device)}: {found.steps} steps", title_justify="left", show_header=False)
     for name, value in row.items():
         table.add_row(
