@@ -88,9 +88,10 @@ for dtype in ("fp32", "bf16"):
     early = {"PDL": capability >= 90}
     more = ("temperature_ptr", "seeds_ptr", "positions_ptr", "tokens_ptr")
     cases[f"sums {dtype}"] = (sweep.sums_kernel, dtype, absent + more, chain | rules | fixed | early | {"SUMS": 3})
-    cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed | early, 8)
-    cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, absent + more, chain | swept | early)
-    setup = (False, False, 65504.0, 1, True, False, float("-inf"))
+    cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed | early, 16)
+    unlisted = absent + more + ("listed_ptr", "spans_ptr")
+    cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, unlisted, chain | swept | early)
+    setup = (False, False, 65504.0, 1, True, False, float("-inf"), 1024)
     settled = chain | rules | early | {"SETUP": setup, "PARTS": 128}
     cases[f"settle {dtype}"] = (settle.settle_kernel, dtype, absent + more, settled, 8)
     raw = ("temperature_ptr", "alive_ptr", "counts_ptr") + absent
@@ -104,9 +105,10 @@ for dtype in ("fp32", "bf16"):
     served = {"OPS": (*(12, 1, 2047, 2), *(0, 0, -1, -1)), "MAX": 3.4028234663852886e38}
     absent = tuple(f"r{i}" for i in range(7, 8)) + ("biases_ptr", "row_values_ptr")
     summed = {"RULES": tuple(n for i, kind in enumerate((7, 0, 1, 2, 3, 4, 5)) for n in (kind, 1, i))}
-    summed |= {"SUMS": 3, "GREEDY": True}
-    cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | early | summed)
+    summed |= {"SUMS": 3, "GREEDY": True, "NORMALISE": False, "TILES": 64}
+    cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | early | fixed | summed)
     swept |= {"MAY_BE_FREE": True, "BANDED": True}
+    cases[f"bound served {dtype}"] = (sweep.bound_kernel, dtype, absent, served | early | fixed | summed, 16)
     cases[f"sweep served {dtype}"] = (sweep.sweep_kernel, dtype, (*absent, "out_ptr"), served | swept | early)
     kept = served | {"FILL": float("-inf"), "FIRST": False, "BANDED": True, "BLOCK_W": 32}
     cases[f"keep served {dtype}"] = (keep._keep_kernel, dtype, absent, kept)

@@ -134,7 +134,7 @@ FLAT = {
     "p": (Rule("top_p", 0.5),),
     "p min": (Rule("top_p", 0.6), Rule("min_p", 0.001)),
     "k": (Rule("top_k", 3000),),
-    "k at the limit": (Rule("top_k", 450),),  # there is room for as many, not for what a sample can't tell from them
+    "k at the limit": (Rule("top_k", 950),),  # there is room for as many, not for what a sample can't tell from them
     "epsilon": (Rule("epsilon", 1e-4),),
     "eta": (Rule("eta", 2e-5),),
     "sigma": (Rule("top_n_sigma", 3.0),),

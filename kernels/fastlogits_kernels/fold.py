@@ -20,6 +20,7 @@ from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import Launcher, empty_out, form_of, table_on, tl, triton
 from fastlogits_kernels.bits import words
+from fastlogits_kernels.ptx import for_four_tokens
 from fastlogits_kernels.token_places import find_places, find_row_value
 from fastlogits_kernels.token_sets import (
     Position,
@@ -73,11 +74,12 @@ def fold_logits(
     dtype: tl.constexpr, OPS: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     """The maps of a chain, one after the other."""
+    bit = 1 << lane
     for i in tl.static_range(0, len(OPS), 4):
         if OPS[i + 1] >= 0:
             here = bits_ptr + OPS[i + 1] * stride_set + row * stride_bits_row + word
             held = tl.load(here, mask=word < W, other=0)
-            found = ((held >> lane) & 1) != 0
+            found = (held & bit) != 0
         if OPS[i] == BAN:
             x = tl.where(found, float("-inf"), x)
         if OPS[i] == SINK:
@@ -109,33 +111,30 @@ def fold_logits(
         if (OPS[i] == REPLACE) or (OPS[i] == REPLACE_PTX):
             here = bits_ptr + OPS[i + 3] * stride_set + row * stride_bits_row + word
             rank = tl.load(here, mask=word < W, other=0)
-            below = held & ((1 << lane) - 1)
             values_ptr = planes_ptr + row * stride_plane
-            x = _replaced(x, found & inside, below, rank, values_ptr, OPS[i + 2], OPS[i] == REPLACE_PTX)
+            x = _replaced(x, held, bit, rank, values_ptr, OPS[i + 2], OPS[i] == REPLACE_PTX)
         x = x.to(dtype).to(tl.float32)
     return x
 
 
-# Four tokens of a thread: most have no value of their own, and are done with one branch.
-_REPLACED = tl.constexpr("""{
+# Most threads have no token with a value of its own, and are done with one branch.
+_REPLACED, _REPLACED_OPERANDS = for_four_tokens(
+    "out x held bit rank values:l last",
+    """
     .reg .pred none, there;
-    .reg .b32 some, place;
+    .reg .b32 some, own<4>, place;
     .reg .b64 from;
-    mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;
-    or.b32 some, $8, $9; or.b32 some, some, $10; or.b32 some, some, $11;
+    mov.b32 $out#, $x#;
+    and.b32 own#, $held#, $bit#;
+    or.b32 some, own0, own1; or.b32 some, some, own2; or.b32 some, some, own3;
     setp.eq.s32 none, some, 0;
     @none bra done;
-    popc.b32 place, $12; add.u32 place, place, $16; and.b32 place, place, $24;
-    setp.ne.s32 there, $8, 0; mad.wide.u32 from, place, 4, $20; @there ld.global.b32 $0, [from];
-    popc.b32 place, $13; add.u32 place, place, $17; and.b32 place, place, $24;
-    setp.ne.s32 there, $9, 0; mad.wide.u32 from, place, 4, $20; @there ld.global.b32 $1, [from];
-    popc.b32 place, $14; add.u32 place, place, $18; and.b32 place, place, $24;
-    setp.ne.s32 there, $10, 0; mad.wide.u32 from, place, 4, $20; @there ld.global.b32 $2, [from];
-    popc.b32 place, $15; add.u32 place, place, $19; and.b32 place, place, $24;
-    setp.ne.s32 there, $11, 0; mad.wide.u32 from, place, 4, $20; @there ld.global.b32 $3, [from];
+    sub.u32 place, $bit#, 1; and.b32 place, place, $held#; popc.b32 place, place; add.u32 place, place, $rank#; \
+    and.b32 place, place, $last; mad.wide.u32 from, place, 4, $values; \
+    setp.ne.s32 there, own#, 0; @there ld.global.b32 $out#, [from];
     done:
-}""")
-_REPLACED_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r" + 16 * ",r" + 4 * ",l" + 4 * ",r")
+    """,
+)
 
 
 @triton.jit
@@ -148,18 +147,18 @@ def popcount(x):
 
 
 @triton.jit
-def _replaced(x, found, below, rank, values_ptr, LAST: tl.constexpr, PTX: tl.constexpr):
-    """The values of found tokens in place of their logits; ``below`` are the found ones of the word before each."""
+def _replaced(x, held, bit, rank, values_ptr, LAST: tl.constexpr, PTX: tl.constexpr):
+    """The values that tokens of a set have in place of their logits, by their words, bits, and the words' ranks."""
     if PTX:
         last = tl.full([], LAST, tl.int32)
         bits = tl.inline_asm_elementwise(
             _REPLACED, _REPLACED_OPERANDS,
-            [x.to(tl.int32, bitcast=True), found.to(tl.int32), below, rank, values_ptr.to(tl.int64), last],
+            [x.to(tl.int32, bitcast=True), held, bit, rank, values_ptr.to(tl.int64), last],
             dtype=tl.int32, is_pure=True, pack=4,
         )  # fmt: skip
         x = bits.to(tl.float32, bitcast=True)
     else:
-        x = tl.load(values_ptr + ((rank + popcount(below)) & LAST), mask=found, other=x)
+        x = tl.load(values_ptr + ((rank + popcount(held & (bit - 1))) & LAST), mask=(held & bit) != 0, other=x)
     return x
 
 
@@ -253,11 +252,14 @@ _SPARSE = tuple(kind.value for kind in (BAN, SINK, ADD, ADD_ROW))
 _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
+NO_SETS: tuple[None, None, None, None] = (None, None, None, None)
+
+
 def set_strides(found: TokenSets | None, W: int) -> tuple[int, int, int, int]:
     """By what the kernels step to another set, row of bits, plane and row of values: 0 where all rows share one."""
     if found is None:
         return 0, 0, 0, 0
-    bits, planes, row_values = found
+    bits, planes, row_values, _ = found
     return (
         bits.stride(0),
         0 if bits.shape[1] == 1 else W,
@@ -273,7 +275,7 @@ def launch_fold(scores: torch.Tensor, out: torch.Tensor, chain: Chain, found: To
     row_blocks = -(-W // _BLOCK_W)
     stride_row, stride_token = scores.stride()
     stride_out, stride_out_token = out.stride()
-    bits, planes, row_values = (None, None, None) if found is None else found
+    bits, planes, row_values, _ = found or NO_SETS
     key = (
         scores.device, scores.dtype, V, chain.form, scores.data_ptr() % 16, out.data_ptr() % 16,
         stride_row == 1, stride_row % 16, stride_row >> 31, stride_token,

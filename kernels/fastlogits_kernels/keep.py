@@ -14,7 +14,7 @@ import torch
 
 from fastlogits_kernels._triton import Launcher, tl, triton
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.fold import Chain, set_strides
+from fastlogits_kernels.fold import NO_SETS, Chain, set_strides
 from fastlogits_kernels.select import Selection
 from fastlogits_kernels.selection import row_logits
 from fastlogits_kernels.settle import _alive
@@ -85,7 +85,7 @@ def launch_keep(
     parts = -(-W // _BLOCK_W)
     stride_row, stride_token = scores.stride()
     stride_out, stride_out_token = out.stride()
-    bits, planes, row_values = (None, None, None) if found is None else found
+    bits, planes, row_values, _ = found or NO_SETS
     key = (
         scores.device, scores.dtype, out.dtype, V, chain.form, selection.form,
         None if temperature is None else temperature.dtype,

@@ -26,7 +26,7 @@ from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import Launcher, row_stride, tl, triton
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.fold import NOWHERE, Chain, find_sets, set_strides
+from fastlogits_kernels.fold import NO_SETS, NOWHERE, Chain, find_sets, set_strides
 from fastlogits_kernels.select import Selection, launch_select
 from fastlogits_kernels.selection import LOWEST, ONE, TILE_W, exp, key_of, number_of, row_logits, weight_of
 from fastlogits_kernels.settle import _alive
@@ -291,7 +291,7 @@ def launch_report(
     words_of_row = _TILES_AT.value + _TILE_WORDS.value * tiles + (groups if count else 0)
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=device)
     stride_row, stride_token = logits.stride()
-    bits, planes, row_values = (None, None, None) if found is None else found
+    bits, planes, row_values, _ = found or NO_SETS
     rows, first, banded = (None, False, False) if alive is None else alive
     strides = (
         0 if temperature is None or temperature.ndim == 0 else temperature.stride(0),

@@ -16,7 +16,7 @@ depends on the guess, on the batch around a row, or on the order in which tokens
 as integers of 2 ** -37 of the largest one, and the sums over a row, of which there is one for each tile, in the order
 of the tiles.
 
-Bytes moved: one read and one write of the logits (no write for a token), a read more for the sums, and at most 5 % of
+Bytes moved: one read and one write of the logits (no write for a token), a read more for the sums, and at most 8 % of
 the logits for what is put by.
 """
 
@@ -36,8 +36,17 @@ from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import Launcher, empty_out, form_of, row_stride, table_on, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.draw import draw
-from fastlogits_kernels.fold import NOWHERE, Chain, chain_of, find_sets, reference_fold, set_strides
-from fastlogits_kernels.selection import ALIVE_AT, FEW_SLOTS, MANY_SLOTS, PART_WORDS, SUM_WORDS, SUMS_AT, TILE_W
+from fastlogits_kernels.fold import NO_SETS, NOWHERE, Chain, chain_of, find_sets, reference_fold, set_strides
+from fastlogits_kernels.selection import (
+    ALIVE_AT,
+    FEW_SLOTS,
+    MANY_SLOTS,
+    PART_WORDS,
+    SOME_SLOTS,
+    SUM_WORDS,
+    SUMS_AT,
+    TILE_W,
+)
 from fastlogits_kernels.settle import settle_kernel
 from fastlogits_kernels.sweep import bound_kernel, sums_kernel, sweep_kernel
 from fastlogits_kernels.token_sets import Position, TokenSets
@@ -58,8 +67,10 @@ class _Launchers(NamedTuple):
     def of(cls, **early: bool) -> _Launchers:
         return cls(
             Launcher(sums_kernel, num_warps=4, enable_fp_fusion=False),
-            Launcher(bound_kernel, num_warps=8, enable_fp_fusion=False, **early),
-            Launcher(sweep_kernel, num_warps=4, enable_fp_fusion=False, **early),
+            # Two programs of a multiprocessor at once.
+            Launcher(bound_kernel, num_warps=16, enable_fp_fusion=False, maxnreg=64, **early),
+            # Twelve at once: more registers are for the few rows that are kept as a whole.
+            Launcher(sweep_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=40, **early),
             # Two programs of a multiprocessor at once: what spills then is the way of rows settled as a whole.
             Launcher(settle_kernel, num_warps=8, enable_fp_fusion=False, maxnreg=128, **early),
         )
@@ -140,13 +151,13 @@ class _Layout(NamedTuple):
     def of(cls, V: int) -> _Layout:
         W = words(V)
         tiles, parts = -(-W // TILE_W.value), -(-W // _BLOCK_W)
-        # With the sums, at most 5 % of what the logits of a large vocabulary take.
-        slots = min(MANY_SLOTS.value, max(FEW_SLOTS.value, V // 50 // 128 * 128))
+        # With sums and sample, at most 8 % of what the logits of a large vocabulary take.
+        slots = min(MANY_SLOTS.value, max(SOME_SLOTS.value, V // 50 // 128 * 128))
         parts_at = SUMS_AT.value + SUM_WORDS.value * tiles
         pairs_at = parts_at + PART_WORDS.value * parts
         return cls(
             W, tiles, parts, slots, max(V, _SAMPLE) // 8, min(V, _SAMPLE), parts_at, pairs_at,
-            pairs_at + 2 * slots, triton.next_power_of_2(tiles), triton.next_power_of_2(parts),
+            pairs_at + max(2 * slots, _SAMPLE), triton.next_power_of_2(tiles), triton.next_power_of_2(parts),
         )  # fmt: skip
 
 
@@ -182,10 +193,12 @@ class Selection:
         self.banded = any(rule.kind == "typical" for rule in rules)
         self.normalise = normalise
         counted = [rule.value for rule in rules if _is_number(rule) and rule.kind == "top_k"]
+        # A sample lets through some four times as many as a rule keeps, where these are few.
+        self.few = FEW_SLOTS.value if counted and min(counted) <= FEW_SLOTS.value // 6 else SOME_SLOTS.value
         self.layout = _Layout.of(V)
         # Where no rule keeps more than can be put by, none has to be taken for kept.
         self.bracketed = not normalise and not (counted and min(counted) <= 0.6 * self.layout.slots)
-        self.form = form_of((self.rules, self.fill, self.first, normalise, self.bracketed))
+        self.form = form_of((self.rules, self.fill, self.first, normalise, self.bracketed, self.few))
         self.handle = next(_handles)
         _selections[self.handle] = self
 
@@ -232,7 +245,7 @@ def launch_select(
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
     stride_row, stride_token = scores.stride()
     stride_out, stride_out_token = (0, 0) if out is None else out.stride()
-    bits, planes, row_values = (None, None, None) if found is None else found
+    bits, planes, row_values, listed = found or NO_SETS
     rows = [*(row.contiguous() for row in selection.rows), *_NO_ROWS][:_MAX_RULES]
     strides = (
         0 if temperature is None or temperature.ndim == 0 else temperature.stride(0),
@@ -259,35 +272,40 @@ def launch_select(
         launchers.sums(key, B * tiles, (
             *given, selection.values, *rows,
             work,
-            V, W, tiles,
+            V, W, tiles, runs, sampled, pairs_at,
             stride_row, stride_token, words_of_row, *strides[:5],
-            chain.flat, top, selection.rules, selection.sums, greedy, early,
+            chain.flat, top, selection.rules, selection.sums, greedy, _SAMPLE, early,
         ))  # fmt: skip
     # The first launch waits for whatever was there before.
     bound_launcher = launchers.bound if selection.sums else _launchers.bound
     bound_launcher(key, B, (
         *given, selection.values, *rows,
         work,
-        V, W, tiles, runs, sampled, sampled / V, float(0.95 * slots),
+        V, W, tiles, runs, sampled, pairs_at, sampled / V, float(0.95 * slots),
         stride_row, stride_token, words_of_row, *strides[:5],
         chain.flat, top, selection.rules, selection.sums, selection.normalise, selection.bracketed,
         greedy, _SAMPLE, _BITS, TILES, early,
     ))  # fmt: skip
-    launchers.sweep(key, B * parts, (
-        *given, seeds, positions,
+    tokens_of, spans, lists = listed or (None, None, 0)
+    launchers.sweep(key, B * (lists + parts), (
+        *given, seeds, positions, tokens_of, spans,
         out, work,
-        V, W, slots, parts, parts_at, pairs_at,
+        V, W, slots, parts, B * lists, lists, parts_at, pairs_at,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
+        0 if spans is None else spans.stride(0),
         chain.flat, top, selection.fill, selection.banded, selection.bracketed, selection.may_be_free, _BLOCK_W,
         portable, early,
     ))  # fmt: skip
-    setup = (selection.first, selection.banded, top, selection.sums, selection.bracketed, portable, selection.fill)
+    setup = (
+        selection.first, selection.banded, top, selection.sums, selection.bracketed, portable, selection.fill,
+        selection.few,
+    )  # fmt: skip
     launchers.settle(key, B, (
         *given, selection.values, *rows, seeds, positions, work,
         out, tokens,
-        V, W, tiles, slots, parts, parts_at, pairs_at,
+        V, W, slots, parts, parts_at, pairs_at,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
-        chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, TILES, PARTS, early,
+        chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, PARTS, early,
     ))  # fmt: skip
     return work[:, ALIVE_AT.value : ALIVE_AT.value + 4]
 

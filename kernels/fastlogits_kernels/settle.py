@@ -18,7 +18,6 @@ from fastlogits_kernels.selection import (
     COUNT_AT,
     EPSILON,
     ETA,
-    FEW_SLOTS,
     FREE,
     HIGH_AT,
     HIGHEST,
@@ -29,7 +28,9 @@ from fastlogits_kernels.selection import (
     MIN_P,
     ONE,
     PART_WORDS,
+    ROW_SUMS_AT,
     STEPWISE,
+    TOP_AT,
     TOP_H,
     TOP_H_TOKENS,
     TOP_K,
@@ -39,16 +40,16 @@ from fastlogits_kernels.selection import (
     UNALIGNED,
     WHOLE,
     exp,
+    heated,
     is_active,
     is_greedy,
-    is_summed,
     key_of,
     noise_of,
     number_of,
     put_by,
     row_logits,
     rule_value,
-    sums_of_row,
+    sums_asked,
     wait_for_launch,
     weight_of,
 )
@@ -699,11 +700,20 @@ def _settle_few(
 ):  # fmt: skip
     """Settle a row of so many candidates; whether they were enough."""
     x, valid, token, rank = _candidates(pairs, found, SLOTS, SETUP)
+    # They were put by as they were before the division, and a few too many of them.
+    x = heated(x, row, access)
+    least = tl.load(work + 1)
+    test = x
+    if SETUP[1]:
+        centre = tl.load(work + 3).to(tl.float32, bitcast=True)
+        test = tl.where(tl.load(work + 2) != 0, -tl.abs(x - centre), x)
+    valid = valid & ((test < number_of(least)) == 0)
+    complete = (found >= V) & (least == KEY_OF_MINUS_INFINITY)
     few = (x, valid, token, rank, taken[0], taken[1], taken[2], taken[3])
     settled = greedy
     if greedy == 0:
         alive, settled = _settle(
-            few, row, V, access, alive, values, bound, found >= V, top_key, row_sums, False, RULES, OPS, SETUP
+            few, row, V, access, alive, values, bound, complete, top_key, row_sums, False, RULES, OPS, SETUP
         )  # fmt: skip
         if SETUP[4]:
             # NaN is no candidate beside tokens that were taken for kept.
@@ -744,13 +754,13 @@ def settle_kernel(
     # outputs
     out_ptr, tokens_ptr,
     # shapes
-    V, W, tiles, slots, parts, parts_at, pairs_at,
+    V, W, slots, parts, parts_at, pairs_at,
     # strides
     stride_row, stride_token, stride_out, stride_out_token, stride_work,
     stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row, stride_seed, stride_position,
     # constants
     OPS: tl.constexpr, MAX: tl.constexpr, RULES: tl.constexpr, NORMALISE: tl.constexpr, SUMS: tl.constexpr,
-    SETUP: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    SETUP: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What the rules leave of a row, or a token of it."""
     row = tl.program_id(0).to(tl.int64)
@@ -764,7 +774,7 @@ def settle_kernel(
         if temperature_ptr is not None:
             greedy = is_greedy(temperature_ptr + row * stride_temperature)
     if SUMS >= 1:
-        summed = is_summed(row, V, values, temperature_ptr, stride_temperature, RULES, False)
+        summed = sums_asked(row, V, values, temperature_ptr, stride_temperature, RULES, False) > 0
     wait_for_launch(PDL)
     state = tl.load(work)
     # A bound of distances says nothing of keys.
@@ -773,11 +783,13 @@ def settle_kernel(
     top_key = tl.full([], LOWEST, tl.int32)
     row_sums = (tl.full([], 0.0, tl.float64), 0.0, 0.0, 0.0)
     if SUMS >= 1:
-        top, mass, below, count, squares = sums_of_row(work, tiles, SUMS, TILES)
+        top = tl.load(work + TOP_AT).to(tl.float32, bitcast=True)
+        there = (work + ROW_SUMS_AT).to(tl.pointer_type(tl.float64))
+        mass, below = tl.load(there), tl.load(there + 1)
+        row_sums = (mass, below, tl.load(there + 2), tl.load(there + 3))
         # A NaN among the logits is one in the mass, and would be the largest key.
         top_key = tl.where(mass == mass, key_of(top), tl.where(top == float("inf"), KEY_OF_INFINITY, HIGHEST))
         top_key = tl.where(summed, top_key, LOWEST)
-        row_sums = (mass, below, count, squares)
     lowest = tl.full([], LOWEST, tl.int32)
     all_alive = (lowest, lowest, tl.full([], 0.0, tl.float32), lowest)
 
@@ -813,11 +825,11 @@ def settle_kernel(
             stride_values_row,
         )  # fmt: skip
         settled = tl.full([], False, tl.int1)
-        if (of_row == 0) & (found <= FEW_SLOTS):
+        if (of_row == 0) & (found <= SETUP[7]):
             settled = _settle_few(
                 row, V, access, work, pairs, found, taken, values, bound, top_key, row_sums, greedy, all_alive, state,
                 drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
-                RULES, NORMALISE, OPS, SETUP, FEW_SLOTS,
+                RULES, NORMALISE, OPS, SETUP, SETUP[7],
             )  # fmt: skip
         elif of_row == 0:
             settled = _settle_few(

@@ -73,7 +73,7 @@ from fastlogits_kernels.slots import (
     reference_slots,
     reference_swap,
 )
-from fastlogits_kernels.token_sets import TokenSets
+from fastlogits_kernels.token_sets import Listed, TokenSets
 from fastlogits_kernels.truncate import Rule, RuleKind, Ties, truncate
 
 # Sets of a row.
@@ -100,10 +100,10 @@ _BREAKER_PLANE = tl.constexpr(BREAKER_PLANE)
 
 _UNALIGNED = ["scores_ptr", "slots_ptr", "cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr", "records_ptr"]
 _UNALIGNED += ["masks_ptr", "history_ptr", "lengths_ptr", "prompts_ptr", "bits_ptr", "cursors_ptr", "tallies_ptr"]
-_UNALIGNED += ["values_ptr", "floats_ptr", "top_k_ptr", "counts_ptr", "longs_ptr"]
+_UNALIGNED += ["values_ptr", "listed_ptr", "spans_ptr", "floats_ptr", "top_k_ptr", "counts_ptr", "longs_ptr"]
 _STEPWISE = ["W", "S", "L", "M", "splits", "stride_row", "stride_slot", "stride_cache", "stride_local", "stride_draft"]
 _STEPWISE += ["stride_bitmask", "stride_record", "stride_history", "stride_length", "stride_prompt", "stride_set"]
-_STEPWISE += ["stride_numbers"]
+_STEPWISE += ["stride_span", "stride_numbers"]
 _APPEND_UNALIGNED = ["slots_ptr", "tokens_ptr", "records_ptr", "history_ptr", "lengths_ptr"]
 _APPEND_STEPWISE = ["N", "S", "L", "stride_slot", "stride_token", "stride_record", "stride_history", "stride_length"]
 
@@ -223,7 +223,7 @@ def _tally_repetitions(
 
 @triton.jit
 def _edit(
-    tallies_ptr, values_ptr, place, mine, scores_ptr, token, stride_token, numbers, dry_ptr, dry_count,
+    tallies_ptr, values_ptr, listed_ptr, place, mine, scores_ptr, token, stride_token, numbers, dry_ptr, dry_count,
     BIAS_LAST: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     """Work out the logits of edited tokens, each once, however often it is named."""
@@ -249,6 +249,7 @@ def _edit(
     if not DRAWS:
         x = x.to(scores_ptr.dtype.element_ty).to(tl.float32)
     tl.store(values_ptr + place, x, mask=mine)
+    tl.store(listed_ptr + place, token, mask=mine)
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
@@ -257,12 +258,12 @@ def _slot_sets_kernel(
     scores_ptr, slots_ptr, cache_position_ptr, local_ptr, drafts_ptr, bitmask_ptr,
     records_ptr, masks_ptr, history_ptr, lengths_ptr, prompts_ptr,
     # outputs
-    bits_ptr, cursors_ptr, tallies_ptr, values_ptr, floats_ptr, top_k_ptr, counts_ptr, longs_ptr,
+    bits_ptr, cursors_ptr, tallies_ptr, values_ptr, listed_ptr, spans_ptr, floats_ptr, top_k_ptr, counts_ptr, longs_ptr,
     # shapes
     V, W, S, L, M, splits,
     # strides
     stride_row, stride_token, stride_slot, stride_cache, stride_local, stride_draft, stride_bitmask,
-    stride_record, stride_history, stride_length, stride_prompt, stride_set, stride_numbers,
+    stride_record, stride_history, stride_length, stride_prompt, stride_set, stride_span, stride_numbers,
     # constants
     DRAWS: tl.constexpr, BIAS_LAST: tl.constexpr, WORDS_IN_OUTPUT: tl.constexpr, ROOM: tl.constexpr,
     BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
@@ -277,6 +278,7 @@ def _slot_sets_kernel(
     sets_ptr = bits_ptr + row * W
     tallies_ptr += row * ROOM
     values_ptr += row * ROOM
+    listed_ptr += row * ROOM
 
     # The slot; a row of none is one of a request that asks for nothing.
     slot = tl.load(slots_ptr + row * stride_slot).to(tl.int64)
@@ -384,6 +386,9 @@ def _slot_sets_kernel(
         word = start + tl.arange(0, BLOCK)
         total += tl.sum(popcount(tl.load(edited_ptr + word, mask=word < last, other=0)))
     base = tl.atomic_add(cursors_ptr + row, total, sem="relaxed")
+    tl.store(spans_ptr + row * stride_span + 2 * split, base)
+    tl.store(spans_ptr + row * stride_span + 2 * split + 1, total)
+    tl.store(listed_ptr + (base & (ROOM - 1)), forced, mask=is_forced & (total > 0))
     before = base
     for start in range(first, last_edited, BLOCK):
         word = start + tl.arange(0, BLOCK)
@@ -424,8 +429,8 @@ def _slot_sets_kernel(
         mine = _is_mine(token, first, last, V)
         place = _place(sets_ptr, stride_set, token, mine, ROOM)
         _edit(
-            tallies_ptr, values_ptr, place, mine, scores_ptr, token, stride_token, penalties, dry_ptr, dry_count,
-            BIAS_LAST, DRAWS,
+            tallies_ptr, values_ptr, listed_ptr, place, mine, scores_ptr, token, stride_token, penalties, dry_ptr,
+            dry_count, BIAS_LAST, DRAWS,
         )  # fmt: skip
     for k in range(0, biases, LIST_BLOCK):
         entry = k + tl.arange(0, LIST_BLOCK)
@@ -433,8 +438,8 @@ def _slot_sets_kernel(
         mine = _is_mine(token, first, last, V)
         place = _place(sets_ptr, stride_set, token, mine, ROOM)
         _edit(
-            tallies_ptr, values_ptr, place, mine, scores_ptr, token, stride_token, penalties, dry_ptr, dry_count,
-            BIAS_LAST, DRAWS,
+            tallies_ptr, values_ptr, listed_ptr, place, mine, scores_ptr, token, stride_token, penalties, dry_ptr,
+            dry_count, BIAS_LAST, DRAWS,
         )  # fmt: skip
 
     if split == 0:
@@ -459,7 +464,7 @@ def _slot_sets_kernel(
 _BLOCK = 1024
 _LIST_BLOCK = 128
 # As many fit on a GPU at once, with the registers that they take; more for a row would only read its history again.
-_PROGRAMS = 512
+_PROGRAMS = 264
 
 _slot_sets_launcher = Launcher(_slot_sets_kernel, num_warps=8, enable_fp_fusion=False)
 
@@ -492,13 +497,15 @@ class Step:
         # As many places as a row may edit tokens: those it sees, and those with a bias.
         most = min(V, tables.history.shape[1] + rows + listed)
         self.room = 1 << max(0, most - 1).bit_length()
+        # A program of the search has one list of what it edits, and no fewer words than a block.
+        self.lists = -(-self.W // _BLOCK)
         # On a GPU now: what is allocated while a graph is captured lives with that graph.
         self._made = _Workspace(self) if tables.records.is_cuda else None
 
     @property
     def bytes_per_row(self) -> int:
         """Memory of a row, besides that of the truncations: its sets and its edits."""
-        return 3 * 4 * self.W + 2 * 4 * self.room + 4 * (len(RULE_KINDS) + 6)
+        return 4 * (3 * self.W + 3 * self.room + 2 * self.lists) + 4 * (len(RULE_KINDS) + 6)
 
     def rules(self, numbers: Numbers) -> list[Rule]:
         """The truncations with the numbers of each row."""
@@ -522,6 +529,8 @@ class _Workspace:
         self.cursors = torch.zeros(rows, dtype=torch.int32, device=device)
         self.tallies = torch.zeros(rows, step.room, dtype=torch.int32, device=device)
         self.values = torch.zeros(rows, step.room, dtype=torch.float32, device=device)
+        self.listed = torch.zeros(rows, step.room, dtype=torch.int32, device=device)
+        self.spans = torch.zeros(rows, step.lists, 2, dtype=torch.int32, device=device)
         self.numbers = Numbers.empty(rows, device)
         self.selection = Selection(step.rules(self.numbers), step.V, device)
         portable = device.type != "cuda" or torch.version.hip is not None
@@ -536,7 +545,7 @@ def launch_slot_sets(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) 
     made, tables = step.workspace, step.slots
     B, V = scores.shape
     W = step.W
-    splits = max(1, min(-(-W // _BLOCK), _PROGRAMS // B))
+    splits = max(1, min(step.lists, _PROGRAMS // B))
     numbers, given = made.numbers, (rows.cache_position, rows.local_position, rows.draft_ids)
     key = (
         scores.device, scores.dtype, V, step.semantics, draws, step.room, scores.stride(1),
@@ -548,16 +557,16 @@ def launch_slot_sets(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) 
     _slot_sets_launcher(key, B * splits, (
         scores, rows.slots, rows.cache_position, rows.local_position, rows.draft_ids, bitmask,
         tables.records, tables.masks, tables.history, tables.lengths, tables.prompts,
-        made.bits, made.cursors, made.tallies, made.values, numbers.floats, numbers.top_k,
+        made.bits, made.cursors, made.tallies, made.values, made.listed, made.spans, numbers.floats, numbers.top_k,
         numbers.counts, numbers.longs,
         V, W, tables.records.shape[0], tables.history.shape[1], 0 if bitmask is None else bitmask.shape[1], splits,
         scores.stride(0), scores.stride(1), rows.slots.stride(0), cache, local, drafts,
         0 if bitmask is None else bitmask.stride(0),
         tables.records.stride(0), tables.history.stride(0), tables.lengths.stride(0), tables.prompts.stride(0),
-        made.bits.stride(0), numbers.floats.stride(0),
+        made.bits.stride(0), made.spans.stride(0), numbers.floats.stride(0),
         draws, step.semantics.bias_last, step.semantics.words_in_output, step.room, _BLOCK, _LIST_BLOCK,
     ))  # fmt: skip
-    return TokenSets(made.bits, made.values)
+    return TokenSets(made.bits, made.values, listed=Listed(made.listed, made.spans, splits))
 
 
 # -- Steps ----------------------------------------------------------------------------------------------------------

@@ -454,6 +454,17 @@ class Search:
         return StaticSets(TokenSets(bits, None, row_values), frozenset(full), frozenset(forced))
 
 
+class Listed(NamedTuple):
+    """The tokens that have values of their own in place of their logits, once more as lists."""
+
+    tokens: torch.Tensor
+    """int32 ``[B, ROOM]``, each beside its value."""
+    spans: torch.Tensor
+    """int32 ``[B, N, 2]``: where each of N lists begins, and its length."""
+    lists: int
+    """How many of the N there are."""
+
+
 class TokenSets(NamedTuple):
     """What was found."""
 
@@ -463,6 +474,7 @@ class TokenSets(NamedTuple):
     """Values float32 ``[P, B, V]``, written at the tokens of their sets only."""
     row_values: torch.Tensor | None = None
     """Values float32 ``[B, N]``, or ``[1, N]``."""
+    listed: Listed | None = None
 
 
 class StaticSets(NamedTuple):
