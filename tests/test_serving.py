@@ -298,6 +298,47 @@ def test_kernels_find_in_many_ranges_what_torch_finds(draws, device):
         assert torch.equal(mine.cpu()[..., :count], theirs.cpu()[..., :count])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_edited_tokens_among_the_candidates(dtype, device, monkeypatch):
+    """Where a biased or penalised token decides which tokens stay, or is the one that stays."""
+    vocab, history = 3001, list(range(100, 160))
+    logits = torch.randn(10, vocab, generator=torch.Generator().manual_seed(5)) * 2
+    logits[:, 100:103] = 9.5  # what the history has lies above all
+    logits = logits.to(dtype)
+    asked = [
+        {"temperature": 0.0, "logit_bias": {7: 30.0}},
+        {"temperature": 0.0, "repetition_penalty": 4.0},
+        {"temperature": 0.0, "logit_bias": {7: 30.0, 8: 29.0}, "banned_token_ids": [7]},
+        {"temperature": 0.6, "min_p": 0.05, "logit_bias": {7: 10.0, 8: 9.0, 2999: 8.5}},
+        {"temperature": 0.6, "min_p": 0.05, "repetition_penalty": 1.5, "frequency_penalty": 0.2},
+        {"temperature": 1.7, "min_p": 0.1, "presence_penalty": 3.0, "banned_token_ids": [100]},
+        {"temperature": 0.9, "min_p": 0.001, "banned_token_ids": [5]},
+        {"temperature": 1.3, "typical_p": 0.6, "repetition_penalty": 1.2},
+        {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1, "no_repeat_ngram_size": 2},
+        {"temperature": 0.5, "top_p": 0.7, "logit_bias": dict.fromkeys(range(500, 520), 5.0)},
+    ]
+
+    def made(on):
+        batch = BatchProcessor(len(asked), vocab, on, max_length=100)
+        for i, each in enumerate(asked):
+            batch.add(RequestParams(**each, seed=i), history, [3])
+        return batch
+
+    def results(batch, on):
+        rows = torch.arange(len(asked), device=on)
+        given = logits.to(on)
+        return batch.apply(given, rows).cpu(), batch.sample(given, rows).tokens.cpu()
+
+    expected, tokens = results(made("cpu"), "cpu")
+    if device == "cpu":
+        if not _triton.HAS_TRITON:
+            pytest.skip("needs Triton")
+        monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
+    found, found_tokens = results(made(device), device)
+    assert_same(found, expected)
+    assert torch.equal(found_tokens, tokens)
+
+
 # -- What a batch goes through -------------------------------------------------------------------------------------
 
 STEPS = int(os.environ.get("FASTLOGITS_SERVING_STEPS", "300"))

@@ -248,23 +248,23 @@ MUTATIONS = [
     Mutation(
         "the reach of candidates as if nothing divided them", f"{KERNELS}/sweep.py",
         "tl.clamp(x * divisor, -FLOAT32_MAX, FLOAT32_MAX)", "tl.clamp(x, -FLOAT32_MAX, FLOAT32_MAX)",
-        ("test_select.py::test_tokens_are_the_reference_draw", "test_serving.py"),
+        ("test_serving.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
         "no candidates among the edited tokens", f"{KERNELS}/sweep.py",
         "tl.where(tl.load(work) == FEW, count, 0)", "tl.where(tl.load(work) == FEW, 0, 0)",
-        ("test_serving.py",),
+        ("test_serving.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
         "edited tokens put by as they were", f"{KERNELS}/selection.py",
         "held = tl.load(edited_ptr + (token >> 5), mask=candidate, other=0)",
         "held = tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)",
-        ("test_serving.py",),
+        ("test_serving.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
         "random words in another order", f"{KERNELS}/selection.py",
         "tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))",
-        ("test_select.py::test_tokens_are_the_reference_draw", "test_sampling.py"),
+        ("test_select.py::test_tokens_are_the_reference_draw",),
     ),
     Mutation(
         "the high half of a position ignored", f"{KERNELS}/selection.py",
