@@ -113,7 +113,7 @@ for dtype in ("fp32", "bf16"):
     kept = served | {"FILL": float("-inf"), "FIRST": False, "BANDED": True, "BLOCK_W": 32}
     cases[f"keep served {dtype}"] = (keep._keep_kernel, dtype, absent, kept)
     cases[f"fold served {dtype}"] = (fold._fold_kernel, dtype, absent, served | {"BLOCK_W": 32})
-    search = {"BIAS_LAST": False, "WORDS_IN_OUTPUT": True, "ROOM": 2048, "BLOCK": 1024, "LIST_BLOCK": 128}
+    search = {"BIAS_LAST": False, "WORDS_IN_OUTPUT": True, "ROOM": 2048, "BLOCK": 1024, "LIST_BLOCK": 128} | early
     cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
     absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
     cases[f"slot_sets plain {dtype}"] = (slot_sets._slot_sets_kernel, dtype, absent, search | {"DRAWS": False}, 8)

@@ -82,7 +82,8 @@ _early = _Launchers.of(launch_pdl=True)
 
 
 @cache
-def _overlaps(device: torch.device) -> bool:
+def overlaps(device: torch.device) -> bool:
+    """Whether launches on a device may overlap."""
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     from triton.backends.nvidia.compiler import CUDAOptions
@@ -266,7 +267,7 @@ def launch_select(
     top = _MAX[scores.dtype if tokens is None else torch.float32]
     greedy = tokens is not None and temperature is not None
     portable = not scores.is_cuda or torch.version.hip is not None
-    early = _overlaps(scores.device)
+    early = overlaps(scores.device)
     launchers = _early if early else _launchers
     if selection.sums:
         launchers.sums(key, B * tiles, (

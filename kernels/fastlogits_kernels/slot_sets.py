@@ -28,7 +28,8 @@ from fastlogits_kernels.draw import draw
 from fastlogits_kernels.fold import Chain, Op, popcount
 from fastlogits_kernels.keep import launch_keep
 from fastlogits_kernels.report import Alive, Report, launch_report, report, takes
-from fastlogits_kernels.select import Selection, launch_select
+from fastlogits_kernels.select import Selection, launch_select, overlaps
+from fastlogits_kernels.selection import let_next_launch
 from fastlogits_kernels.slots import (
     ACTIVE,
     BAN_MASK,
@@ -266,8 +267,9 @@ def _slot_sets_kernel(
     stride_record, stride_history, stride_length, stride_prompt, stride_set, stride_span, stride_numbers,
     # constants
     DRAWS: tl.constexpr, BIAS_LAST: tl.constexpr, WORDS_IN_OUTPUT: tl.constexpr, ROOM: tl.constexpr,
-    BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_launch(PDL)
     program = tl.program_id(0)
     split = program % splits
     row = (program // splits).to(tl.int64)
@@ -565,6 +567,7 @@ def launch_slot_sets(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) 
         tables.records.stride(0), tables.history.stride(0), tables.lengths.stride(0), tables.prompts.stride(0),
         made.bits.stride(0), made.spans.stride(0), numbers.floats.stride(0),
         draws, step.semantics.bias_last, step.semantics.words_in_output, step.room, _BLOCK, _LIST_BLOCK,
+        overlaps(scores.device),
     ))  # fmt: skip
     return TokenSets(made.bits, made.values, listed=Listed(made.listed, made.spans, splits))
 

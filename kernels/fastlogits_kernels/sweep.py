@@ -293,6 +293,8 @@ def sums_kernel(
     SAMPLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A chunk of the row's sample, and sums over a tile by itself: so they don't depend on how the row is split."""
+    # Nothing is known of the launch before but that it ends; the next one reads what all before it have written.
+    wait_for_launch(PDL)
     let_next_launch(PDL)
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
