@@ -9,7 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from fastlogits_kernels._triton import HAS_TRITON, triton
 
 from benchmarks.inputs import Case, device_name
 from benchmarks.timing import Timing
+
+_ONE_RUN = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,19 @@ def read_folder(folder: Path) -> list[Record]:
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """Of all measurements of the same thing the last one."""
-    return list({record.what: record for record in records}.values())
+    """Of all measurements of the same thing the last one; none of more than a day before the device's last.
+
+    What is older is of other code, and not to be shown beside what is new.
+    """
+    last = {record.what: record for record in records}.values()
+    ends: dict[str, datetime] = {}
+    for record in last:
+        ends[record.device] = max(ends.get(record.device, _when(record)), _when(record))
+    return [record for record in last if ends[record.device] - _when(record) <= _ONE_RUN]
+
+
+def _when(record: Record) -> datetime:
+    return datetime.fromisoformat(record.timestamp)
 
 
 def _check_columns(path: Path) -> None:

@@ -352,9 +352,18 @@ def measured(tmp_path):
     refused = results.Result(
         "T p", Case(torch.device("cpu"), 1, 128256), "a liar", False, "gpu_us", None, "wrong: differs"
     )
-    made.append(replace(results.records_of([refused])[0], device="Some GPU"))
+    made.append(replace(results.records_of([refused])[0], device="Some GPU", timestamp="2026-01-02"))
     results.append_csv(made, tmp_path / "some-gpu.csv")
     return tmp_path
+
+
+def test_what_is_older_than_the_last_day_is_not_shown(measured):
+    first = results.read_folder(measured)[0]
+    again = replace(first, median=7.0, timestamp="2026-01-03")
+    forgotten = replace(first, contender="a forgotten rival", timestamp="2025-12-31")
+    elsewhere = replace(forgotten, device="An older GPU")
+    found = results.newest([first, forgotten, elsewhere, again])
+    assert found == [again, elsewhere]
 
 
 def test_plots_are_drawn_from_the_files(measured, capsys):

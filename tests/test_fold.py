@@ -278,11 +278,12 @@ def test_a_history_as_long_as_the_prefix_of_an_ngram(kernels, device, size):
         assert set((found[0] == -INF).nonzero().flatten().tolist()) == banned
 
 
-def test_growth_leaves_what_is_not_finite(kernels):
-    scores = torch.tensor([[INF, -INF, math.nan, -2.0, 0.0, *[1.0] * (V - 5)]])
-    expected = kernels.torch([Decay((0, 1, 2, 3, 4), 1, 2.0)], torch.zeros(1, 3).long(), scores)
+def test_growth_leaves_what_is_not_finite(kernels, device):
+    scores = torch.tensor([[INF, -INF, math.nan, -2.0, 0.0, *[1.0] * (V - 5)]], device=device)
+    ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
+    expected = kernels.torch([Decay((0, 1, 2, 3, 4), 1, 2.0)], ids, scores)
     assert expected[0, :5].nan_to_num(nan=77.0, posinf=88.0, neginf=99.0).tolist() == [88.0, 99.0, 77.0, 4.0, 0.0]
-    found = kernels.triton([Decay((0, 1, 2, 3, 4), 1, 2.0)], torch.zeros(1, 3).long(), scores)
+    found = kernels.triton([Decay((0, 1, 2, 3, 4), 1, 2.0)], ids, scores)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 

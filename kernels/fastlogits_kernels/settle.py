@@ -775,6 +775,7 @@ def settle_kernel(
             greedy = is_greedy(temperature_ptr + row * stride_temperature)
     if SUMS >= 1:
         summed = sums_asked(row, V, values, temperature_ptr, stride_temperature, RULES, False) > 0
+        summed = summed & (greedy == 0)
     wait_for_launch(PDL)
     state = tl.load(work)
     # A bound of distances says nothing of keys.
@@ -785,8 +786,13 @@ def settle_kernel(
     if SUMS >= 1:
         top = tl.load(work + TOP_AT).to(tl.float32, bitcast=True)
         there = (work + ROW_SUMS_AT).to(tl.pointer_type(tl.float64))
-        mass, below = tl.load(there), tl.load(there + 1)
-        row_sums = (mass, below, tl.load(there + 2), tl.load(there + 3))
+        mass = tl.load(there, mask=summed, other=0.0)
+        row_sums = (
+            mass,
+            tl.load(there + 1, mask=summed, other=0.0),
+            tl.load(there + 2, mask=summed, other=0.0),
+            tl.load(there + 3, mask=summed, other=0.0),
+        )
         # A NaN among the logits is one in the mass, and would be the largest key.
         top_key = tl.where(mass == mass, key_of(top), tl.where(top == float("inf"), KEY_OF_INFINITY, HIGHEST))
         top_key = tl.where(summed, top_key, LOWEST)

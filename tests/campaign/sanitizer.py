@@ -3,10 +3,11 @@
     python -m tests.campaign.sanitizer
     python -m tests.campaign.sanitizer --tools memcheck --cases fold select --seconds 60
 
-First the cases run without a tool, in several processes: that compiles the kernels, holds results to torch, and looks
-at guard zones around each allocation. Then the tools run, all at once, each in a process with the compiled kernels of
-the first and an allocation of its own for each tensor. A tool that has used up its seconds begins no other case; what
-it left out is told, and stands in the results file.
+The cases are dealt to processes, those of an operation to one. First they run without a tool: that compiles the
+kernels, holds results to torch, and looks at guard zones around each allocation. Then each tool runs them, in a process
+with the compiled kernels of the first and an allocation of its own for each tensor; no operation waits for the kernels
+of another. A process that has used up its seconds begins no other case; what it left out is told, and stands in the
+results file.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -99,12 +101,9 @@ def read_cases(text: str) -> Seen:
 
 def cases_for(tool: str, cases: Sequence[Case], named: bool) -> list[Case]:
     """What of some cases a tool is given: racecheck is slow, and what lies far apart is memcheck's alone."""
-    if named:
+    if named or tool == "memcheck":
         return list(cases)
-    if tool == "racecheck":
-        return [case for case in cases if case.is_small]
-    far = [case for case in CASES if case.far]
-    return [*far, *cases] if tool == "memcheck" else list(cases)
+    return [case for case in cases if case.is_small or (tool != "racecheck" and not case.far)]
 
 
 def command_of(tool: str | None, setting: Setting, log: Path, cases: Sequence[Case], seconds: float) -> list[str]:
@@ -163,17 +162,35 @@ class Process:
         return self._out.read_text()[-2000:]
 
 
-def _wait(processes: Sequence[Process], what: str, console: Console) -> None:
+def _run(
+    dealt: Sequence[Sequence[Case]], tools: Sequence[str], setting: Setting, seconds: float, at_once: int, named: bool,
+    console: Console,
+) -> dict[str, list[Process]]:  # fmt: skip
+    """Run cases without a tool, and then under each, so many processes at once; the processes of each."""
+    waiting: deque[tuple[str | None, int]] = deque((None, number) for number in range(len(dealt)))
+    begun: dict[str, list[Process]] = {name: [] for name in (GUARDS, *tools)}
+    running: list[tuple[str | None, int, Process]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        tasks = {each: progress.add_task(each.tool, total=len(each.cases)) for each in processes}
-        console.print(what)
-        running = list(processes)
-        while running:
+        tasks = {name: progress.add_task(name, total=None) for name in begun}
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                tool, number = waiting.popleft()
+                cases = list(dealt[number]) if tool is None else cases_for(tool, dealt[number], named)
+                if cases:
+                    process = Process(tool, setting, cases, 10 * seconds if tool is None else seconds, number)
+                    begun[process.tool].append(process)
+                    running.append((tool, number, process))
             time.sleep(0.2)
-            running = [each for each in running if not each.is_over()]
-            for each, task in tasks.items():
-                progress.update(task, completed=len(each.seen.done) + len(each.seen.failed))
+            over = [each for each in running if each[2].is_over()]
+            running = [each for each in running if each not in over]
+            # What is compiled runs before what is not: the longest to compile would otherwise keep all others waiting.
+            waiting.extendleft((name, number) for tool, number, _ in over if tool is None for name in tools)
+            for name, processes in begun.items():
+                seen = [each.seen for each in processes]
+                total = sum(len(each.cases) for each in processes)
+                progress.update(tasks[name], total=total, completed=sum(len(e.done) + len(e.failed) for e in seen))
+    return begun
 
 
 def row_of(tool: str, processes: Sequence[Process], setting: Setting) -> dict[str, object]:
@@ -228,8 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.sanitizer", description=__doc__.partition("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="cases or operations; all")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each tool; 60")
-    parser.add_argument("--processes", type=int, default=16, help="that compile at once; 16")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each process of a tool; 60")
+    parser.add_argument("--processes", type=int, default=16, help="at once; 16")
     parser.add_argument("--program", help="compute-sanitizer, where it is not on the path")
     parser.add_argument("--logs", type=Path, default=Path("build/sanitizer"), help="where the logs go")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script itself")
@@ -245,15 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     named = given.cases is not None
 
     first = cases if named else [*(case for case in CASES if case.far), *cases]
-    checked = [
-        Process(None, setting, some, 10 * given.seconds, number)
-        for number, some in enumerate(_dealt(first, given.processes))
-    ]
-    _wait(checked, "without a tool, guarded", console)
-    rows = [row_of(GUARDS, checked, setting)]
-    watched = [Process(tool, setting, cases_for(tool, cases, named), given.seconds) for tool in given.tools]
-    _wait(watched, "under compute-sanitizer", console)
-    rows += [row_of(each.tool, [each], setting) for each in watched]
+    dealt = _dealt(first, given.processes)
+    begun = _run(dealt, given.tools, setting, given.seconds, given.processes, named, console)
+    rows = [row_of(tool, processes, setting) for tool, processes in begun.items()]
     write_rows(RESULTS / f"sanitizer-{slug(device_name(device))}.csv", rows)
     console.print(_table(rows))
     console.print(f"logs: {given.logs}", markup=False)
