@@ -5,7 +5,12 @@
 Three launches. The first takes from a sample of each row a bound that hardly any token below can survive. The second
 reads the logits, writes the fill value everywhere, and puts by the tokens above the bound. The third, one program a
 row, applies the rules to these few, by bisection on the bits of the logits, and writes the survivors or draws one of
-them. Where a rule that speaks of probabilities comes first, a launch before these adds up the row.
+them. Where a rule that speaks of probabilities may come first, a launch before these adds up the rows that ask for it,
+and takes the sample of each, which many programs do sooner than one.
+
+The second launch doesn't divide by the temperature: it holds the logits against a range that the first one has put
+before the division, a little too wide, and the third divides the few that pass and looks at them exactly. Of a serving
+step it passes the tokens over that have values in place of their logits, and takes these from their lists.
 
 Where more tokens stay than can be put by, the sample gives a second bound, above which all are kept: the second launch
 writes them, or draws the best of them, and adds them up; only what lies between the bounds is put by.

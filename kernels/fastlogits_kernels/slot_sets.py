@@ -7,7 +7,8 @@ For each row, of the tables in ``slots``:
     numbers  what the draw takes per row: temperature, parameters of the rules, seed and position
 
 so that the fold which follows is the same for all: a map that replaces, and one that bans. An edited logit is worked
-out once, here, in the order that the stack has; the fold finds it by its rank among the edited tokens of its row.
+out once, here, in the order that the stack has; the fold finds it by its rank among the edited tokens of its row, and a
+selection's sweep in a list of them.
 
 Bytes moved: three bits a logit (bans, edits, and a rank for each word of them), the masks that are in use, and for each
 token of the history some 30 bytes. A program owns a range of words of a row, and no program waits for another: ranks of
