@@ -29,6 +29,7 @@ TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "tem
 TYPES |= {"logprobs_ptr": "fp32", "top_logprobs_ptr": "fp32", "ranks_ptr": "i64", "top_tokens_ptr": "i64"}
 TYPES |= {"floats_ptr": "fp32", "longs_ptr": "i64", "slots_ptr": "i64", "drafts_ptr": "i64", "local_ptr": "i64"}
 TYPES |= {"values_ptr slot_sets": "fp32", "tokens_ptr append": "i64"}
+LIMITED = {"settle": {"maxnreg": 128}, "bound": {"maxnreg": 64}, "sweep": {"maxnreg": 40}}
 ROW_VALUES = [f"r{i}" for i in range(8)]  # of rules
 TYPES |= dict.fromkeys(ROW_VALUES, "fp32")
 TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
@@ -49,7 +50,7 @@ def compile_(case, kernel, dtype, absent, constants, warps=4):
         if name in STREAMED or name in ("V", "stride_row", "stride_out"):
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": warps} | ({"maxnreg": 128} if case.startswith("settle") else {})
+    options = {"num_warps": warps} | LIMITED.get(case.split()[0], {})
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -151,6 +152,8 @@ print(json.dumps(found))
 
 # One register may spill in a search of all kinds at once, which no list of processors is, and in SynthID's rare form.
 HEAVY = ("token_sets fp32", "token_sets fp16", "token_sets bf16", "synthid wraps")
+# Of a serving step all rules are compiled, and rows that are kept whole: limits keep these from costing the others.
+LIMITED = ("bound served", "sweep served")
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -168,7 +171,8 @@ def test_registers_spills_and_widths(capability):
     for name, kernel in report.items():
         if name.startswith("settle"):  # rows that are settled as a whole may spill
             continue
-        assert kernel["spilled"] <= (4 if name in HEAVY else 0), (name, kernel)
+        most = 4 if name in HEAVY else 256 if name.startswith(LIMITED) else 0
+        assert kernel["spilled"] <= most, (name, kernel)
         # Nine hashes of 64 bits are in flight where a table's size is no power of two.
         assert kernel["registers"] <= (192 if name == "synthid wraps" else 136), (name, kernel)
         if name.startswith(("mask_tokens", "bitmask", "fold", "sweep fp32", "report tiles raw")):
