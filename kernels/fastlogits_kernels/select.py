@@ -21,8 +21,8 @@ depends on the guess, on the batch around a row, or on the order in which tokens
 as integers of 2 ** -37 of the largest one, and the sums over a row, of which there is one for each tile, in the order
 of the tiles.
 
-Bytes moved: one read and one write of the logits (no write for a token), a read more for the sums, and at most 8 % of
-the logits for what is put by.
+Bytes moved: one read and one write of the logits (no write for a token), a read more for the sums, and at most 5 % of
+the logits for what is put by, or with a sample 8 %.
 """
 
 from __future__ import annotations
@@ -154,16 +154,16 @@ class _Layout(NamedTuple):
     PARTS: int
 
     @classmethod
-    def of(cls, V: int) -> _Layout:
+    def of(cls, V: int, sums: bool) -> _Layout:
         W = words(V)
         tiles, parts = -(-W // TILE_W.value), -(-W // _BLOCK_W)
-        # With sums and sample, at most 8 % of what the logits of a large vocabulary take.
+        # With sums at most 5 %, with the sample at most 8 % of what the logits of a large vocabulary take.
         slots = min(MANY_SLOTS.value, max(SOME_SLOTS.value, V // 50 // 128 * 128))
         parts_at = SUMS_AT.value + SUM_WORDS.value * tiles
         pairs_at = parts_at + PART_WORDS.value * parts
         return cls(
             W, tiles, parts, slots, max(V, _SAMPLE) // 8, min(V, _SAMPLE), parts_at, pairs_at,
-            pairs_at + max(2 * slots, _SAMPLE), triton.next_power_of_2(tiles), triton.next_power_of_2(parts),
+            pairs_at + max(2 * slots, _SAMPLE * sums), triton.next_power_of_2(tiles), triton.next_power_of_2(parts),
         )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ class Selection:
         counted = [rule.value for rule in rules if _is_number(rule) and rule.kind == "top_k"]
         # A sample lets through some four times as many as a rule keeps, where these are few.
         self.few = FEW_SLOTS.value if counted and min(counted) <= FEW_SLOTS.value // 6 else SOME_SLOTS.value
-        self.layout = _Layout.of(V)
+        self.layout = _Layout.of(V, self.sums > 0)
         # Where no rule keeps more than can be put by, none has to be taken for kept.
         self.bracketed = not normalise and not (counted and min(counted) <= 0.6 * self.layout.slots)
         self.form = form_of((self.rules, self.fill, self.first, normalise, self.bracketed, self.few))
