@@ -111,6 +111,8 @@ for dtype in ("fp32", "bf16"):
     swept |= {"MAY_BE_FREE": True, "BANDED": True}
     cases[f"bound served {dtype}"] = (sweep.bound_kernel, dtype, absent, served | early | fixed | summed, 16)
     cases[f"sweep served {dtype}"] = (sweep.sweep_kernel, dtype, (*absent, "out_ptr"), served | swept | early)
+    grouped = served | shape | tiled | {"OPS": served["OPS"], "MAX": served["MAX"], "BANDED": True}
+    cases[f"report tiles served {dtype}"] = (report.tiles_kernel, dtype, absent, grouped)
     kept = served | {"FILL": float("-inf"), "FIRST": False, "BANDED": True, "BLOCK_W": 32}
     cases[f"keep served {dtype}"] = (keep._keep_kernel, dtype, absent, kept)
     cases[f"fold served {dtype}"] = (fold._fold_kernel, dtype, absent, served | {"BLOCK_W": 32})

@@ -150,6 +150,7 @@ def popcount(x):
 def _replaced(x, held, bit, rank, values_ptr, LAST: tl.constexpr, PTX: tl.constexpr):
     """The values that tokens of a set have in place of their logits, by their words, bits, and the words' ranks."""
     if PTX:
+        # Where a thread has fewer than four tokens, the others are anything; what is read for them is in the ring too.
         last = tl.full([], LAST, tl.int32)
         bits = tl.inline_asm_elementwise(
             _REPLACED, _REPLACED_OPERANDS,

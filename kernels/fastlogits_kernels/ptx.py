@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import re
 
-from fastlogits_kernels._triton import tl
+from fastlogits_kernels._triton import tl, triton
 
 TOKENS = 4
+
+
+@triton.jit
+def check_fours(x):
+    """Not to be compiled where a thread has fewer than four tokens: what is missing is filled up with anything."""
+    tl.static_assert(x.numel >= 4 * tl.extra.cuda.num_threads(), "a program has fewer than four tokens a thread")
 
 
 def for_four_tokens(operands: str, body: str) -> tuple[tl.constexpr, tl.constexpr]:

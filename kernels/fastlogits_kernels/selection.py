@@ -9,7 +9,7 @@ import torch
 
 from fastlogits_kernels._triton import tl, triton
 from fastlogits_kernels.fold import fold_logits
-from fastlogits_kernels.ptx import for_four_tokens
+from fastlogits_kernels.ptx import check_fours, for_four_tokens
 
 TOP_K = tl.constexpr(0)
 TOP_P = tl.constexpr(1)
@@ -347,6 +347,7 @@ def put_by(candidate, x, token, counter, pairs, slots, PORTABLE: tl.constexpr):
         tl.store(here, bits, mask=candidate & (place < slots))
         tl.store(here + 1, token, mask=candidate & (place < slots))
     else:
+        check_fours(x)
         tl.inline_asm_elementwise(
             _PUT_BY, _PUT_BY_OPERANDS,
             [candidate.to(tl.int32), bits, token, counter.to(tl.int64), pairs.to(tl.int64), slots],
@@ -362,6 +363,7 @@ def put_plain_by(candidate, x, token, edited_ptr, banned_ptr, counter, pairs, sl
         held |= tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)
         put_by(candidate & (((held >> (token & 31)) & 1) == 0), x, token, counter, pairs, slots, True)
     else:
+        check_fours(x)
         tl.inline_asm_elementwise(
             _PUT_PLAIN_BY, _PUT_PLAIN_BY_OPERANDS,
             [
