@@ -152,8 +152,10 @@ print(json.dumps(found))
 """
 
 
-# One register may spill in a search of all kinds at once, which no list of processors is, and in SynthID's rare form.
-HEAVY = ("token_sets fp32", "token_sets fp16", "token_sets bf16", "synthid wraps")
+# A register or two may spill in a search of all kinds at once, which no list of processors is, in SynthID's rare form,
+# and in a report, which for sm_100 is held to 64.
+HEAVY = {"token_sets fp32": 4, "token_sets fp16": 4, "token_sets bf16": 4, "synthid wraps": 4}
+HEAVY |= {"report tiles processed fp32": 8, "report tiles processed bf16": 8}
 # Of a serving step all rules are compiled, and rows that are kept whole: limits keep these from costing the others.
 LIMITED = ("bound served", "sweep served")
 
@@ -173,7 +175,7 @@ def test_registers_spills_and_widths(capability):
     for name, kernel in report.items():
         if name.startswith("settle"):  # rows that are settled as a whole may spill
             continue
-        most = 4 if name in HEAVY else 256 if name.startswith(LIMITED) else 0
+        most = 256 if name.startswith(LIMITED) else HEAVY.get(name, 0)
         assert kernel["spilled"] <= most, (name, kernel)
         # Nine hashes of 64 bits are in flight where a table's size is no power of two.
         assert kernel["registers"] <= (192 if name == "synthid wraps" else 136), (name, kernel)
