@@ -17,8 +17,8 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.backends.nvidia.compiler import get_ptxas
-from fastlogits_kernels import bitmask, fold, keep, mask_tokens, pack_ids, report, settle, slot_sets, sweep, synthid
-from fastlogits_kernels import token_sets
+from fastlogits_kernels import bitmask, fold, keep, mask_tokens, pack_ids, report, select, settle, slot_sets, sweep
+from fastlogits_kernels import synthid, token_sets
 
 capability = int(sys.argv[1])
 STREAMED = ("scores_ptr", "logits_ptr", "out_ptr", "rounds_like_ptr")
@@ -29,7 +29,7 @@ TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "tem
 TYPES |= {"logprobs_ptr": "fp32", "top_logprobs_ptr": "fp32", "ranks_ptr": "i64", "top_tokens_ptr": "i64"}
 TYPES |= {"floats_ptr": "fp32", "longs_ptr": "i64", "slots_ptr": "i64", "drafts_ptr": "i64", "local_ptr": "i64"}
 TYPES |= {"values_ptr slot_sets": "fp32", "tokens_ptr append": "i64"}
-LIMITED = {"settle": {"maxnreg": 128}, "bound": {"maxnreg": 64}, "sweep": {"maxnreg": 40}}
+SELECTION = select._launchers._asdict()  # with their warps and limits
 ROW_VALUES = [f"r{i}" for i in range(8)]  # of rules
 TYPES |= dict.fromkeys(ROW_VALUES, "fp32")
 TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
@@ -50,7 +50,8 @@ def compile_(case, kernel, dtype, absent, constants, warps=4):
         if name in STREAMED or name in ("V", "stride_row", "stride_out"):
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": warps} | LIMITED.get(case.split()[0], {})
+    launcher = SELECTION.get(case.split()[0])
+    options = {"num_warps": warps} if launcher is None else launcher._options
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -89,12 +90,12 @@ for dtype in ("fp32", "bf16"):
     early = {"PDL": capability >= 90}
     more = ("temperature_ptr", "seeds_ptr", "positions_ptr", "tokens_ptr")
     cases[f"sums {dtype}"] = (sweep.sums_kernel, dtype, absent + more, chain | rules | fixed | early | {"SUMS": 3})
-    cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed | early, 16)
+    cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed | early)
     unlisted = absent + more + ("listed_ptr", "spans_ptr")
     cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, unlisted, chain | swept | early)
     setup = (False, False, 65504.0, 1, True, False, float("-inf"), 1024)
     settled = chain | rules | early | {"SETUP": setup, "PARTS": 128}
-    cases[f"settle {dtype}"] = (settle.settle_kernel, dtype, absent + more, settled, 8)
+    cases[f"settle {dtype}"] = (settle.settle_kernel, dtype, absent + more, settled)
     raw = ("temperature_ptr", "alive_ptr", "counts_ptr") + absent
     shape = {"FIRST": False, "GROUP": 128, "MAX": 65504.0}
     tiled, merged = {"GROUPED": True}, {"GROUPS": 2048, "TILES": 128, "SLOTS": 32}
@@ -109,7 +110,7 @@ for dtype in ("fp32", "bf16"):
     summed |= {"SUMS": 3, "GREEDY": True, "NORMALISE": False, "TILES": 64}
     cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | early | fixed | summed)
     swept |= {"MAY_BE_FREE": True, "BANDED": True}
-    cases[f"bound served {dtype}"] = (sweep.bound_kernel, dtype, absent, served | early | fixed | summed, 16)
+    cases[f"bound served {dtype}"] = (sweep.bound_kernel, dtype, absent, served | early | fixed | summed)
     cases[f"sweep served {dtype}"] = (sweep.sweep_kernel, dtype, (*absent, "out_ptr"), served | swept | early)
     grouped = served | shape | tiled | {"OPS": served["OPS"], "MAX": served["MAX"], "BANDED": True}
     cases[f"report tiles served {dtype}"] = (report.tiles_kernel, dtype, absent, grouped)
@@ -157,7 +158,7 @@ print(json.dumps(found))
 HEAVY = {"token_sets fp32": 4, "token_sets fp16": 4, "token_sets bf16": 4, "synthid wraps": 4}
 HEAVY |= {"report tiles processed fp32": 8, "report tiles processed bf16": 8}
 # Of a serving step all rules are compiled, and rows that are kept whole: limits keep these from costing the others.
-LIMITED = ("bound served", "sweep served")
+SPILLING = ("bound served", "sweep served")
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -175,7 +176,7 @@ def test_registers_spills_and_widths(capability):
     for name, kernel in report.items():
         if name.startswith("settle"):  # rows that are settled as a whole may spill
             continue
-        most = 256 if name.startswith(LIMITED) else HEAVY.get(name, 0)
+        most = 256 if name.startswith(SPILLING) else HEAVY.get(name, 0)
         assert kernel["spilled"] <= most, (name, kernel)
         # Nine hashes of 64 bits are in flight where a table's size is no power of two.
         assert kernel["registers"] <= (192 if name == "synthid wraps" else 136), (name, kernel)

@@ -46,6 +46,7 @@ PART_WORDS = tl.constexpr(6)
 # Keys: integers in the order of float32 numbers.
 LOWEST = tl.constexpr(-(2**31))  # below all
 HIGHEST = tl.constexpr(2**31 - 1)  # that of NaN
+MINUS_INFINITY = tl.constexpr(-8388608)  # its bits
 KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 KEY_OF_INFINITY = tl.constexpr(2139095040)
 
@@ -241,7 +242,7 @@ def sums_of_row(work, tiles, asked, SUMS: tl.constexpr, TILES: tl.constexpr):
     tile = tl.arange(0, TILES)
     here = work + SUMS_AT + SUM_WORDS * tile
     there = tile < tiles
-    tops = tl.load(here, mask=there, other=-8388608).to(tl.float32, bitcast=True)
+    tops = tl.load(here, mask=there, other=MINUS_INFINITY).to(tl.float32, bitcast=True)
     masses = tl.load(here + 1, mask=there, other=0).to(tl.float32, bitcast=True)
     top = tl.max(tops)
     apart = tl.where(tops > float("-inf"), top - tops, 0.0)

@@ -18,6 +18,7 @@ from fastlogits_kernels.selection import (
     LOG2_E,
     LOWEST,
     MIN_P,
+    MINUS_INFINITY,
     PART_WORDS,
     REACH_AT,
     ROW_SUMS_AT,
@@ -58,7 +59,6 @@ from fastlogits_kernels.selection import (
 _STEPS = tl.constexpr(256)  # of a histogram
 _GROUPS = tl.constexpr(64)  # of a sample
 _CHUNK = tl.constexpr(512)  # tokens of a sample that a program takes
-_MINUS_INFINITY = tl.constexpr(-8388608)
 _KEPT_W = tl.constexpr(16)  # so many words of a part are looked at at a time
 _LISTED = tl.constexpr(512)  # so many tokens of a list are looked at at a time
 _SURE = tl.constexpr(4.5)  # standard deviations by which a sample is trusted
@@ -258,7 +258,7 @@ def _sampled(row, flat, runs, sampled, V, access, OPS: tl.constexpr, MAX: tl.con
 @triton.jit
 def _undivided(x, divisor, margin):
     """About the logit that becomes ``x`` once it is divided, moved by more than all roundings in the way of a sign."""
-    before = tl.where(tl.abs(x) < float("inf"), tl.clamp(x * divisor, -FLOAT32_MAX, FLOAT32_MAX), x)
+    before = tl.clamp(x * divisor, -FLOAT32_MAX, FLOAT32_MAX)
     return tl.where(tl.abs(x) < float("inf"), before + margin * (tl.abs(before) * 1e-6 + divisor * 1e-38), x)
 
 
@@ -367,16 +367,15 @@ def bound_kernel(
     )  # fmt: skip
     flat = tl.arange(0, SAMPLE // _GROUPS)[:, None] * _GROUPS + tl.arange(0, _GROUPS)[None, :]
     values = (values_ptr, r0, r1, r2, r3, r4, r5, r6, r7)
-    mass, below, count, squares = 0.0, 0.0, 0.0, 0.0
+    mass, below, count, squares = (tl.full([], 0.0, tl.float64),) * 4
     summed = tl.full([], False, tl.int1)
     if SUMS >= 1:
         asked = sums_asked(row, V, values, temperature_ptr, stride_temperature, RULES, GREEDY)
         summed = asked > 0
         wait_for_launch(PDL)
-        sample = tl.load(work + sample_at + flat, mask=flat < sampled, other=_MINUS_INFINITY)
+        sample = tl.load(work + sample_at + flat, mask=flat < sampled, other=MINUS_INFINITY)
         sample = sample.to(tl.float32, bitcast=True)
         top = tl.max(sample)
-        mass, below, count, squares = (tl.full([], 0.0, tl.float64),) * 4
         if summed:
             top, mass, below, count, squares = sums_of_row(work, tiles, asked, SUMS, TILES)
             there = (work + ROW_SUMS_AT).to(tl.pointer_type(tl.float64))
