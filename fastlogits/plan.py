@@ -126,9 +126,10 @@ class Plan:
                 for original in originals:
                     processed = original(input_ids, processed)
                 return placed(processed, scores, in_place)
+        processed = scores
         for step in self.gpu_steps if scores.is_cuda else self.steps:
-            scores = step(input_ids, scores, run, kwargs, in_place)
-        return scores
+            processed = step(input_ids, processed, run, kwargs, in_place and processed is scores)
+        return placed(processed, scores, True) if in_place else processed
 
     def explain(
         self,

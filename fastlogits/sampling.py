@@ -263,6 +263,18 @@ class Sampler:
                     raise ValueError(f"{member.name} reads the tokens so far: give them as `input_ids`")
 
 
+class _Joined(NamedTuple):
+    """A plan whose last steps have been taken into the draw."""
+
+    plan: Plan | None
+    first: Plan | None
+    """What can't be taken, and runs before."""
+    fold: FoldLaunch | None
+    rules: tuple[Rule, ...]
+    kept: dict[tuple[int, torch.device], tuple[select.Selection, torch.Tensor | None]]
+    """The rules for a vocabulary and a device; with a temperature where all rows are greedy."""
+
+
 class FusedDraw:
     """Tokens from kernels that read the logits once, and write nothing else.
 
@@ -284,14 +296,12 @@ class FusedDraw:
         self._processors = processors
         self._temperature = temperature if isinstance(temperature, torch.Tensor) else None
         self._is_greedy = self._temperature is None and temperature == 0
-        self._own_rules = self._rules = () if self._is_greedy else rules
+        self._rules = () if self._is_greedy else rules
         divides = not isinstance(temperature, torch.Tensor) and temperature not in (None, 0, 1)
         self._scale = [Member("temperature", Scale(float(temperature or 1)))] if divides else []
         self._joins_truncations = temperature is None and not rules
-        self._plan: Plan | None = None
-        self._first: Plan | None = None  # what can't be folded into the draw
-        self._fold = FoldLaunch(self._scale) if self._scale else None
-        self._kept: dict[tuple[int, torch.device], tuple[select.Selection, torch.Tensor | None]] = {}
+        # One object, made before it is put here: another thread may call meanwhile.
+        self._joined = self._join(None)
 
     def __call__(
         self,
@@ -304,42 +314,40 @@ class FusedDraw:
     ) -> tuple[torch.Tensor, Report | None]:
         """The tokens of one call; and where a number of ``top_logprobs`` is given, a report on them."""
         plan = None if self._processors is None else self._processors.plan
-        if plan is not self._plan:
-            self._join(plan)
-        if self._first is not None:
+        joined = self._joined
+        if plan is not joined.plan:
+            joined = self._joined = self._join(plan)
+        if joined.first is not None:
             ids: Any = input_ids
-            logits = self._first(ids, logits.float(), run)
+            logits = joined.first(ids, logits.float(), run)
         key = (logits.shape[1], logits.device)
-        kept = self._kept.get(key)
+        kept = joined.kept.get(key)
         if kept is None:
             zero = torch.zeros((), device=logits.device) if self._is_greedy else None
-            kept = self._kept[key] = (select.Selection(self._rules, *key), zero)
+            kept = joined.kept[key] = (select.Selection(joined.rules, *key), zero)
         selection, temperature = kept
         temperature = self._temperature if temperature is None else temperature
-        check_rules(logits, self._rules)
+        check_rules(logits, joined.rules)
         given: Any = input_ids
-        inputs = () if self._fold is None else self._fold.inputs(given, logits, run)
+        inputs = () if joined.fold is None else joined.fold.inputs(given, logits, run)
         if top_logprobs is None:
             return select.select_tokens(logits, selection, seeds, positions, temperature, *inputs), None
         return select_and_report(logits, selection, seeds, positions, top_logprobs, temperature, *inputs)
 
-    def _join(self, plan: Plan | None) -> None:
+    def _join(self, plan: Plan | None) -> _Joined:
         """Take the last steps of a plan into the draw."""
-        self._plan = plan
         steps = [] if plan is None else [*plan.steps]
-        if self._joins_truncations:
-            self._rules = self._own_rules
-            if steps and isinstance(steps[-1], TruncateLaunch):
-                rules = steps[-1].rules
-                if select.takes_rules(rules) and all(rule.filter_value == -math.inf for rule in rules):
-                    self._rules = rules
-                    steps.pop()
-            self._kept.clear()
+        rules = self._rules
+        if self._joins_truncations and steps and isinstance(steps[-1], TruncateLaunch):
+            last = steps[-1].rules
+            if select.takes_rules(last) and all(rule.filter_value == -math.inf for rule in last):
+                rules = last
+                steps.pop()
         members = self._scale
         if steps and isinstance(steps[-1], (FoldLaunch, MaskLaunch)):
             members = [*steps.pop().members, *members]
-        self._fold = FoldLaunch(members) if members else None
-        self._first = Plan(steps) if steps else None
+        fold = FoldLaunch(members) if members else None
+        return _Joined(plan, Plan(steps) if steps else None, fold, rules, {})
 
 
 def sample(

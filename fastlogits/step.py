@@ -58,8 +58,9 @@ class Step:
         kwargs: Mapping[str, Any] = NO_ARGUMENTS,
         in_place: bool = False,
     ) -> torch.Tensor:
-        """Process the scores of one call."""
-        return placed(self.process(input_ids, scores, run, kwargs), scores, in_place)
+        """Process the scores of one call; in place unless the result is of another dtype."""
+        processed = self.process(input_ids, scores, run, kwargs)
+        return placed(processed, scores, in_place and processed.dtype == scores.dtype)
 
     def process(
         self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -21,9 +21,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-# The same examples each time, so that a failure is a change's own; FASTLOGITS_FUZZ=1 looks for new ones.
-settings.register_profile("same", derandomize=os.environ.get("FASTLOGITS_FUZZ") is None)
-settings.load_profile("same")
+# The same examples each time, so that a failure is a change's own; FASTLOGITS_FUZZ=1 looks for new ones, round after
+# round in one process, where each makes the classes of tests anew.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("new", suppress_health_check=[HealthCheck.differing_executors])
+settings.load_profile("new" if os.environ.get("FASTLOGITS_FUZZ") else "same")
 
 CORPUS = [
     "In 1990 the number 7 tram ran 12 km and cost 3.50 in 2 zones.",

@@ -1,5 +1,9 @@
 """The campaign's own parts: what it reads, what it makes wrong, and short runs of what takes long."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from fastlogits_kernels._triton import HAS_TRITON
@@ -7,6 +11,7 @@ from fastlogits_kernels._triton import HAS_TRITON
 from benchmarks.results import read_rows
 from tests.campaign import mutations, sanitizer, sanitizer_cases, soak
 from tests.campaign.mutations import Mutation
+from tests.campaign.record import ROOT
 
 CLEAN = """========= COMPUTE-SANITIZER
 ========= ERROR SUMMARY: 0 errors
@@ -52,17 +57,14 @@ def test_cases_say_what_became_of_them():
     assert seen == (["fold-3x32"], {"select-3x32": "row 1 is wrong"}, ["fold-1x151936"])
 
 
-def test_every_tool_has_cases_that_it_can_take():
+def test_all_cases_of_an_operation_are_dealt_to_one_process():
     cases = sanitizer_cases.chosen(None)
     assert {case.operation for case in cases} == set(sanitizer_cases.OPERATIONS)
-    far = [case for case in sanitizer_cases.CASES if case.far]
-    for tool in sanitizer.TOOLS:
-        given = sanitizer.cases_for(tool, [*far, *cases], named=False)
-        assert {case.operation for case in given} == set(sanitizer_cases.OPERATIONS)
-        assert any(case.far for case in given) == (tool == "memcheck")
-        assert tool != "racecheck" or all(case.is_small for case in given)
+    assert any(case.far for case in cases)
     dealt = sanitizer._dealt(cases, 16)
     assert sorted(case.name for some in dealt for case in some) == sorted(case.name for case in cases)
+    of = [(case.operation, number) for number, some in enumerate(dealt) for case in some]
+    assert len(set(of)) == len(sanitizer_cases.OPERATIONS)
     with pytest.raises(ValueError, match="no such cases: nothing"):
         sanitizer_cases.chosen(["nothing"])
 
@@ -77,38 +79,44 @@ def test_kernels_stay_within_their_guards(name, device):
 
 STAND_IN = """#!/usr/bin/env bash
 # Says what compute-sanitizer says, after the command line that follows its own options.
-[ "$1" = --version ] && echo "NVIDIA (R) Compute Sanitizer 2026.1" && exit
-tool=$2 log=$8
+[ "$1" = --version ] && printf 'NVIDIA (R) Compute Sanitizer\\nVersion 2026.1.0.0 (build 1) (public-release)\\n' && exit
+tool=$2 log=$8 status=0 errors=0
 shift 8
-"$@"
-status=$?
-if [ "$tool" = memcheck ]; then echo "========= ERROR SUMMARY: 0 errors" > "$log"; fi
+if [[ $* == *sanitizer_control* ]]; then
+    [ "$tool" = initcheck ] || errors=1
+else
+    "$@"
+    status=$?
+fi
 if [ "$tool" = racecheck ]; then echo "========= Error: Race reported between Write access at a
-========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)" > "$log"; fi
+========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)" > "$log"
+elif [ "$tool" != synccheck ]; then echo "========= ERROR SUMMARY: $errors errors" > "$log"; fi
 exit $status
 """
 
 
 @pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="tries the script with Triton's interpreter")
 def test_a_tool_in_another_process_says_what_becomes_of_the_cases(tmp_path, monkeypatch):
-    """One that finds nothing, one that finds something, and one that never says anything."""
+    """One that finds nothing, one that finds something, one that never does, and one that never says anything."""
     monkeypatch.setattr(sanitizer, "RESULTS", tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     program = tmp_path / "stand-in"
     program.write_text(STAND_IN)
     program.chmod(0o755)
     given = ["--device", "cpu", "--program", str(program), "--logs", str(tmp_path), "--cases", "pack_ids-3x32"]
-    assert sanitizer.main([*given, "--tools", "memcheck", "racecheck", "synccheck"]) == 1
+    assert sanitizer.main([*given, "--tools", "memcheck", "racecheck", "initcheck", "synccheck"]) == 1
     (written,) = tmp_path.glob("sanitizer-*.csv")
     rows = {row["tool"]: row for row in read_rows(written)}
     assert {tool: (row["done"], row["errors"], row["outcome"]) for tool, row in rows.items()} == {
         "guards": ("1", "0", "clean"),
         "memcheck": ("1", "0", "clean"),
         "racecheck": ("1", "2", "not clean"),
+        "initcheck": ("1", "0", "not clean"),
         "synccheck": ("1", "unknown", "not clean"),
     }
     assert rows["racecheck"]["first"] == "Error: Race reported between Write access at a"
-    assert rows["memcheck"]["sanitizer"] == "2026.1"
+    assert rows["initcheck"]["first"].startswith("blind: initcheck finds nothing")
+    assert rows["memcheck"]["sanitizer"] == "2026.1.0.0"
 
 
 def test_guards_see_what_is_written_beside_an_allocation(device):
@@ -120,6 +128,18 @@ def test_guards_see_what_is_written_beside_an_allocation(device):
     made[0].as_strided((1,), (1,), made[0].storage_offset() + 5).fill_(1.0)
     with pytest.raises(AssertionError, match="beside an allocation of 20 bytes"):
         guards.check()
+
+
+def test_new_examples_round_after_round():
+    """In one process, of a test that is a method: each round makes its class anew."""
+    test = "tests/test_special.py::TestAudio::test_timestamps"
+    command = [sys.executable, "tests/fuzz.py", "0.3", test]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    told = re.search(r"([\d,]+) examples in (\d+) rounds", done.stdout)
+    assert done.returncode == 0, done.stdout
+    assert told is not None
+    assert int(told[2]) > 1
+    assert int(told[1].replace(",", "")) > int(told[2])
 
 
 def test_mutations_are_of_texts_that_stand_once():

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers.generation import logits_process as reference
 
 import fastlogits as fl
-from fastlogits import BatchProcessor, RequestParams, TokenMask
+from fastlogits import BatchProcessor, RequestParams, TokenMask, sampling
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -109,6 +109,32 @@ def test_a_sampler_first_called_by_several_threads_at_once(switching, device):
         shared = sampler()
         for mine, each in zip(together(lambda i, shared=shared: draw(shared, i)), right, strict=True):
             assert all(map(torch.equal, mine, each))
+
+
+def test_a_draw_called_while_another_thread_prepares_it(monkeypatch, device):
+    ids, scores = inputs(0, device)
+    at = torch.zeros(3, dtype=torch.int64, device=device)
+    begun, ended = threading.Event(), threading.Event()
+
+    class Slow(sampling.FoldLaunch):
+        def __init__(self, members):
+            if not begun.is_set():
+                begun.set()
+                assert ended.wait(60)
+            super().__init__(members)
+
+    # Nothing but token 7 may come.
+    only = fl.LogitsProcessorList([fl.SuppressTokensLogitsProcessor([t for t in range(V) if t != 7])])
+    shared = sampling.FusedDraw(only)
+    monkeypatch.setattr(sampling, "FoldLaunch", Slow)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(shared, scores, at, at, ids, None)
+        assert begun.wait(60)
+        try:
+            mine, _ = shared(scores, at, at, ids, None)
+        finally:
+            ended.set()
+        assert mine.tolist() == other.result(60)[0].tolist() == [7, 7, 7]
 
 
 def test_a_mask_and_parameters_first_used_by_several_threads_at_once(switching, device):

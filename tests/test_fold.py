@@ -287,6 +287,14 @@ def test_growth_leaves_what_is_not_finite(kernels, device):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_growth_in_float64_at_a_position_of_the_device():
+    scores = torch.tensor([[-2.0, 0.3, 1.0]], dtype=torch.float64)
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    expected = fold([Decay((0, 1), 1, 1.2)], ids, scores)
+    found = fold([Decay((0, 1), 1, 1.2)], ids, scores, Run(torch.tensor(0), torch.tensor([2])))
+    torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)
+
+
 def test_each_map_rounds_as_a_kernel_of_its_own(kernels, device):
     """In float16 the sum of two small biases is not what one after the other makes."""
     scores = (torch.randn(3, V, generator=torch.Generator().manual_seed(0)) * 3).half().to(device)

@@ -149,6 +149,24 @@ def test_copies(twin):
     assert torch.equal(single.for_run(1)(ids, scores), processors[0].for_run(1)(ids, scores))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_in_place_only_the_result_is_rounded(dtype):
+    """Behind a processor that returns another dtype all goes on in that."""
+
+    def widened(input_ids, scores):
+        return scores.float() * 1.001
+
+    processors = fl.LogitsProcessorList(
+        [fl.SuppressTokensLogitsProcessor([1]), widened, fl.TemperatureLogitsWarper(0.999), widened]
+    )
+    ids, scores = torch.zeros(2, 3, dtype=torch.int64), torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    scores = scores.to(dtype)
+    expected = processors(ids, scores)
+    assert expected.dtype == torch.float32
+    assert processors.apply_(ids, scores) is scores
+    assert torch.equal(scores, expected.to(dtype))
+
+
 def test_processors_that_ask_for_more():
     processors = fl.LogitsProcessorList([AddFromKwargs()])
     scores, ids = torch.zeros(1, 2), torch.zeros(1, 1).long()

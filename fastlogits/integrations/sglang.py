@@ -257,7 +257,6 @@ def sampler_class() -> type:
             if self._of is None or any(now is not then for now, then in zip(tensors, self._of, strict=True)):
                 from fastlogits.sampling import Sampler
 
-                self._of = tensors
                 self._draw = Sampler(
                     temperature=info.temperatures.flatten(),
                     top_p=info.top_ps if info.need_top_p_sampling else None,
@@ -266,6 +265,7 @@ def sampler_class() -> type:
                     order="sglang",
                     ties="lowest",
                 )
+                self._of = tensors
             assert self._draw is not None
             return self._draw
 

@@ -272,7 +272,11 @@ class LogitsProcessorList(_Planned, _TransformersList):
         prompt_length: Index | None = None,
         cache_position: Index | None = None,
     ) -> torch.Tensor:
-        """The same in place; returns ``scores``."""
+        """The same in place; returns ``scores``, whose dtype the result is rounded to where it is another.
+
+        Raises:
+            ValueError: see ``__call__``; or the result is of another shape.
+        """
         run = None if prompt_length is None else Run(prompt_length, cache_position)
         return self.plan(input_ids, scores, run, in_place=True)
 

@@ -394,6 +394,8 @@ def reference_fold(
                 found.put(x, old + found.take(chain.biases[op.a : op.a + 1]).to(x.dtype))
             elif op.kind == GROW.value:
                 assert value is not None
+                if isinstance(value, torch.Tensor):
+                    value = value.to(torch.promote_types(x.dtype, torch.float32))
                 growth = (old.abs() * found.value_of_rows(value)).to(x.dtype)
                 found.put(x, old + growth.masked_fill(~old.isfinite(), 0.0))
     return x

@@ -122,7 +122,7 @@ def gate_is_open(search: Search, gate: int, position: Position) -> bool | torch.
 
 
 def find_row_value(search: Search, plane: int, position: Position) -> float | torch.Tensor:
-    """A value of all rows, or of each, float32 ``[B or 1, 1]``."""
+    """A value of all rows, or of each: floating-point ``[B or 1, 1]``, a growth in float64."""
     task = next(task for task in search.tasks if task.plane == plane and task.kind in (GATE.value, DECAY.value))
     if task.kind == GATE.value:
         is_open = gate_is_open(search, task.gate, position)
@@ -131,8 +131,7 @@ def find_row_value(search: Search, plane: int, position: Position) -> float | to
     times = _length(position) - start
     if isinstance(times, int):
         return factor**times - 1.0 if times > 0 else 0.0
-    power = torch.tensor(factor, dtype=torch.float64, device=times.device) ** times.clamp(min=0)
-    return (power - 1.0).float()
+    return torch.tensor(factor, dtype=torch.float64, device=times.device) ** times.clamp(min=0) - 1.0
 
 
 def find_places(

@@ -317,8 +317,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a finite fill value never drawn", f"{PACKAGE}/sampling.py",
-        "and all(rule.filter_value == -math.inf for rule in rules)", "and rules",
+        "and all(rule.filter_value == -math.inf for rule in last)", "and last",
         ("test_select.py::test_a_fill_value_that_can_be_drawn",),
+    ),
+    Mutation(
+        "a draw used by others before it is made", f"{PACKAGE}/sampling.py",
+        "            joined = self._joined = self._join(plan)\n",
+        "            self._joined = joined._replace(plan=plan)\n            joined = self._joined = self._join(plan)\n",
+        ("test_concurrency.py::test_a_draw_called_while_another_thread_prepares_it",),
     ),
     Mutation(
         "a tied token kept by its last ids", f"{KERNELS}/keep.py",

@@ -7,7 +7,8 @@ The cases are dealt to processes, those of an operation to one. First they run w
 kernels, holds results to torch, and looks at guard zones around each allocation. Then each tool runs them, in a process
 with the compiled kernels of the first and an allocation of its own for each tensor; no operation waits for the kernels
 of another. A process that has used up its seconds begins no other case; what it left out is told, and stands in the
-results file.
+results file. Before all that, each tool is shown a kernel that is wrong on purpose (``sanitizer_control``): where it
+finds nothing there, it is blind, and what it says of the others is worth nothing.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ from rich.table import Table
 from benchmarks.inputs import device_name
 from benchmarks.results import slug, write_rows
 from tests.campaign.record import RESULTS, ROOT, dated
-from tests.campaign.sanitizer_cases import CASES, Case, chosen
+from tests.campaign.sanitizer_cases import Case, chosen
 
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 GUARDS = "guards"
@@ -99,11 +101,18 @@ def read_cases(text: str) -> Seen:
     return seen
 
 
-def cases_for(tool: str, cases: Sequence[Case], named: bool) -> list[Case]:
-    """What of some cases a tool is given: racecheck is slow, and what lies far apart is memcheck's alone."""
-    if named or tool == "memcheck":
-        return list(cases)
-    return [case for case in cases if case.is_small or (tool != "racecheck" and not case.far)]
+def _under(tool: str, setting: Setting, log: Path) -> list[str]:
+    """What a command line begins with to run under a tool."""
+    options = ["--tool", tool, "--launch-timeout", str(_LAUNCH_S), "--print-limit", "100", "--log-file", str(log)]
+    return [setting.program, *options]
+
+
+def _environment(tool: str | None) -> dict[str, str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    if tool is not None:
+        # Each tensor is then an allocation of the driver, with its own bounds, as new as the tensor.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    return environment
 
 
 def command_of(tool: str | None, setting: Setting, log: Path, cases: Sequence[Case], seconds: float) -> list[str]:
@@ -111,10 +120,20 @@ def command_of(tool: str | None, setting: Setting, log: Path, cases: Sequence[Ca
     driver = [sys.executable, "-m", "tests.campaign.sanitizer_cases"]
     driver += ["--device", setting.device.type, "--seconds", str(seconds)]
     names = ["--cases", *(case.name for case in cases)]
-    if tool is None:
-        return [*driver, "--check", *names]
-    options = ["--tool", tool, "--launch-timeout", str(_LAUNCH_S), "--print-limit", "100", "--log-file", str(log)]
-    return [setting.program, *options, *driver, *names]
+    return [*driver, "--check", *names] if tool is None else [*_under(tool, setting, log), *driver, *names]
+
+
+def sees(tool: str, setting: Setting) -> bool:
+    """Whether a tool finds what is wrong on purpose."""
+    log = setting.logs / f"{tool}-control.log"
+    log.unlink(missing_ok=True)
+    command = [*_under(tool, setting, log), sys.executable, "-m", "tests.campaign.sanitizer_control", tool]
+    environment, limit = _environment(tool), _LAUNCH_S + _DEADLINE_S
+    try:
+        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return False
+    return bool(log.exists() and read_log(log.read_text()).errors)
 
 
 class Process:
@@ -127,14 +146,10 @@ class Process:
         self._limit = seconds + _LAUNCH_S + _DEADLINE_S
         self._start = time.perf_counter()
         self.seconds = 0.0
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-        if tool is not None:
-            # Each tensor is then an allocation of the driver, with its own bounds, as new as the tensor.
-            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         with self._out.open("w") as out:
             self._process = subprocess.Popen(
                 command_of(tool, setting, self.log, cases, seconds),
-                cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True,
+                cwd=ROOT, env=_environment(tool), stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
 
     def is_over(self) -> bool:
@@ -163,7 +178,7 @@ class Process:
 
 
 def _run(
-    dealt: Sequence[Sequence[Case]], tools: Sequence[str], setting: Setting, seconds: float, at_once: int, named: bool,
+    dealt: Sequence[Sequence[Case]], tools: Sequence[str], setting: Setting, seconds: float, at_once: int,
     console: Console,
 ) -> dict[str, list[Process]]:  # fmt: skip
     """Run cases without a tool, and then under each, so many processes at once; the processes of each."""
@@ -176,11 +191,9 @@ def _run(
         while waiting or running:
             while waiting and len(running) < at_once:
                 tool, number = waiting.popleft()
-                cases = list(dealt[number]) if tool is None else cases_for(tool, dealt[number], named)
-                if cases:
-                    process = Process(tool, setting, cases, 10 * seconds if tool is None else seconds, number)
-                    begun[process.tool].append(process)
-                    running.append((tool, number, process))
+                process = Process(tool, setting, dealt[number], 10 * seconds if tool is None else seconds, number)
+                begun[process.tool].append(process)
+                running.append((tool, number, process))
             time.sleep(0.2)
             over = [each for each in running if each[2].is_over()]
             running = [each for each in running if each not in over]
@@ -193,7 +206,7 @@ def _run(
     return begun
 
 
-def row_of(tool: str, processes: Sequence[Process], setting: Setting) -> dict[str, object]:
+def row_of(tool: str, processes: Sequence[Process], setting: Setting, blind: bool = False) -> dict[str, object]:
     """What all processes of a tool have found, as a row of the results file."""
     seen = [each.seen for each in processes]
     done = [name for each in seen for name in each.done]
@@ -208,9 +221,11 @@ def row_of(tool: str, processes: Sequence[Process], setting: Setting) -> dict[st
         errors = sum(known) if len(known) == len(verdicts) else None
         first = first or next((each.first for each in verdicts if each.errors), "")
     ended_badly = [each for each in processes if each.status != 0 and not each.seen.failed]
-    if ended_badly and not first:
+    if blind:
+        first = f"blind: {tool} finds nothing in a kernel that is wrong on purpose"
+    elif ended_badly and not first:
         first = f"status {ended_badly[0].status}: {' '.join(ended_badly[0].tail.split())[-300:]}"
-    clean = errors == 0 and not failed and not ended_badly and not any(each.stopped for each in verdicts)
+    clean = errors == 0 and not (failed or ended_badly or blind or any(each.stopped for each in verdicts))
     return dated(
         {
             "gpu": device_name(setting.device), "sanitizer": setting.version, "tool": tool, "done": len(done),
@@ -255,16 +270,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program = next(filter(None, map(shutil.which, filter(None, (given.program, *_PLACES)))), None)
     if program is None or (device.type == "cuda" and not torch.cuda.is_available()):
         parser.error("needs a GPU, and compute-sanitizer of the CUDA toolkit: give its path as --program")
-    told = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout.split()
-    setting = Setting(program, told[-1] if told else "unknown", device, given.logs)
+    told = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"Version (\S+)", told)
+    setting = Setting(program, version[1] if version else "unknown", device, given.logs)
     given.logs.mkdir(parents=True, exist_ok=True)
-    cases = chosen(given.cases)
-    named = given.cases is not None
 
-    first = cases if named else [*(case for case in CASES if case.far), *cases]
-    dealt = _dealt(first, given.processes)
-    begun = _run(dealt, given.tools, setting, given.seconds, given.processes, named, console)
-    rows = [row_of(tool, processes, setting) for tool, processes in begun.items()]
+    with ThreadPoolExecutor() as pool:
+        seeing = dict(zip(given.tools, pool.map(lambda tool: sees(tool, setting), given.tools), strict=True))
+    dealt = _dealt(chosen(given.cases), given.processes)
+    begun = _run(dealt, given.tools, setting, given.seconds, given.processes, console)
+    rows = [row_of(tool, begun[tool], setting, not seeing.get(tool, True)) for tool in begun]
     write_rows(RESULTS / f"sanitizer-{slug(device_name(device))}.csv", rows)
     console.print(_table(rows))
     console.print(f"logs: {given.logs}", markup=False)
