@@ -30,6 +30,8 @@ _NEEDED = (
 )  # fmt: skip
 # One file for each part that depends on versions: dynamo, kernels in the interpreter, the plan, generate.
 _PART = ("compile", "bitmask", "kernels", "plan", "first_step", "degradation", "generate")
+_ALL = "all"
+_SPREAD = ("-n", "auto", "--maxprocesses=8", "--dist", "worksteal")  # as in the Makefile
 
 
 class Row(NamedTuple):
@@ -90,9 +92,9 @@ def run(row: Row, parts: list[str], limit: float) -> dict[str, str]:
     python = environment(row)
     ask = f"from importlib.metadata import version; print(*map(version, {_PACKAGES!r}))"
     versions = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.split()
-    files = [f"tests/test_{part}.py" for part in parts]
+    files = [] if parts == [_ALL] else [f"tests/test_{part}.py" for part in parts]
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *_SPREAD, *files]
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=limit
@@ -126,7 +128,7 @@ def main() -> int:
     """Run the rows that the command line names, by default all."""
     parser = argparse.ArgumentParser("python -m benchmarks.matrix", description="Run the tests with other versions.")
     parser.add_argument("--rows", default="", help="only rows whose name holds this text")
-    parser.add_argument("--tests", nargs="+", default=_PART, help="parts of the tests; default: %(default)s")
+    parser.add_argument("--tests", nargs="+", default=_PART, help="parts of the tests, or all; default: %(default)s")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for the tests of a row")
     parser.add_argument("--clean", action="store_true", help="remove each environment after its row")
     options = parser.parse_args()

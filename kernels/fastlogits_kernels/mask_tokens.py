@@ -83,6 +83,12 @@ def _is_open(
 
 
 @triton.jit
+def _minus_infinity(like):
+    """-inf of the dtype of ``like``; the interpreter of Triton before 3.9 has no constants of bfloat16."""
+    return tl.full([], float("-inf"), tl.float32).to(like.dtype)
+
+
+@triton.jit
 def ban_words(row_ptr, banned, word, V, stride_token):
     """Write -inf to the banned tokens of some words of a row; ``banned`` and ``word`` are ``[BLOCK_W, 1]``."""
     lane = tl.arange(0, 32)[None, :]
@@ -91,7 +97,7 @@ def ban_words(row_ptr, banned, word, V, stride_token):
     here = row_ptr + token.to(tl.int64) * stride_token
     # A mask that is constant over a word keeps the accesses 16 bytes wide, whatever the bits are.
     scores = tl.load(here, mask=inside & (banned != -1), other=float("-inf"))
-    tl.store(here, tl.where(((banned >> lane) & 1) != 0, float("-inf"), scores), mask=inside)
+    tl.store(here, tl.where(((banned >> lane) & 1) != 0, _minus_infinity(scores), scores), mask=inside)
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
@@ -138,7 +144,7 @@ def _mask_tokens_kernel(
         inside = token < V
         scores = tl.load(scores_ptr + row * stride_row + token.to(tl.int64) * stride_token, mask=inside)
         is_banned = ((banned >> lane) & 1) != 0
-        tl.store(out_ptr + row * stride_out + token, tl.where(is_banned, float("-inf"), scores), mask=inside)
+        tl.store(out_ptr + row * stride_out + token, tl.where(is_banned, _minus_infinity(scores), scores), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", *_STEPWISE], do_not_specialize_on_alignment=["tokens_ptr", *_UNALIGNED])

@@ -550,7 +550,9 @@ def sweep_kernel(
         else:
             if out_ptr is not None:
                 here = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
-                tl.store(here, tl.full(token.shape, FILL, out_ptr.dtype.element_ty), mask=inside)
+                # Not of that dtype at once: the interpreter of Triton before 3.9 has no constants of bfloat16.
+                fill = tl.full(token.shape, FILL, tl.float32).to(out_ptr.dtype.element_ty)
+                tl.store(here, fill, mask=inside)
             if state == FEW:
                 near = inside & ((x < low) == 0)
                 if BANDED:
