@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fastlogits_kernels import _triton, draw, select
+from fastlogits_kernels import _triton, draw, select, settle
 from fastlogits_kernels.truncate import Rule, reference_truncate
 
 import fastlogits as fl
@@ -161,6 +161,48 @@ def test_flat_rows_keep_most_unseen(chain, V):
     tokens = drawn(scores, FLAT[chain], seeds, seeds)
     wanted = draw.reference_draw(reference_truncate(scores, FLAT[chain]), seeds, seeds)
     assert torch.equal(tokens, wanted)
+
+
+LISTED = {
+    "p": (Rule("top_p", 0.9),),
+    "lowest p": (Rule("top_p", 0.9, ties="lowest"),),
+    "p k": (Rule("top_p", 0.9), Rule("top_k", 3000)),
+    "typical": (Rule("typical", 0.1),),
+    "k": (Rule("top_k", 6000),),
+}
+
+
+def between_bounds(scores, rules):
+    """How many tokens of each row lie between its bounds, what the sample took it for, and how many have room."""
+    selection = select.Selection(rules, scores.shape[1], scores.device)
+    work = select.launch_select(scores, selection, out=torch.empty_like(scores))._base
+    low, high = (
+        torch.where(key < 0, key ^ 0x7FFFFFFF, key).view(torch.float32) for key in (work[:, 1:2], work[:, 5:6])
+    )
+    test = torch.where(work[:, 2:3] != 0, -(scores - work[:, 3:4].view(torch.float32)).abs(), scores)
+    return ((test >= low) & ~(test >= high)).sum(1), work[:, 0].tolist(), selection.layout.slots
+
+
+@pytest.mark.parametrize("chain", LISTED)
+def test_many_candidates_are_settled_block_by_block(monkeypatch, chain):
+    """More than are looked at at once, and no more than can be put by."""
+    V, most = (151_936, 4096) if GPU else (40_000, 1024)
+    if not GPU:
+        for module in (select, settle):
+            monkeypatch.setattr(module, "MANY_SLOTS", _triton.tl.constexpr(256))
+    scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1))
+    scores[1] = (scores[1] * 16).round() / 16  # hundreds tie
+    scores, rules = scores.to(DEVICE), LISTED[chain]
+    if chain in ("p", "lowest p"):
+        found, taken, slots = between_bounds(scores, rules)
+        assert taken == [3, 3]
+        assert (found > most).all()
+        assert (found <= slots).all()
+    check_truncation(scores, rules, selected(scores, rules))
+    if chain != "typical":  # of which an edge may be a matter of rounding
+        seeds = torch.tensor([5, 6], device=DEVICE)
+        wanted = draw.reference_draw(reference_truncate(scores, rules), seeds, seeds)
+        assert torch.equal(drawn(scores, rules, seeds, seeds), wanted)
 
 
 def test_a_sample_that_misleads():

@@ -145,6 +145,9 @@ class _Layout(NamedTuple):
     tiles: int
     parts: int
     slots: int
+    """Candidates that a row may have."""
+    few: int
+    """Candidates beyond which a rule takes what it keeps for certain for kept."""
     runs: int
     sampled: int
     parts_at: int
@@ -157,13 +160,16 @@ class _Layout(NamedTuple):
     def of(cls, V: int, sums: bool) -> _Layout:
         W = words(V)
         tiles, parts = -(-W // TILE_W.value), -(-W // _BLOCK_W)
-        # With sums at most 5 %, with the sample at most 8 % of what the logits of a large vocabulary take.
-        slots = min(MANY_SLOTS.value, max(SOME_SLOTS.value, V // 50 // 128 * 128))
+        # Of a flat row a sample leaves open what becomes of a sixteenth. With room for those that a search puts by of
+        # them again, this is up to a quarter of what the logits of a large vocabulary take.
+        slots = max(SOME_SLOTS.value, V // 12 // 128 * 128)
+        few = min(MANY_SLOTS.value, max(SOME_SLOTS.value, V // 50 // 128 * 128))
         parts_at = SUMS_AT.value + SUM_WORDS.value * tiles
         pairs_at = parts_at + PART_WORDS.value * parts
+        pairs = slots + MANY_SLOTS.value * (slots > MANY_SLOTS.value)
         return cls(
-            W, tiles, parts, slots, max(V, _SAMPLE) // 8, min(V, _SAMPLE), parts_at, pairs_at,
-            pairs_at + max(2 * slots, _SAMPLE * sums), triton.next_power_of_2(tiles), triton.next_power_of_2(parts),
+            W, tiles, parts, slots, few, max(V, _SAMPLE) // 8, min(V, _SAMPLE), parts_at, pairs_at,
+            pairs_at + max(2 * pairs, _SAMPLE * sums), triton.next_power_of_2(tiles), triton.next_power_of_2(parts),
         )  # fmt: skip
 
 
@@ -203,7 +209,7 @@ class Selection:
         self.few = FEW_SLOTS.value if counted and min(counted) <= FEW_SLOTS.value // 6 else SOME_SLOTS.value
         self.layout = _Layout.of(V, self.sums > 0)
         # Where no rule keeps more than can be put by, none has to be taken for kept.
-        self.bracketed = not normalise and not (counted and min(counted) <= 0.6 * self.layout.slots)
+        self.bracketed = not normalise and not (counted and min(counted) <= 0.6 * self.layout.few)
         self.form = form_of((self.rules, self.fill, self.first, normalise, self.bracketed, self.few))
         self.handle = next(_handles)
         _selections[self.handle] = self
@@ -247,7 +253,7 @@ def launch_select(
     """
     B, V = scores.shape
     chain = chain or _NO_CHAIN
-    W, tiles, parts, slots, runs, sampled, parts_at, pairs_at, words_of_row, TILES, PARTS = selection.layout
+    W, tiles, parts, slots, few, runs, sampled, parts_at, pairs_at, words_of_row, TILES, PARTS = selection.layout
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
     stride_row, stride_token = scores.stride()
     stride_out, stride_out_token = (0, 0) if out is None else out.stride()
@@ -287,7 +293,7 @@ def launch_select(
     bound_launcher(key, B, (
         *given, selection.values, *rows,
         work,
-        V, W, tiles, runs, sampled, pairs_at, sampled / V, float(0.95 * slots),
+        V, W, tiles, runs, sampled, pairs_at, sampled / V, 0.95 * few, 0.95 * slots,
         stride_row, stride_token, words_of_row, *strides[:5],
         chain.flat, top, selection.rules, selection.sums, selection.normalise, selection.bracketed,
         greedy, _SAMPLE, _BITS, TILES, early,

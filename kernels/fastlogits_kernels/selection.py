@@ -55,7 +55,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 TILE_W = tl.constexpr(64)  # mask words of a tile, 32 logits each
 FEW_SLOTS = tl.constexpr(512)  # candidates that rows have no more of where a rule says so
 SOME_SLOTS = tl.constexpr(1024)  # candidates that most rows have no more of
-MANY_SLOTS = tl.constexpr(4096)  # candidates that a row may have
+MANY_SLOTS = tl.constexpr(4096)  # candidates that are looked at at once
 ONE = tl.constexpr(float(2**37))  # the largest probability of a row, as an integer
 
 UNALIGNED = [
@@ -65,7 +65,7 @@ UNALIGNED = [
 ]  # fmt: skip
 STEPWISE = [
     "W", "stride_temperature", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row", "stride_work",
-    "tiles", "slots", "parts", "parts_at", "pairs_at", "runs", "sampled", "sample_at", "share", "capacity",
+    "tiles", "slots", "parts", "parts_at", "pairs_at", "runs", "sampled", "sample_at", "share", "capacity", "room",
     "stride_seed", "stride_position", "all_lists", "lists", "stride_span",
 ]  # fmt: skip
 

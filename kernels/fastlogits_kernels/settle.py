@@ -107,11 +107,28 @@ def _measure(
 
 
 @triton.jit
-def _block(start, row, V, access, OPS: tl.constexpr, SETUP: tl.constexpr):
-    """Logits, whether they are there, tokens, and ranks of a block of the row."""
-    token = start + tl.arange(0, _BLOCK)
-    valid = token < V
-    x = row_logits(row, token >> 5, token & 31, token, valid, V, access, OPS, SETUP[2])
+def _is_near(x, least, banded, centre, BANDED: tl.constexpr):
+    """Whether logits are candidates: those that were put by are a few too many."""
+    test = x
+    if BANDED:
+        test = tl.where(banded, -tl.abs(x - centre), x)
+    return (test < least) == 0
+
+
+@triton.jit
+def _block(start, few, row, V, access, OPS: tl.constexpr, SETUP: tl.constexpr):
+    """Logits, whether they are there, tokens, and ranks of a block of the row, or of its candidates."""
+    place = start + tl.arange(0, _BLOCK)
+    if few[8]:
+        valid = place < few[9]
+        pair = tl.load(few[10] + place, mask=valid, other=0)
+        token = (pair >> 32).to(tl.int32)
+        x = heated(pair.to(tl.int32).to(tl.float32, bitcast=True), row, access)
+        valid = valid & _is_near(x, few[11], few[12], few[13], SETUP[1])
+    else:
+        token = place
+        valid = token < V
+        x = row_logits(row, token >> 5, token & 31, token, valid, V, access, OPS, SETUP[2])
     rank = token
     if SETUP[0]:
         rank = -token
@@ -123,15 +140,15 @@ def _top(few, row, V, access, alive, WHOLE: tl.constexpr, OPS: tl.constexpr, SET
     """The largest key alive, or below all."""
     if WHOLE:
         tops = tl.full([_BLOCK], LOWEST, tl.int32)
-        for start in range(0, V, _BLOCK):
-            x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+        for start in range(0, few[9], _BLOCK):
+            x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
             tops = tl.maximum(tops, tl.where(_alive(x, valid, rank, alive, SETUP[1]), key_of(x), LOWEST))
         top = tl.max(tops)
     else:
         x, valid, rank = few[0], few[1], few[3]
         top = tl.max(tl.where(_alive(x, valid, rank, alive, SETUP[1]), key_of(x), LOWEST))
-        if SETUP[4]:
-            top = tl.maximum(top, few[6])
+    if SETUP[4]:
+        top = tl.maximum(top, few[6])
     return top
 
 
@@ -167,8 +184,8 @@ def _sums(
     if WHOLE:
         weights = tl.zeros([_BLOCK], tl.int64)
         belows = weights
-        for start in range(0, V, _BLOCK):
-            x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+        for start in range(0, few[9], _BLOCK):
+            x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
             weight, below = _sums_of(x, _alive(x, valid, rank, alive, SETUP[1]), top, MASS, BELOW)
             weights += weight
             belows += below
@@ -181,9 +198,9 @@ def _sums(
         below = tl.full([], 0, tl.int64)
         if BELOW:
             below = tl.sum(belows)
-        if SETUP[4]:
-            count += few[4]
-            mass += few[5]
+    if SETUP[4]:
+        count += few[4]
+        mass += few[5]
     return count, mass, below
 
 
@@ -200,8 +217,8 @@ def _squares(few, row, V, access, alive, top, WHOLE: tl.constexpr, OPS: tl.const
     if WHOLE:
         counts = tl.zeros([_BLOCK], tl.float64)
         firsts, seconds = counts, counts
-        for start in range(0, V, _BLOCK):
-            x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+        for start in range(0, few[9], _BLOCK):
+            x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
             count, first, second = _squares_of(x, valid, rank, alive, top, SETUP[1])
             counts += count
             firsts += first
@@ -228,7 +245,7 @@ def _moved(pivot, count, amount, goal, amount_goal, bounds):
 
 @triton.jit
 def _tally_all(
-    low, high, first, second, third, row, V, access, alive, top, mass, tie,
+    few, low, high, first, second, third, row, V, access, alive, top, mass, tie,
     WHAT: tl.constexpr, DISTANCE: tl.constexpr, TIES: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
     """What is at or above each of three keys, and the least and the largest key that is there from ``low`` to ``high``.
@@ -239,8 +256,8 @@ def _tally_all(
     b, c = a, a
     least = tl.full([_BLOCK], HIGHEST, tl.int32)
     most = tl.full([_BLOCK], LOWEST, tl.int32)
-    for start in range(0, V, _BLOCK):
-        x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+    for start in range(0, few[9], _BLOCK):
+        x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
         key, lives, amount = _measure(x, valid, rank, alive, top, mass, tie, WHAT, DISTANCE, TIES, SETUP[1])
         weighed = _weighed(lives, amount)
         a += tl.where(key >= first, weighed, 0)
@@ -268,10 +285,11 @@ def _narrow(
     numbers, among which logits are spread, and of the keys, which comes to an end whatever they are.
     """
     low, high, count, amount, above, amount_above = bounds
-    likely_low, likely_high, slots = few[2].to(tl.int64), few[3].to(tl.int64), few[4]
+    beyond, amount_beyond = above, amount_above  # the tokens that aren't here
+    likely_low, likely_high = few[2].to(tl.int64), few[3].to(tl.int64)
     told = likely_high < HIGHEST
     by_turns = tl.full([], 0, tl.int32)
-    while (high - low > 1) & (count - above > slots):
+    while (high - low > 1) & (count - above > few[14]):
         first = low + (high - low) // 4
         second = low + (high - low) // 2
         third = low + (high - low) * 3 // 4
@@ -288,13 +306,13 @@ def _narrow(
                 second = tl.where(told, (likely_low + likely_high) // 2, second)
                 third = tl.where(told, likely_high, third)
         least, most, count_1, amount_1, count_2, amount_2, count_3, amount_3 = _tally_all(
-            low.to(tl.int32), high, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), row, V, access, alive,
-            top, mass, tie, WHAT, DISTANCE, TIES, OPS, SETUP,
+            few, low.to(tl.int32), high, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), row, V, access,
+            alive, top, mass, tie, WHAT, DISTANCE, TIES, OPS, SETUP,
         )  # fmt: skip
         bounds = (low, high, count, amount, above, amount_above)
-        bounds = _moved(first, count_1, amount_1, goal, amount_goal, bounds)
-        bounds = _moved(second, count_2, amount_2, goal, amount_goal, bounds)
-        bounds = _moved(third, count_3, amount_3, goal, amount_goal, bounds)
+        bounds = _moved(first, count_1 + beyond, amount_1 + amount_beyond, goal, amount_goal, bounds)
+        bounds = _moved(second, count_2 + beyond, amount_2 + amount_beyond, goal, amount_goal, bounds)
+        bounds = _moved(third, count_3 + beyond, amount_3 + amount_beyond, goal, amount_goal, bounds)
         low, high, count, amount, above, amount_above = bounds
         # Only where keys are is there anything to find.
         low = tl.maximum(low, least)
@@ -310,13 +328,13 @@ def _gathered(
     WHAT: tl.constexpr, DISTANCE: tl.constexpr, TIES: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
     """The tokens of a whole row between the bounds of a search."""
-    counter, pairs, slots = few[0], few[1], few[4]
+    counter, pairs, slots = few[0], few[1], few[14]
     # Other threads may still read what a search before this one has put by.
     tl.debug_barrier()
     tl.store(counter, 0)
     tl.debug_barrier()
-    for start in range(0, tl.where(bounds[2] > 0, V, 0), _BLOCK):
-        x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+    for start in range(0, tl.where(bounds[2] > 0, few[9], 0), _BLOCK):
+        x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
         key, lives, _amount = _measure(x, valid, rank, alive, top, mass, tie, WHAT, DISTANCE, TIES, SETUP[1])
         between = lives & (key >= bounds[0].to(tl.int32)) & (key.to(tl.int64) < bounds[1])
         put_by(between.to(tl.int32) != 0, x, token, counter, pairs.to(tl.pointer_type(tl.int32)), slots, SETUP[5])
@@ -350,7 +368,7 @@ def _search(
     returns what is at or above the key, and what is above it.
     """
     above, amount_above = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
-    if SETUP[4] and not (WHOLE or TIES):
+    if SETUP[4] and not TIES:
         above, amount_above = few[4], few[5]
     bounds = (low.to(tl.int64), high.to(tl.int64) + 1, count, amount, above, amount_above)
     if WHOLE:
@@ -415,13 +433,13 @@ def _surprise(few, row, V, access, alive, top, mass, WHOLE: tl.constexpr, OPS: t
     """The largest term of the entropy of what is alive, and all of them in units of 2 ** -37 of it."""
     if WHOLE:
         terms = tl.full([_BLOCK], 1e-38, tl.float32)
-        for start in range(0, V, _BLOCK):
-            x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+        for start in range(0, few[9], _BLOCK):
+            x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
             terms = tl.maximum(terms, tl.where(_alive(x, valid, rank, alive, SETUP[1]), _term(x, top, mass), 0.0))
         largest = tl.max(terms)
         each = tl.zeros([_BLOCK], tl.int64)
-        for start in range(0, V, _BLOCK):
-            x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+        for start in range(0, few[9], _BLOCK):
+            x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
             _key, _lives, more = _measure(x, valid, rank, alive, top, mass, largest, _SURPRISE, False, False, SETUP[1])
             each += more
     else:
@@ -527,13 +545,13 @@ def _apply(
         mass_goal = tl.ceil(value * all_mass.to(tl.float64)).to(tl.int64)
     wrong = tl.full([], False, tl.int1)
     if RANKED or (LEAST > 1):
-        if SETUP[4] and not WHOLE:
+        if SETUP[4]:
             wrong = RANKED & (few[4] > 0) & (few[4] >= goal) & (few[5] >= mass_goal)
         if (count >= goal) & (mass >= mass_goal) & (wrong == 0):
             low, high = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32), top_key
             if KIND == TYPICAL:
                 high = tl.full([], 0, tl.int32)
-            elif not WHOLE:
+            else:
                 low = tl.maximum(low, bound)
                 if SETUP[4]:
                     high = tl.where(few[4] > 0, few[7] - 1, high)
@@ -576,7 +594,7 @@ def _apply(
     if not RANKED:
         edge = tl.minimum(edge, top_key)
         open_below = open_below & (edge < bound)
-        if SETUP[4] and not WHOLE:
+        if SETUP[4]:
             wrong = wrong | ((few[4] > 0) & (edge > few[7]))
         alive = _from(alive, edge)
     if KIND == TOP_H:
@@ -638,10 +656,10 @@ def _drawn(x, valid, token, rank, alive, seed, position, greedy, BANDED: tl.cons
 
 @triton.jit
 def _emit(
-    few, row, V, access, alive, state, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, greedy,
-    NORMALISE: tl.constexpr, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
+    few, row, V, access, alive, kept_more, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
+    greedy, NORMALISE: tl.constexpr, WHOLE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    """Write what is alive, or draw a token of it and of what the sweep has ``drawn``."""
+    """Write what is alive, and over what the sweep has kept; or draw of it and of what the sweep has ``drawn``."""
     if out_ptr is not None:
         log_mass = 0.0
         if NORMALISE:
@@ -653,14 +671,12 @@ def _emit(
             log_mass = tl.where(finite, log_mass, float("nan"))
         here = out_ptr + row * stride_out
         if WHOLE:
-            for start in range(0, V, _BLOCK):
-                x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+            for start in range(0, few[9], _BLOCK):
+                x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
                 lives = _alive(x, valid, rank, alive, SETUP[1])
-                # The sweep may have kept more.
                 kept = tl.where(lives, x - log_mass, SETUP[6]).to(out_ptr.dtype.element_ty)
                 there = here + token.to(tl.int64) * stride_out_token
-                everywhere = tl.where(state == BRACKET, 1, 0)
-                tl.store(there, kept, mask=lives | (valid & (tl.where(valid, everywhere, 0) != 0)))
+                tl.store(there, kept, mask=lives | (valid & (tl.where(valid, kept_more, 0) != 0)))
         else:
             x, valid, token, rank = few[0], few[1], few[2], few[3]
             lives = _alive(x, valid, rank, alive, SETUP[1])
@@ -669,17 +685,17 @@ def _emit(
     if tokens_ptr is not None:
         if WHOLE:
             best, which = tl.full([], LOWEST, tl.int32), tl.full([], 0, tl.int32)
-            for start in range(0, V, _BLOCK):
-                x, valid, token, rank = _block(start, row, V, access, OPS, SETUP)
+            for start in range(0, few[9], _BLOCK):
+                x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
                 mine, my_token = _drawn(x, valid, token, rank, alive, seed, position, greedy, SETUP[1])
                 which = tl.where(mine > best, my_token, which)
                 best = tl.maximum(best, mine)
         else:
             x, valid, token, rank = few[0], few[1], few[2], few[3]
             best, which = _drawn(x, valid, token, rank, alive, seed, position, greedy, SETUP[1])
-            if SETUP[4]:
-                first = (drawn[0] > best) | ((drawn[0] == best) & (drawn[1] < which))
-                which = tl.where(first, drawn[1], which)
+        if SETUP[4]:
+            first = (drawn[0] > best) | ((drawn[0] == best) & (drawn[1] < which))
+            which = tl.where(first, drawn[1], which)
         tl.store(tokens_ptr + row, which.to(tl.int64))
 
 
@@ -694,21 +710,16 @@ def _remember(work, alive):
 
 @triton.jit
 def _settle_few(
-    row, V, access, work, pairs, found, taken, values, bound, top_key, row_sums, greedy, alive, state, drawn, out_ptr,
+    row, V, access, work, pairs, found, near, taken, values, bound, top_key, row_sums, greedy, alive, drawn, out_ptr,
     stride_out, stride_out_token, tokens_ptr, seed, position,
     RULES: tl.constexpr, NORMALISE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Settle a row of so many candidates; whether they were enough."""
     x, valid, token, rank = _candidates(pairs, found, SLOTS, SETUP)
-    # They were put by as they were before the division, and a few too many of them.
+    # They were put by as they were before the division.
     x = heated(x, row, access)
-    least = tl.load(work + 1)
-    test = x
-    if SETUP[1]:
-        centre = tl.load(work + 3).to(tl.float32, bitcast=True)
-        test = tl.where(tl.load(work + 2) != 0, -tl.abs(x - centre), x)
-    valid = valid & ((test < number_of(least)) == 0)
-    complete = (found >= V) & (least == KEY_OF_MINUS_INFINITY)
+    valid = valid & _is_near(x, near[0], near[1], near[2], SETUP[1])
+    complete = (found >= V) & (near[0] == float("-inf"))
     few = (x, valid, token, rank, taken[0], taken[1], taken[2], taken[3])
     settled = greedy
     if greedy == 0:
@@ -721,29 +732,54 @@ def _settle_few(
     if settled:
         _remember(work, alive)
         _emit(
-            few, row, V, access, alive, state, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
+            few, row, V, access, alive, 0, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
             greedy, NORMALISE, False, OPS, SETUP,
         )  # fmt: skip
     return settled
 
 
 @triton.jit
-def _settle_all(
-    row, V, access, work, pairs, slots, values, bound, top_key, row_sums, greedy, alive, state, drawn, out_ptr,
-    stride_out, stride_out_token, tokens_ptr, seed, position,
-    RULES: tl.constexpr, NORMALISE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
+def _settle_many(
+    row, V, access, work, pairs, slots, found, near, taken, values, bound, top_key, row_sums, greedy, alive, state,
+    drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
+    LISTED: tl.constexpr, RULES: tl.constexpr, NORMALISE: tl.constexpr, OPS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    """Settle a row by itself, block by block."""
-    few = (work + COUNT_AT, pairs, bound, tl.load(work + HIGH_AT), slots)
-    if greedy == 0:
-        alive, _settled = _settle(
-            few, row, V, access, alive, values, bound, True, top_key, row_sums, True, RULES, OPS, SETUP
+    """Settle a row block by block, by its candidates where they are ``LISTED``, else by itself; whether that does."""
+    lowest, highest = tl.full([], LOWEST, tl.int32), tl.full([], HIGHEST, tl.int32)
+    counter, room = work + COUNT_AT, tl.minimum(slots, MANY_SLOTS)
+    # Where a search puts by: not over the candidates, where there may be so many that they come as a list.
+    gathered = pairs + tl.where(slots > MANY_SLOTS, slots, 0)
+    if LISTED:
+        few = (
+            counter, gathered, lowest, highest, taken[0], taken[1], taken[2], taken[3],
+            True, found, pairs, near[0], near[1], near[2], room,
         )  # fmt: skip
-    _remember(work, alive)
-    _emit(
-        few, row, V, access, alive, state, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
-        greedy, NORMALISE, True, OPS, SETUP,
-    )  # fmt: skip
+        edge, kept_more = bound, 0
+    else:
+        few = (
+            counter, gathered, tl.load(work + 1), tl.load(work + HIGH_AT), tl.full([], 0, tl.int32),
+            tl.full([], 0, tl.int64), lowest, highest, False, V, pairs, near[0], near[1], near[2], room,
+        )  # fmt: skip
+        edge, kept_more = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32), tl.where(state == BRACKET, 1, 0)
+        drawn = (lowest, highest)
+    settled = greedy
+    if greedy == 0:
+        alive, settled = _settle(
+            few, row, V, access, alive, values, edge, not LISTED, top_key, row_sums, True, RULES, OPS, SETUP
+        )  # fmt: skip
+        if SETUP[4] and LISTED:
+            largest = tl.full([_BLOCK], LOWEST, tl.int32)
+            for start in range(0, tl.where(taken[0] > 0, found, 0), _BLOCK):
+                x, valid, token, rank = _block(start, few, row, V, access, OPS, SETUP)
+                largest = tl.maximum(largest, tl.where(valid, key_of(x), LOWEST))
+            settled = settled & ((taken[0] == 0) | (tl.max(largest) < taken[3]))
+    if settled:
+        _remember(work, alive)
+        _emit(
+            few, row, V, access, alive, kept_more, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed,
+            position, greedy, NORMALISE, True, OPS, SETUP,
+        )  # fmt: skip
+    return settled
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -825,6 +861,9 @@ def settle_kernel(
     else:
         of_row = (state == WHOLE) | (found > slots)
         pairs = (work + pairs_at).to(tl.pointer_type(tl.int64))
+        near = (
+            number_of(tl.load(work + 1)), tl.load(work + 2) != 0, tl.load(work + 3).to(tl.float32, bitcast=True)
+        )  # fmt: skip
         access = (
             scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
             W, stride_row, stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane,
@@ -833,19 +872,26 @@ def settle_kernel(
         settled = tl.full([], False, tl.int1)
         if (of_row == 0) & (found <= SETUP[7]):
             settled = _settle_few(
-                row, V, access, work, pairs, found, taken, values, bound, top_key, row_sums, greedy, all_alive, state,
+                row, V, access, work, pairs, found, near, taken, values, bound, top_key, row_sums, greedy, all_alive,
                 drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
                 RULES, NORMALISE, OPS, SETUP, SETUP[7],
             )  # fmt: skip
-        elif of_row == 0:
+        elif (of_row == 0) & (found <= MANY_SLOTS):
             settled = _settle_few(
-                row, V, access, work, pairs, found, taken, values, bound, top_key, row_sums, greedy, all_alive, state,
+                row, V, access, work, pairs, found, near, taken, values, bound, top_key, row_sums, greedy, all_alive,
                 drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
                 RULES, NORMALISE, OPS, SETUP, MANY_SLOTS,
             )  # fmt: skip
+        elif of_row == 0:
+            settled = _settle_many(
+                row, V, access, work, pairs, slots, found, near, taken, values, bound, top_key, row_sums, greedy,
+                all_alive, state, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
+                True, RULES, NORMALISE, OPS, SETUP,
+            )  # fmt: skip
         if settled == 0:
             # More than could be put by, or a question that they leave open.
-            _settle_all(
-                row, V, access, work, pairs, slots, values, bound, top_key, row_sums, greedy, all_alive, state, drawn,
-                out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position, RULES, NORMALISE, OPS, SETUP,
+            _settle_many(
+                row, V, access, work, pairs, slots, found, near, taken, values, bound, top_key, row_sums, greedy,
+                all_alive, state, drawn, out_ptr, stride_out, stride_out_token, tokens_ptr, seed, position,
+                False, RULES, NORMALISE, OPS, SETUP,
             )  # fmt: skip

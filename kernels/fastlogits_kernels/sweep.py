@@ -194,7 +194,7 @@ def _bounds_of_rule(
 
 @triton.jit
 def _bounds(
-    x, row, top, sums, share, capacity, V, values,
+    x, row, top, sums, share, capacity, room, V, values,
     RULES: tl.constexpr, SUMS: tl.constexpr, BRACKETED: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """What a row is, its bounds, and whether the lower one is of distances from a centre."""
@@ -232,12 +232,12 @@ def _bounds(
     # Both counts at once: the sample has fewer than 2 ** 16 tokens.
     counts = tl.sum((test >= bound).to(tl.int32) + ((keys >= high).to(tl.int32) << 16))
     expected = (counts & 0xFFFF).to(tl.float32) / share
-    state = tl.where(expected > capacity, WHOLE, FEW)
+    state = tl.where(expected > room, WHOLE, FEW)
     if BRACKETED:
         # Of many tokens most are kept for certain: only those at the edge are put by.
         sure = (counts >> 16).to(tl.float32) / share
-        several = (state == WHOLE) & (banded == 0) & (high <= KEY_OF_INFINITY) & (high > bound)
-        state = tl.where(several & (expected - sure <= capacity), BRACKET, state)
+        several = (expected > capacity) & (banded == 0) & (high <= KEY_OF_INFINITY) & (high > bound)
+        state = tl.where(several & (expected - sure <= room), BRACKET, state)
     # The sample was divided roughly.
     spare = (tl.abs(number_of(bound)) + tl.abs(centre)) * 1e-6
     spare = tl.where(spare < float("inf"), spare, 0.0)
@@ -348,7 +348,7 @@ def bound_kernel(
     # output
     work_ptr,
     # shapes
-    V, W, tiles, runs, sampled, sample_at, share, capacity,
+    V, W, tiles, runs, sampled, sample_at, share, capacity, room,
     # strides
     stride_row, stride_token, stride_work,
     stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
@@ -387,8 +387,8 @@ def bound_kernel(
         sample = _sampled(row, flat, runs, sampled, V, access, OPS, MAX, SAMPLE) * inverse_of(row, access)
         top = tl.max(sample)
     state, bound, high, banded, centre = _bounds(
-        sample, row, top, (mass, below, count, squares, summed), share, capacity, V, values, RULES, SUMS, BRACKETED,
-        BITS,
+        sample, row, top, (mass, below, count, squares, summed), share, capacity, room, V, values, RULES, SUMS,
+        BRACKETED, BITS,
     )  # fmt: skip
     if GREEDY:
         if is_greedy(temperature_ptr + row * stride_temperature):
