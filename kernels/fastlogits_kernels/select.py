@@ -13,7 +13,8 @@ before the division, a little too wide, and the third divides the few that pass 
 step it passes the tokens over that have values in place of their logits, and takes these from their lists.
 
 Where more tokens stay than can be put by, the sample gives a second bound, above which all are kept: the second launch
-writes them, or draws the best of them, and adds them up; only what lies between the bounds is put by.
+writes them, or draws the best of them, and adds them up; only what lies between the bounds is put by. Of a flat row
+that may still be thousands, through which the last launch goes block by block.
 
 A bound is a guess that the last launch verifies: where too many tokens are above it, or a rule would keep one below,
 or drop one that was kept, its program works on the whole row instead, with the same arithmetic. So the result never
@@ -21,8 +22,8 @@ depends on the guess, on the batch around a row, or on the order in which tokens
 as integers of 2 ** -37 of the largest one, and the sums over a row, of which there is one for each tile, in the order
 of the tiles.
 
-Bytes moved: one read and one write of the logits (no write for a token), a read more for the sums, and at most 5 % of
-the logits for what is put by, or with a sample 8 %.
+Bytes moved: one read and one write of the logits (no write for a token), a read more for the sums, and what is put by:
+in most rows next to nothing, at most a sixth of the logits. The workspace has room for that, and a tenth besides.
 """
 
 from __future__ import annotations

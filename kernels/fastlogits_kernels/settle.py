@@ -5,8 +5,9 @@ What is alive in a row is said by four numbers: tokens of a key above ``edge``, 
 
 ``few`` is where the tokens are looked for. Of a row whose candidates were put by: their logits, whether they are there,
 tokens and ranks, and of the tokens above them, all kept for certain, how many they are, their mass and largest key, and
-the key from which they are. Of a whole row: where a search puts by what is left of it, and the bounds that its sample
-made likely.
+the key from which they are. Block by block, of a whole row or of more candidates than are looked at at once: where a
+search puts by what is left, and the bounds that the sample made likely; the same of the tokens above them; whether it
+is candidates, how many tokens, where they are, what ``_is_near`` takes, and for how many a search has room.
 """
 
 from __future__ import annotations
