@@ -242,8 +242,13 @@ MUTATIONS = [
     ),
     Mutation(
         "candidates at the bound dropped", f"{KERNELS}/settle.py",
-        "((test < number_of(least)) == 0)", "(test > number_of(least))",
+        "(test < least) == 0", "(test > least)",
         ("test_select.py::test_rows_without_a_distribution",),
+    ),
+    Mutation(
+        "a search that puts by over its own list", f"{KERNELS}/settle.py",
+        "gathered = pairs + tl.where(slots > MANY_SLOTS, slots, 0)", "gathered = pairs",
+        ("test_select.py::test_many_candidates_are_settled_block_by_block[p]",),
     ),
     Mutation(
         "the reach of candidates as if nothing divided them", f"{KERNELS}/sweep.py",
