@@ -201,8 +201,10 @@ class ListMachine(RuleBasedStateMachine):
         if stages is None or len(stages[-1][1]) != len(scores):
             self.renew()
             return
-        last = [(given, made.to(scores.dtype)) for given, made in stages[-1:]] if rounded else stages[-1:]
-        check_chain(self.chain, self.case, stages[:-1] + last, self.ids, scores, ours, PATH)
+        if rounded:
+            given, made = stages.pop()
+            stages.append((given, made.to(scores.dtype)))
+        check_chain(self.chain, self.case, stages, self.ids, scores, ours, PATH)
         if self.dtype != torch.float32:
             return
         for processor, (given, _) in zip(self.ours, stages, strict=True):
