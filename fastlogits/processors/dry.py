@@ -8,7 +8,7 @@ import torch
 from fastlogits_kernels._triton import to_device
 from torch.nn.functional import pad
 
-from fastlogits.processors.arguments import finite_number, whole_number
+from fastlogits.checks import finite_number, whole_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Rows
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted

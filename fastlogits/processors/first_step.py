@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fastlogits.processors.arguments import whole_number
+from fastlogits.checks import whole_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Ban, When
 from fastlogits.token_mask import TokenMask, checked_set

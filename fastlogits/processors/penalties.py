@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.generation import logits_process as theirs
 
-from fastlogits.processors.arguments import finite_number
+from fastlogits.checks import finite_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Bias, Given, History, Penalize
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from transformers.generation import logits_process as theirs
 
-from fastlogits.processors.arguments import whole_number
+from fastlogits.checks import whole_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.processors.length import ids_of
 from fastlogits.stages import Ban, When

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from fastlogits.checks import finite_number, whole_number
 from fastlogits.position import Index, prompt_of
-from fastlogits.processors.arguments import finite_number, whole_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Ban, Rows
 from fastlogits.token_mask import TokenMask, ids_on

@@ -1,0 +1,55 @@
+"""Checks of arguments, with one wording: ``top_p must be between 0 and 1 (1 turns it off), got 1.5``.
+
+Numbers may be Python's or numpy's scalars, and come out as Python's.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+
+_INF = float("inf")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number; a bool is none."""
+    return type(value) in (float, int) or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer; a bool is none."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def finite_number(argument: str, value: object, low: float = -_INF, high: float = _INF) -> float:
+    """``value`` as a Python number.
+
+    Raises:
+        ValueError: not a finite number from ``low`` to ``high``.
+    """
+    if not is_number(value) or not low <= value <= high or abs(value) == _INF:  # type: ignore[operator,arg-type]
+        least = "" if low == -_INF else f" of at least {low:g}"
+        most = "" if high == _INF else f" and at most {high:g}"
+        raise ValueError(f"{argument} must be a finite number{least}{most}, got {value!r}")
+    return value if type(value) in (int, float) else float(value)  # type: ignore[return-value,arg-type]
+
+
+def whole_number(argument: str, value: object, low: int = 0, high: int | None = None) -> int:
+    """``value`` as a Python integer.
+
+    Raises:
+        ValueError: not an integer from ``low`` to ``high``.
+    """
+    if not is_integer(value) or value < low or (high is not None and value > high):  # type: ignore[operator]
+        most = "" if high is None else f" and at most {high}"
+        raise ValueError(f"{argument} must be an integer of at least {low}{most}, got {value!r}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def one_of(argument: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        ValueError: the message names them all.
+    """
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
