@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from itertools import count
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
@@ -51,18 +51,23 @@ _changes = count()
 
 
 class RunProcessor(LogitsProcessor):
-    """A plan at work in one run: a processor of two parameters for any list, to be dropped with its run."""
+    """A processor, or a list of them, in one run: of two parameters for any list, to be dropped with its run.
 
-    def __init__(self, plan: Plan, run: Run) -> None:
-        self._plan, self._run = plan, run
+    Args:
+        planned: the processor or the list; its plan is asked for at each call, since attributes of it may be set.
+        run: the run.
+    """
+
+    def __init__(self, planned: _HasPlan, run: Run) -> None:
+        self._planned, self._run = planned, run
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Processed scores ``[B, V]``, see ``StagedProcessor``."""
-        return self._plan(input_ids, scores, self._run)
+        return self._planned.plan(input_ids, scores, self._run)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place."""
-        return self._plan(input_ids, scores, self._run, in_place=True)
+        return self._planned.plan(input_ids, scores, self._run, in_place=True)
 
     def explain(
         self,
@@ -71,7 +76,15 @@ class RunProcessor(LogitsProcessor):
         bandwidth: float | None = None,
     ) -> Explanation:
         """The plan for people, see ``Plan.explain``."""
-        return self._plan.explain(shape, dtype, bandwidth)
+        return self._planned.plan.explain(shape, dtype, bandwidth)
+
+
+class _HasPlan(Protocol):
+    """What a run can be made of."""
+
+    @property
+    def plan(self) -> Plan:
+        """The compiled plan, as it is now."""
 
 
 class _Planned:
@@ -95,7 +108,8 @@ class _Planned:
         Raises:
             ValueError: not an integer or integer tensor, or out of range.
         """
-        return RunProcessor(self.plan, Run(prompt_length, cache_position))
+        _ = self.plan  # what can't be compiled raises here
+        return RunProcessor(self, Run(prompt_length, cache_position))
 
     def explain(
         self,
@@ -257,11 +271,10 @@ class LogitsProcessorList(_Planned, _TransformersList):
         Raises:
             ValueError: see ``StagedProcessor``; or an argument that a processor asks for is missing.
         """
-        run = None if prompt_length is None else Run(prompt_length, cache_position)
-        if prompt_length is not None:
-            kwargs["prompt_length"] = prompt_length
-        if cache_position is not None:
-            kwargs["cache_position"] = cache_position
+        run = None
+        if prompt_length is not None or cache_position is not None:
+            run = Run.of(prompt_length, cache_position)
+            kwargs |= positions_for_others(prompt_length, cache_position)
         return self.plan(input_ids, scores, run, kwargs)
 
     def apply_(
@@ -271,14 +284,25 @@ class LogitsProcessorList(_Planned, _TransformersList):
         *,
         prompt_length: Index | None = None,
         cache_position: Index | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """The same in place; returns ``scores``, whose dtype the result is rounded to where it is another.
+
+        Args:
+            input_ids: see ``__call__``, as all that follow.
+            scores: logits ``(B, V)``, which are overwritten.
+            prompt_length: number of tokens of the run's prompt.
+            cache_position: index of the newest token.
+            **kwargs: what processors with more than two parameters ask for.
 
         Raises:
             ValueError: see ``__call__``; or the result is of another shape.
         """
-        run = None if prompt_length is None else Run(prompt_length, cache_position)
-        return self.plan(input_ids, scores, run, in_place=True)
+        run = None
+        if prompt_length is not None or cache_position is not None:
+            run = Run.of(prompt_length, cache_position)
+            kwargs |= positions_for_others(prompt_length, cache_position)
+        return self.plan(input_ids, scores, run, kwargs, in_place=True)
 
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
@@ -287,7 +311,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
         return iter(super().__iter__())
 
     def _for_generate(self, merging: dict[str, Any]) -> Iterator[Any]:
-        """The processors of one run: a fresh one for each fused step, what fastlogits doesn't know as it is.
+        """The processors of one run: one for all between two that fastlogits doesn't know, and these as they are.
 
         ``generate`` drops each processor of its own that it finds in the list too, by its exact type: those are
         handed to it as transformers' own, and once.
@@ -302,18 +326,43 @@ class LogitsProcessorList(_Planned, _TransformersList):
                     yield processor if type(processor) is twin else as_theirs(processor, twin)
             else:
                 rest.append(processor)
-        plan = self.plan if len(rest) == len(self) else Plan.compile(map(self._member_of, rest))
-        for step in plan.steps:
-            if isinstance(step, Barrier):
-                yield step.processor
-            else:
-                yield RunProcessor(Plan([step]), Run())  # the launch and its tables serve all runs
+        same = LogitsProcessorList(rest)
+        if len(rest) == len(self):
+            _ = self.plan
+            same._planned = self._planned  # the launches and their tables serve all runs
+        for number, part in enumerate(same.plan.parts):
+            yield part.processor if isinstance(part, Barrier) else RunProcessor(_Part(same, number), Run())
 
     def _member_of(self, processor: Any) -> Member:
         return member_of(processor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_planned"}
+
+
+class _Part:
+    """What stands between two barriers of a list.
+
+    Args:
+        processors: the list.
+        number: which of the parts of its plan it is.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, number: int) -> None:
+        self._processors, self._number = processors, number
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the part, as the processors are now."""
+        part = self._processors.plan.parts[self._number]
+        assert isinstance(part, Plan)
+        return part
+
+
+def positions_for_others(prompt_length: Index | None, cache_position: Index | None) -> dict[str, Any]:
+    """What a call tells of its position, for processors with more than two parameters."""
+    told = {"prompt_length": prompt_length, "cache_position": cache_position}
+    return {name: index for name, index in told.items() if index is not None}
 
 
 def _assembles(frame: FrameType) -> bool:
