@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlogits.causes import explain_failure
 from fastlogits.fold_launch import FOLDED, FoldLaunch
 from fastlogits.mask_launch import MaskLaunch, is_plain_mask
 from fastlogits.run import Run, known
@@ -119,8 +120,13 @@ class Plan:
                 steps.append(Barrier(group[0], first.processor))
             elif all(is_plain_mask(member.stage) for member in group):
                 steps.append(MaskLaunch(group))
-            else:
+            elif isinstance(first, FOLDED):
                 steps.append(FoldLaunch(group))
+            else:
+                raise TypeError(
+                    f"{group[0].name}.stage() must return a stage of fastlogits.stages, such as Ban or Rows, got "
+                    f"{first!r}"
+                )
             group.clear()
 
         for member in members:
@@ -143,16 +149,20 @@ class Plan:
         What may write its input, as processors that fastlogits doesn't know, gets a copy of ``scores`` rather than
         ``scores``, unless it was asked for in place.
         """
-        if scores.ndim != 2 or scores.requires_grad or (input_ids is not None and input_ids.ndim != 2):
-            originals = self._originals
-            if originals is not None:
-                return self._by_originals(originals, input_ids, scores, run, kwargs, in_place)
-        processed = scores
-        for step in self.gpu_steps if scores.is_cuda else self.steps:
-            if step.may_write and not in_place:
-                processed = apart(processed, scores)
-            processed = step(input_ids, processed, run, kwargs, in_place and processed is scores)
-        return placed(processed, scores, True) if in_place else processed
+        try:
+            if scores.ndim != 2 or scores.requires_grad or (input_ids is not None and input_ids.ndim != 2):
+                originals = self._originals
+                if originals is not None:
+                    return self._by_originals(originals, input_ids, scores, run, kwargs, in_place)
+            processed = scores
+            for step in self.gpu_steps if scores.is_cuda else self.steps:
+                if step.may_write and not in_place:
+                    processed = apart(processed, scores)
+                processed = step(input_ids, processed, run, kwargs, in_place and processed is scores)
+            return placed(processed, scores, True) if in_place else processed
+        except Exception as error:
+            explain_failure(error, [member for step in self.steps for member in step.members], input_ids, scores)
+            raise
 
     def _by_originals(
         self,

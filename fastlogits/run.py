@@ -11,7 +11,11 @@ from fastlogits.position import Index, Position
 from fastlogits.stages import Member
 
 
-class UnknownRunStartError(ValueError):
+class PositionError(ValueError):
+    """What a call tells of its position can't be, or isn't enough."""
+
+
+class UnknownRunStartError(PositionError):
     """A first-step processor was called where nothing says at which length the run began."""
 
     def __init__(self, name: str) -> None:
@@ -88,16 +92,19 @@ class Run:
         """
         for argument, index in self._on_device:
             if index.device != scores.device:
-                raise ValueError(f"{argument} is on {index.device}, but scores are on {scores.device}")
+                raise PositionError(f"{argument} must be on {scores.device}, as scores are, got it on {index.device}")
             if index.ndim and index.shape[0] != scores.shape[0]:
-                raise ValueError(f"{argument} has {index.shape[0]} rows, but scores have {scores.shape[0]}")
+                raise PositionError(
+                    f"{argument} must be an integer, or a tensor with one for each of the {scores.shape[0]} rows of "
+                    f"scores, got {index.shape[0]} rows"
+                )
         length = input_ids.shape[1]
         cache_position, prompt_length = self._cache_position, self._prompt_length
         if prompt_length is None:
             # In assisted decoding one processor serves a draft model too, whose tokenizer may count another length.
             prompt_length = self._first_lengths.setdefault(scores.shape[1], length) if self.knows_start else 0
         elif cache_position is None and isinstance(prompt_length, int) and prompt_length > length:
-            raise ValueError(
+            raise PositionError(
                 f"prompt_length must be at most {length}, the number of tokens in input_ids, got {prompt_length}: "
                 "where input_ids leave out tokens that came before, give cache_position too"
             )

@@ -220,7 +220,7 @@ def test_trace_as_a_frame():
 
 
 def test_trace_refuses_what_it_cannot_read():
-    with pytest.raises(ValueError, match="top must be at least 1"):
+    with pytest.raises(ValueError, match="top must be an integer of at least 1, got 0"):
         fl.trace([], IDS, scores(), top=0)
     with pytest.raises(ValueError, match=r"scores must be floating-point of shape \(B, V\)"):
         fl.trace([], IDS, scores()[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import count
 from types import FrameType
@@ -16,6 +16,7 @@ from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
+from fastlogits.causes import checked_processors
 from fastlogits.compilers import constant
 from fastlogits.plan import Barrier, Plan
 from fastlogits.run import Run
@@ -220,6 +221,22 @@ class LogitsProcessorList(_Planned, _TransformersList):
 
     _planned: tuple[tuple[int, ...], tuple[Any, ...], Plan, list[Any]] | None = None
 
+    def __init__(self, processors: Iterable[Any] = ()) -> None:
+        """Make a list of some processors.
+
+        Raises:
+            TypeError: they can't be iterated over, as one processor that isn't in a list.
+        """
+        try:
+            super().__init__(processors)
+        except TypeError as error:
+            if isinstance(processors, Iterable):
+                raise
+            name = type(processors).__name__
+            raise TypeError(
+                f"processors must be a list of processors, got {name}: put it into one, [{name}(...)]"
+            ) from error
+
     @property
     def plan(self) -> Plan:
         """The compiled plan of the processors that the list holds now."""
@@ -245,7 +262,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
     def _make_plan(self, ids: tuple[int, ...], revisions: tuple[Any, ...]) -> None:
         if self._planned is None or self._planned[:2] != (ids, revisions):
             processors = list(super().__iter__())
-            plan = Plan.compile(map(self._member_of, processors))
+            plan = Plan.compile(map(self._member_of, checked_processors(processors)))
             # What has these ids is kept, so that nothing else gets them.
             values = [list(getattr(processor, "__dict__", {}).values()) for processor in processors]
             self._planned = (ids, revisions, plan, [processors, values])
