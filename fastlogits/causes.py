@@ -14,9 +14,9 @@ def of_scores(scores: object) -> str | None:
     """What is wrong with scores, if anything is."""
     if not isinstance(scores, torch.Tensor):
         hint = ": torch.from_numpy makes one of it" if type(scores).__module__ == "numpy" else ""
-        return f"scores must be a floating-point tensor of shape (B, V), got {_kind(scores)}{hint}"
+        return f"scores must be a floating-point tensor of shape (B, V), got {kind(scores)}{hint}"
     if not scores.is_floating_point():
-        return f"scores must be floating-point of shape (B, V), got {_kind(scores)}"
+        return f"scores must be floating-point of shape (B, V), got {kind(scores)}"
     return None
 
 
@@ -24,13 +24,13 @@ def of_ids(input_ids: object, members: Iterable[Member]) -> str | None:
     """What is wrong with the tokens so far, if anything is."""
     if isinstance(input_ids, torch.Tensor):
         if input_ids.is_floating_point() or input_ids.is_complex():
-            return f"input_ids must be int32 or int64 of shape (B, L), got {_kind(input_ids)}"
+            return f"input_ids must be int32 or int64 of shape (B, L), got {kind(input_ids)}"
         return None
     reader = next((member.name for member in members if member.stage.needs_history), None)
     if input_ids is None and reader is None:
         return None
     reads = "" if reader is None else f": {reader} reads them"
-    return f"input_ids must be the tokens so far, an integer tensor of shape (B, L), got {_kind(input_ids)}{reads}"
+    return f"input_ids must be the tokens so far, an integer tensor of shape (B, L), got {kind(input_ids)}{reads}"
 
 
 def of_call(members: Sequence[Member], input_ids: object, scores: object) -> str | None:
@@ -39,8 +39,7 @@ def of_call(members: Sequence[Member], input_ids: object, scores: object) -> str
         return of_scores(scores) or of_ids(input_ids, members)
     if input_ids.is_floating_point() and not scores.is_floating_point():
         return (
-            "input_ids must come first and scores second, got "
-            f"{_kind(input_ids)} and {_kind(scores)}, which look swapped"
+            f"input_ids must come first and scores second, got {kind(input_ids)} and {kind(scores)}, which look swapped"
         )
     return of_scores(scores) or of_ids(input_ids, members)
 
@@ -50,11 +49,11 @@ def of_shapes(input_ids: object, scores: object) -> str | None:
     if not (isinstance(input_ids, torch.Tensor) and isinstance(scores, torch.Tensor)):
         return None
     if scores.ndim != 2:
-        return f"scores must be floating-point of shape (B, V), got {_kind(scores)}"
+        return f"scores must be floating-point of shape (B, V), got {kind(scores)}"
     if input_ids.ndim != 2:
-        return f"input_ids must be int32 or int64 of shape (B, L), got {_kind(input_ids)}"
+        return f"input_ids must be int32 or int64 of shape (B, L), got {kind(input_ids)}"
     if len(input_ids) != len(scores):
-        return f"input_ids must have a row for each of the {len(scores)} rows of scores, got {len(input_ids)} rows"
+        return f"input_ids must have a row for each of the {len(scores)} rows of scores, got {len(input_ids)}"
     return None
 
 
@@ -104,26 +103,26 @@ def checked_processors(processors: Iterable[Any]) -> Iterator[Any]:
     for number, processor in enumerate(processors, 1):
         if isinstance(processor, type):
             name = processor.__name__
-            raise ValueError(f"processors must be objects, got the class {name} as number {number}: write {name}(...)")
+            raise ValueError(f"processors must be objects, got the class {name} (number {number}): write {name}(...)")
         if isinstance(processor, (list, tuple)):
             error = ValueError if callable(processor) else AttributeError
             raise error(
-                f"processors must be in one list, got a {type(processor).__name__} of {len(processor)} as number "
-                f"{number}: put its processors there one by one, as [*others] does"
+                f"processors must be in one list, got a {type(processor).__name__} of {len(processor)} (number "
+                f"{number}): put its processors there one by one, as [*others] does"
             )
         if not callable(processor):
             raise AttributeError(
-                f"processors must be callable with (input_ids, scores), got {_kind(processor)} as number {number}"
+                f"processors must be callable with (input_ids, scores), got {kind(processor)} (number {number})"
             )
         yield processor
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
     """A value for people: small ones as they are, others by their type and shape."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} of {tuple(value.shape)}"
-    shape: Any = getattr(value, "shape", None)
-    of = f" of {shape}" if isinstance(shape, tuple) else ""
-    return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}{of}"
+    cls, shape = type(value), getattr(value, "shape", None)
+    name = cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
+    return f"{name} of {shape}" if isinstance(shape, tuple) else name

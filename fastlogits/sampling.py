@@ -21,6 +21,7 @@ from fastlogits_kernels.truncate import (
     truncate,
 )
 
+from fastlogits.causes import explain_failure, kind
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
 from fastlogits.fold_launch import FoldLaunch
 from fastlogits.mask_launch import MaskLaunch
@@ -190,10 +191,14 @@ class Sampler:
             ValueError: an argument of another shape, dtype or device than is said here or at the class, or out of
                 range; or what a processor refuses.
         """
-        if logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
+        if (
+            not isinstance(logits, torch.Tensor)
+            or logits.ndim != 2
+            or not logits.is_floating_point()
+            or not logits.shape[1]
+        ):
             raise ValueError(
-                "logits must be floating-point of shape (B, V) with V at least 1, got "
-                f"{logits.dtype} of {tuple(logits.shape)}"
+                f"logits must be a floating-point tensor of shape (B, V) with V at least 1, got {kind(logits)}"
             )
         if self._top_logprobs > logits.shape[1]:
             raise ValueError(
@@ -204,10 +209,13 @@ class Sampler:
             _check_temperatures(self._temperature)
         if input_ids is None and self._processors is not None:
             self._check_need_no_history(self._processors)
-        return self._draw(
-            logits.detach(), _for_rows("seeds", seeds, logits), _for_rows("positions", positions, logits),
-            input_ids, prompt_length, cache_position,
-        )  # fmt: skip
+        rows = _for_rows("seeds", seeds, logits), _for_rows("positions", positions, logits)
+        try:
+            return self._draw(logits.detach(), *rows, input_ids, prompt_length, cache_position)
+        except Exception as error:
+            steps = () if self._processors is None else self._processors.plan.steps
+            explain_failure(error, [member for step in steps for member in step.members], input_ids, logits)
+            raise
 
     def _draw(
         self,
@@ -469,6 +477,6 @@ def _for_rows(argument: str, value: Index, logits: torch.Tensor) -> torch.Tensor
         _check_rows(argument, value, logits)
         return value
     if not is_integer(value) or not -(2**63) <= value < 2**64:
-        raise ValueError(f"{argument} must be an integer of at most 64 bits or a tensor of integers, got {value!r}")
+        raise ValueError(f"{argument} must be an integer of at most 64 bits or a tensor of integers, got {kind(value)}")
     signed = int(value) - 2**64 if value >= 2**63 else int(value)
     return torch.full(logits.shape[:1], signed, dtype=torch.int64, device=logits.device)

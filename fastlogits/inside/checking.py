@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlogits.checks import finite_number
 from fastlogits.inside.members import checked_scores, copyable, fresh_members, listed, single_plans
 from fastlogits.plan import Plan
 from fastlogits.run import PositionError, Run
@@ -139,10 +140,8 @@ def check(
         >>> print(check(processors, torch.tensor([[0]]), torch.tensor([[1.0, 3.0, 2.0]])))
         the same: 2 compared with transformers, the largest difference of two scores is 0
     """
-    if tolerance is None:
-        tolerance = _UNITS * torch.finfo(checked_scores(scores).dtype).eps
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    unit = torch.finfo(checked_scores(scores).dtype).eps
+    tolerance = _UNITS * unit if tolerance is None else finite_number("tolerance", tolerance, 0)
     run = Run.of(prompt_length, cache_position)
     everything = listed(processors)
     count, uncopyable = copyable(everything)

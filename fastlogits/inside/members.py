@@ -56,8 +56,8 @@ class CannotBeCopiedError(ValueError):
     def __init__(self, number: int, name: str, reason: str) -> None:
         self.number, self.reason = number, reason
         super().__init__(
-            f"processors must be copyable, because copies of them run and they stay as they are, got {name} as number "
-            f"{number + 1}: {reason}. Leave it out, or give it a __deepcopy__"
+            f"processors must be copyable, because copies of them run and they stay as they are, got {name} (number "
+            f"{number + 1}): {reason}. Leave it out, or give it a __deepcopy__"
         )
 
 
