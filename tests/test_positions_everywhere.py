@@ -1,5 +1,7 @@
 """``prompt_length`` and ``cache_position`` mean the same wherever they can be given, one without the other included."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -205,6 +207,32 @@ def test_an_attribute_set_in_a_run_acts_at_once(llama, cls, accelerated):
     else:
         found = scores(fl.LogitsProcessorList)
     torch.testing.assert_close(found, plain)
+
+
+class Widens(transformers.StoppingCriteria):
+    """Stops nothing, and lets the bans of the first step last from there on."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.processor.window = 9
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("wrap", [list, transformers.LogitsProcessorList, fl.LogitsProcessorList])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_an_attribute_of_a_first_step_processor_acts_at_once(llama, wrap, accelerated):
+    first = fl.SuppressFirstTokens([7, 8])
+    if not accelerated and wrap is not fl.LogitsProcessorList:
+        processors = wrap([first.for_run(prompt_length=3)])
+    else:
+        processors = wrap([first, fl.TemperatureLogitsWarper(0.5)])
+    asked = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    asked |= {"logits_processor": processors, "stopping_criteria": [Widens(first)]}
+    with fl.accelerate(llama) if accelerated else nullcontext():
+        found = llama.generate(torch.tensor([[3, 50, 63]]), **asked).scores
+    assert all(scores[:, [7, 8]].isneginf().all() for scores in found)
 
 
 def test_an_attribute_of_a_processor_in_a_run_of_its_own():

@@ -164,9 +164,11 @@ class StagedProcessor(_Planned, LogitsProcessor):
     @property
     def plan(self) -> Plan:
         """The compiled plan of this processor alone."""
-        self._make_plan(_revision(self))
-        plan = self._plan
-        assert plan is not None
+        plan = None if torch.compiler.is_compiling() else self._plan
+        if plan is None:
+            self._make_plan(_revision(self))
+            plan = self._plan
+            assert plan is not None
         return plan
 
     @constant
@@ -188,8 +190,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
             ValueError: scores of another shape or dtype; tensors on different devices; a token id or mask that
                 doesn't fit the vocabulary; or a first-step processor that can't know where the run starts.
         """
-        plan = None if torch.compiler.is_compiling() else self._plan
-        return (plan or self.plan)(input_ids, scores)
+        return self.plan(input_ids, scores)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place; returns ``scores``."""
@@ -412,6 +413,8 @@ def _revision(processor: Any) -> Any:
     """Something that changes when an attribute of the processor is set."""
     if isinstance(processor, StagedProcessor):
         return processor._revision
+    if isinstance(processor, RunProcessor):  # what it runs may be planned for itself, as if it stood here
+        return _revision(processor._planned)
     return tuple([id(value) for value in getattr(processor, "__dict__", {}).values()])
 
 
@@ -420,6 +423,8 @@ _GUARDED = (str, list, tuple, dict, type(None))
 
 def _traced_revision(processor: Any, attributes: tuple[tuple[str, float | None], ...]) -> Any:
     """What ``torch.compile`` has to guard; not every version lists attributes, or knows the identity of each value."""
+    if isinstance(processor, RunProcessor):
+        processor = processor._planned
     if isinstance(processor, StagedProcessor):
         return processor._revision
     made: list[Any] = []
