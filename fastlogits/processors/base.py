@@ -222,18 +222,18 @@ class LogitsProcessorList(_Planned, _TransformersList):
 
     _planned: tuple[tuple[int, ...], tuple[Any, ...], Plan, list[Any]] | None = None
 
-    def __init__(self, processors: Iterable[Any] = ()) -> None:
+    def __init__(self, iterable: Iterable[Any] = (), /) -> None:
         """Make a list of some processors.
 
         Raises:
             TypeError: they can't be iterated over, as one processor that isn't in a list.
         """
         try:
-            super().__init__(processors)
+            super().__init__(iterable)
         except TypeError as error:
-            if isinstance(processors, Iterable):
+            if isinstance(iterable, Iterable):
                 raise
-            name = type(processors).__name__
+            name = type(iterable).__name__
             raise TypeError(
                 f"processors must be a list of processors, got {name}: put it into one, [{name}(...)]"
             ) from error
