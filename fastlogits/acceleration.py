@@ -85,7 +85,7 @@ class _OfRun(RunProcessor):
     """A processor of ours in its run, for those who call it by itself."""
 
     def __init__(self, processor: StagedProcessor, run: Run) -> None:
-        super().__init__(processor.plan, run)
+        super().__init__(processor, run)
         self.processor, self.run = processor, run
 
 

@@ -88,10 +88,12 @@ class FoldLaunch(Step):
             if input_ids.device != device:
                 raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {device}")
             ids = input_ids
-            if run is None and not self._needs_position:
+            if self._needs_position:
+                run = known(run, self.members)
+            if run is None:
                 position = Position(input_ids.shape[1] - 1)
             else:
-                cache_position, prompt_length = known(run, self.members).locate(input_ids, scores)
+                cache_position, prompt_length = run.locate(input_ids, scores)
                 cache_offset, cache = split(cache_position)
                 prompt_offset, prompt = split(prompt_length)
                 position = Position(cache_offset, prompt_offset, cache, prompt)

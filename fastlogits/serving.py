@@ -20,6 +20,7 @@ from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, samp
 from fastlogits_kernels.slots import Rows, Semantics, Slots
 from fastlogits_kernels.truncate import RANGES, Range, RuleKind, Ties, argument_of
 
+from fastlogits.checks import device_of
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
 
 if TYPE_CHECKING:
@@ -263,9 +264,7 @@ class BatchProcessor:
         rows = max_requests if max_rows is None else _check_whole("max_rows", max_rows, 1)
         _check_whole("max_listed", max_listed, 0)
         _check_whole("max_logprobs", max_logprobs, 0, vocab_size)
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = device_of("device", device)
         if history is not None:
             if max_length is not None:
                 raise ValueError(

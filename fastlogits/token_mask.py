@@ -14,6 +14,7 @@ import torch
 from fastlogits_kernels._triton import table_on
 from fastlogits_kernels.bits import pack_bits, unpack_bits, words
 
+from fastlogits.checks import device_of
 from fastlogits.token_text import kept_with, token_texts
 
 TokenSet: TypeAlias = "TokenMask | tuple[int, ...]"
@@ -189,10 +190,14 @@ class TokenMask:
     def _form(
         self, form: str, device: torch.device | str, dtype: torch.dtype, make: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        key = (form, torch.device(device), dtype)
-        made = self._forms.get(key)
-        if made is None:
-            made = self._forms[key] = make().to(device)
+        try:
+            key = (form, torch.device(device), dtype)
+            made = self._forms.get(key)
+            if made is None:
+                made = self._forms[key] = make().to(device)
+        except Exception:
+            device_of("device", device)  # says what is wrong with it, if it is that
+            raise
         return made
 
     def _with(self, other: object) -> tuple[torch.Tensor, torch.Tensor, bool] | None:

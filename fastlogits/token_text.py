@@ -20,7 +20,13 @@ def token_texts(tokenizer: Any) -> list[str | None]:
 
     Args:
         tokenizer: a tokenizer of transformers, fast or slow, or a ``tokenizers.Tokenizer``.
+
+    Raises:
+        TypeError: it is none, such as its name.
     """
+    if not hasattr(tokenizer, "get_vocab"):
+        load = f"AutoTokenizer.from_pretrained({tokenizer!r})" if isinstance(tokenizer, str) else "AutoTokenizer"
+        raise TypeError(f"tokenizer must be a tokenizer of transformers, got {tokenizer!r}: {load} loads one")
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     known = kept_with(tokenizer)

@@ -201,11 +201,11 @@ def one(length=1):
         ),
         (
             lambda: SuppressFirstTokens([1]).for_run(one()[0].to("meta"))(one(), torch.zeros(1, 4)),
-            "prompt_length is on meta, but scores are on cpu",
+            "prompt_length must be on cpu, as scores are, got it on meta",
         ),
         (
             lambda: SuppressFirstTokens([1]).for_run(torch.tensor([1, 1]))(one(), torch.zeros(1, 4)),
-            "prompt_length has 2 rows, but scores have 1",
+            "prompt_length must be an integer, or a tensor with one for each of the 1 rows of scores, got 2 rows",
         ),
         (lambda: SuppressFirstTokens([1]).for_run(-1), "prompt_length must be at least 0, got -1"),
         (

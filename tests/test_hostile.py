@@ -305,7 +305,7 @@ def test_top_logprobs_around_what_the_kernels_look_for(count, device):
 
 def test_no_more_top_logprobs_than_tokens(device):
     sampler = fl.Sampler(logprobs="raw", top_logprobs=V + 1)
-    with pytest.raises(ValueError, match=f"`top_logprobs` is {V + 1}, but the vocabulary has only {V} tokens"):
+    with pytest.raises(ValueError, match=f"top_logprobs must be at most {V}, the size of the vocabulary, got {V + 1}"):
         sampler(random_scores(2, V).to(device), seeds=1, positions=0)
 
 

@@ -415,6 +415,8 @@ def _fold(
 ) -> torch.Tensor:
     if _OPERATION.takes(scores, FORCE_KERNEL) and scores.dtype in _MAX:
         return run_kernels(scores, out, chain, input_ids, position, allowed)
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating-point of shape (B, V), got {scores.dtype} of {tuple(scores.shape)}")
     return reference_fold(scores, out, chain, input_ids, position, allowed)
 
 

@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
+from fastlogits_kernels._backend import wanted_on
 from fastlogits_kernels._library import register
 
 RuleKind: TypeAlias = Literal["top_k", "top_p", "min_p", "typical", "epsilon", "eta", "top_h", "top_n_sigma"]
@@ -615,7 +616,7 @@ def _truncate(scores: torch.Tensor, rules: Sequence[Rule]) -> torch.Tensor:
     check_rules(scores, rules)
     if not rules or not scores.numel():
         return scores.clone(memory_format=torch.contiguous_format)
-    if scores.is_cuda:
+    if scores.is_cuda or wanted_on(scores.device):
         from fastlogits_kernels import select  # which takes its rules from here
 
         if select.takes_rules(rules) and select.takes_scores(scores):
