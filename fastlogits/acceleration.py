@@ -312,7 +312,7 @@ def _as_generate_knows_them(processors: Iterable[Any]) -> _TransformersList:
     known = _TransformersList()
     for processor in list.__iter__(processors) if isinstance(processors, LogitsProcessorList) else processors:
         twin = their_class(type(processor))
-        if twin is not None and type(processor) is not twin:
+        if twin is not None and type(processor) is not twin and not isinstance(processor, list):
             processor = made.setdefault(id(processor), as_theirs(processor, twin))
         known.append(processor)
     return known

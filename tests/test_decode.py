@@ -222,13 +222,16 @@ def test_no_softmax_and_no_multinomial(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"num_beams": 2}, "num_beams=2: fastlogits.decode"),
+        ({"num_beams": 2}, "num_beams must be 1 with custom_generate=fastlogits.decode.* got 2: leave num_beams out"),
         ({"seeds": 1.5}, "seeds must be an integer of 64 bits.*1.5"),
         ({"seeds": True}, "seeds must be an integer of 64 bits.*True"),
         ({"seeds": 2**63}, "seeds must be an integer of 64 bits"),
-        ({"seeds": torch.zeros(2)}, r"seeds must be an integer tensor .*float32 of \(2,\) for 2 rows"),
-        ({"seeds": torch.zeros(3).long()}, r"int64 of \(3,\) for 2 rows"),
-        ({"seeds": torch.zeros(2, 1).long()}, r"int64 of \(2, 1\) for 2 rows"),
+        (
+            {"seeds": torch.zeros(2)},
+            r"seeds must be an integer tensor .*of shape \(2,\), got torch.float32 of shape \(2,\)",
+        ),
+        ({"seeds": torch.zeros(3).long()}, r"of shape \(2,\), got torch.int64 of shape \(3,\)"),
+        ({"seeds": torch.zeros(2, 1).long()}, r"of shape \(2,\), got torch.int64 of shape \(2, 1\)"),
     ],
     ids=str,
 )
