@@ -503,6 +503,7 @@ class Acceleration:
             model = of()
             if model is not None or of is _no_model:
                 _state.end(model, hold)
+        _state.unwrap_if_idle()  # where the models are gone
 
     def __repr__(self) -> str:
         return self._text
