@@ -19,7 +19,6 @@ from fastlogits import acceleration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IS_4 = transformers.__version__.startswith("4")
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61]])
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -210,8 +209,6 @@ HANDED_ON = {
 
 
 def made(name):
-    if IS_4 and name in ("kosmos-2", "csm", "moshi", "bark", "rag by sequences"):
-        pytest.skip("transformers 4 builds another one")
     torch.manual_seed(0)
     model, inputs, inside = HANDED_ON[name]()
     return model.eval(), inputs, [model.get_submodule(path) for path in inside]
@@ -273,7 +270,6 @@ def test_what_is_accelerated_is_said():
         assert repr(accelerated) == f"<Acceleration of Blip2ForConditionalGeneration: {named}>"
 
 
-@pytest.mark.skipif(IS_4, reason="transformers 4 builds another one")
 def test_what_is_not_accelerated_is_said(recwarn):
     model, _, _ = made("bark")
     with fl.accelerate(model) as accelerated:
