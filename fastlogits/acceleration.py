@@ -176,12 +176,17 @@ def _takes_any_length(step: Step) -> bool:
 
 def _is_of_a_row(stage: Stage) -> bool:
     """Whether a stage has something that belongs to a row of the run, or reads other rows."""
-    if isinstance(stage, Truncate):
-        return any(isinstance(rule.value, torch.Tensor) for rule in stage.rules)
     if isinstance(stage, Rows):
         return stage.needs_history or stage.law == "mix"
+    return isinstance(stage, AllowFrom) or has_row_values(stage)
+
+
+def has_row_values(stage: Stage) -> bool:
+    """Whether a stage was made with a value for each row of a batch."""
+    if isinstance(stage, Truncate):
+        return any(isinstance(rule.value, torch.Tensor) for rule in stage.rules)
     if isinstance(stage, AllowFrom):
-        return True
+        return isinstance(stage.source, torch.Tensor) and stage.source.shape[0] != 1
     source = getattr(stage, "tokens", None)
     if isinstance(source, Repeated):
         source = source.text
