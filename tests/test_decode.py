@@ -269,6 +269,14 @@ def test_stop_strings(llama, letters, method):
         assert torch.equal(generate(llama, PROMPT[:1], custom_generate=METHODS[method], **options), expected)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_token_healing(llama, letters, method):
+    ids = letters(["abc"], return_tensors="pt").input_ids
+    options = {"do_sample": False, "token_healing": True, "tokenizer": letters}
+    expected = generate(llama, ids, custom_generate=None, **options)
+    assert torch.equal(generate(llama, ids, custom_generate=METHODS[method], **options), expected)
+
+
 def test_stop_strings_of_a_pipeline(llama, letters):
     pipeline = transformers.pipeline("text-generation", model=llama, tokenizer=letters, device="cpu")
     asked = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False, "tokenizer": letters}

@@ -112,6 +112,23 @@ def test_a_processor_in_place(llama, draft):
     same(llama, DRAFTS[draft], logits_processor=[InPlace()], repetition_penalty=1.3)
 
 
+KEYS = {"keys": [1, 2, 3, 4], "ngram_len": 3}
+CARRIED = {
+    "synthid": lambda: {"watermarking_config": transformers.SynthIDTextWatermarkingConfig(**KEYS)},
+    "watermark": lambda: {"watermarking_config": transformers.WatermarkingConfig()},
+    "guidance": lambda: {"guidance_scale": 1.7, "negative_prompt_ids": PROMPT.flip(1)},
+    "prefixes": lambda: {"prefix_allowed_tokens_fn": lambda row, ids: list(range(3, 40))},
+}
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_carries_something_from_call_to_call(llama, name, do_sample):
+    """It is called at each position, in order, as often as transformers calls it."""
+    for draft in ("itself", "alike", "prompt lookup"):
+        same(llama, DRAFTS[draft], do_sample=do_sample, **CARRIED[name]())
+
+
 @pytest.mark.parametrize("changes", [False, True])
 def test_results_are_the_row_itself_or_memory_of_their_own(changes):
     made = [transformers.RepetitionPenaltyLogitsProcessor(1.3)] if changes else [View()]
