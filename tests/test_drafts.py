@@ -211,6 +211,7 @@ OF_A_ROW = {
     "typical": lambda: fl.TypicalLogitsWarper(torch.tensor([0.5])),
     "epsilon": lambda: fl.EpsilonLogitsWarper(torch.tensor([0.01])),
     "eta": lambda: fl.EtaLogitsWarper(torch.tensor([0.01])),
+    "top_n_sigma": lambda: fl.TopNSigmaLogitsWarper(torch.tensor([1.0])),
     "source": lambda: fl.OnlyTokensFrom([list(range(3, 60))], eos_token_id=2),
     "encoder ids": lambda: fl.EncoderRepetitionPenaltyLogitsProcessor(1.7, PROMPT),
     "encoder n-grams": lambda: fl.EncoderNoRepeatNGramLogitsProcessor(2, PROMPT),
