@@ -401,7 +401,7 @@ class _Found(NamedTuple):
     models: list[tuple[str, Any]]
     """Those that generate as transformers does."""
     others: list[tuple[str, Any]]
-    """Those that generate in a way of their own, and hold none that doesn't."""
+    """Those that generate in a way of their own, and have none of the former inside."""
 
 
 def _generators(given: Any) -> _Found:
@@ -486,27 +486,20 @@ class Acceleration:
         self._entered = 0
         self._holds: list[tuple[Any, _Hold]] = []
         with _state.lock:
-            before = all(_state.is_begun(model) for model in self._alive()) and len(self._models) > 0
+            before = len(self._models) > 0 and all(_state.is_begun(model) for _, model in _alive(self._models))
             self._begin()
         self._text = f"<Acceleration of {name}{what}{', which was accelerated before' if before else ''}>"
 
-    def _alive(self) -> Iterator[Any]:
-        """The models that it accelerates and that there still are; None for all."""
-        for of in self._models:
-            model = of()
-            if model is not None or of is _no_model:
-                yield model
-
     def _begin(self) -> None:
         ended = self._holds
-        self._holds = [(of, _state.begin(of())) for of in self._models if of is _no_model or of() is not None]
+        # A model is held while it is asked for: None would be all models.
+        self._holds = [(of, _state.begin(model)) for of, model in _alive(self._models)]
         self._end(ended)
 
     @staticmethod
-    def _end(holds: Iterable[tuple[Any, _Hold]]) -> None:
-        for of, hold in holds:
-            model = of()
-            if model is not None or of is _no_model:
+    def _end(ended: list[tuple[Any, _Hold]]) -> None:
+        for of, hold in ended:
+            for _, model in _alive([of]):
                 _state.end(model, hold)
         _state.unwrap_if_idle()  # where the models are gone
 
@@ -532,6 +525,14 @@ class Acceleration:
 
 def _no_model() -> None:
     """Stands where a reference to a model does, for all models."""
+
+
+def _alive(references: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """The models that there still are, each with its reference; None for all models."""
+    for of in references:
+        model = of()
+        if model is not None or of is _no_model:
+            yield of, model
 
 
 def accelerate(model: Any = None) -> Acceleration:
