@@ -405,8 +405,38 @@ MUTATIONS = [
     ),
     Mutation(
         "the sequences of a prompt draw alike", f"{PACKAGE}/decoding.py",
-        "row % (B // count) * _PART", "row % (B // count)",
+        "row % num_return_sequences * _PART", "row % num_return_sequences",
         ("test_decode.py::test_sequences_of_a_request_share_no_noise",),
+    ),
+    Mutation(
+        "a candidate's result that is a slice of what it is stored into", f"{PACKAGE}/acceleration.py",
+        "return self._processed[i : i + 1] if self._changed else scores", "return self._processed[i : i + 1]",
+        ("test_drafts.py::test_a_step_that_changes_nothing",),
+    ),
+    Mutation(
+        "candidates that are remembered while others are drafted", f"{PACKAGE}/acceleration.py",
+        "processors.expect_nothing()", "pass",
+        ("test_drafts.py::test_candidates_of_before_are_forgotten",),
+    ),
+    Mutation(
+        "a block that ends all blocks of its model", f"{PACKAGE}/acceleration.py",
+        "if not hold.count and hold is", "if hold is",
+        ("test_accelerate_inside.py::test_a_block_ends_what_it_has_begun",),
+    ),
+    Mutation(
+        "an old block that ends a later one", f"{PACKAGE}/acceleration.py",
+        "if not hold.count and hold is", "if not hold.count or hold is not",
+        ("test_accelerate_inside.py::test_restore_ends_all_blocks_and_they_end_nothing_else",),
+    ),
+    Mutation(
+        "scores of a manager that a processor writes", f"{PACKAGE}/continuous.py",
+        "scores = given.clone()  # which it may write", "scores = given",
+        ("test_continuous_batching.py::test_the_scores_of_a_manager_are_not_written",),
+    ),
+    Mutation(
+        "a tokenizer that generate keeps", f"{PACKAGE}/decoding.py",
+        'rest["tokenizer"] = taken["tokenizer"]', "pass",
+        ("test_decode.py::test_stop_strings",),
     ),
 ]  # fmt: skip
 
