@@ -677,18 +677,16 @@ class BatchProcessor:
         positions: _Index = nowhere if cache_position is None else self._index("cache_position", cache_position)
         drafts: _Index = nowhere if draft_ids is None else self._index("draft_ids", draft_ids)
         local: _Index = nowhere if local_position is None else self._index("local_position", local_position)
-        rows = Rows(of, positions[0], bitmask, drafts[0], local[0])
+        mask = None if bitmask is None else self._checked_bitmask(bitmask, B)
         for name, value in (
             ("slots", of), ("cache_position", positions[0]), ("draft_ids", drafts[0]), ("local_position", local[0])
         ):  # fmt: skip
             if value is not None and len(value) != B:
                 raise ValueError(f"{name} must have one entry for each of {B} rows of logits, got {len(value)}")
-        if bitmask is not None:
-            rows = rows._replace(bitmask=self._checked_bitmask(bitmask, B))
         if known is not None:
             self._check_masks(known, bitmask)
             self._check_order(known, positions, local)
-        return rows, known
+        return Rows(of, positions[0], mask, drafts[0], local[0]), known
 
     def _checked_bitmask(self, bitmask: torch.Tensor, B: int) -> torch.Tensor:
         if (
@@ -956,13 +954,9 @@ def _check_once(slots: list[int], positions: list[int] | None) -> None:
 
 def _check_neighbours(slots: list[int], local: list[int]) -> None:
     """Refuse rows of draft tokens that don't follow one another."""
-    begun: set[int] = set()
     for row, (slot, depth) in enumerate(zip(slots, local, strict=True)):
-        if slot < 0:
-            continue
-        if depth == 0 and slot not in begun:
-            begun.add(slot)
-        elif depth <= 0 or row == 0 or slots[row - 1] != slot or local[row - 1] != depth - 1:
+        follows = row > 0 and slots[row - 1] == slot and local[row - 1] == depth - 1
+        if slot >= 0 and depth != 0 and not (follows and depth > 0):
             raise ValueError(
                 f"local_position must count 0, 1, 2, ... in neighbouring rows of a slot, got {depth} in row {row} of "
                 f"slot {slot}"

@@ -251,7 +251,7 @@ def test_as_many_tokens_as_a_request_may_have_and_one_more(device):
     batch = BatchProcessor(2, V, device, max_length=5)
     slot = batch.add(RequestParams(repetition_penalty=2.0), [1, 2, 3], [4, 5])
     assert batch.apply(torch.ones(1, V, device=device), [slot]).lt(1).sum() == 5
-    with pytest.raises(ValueError, match="at most 5 tokens together.* got 6"):
+    with pytest.raises(ValueError, match=r"at most 5 tokens together.* got 6"):
         batch.add(RequestParams(), [1, 2, 3], [4, 5, 6])
 
 
