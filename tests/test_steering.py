@@ -1,5 +1,6 @@
 """What requests of other engines ask for, without the engines; tests/engines has them."""
 
+import importlib.util
 import logging
 import random
 import subprocess
@@ -406,9 +407,25 @@ def test_slots_of_the_newer_runner(device):
     assert got[:2] == [[6], []]
     assert got[2] == [token for token in range(V) if token != 3]
     assert got[3:] == [[], []]
+    # What is cut by probability is cut in each row of a draft: of equal logits, all or none.
+    assert processor.add_request(0, asking(typical_p=0.5, banned_token_ids=[3]))
+    processor.apply_staged_writes()
+    assert step(*drafts) == [[6], [], [3], [3], [3]]
     assert not processor.add_request(0, asking())
     processor.apply_staged_writes()
     assert step(*drafts) == [[6], [], [], [], []]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="for machines without SGLang")
+def test_sglangs_text_without_sglang():
+    from fastlogits.integrations import sglang
+
+    assert sglang.FastLogitsProcessor.params(no_repeat_ngram_size=3) == {"fastlogits": '{"no_repeat_ngram_size": 3}'}
+    for name in ("FastLogitsProcessor", "DRYLogitProcessor"):
+        with pytest.raises(
+            ImportError, match=rf"{name}.to_str\(\) must be called where SGLang is installed.*pip install"
+        ):
+            getattr(sglang, name).to_str()
 
 
 def test_nothing_is_imported_before_a_request_asks():

@@ -242,9 +242,12 @@ class Cutter:
         """Whether a slot asks for anything."""
         return slot in self._batch
 
-    def cut_(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
-        """Set to -inf what the requests of the rows cut away; -1 for a row that has nothing to do with it."""
-        cut = self._batch.apply(logits, slots)
+    def cut_(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor | None = None) -> None:
+        """Set to -inf what the requests of the rows cut away; -1 for a row that has nothing to do with it.
+
+        Nothing that is cut depends on the positions, but they tell several rows of a request apart.
+        """
+        cut = self._batch.apply(logits, slots, positions)
         logits.masked_fill_(cut == float("-inf"), float("-inf"))
 
 

@@ -313,4 +313,4 @@ class _Tables:
             logits, slots[0], context.pos, draft_ids=context.input_ids, local_position=context.expanded_local_pos
         )
         if len(self._cutter):
-            self._cutter.cut_(logits, slots[1])
+            self._cutter.cut_(logits, slots[1], context.pos)
