@@ -10,18 +10,21 @@ from fastlogits.integrations.steering import CUTS, EDITS, Live, LiveBatch, read_
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
-# Where ids are cut to 32 bits, 2**40 + 3 and -(2**40) + 3 are token 3.
+# Where ids are cut to 32 bits, 2**40 + 5 and -(2**40) + 5 are token 5, which the text has.
 FOREIGN = {
-    "a placeholder": V, "of a padded embedding": V + 27, "the largest of 32 bits": 2**31 - 1, "of 33 bits": 2**32 + 3,
-    "of 41 bits": 2**40 + 3, "the largest of 64 bits": 2**63 - 1, "negative": -1, "the least of 32 bits": -(2**31),
-    "less than 32 bits hold": -(2**40) + 3,
+    "a placeholder": V, "of a padded embedding": V + 27, "the largest of 32 bits": 2**31 - 1, "of 33 bits": 2**32 + 5,
+    "of 41 bits": 2**40 + 5, "the largest of 64 bits": 2**63 - 1, "negative": -1, "the least of 32 bits": -(2**31),
+    "less than 32 bits hold": -(2**40) + 5,
 }  # fmt: skip
 ONCE = 77  # a token of the vocabulary that comes nowhere else
-TEXT = [5, 3, 6, 3, ONCE, 5, 3, 6, ONCE, 4, 3, 6]
+TEXT = [5, 3, 6, 3, ONCE, 3, 6, 8, ONCE, 4, 3, 6]
 LOOKING_BACK = {
-    "repetition_penalty": 1.7, "presence_penalty": 0.5, "frequency_penalty": 0.3, "presence_scope": "all",
-    "no_repeat_ngram_size": 2, "bad_words": [[3, 6, 8], [6, 9]], "dry_multiplier": 2.0, "dry_allowed_length": 1,
-    "seed": 1,
+    "penalties and bans": {
+        "repetition_penalty": 1.7, "presence_penalty": 0.5, "frequency_penalty": 0.3, "presence_scope": "all",
+        "no_repeat_ngram_size": 2, "bad_words": [[3, 6, 9], [6, 10]], "seed": 1,
+    },
+    # Of the repetitions of "3 6" one follows a breaker, one such an id.
+    "repetitions": {"dry_multiplier": 2.0, "dry_allowed_length": 1, "dry_breakers": (4, 5), "seed": 1},
 }  # fmt: skip
 WAYS = ["prompt and output", "array", "tensor", "append", "append of a tensor", "draft", "int32", "int64"]
 
@@ -56,8 +59,9 @@ def by(way, tokens, device, params):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_such_ids_count_for_nothing(way, device, path):  # noqa: F811
-    params = RequestParams(**LOOKING_BACK, dry_breakers=(4, 5))
+@pytest.mark.parametrize("looks", LOOKING_BACK)
+def test_such_ids_count_for_nothing(looks, way, device, path):  # noqa: F811
+    params = RequestParams(**LOOKING_BACK[looks])
     # Where they are appended, negative ids take no place.
     kinds = [kind for kind, token in FOREIGN.items() if token >= 0 or not way.startswith("append")]
     if path == "kernels" and device == "cpu":  # a second a row
