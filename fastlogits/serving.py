@@ -728,19 +728,16 @@ class BatchProcessor:
 
     def _check_order(self, slots: list[int], positions: _Index, local: _Index) -> None:
         """Refuse what rows can't see, as far as the host knows it."""
-        named = [slot for slot in slots if slot >= 0]
         at = None if positions[1] is None else positions[1].tolist()
-        if local[0] is None:
-            depth: list[int] | None = [0] * len(slots)
-            if len(set(named)) != len(named) and (positions[0] is None or at is not None):
-                _check_once(slots, at)
-        elif local[1] is not None:
-            depth = local[1].tolist()
+        depth = None if local[1] is None else local[1].tolist()
+        if depth is not None:
             _check_neighbours(slots, depth)
-        else:
-            depth = None
+        elif local[0] is None and len(set(slots)) < len(slots) and (positions[0] is None or at is not None):
+            _check_once(slots, at)
         if at is None:
             return
+        if local[0] is None:
+            depth = [0] * len(slots)
         for row, (slot, position) in enumerate(zip(slots, at, strict=True)):
             if slot < 0:
                 continue
@@ -924,19 +921,17 @@ def _integers(argument: str, ids: Ids) -> np.ndarray[Any, Any]:
 
 def _longs(found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Integers as int64, which holds all but the largest of those without a sign."""
-    if found.dtype == np.uint64:
-        found = np.minimum(found, np.uint64(2**63 - 1))
-    return found.astype(np.int64, copy=False)
+    if found.dtype == np.int64:
+        return found
+    return (np.minimum(found, np.uint64(2**63 - 1)) if found.dtype == np.uint64 else found).astype(np.int64)
 
 
 def _history_ids(argument: str, ids: Ids) -> np.ndarray[Any, Any]:
     """Token ids as a history keeps them: what 32 bits don't hold is no token of any vocabulary, and becomes -1."""
-    found = _integers(argument, ids)
-    kept = found.astype(np.int32)
-    lost = kept != found
-    if lost.any():
-        kept[lost] = -1
-    return kept
+    found = _longs(_integers(argument, ids))
+    if len(found) and (found.max() >= 2**31 or found.min() < -(2**31)):
+        found = np.where((found >= 2**31) | (found < -(2**31)), -1, found)
+    return found
 
 
 def _check_once(slots: list[int], positions: list[int] | None) -> None:
