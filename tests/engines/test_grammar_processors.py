@@ -157,6 +157,22 @@ def test_a_call_of_a_list(grammar, makers, tokenizer):
     assert torch.equal(scores, given)
 
 
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_sampled_by_the_allowed_with_raw_logprobs(grammar, makers, tokenizer):
+    ids, scores = inputs_of(tokenizer)["input_ids"], torch.randn(2, len(tokenizer))
+    given = scores.clone()
+    allowed = makers[grammar](2)(ids, scores.clone()).isfinite()
+    for before in ([], [fl.MinLengthLogitsProcessor(1, 0)]):
+        seeds, positions = torch.tensor([3, 4]), torch.full((2,), ids.shape[1])
+        out = fl.sample(
+            scores, [*before, makers[grammar](2)], seeds=seeds, positions=positions, input_ids=ids, logprobs="raw"
+        )
+        assert allowed.gather(1, out.tokens.unsqueeze(1)).all()
+        assert torch.equal(scores, given)
+        expected = given.log_softmax(-1).gather(1, out.tokens.unsqueeze(1))
+        assert torch.allclose(out.logprobs.flatten(), expected.flatten(), atol=1e-5)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_with_decode(grammar, setting, makers, model, tokenizer):
@@ -231,8 +247,10 @@ def test_outlines_generator(backend, model, tokenizer):
 
     expected = say(_generator(backend, model, tokenizer))
     generator = _generator(backend, model, tokenizer)
+    for held in (generator.model, model):
+        with fl.accelerate(held):
+            assert say(generator) == expected
     with fl.accelerate(model):
-        assert say(generator) == expected
         assert say(generator) == expected
         decoded = say(generator, custom_generate=fl.decode)
         assert say(generator, custom_generate=fl.decode) == decoded

@@ -1,6 +1,7 @@
 """Pipelines, and streamers that another thread reads: they give what they give without fastlogits."""
 
 import asyncio
+import functools
 import io
 import threading
 from contextlib import nullcontext, redirect_stdout
@@ -108,6 +109,21 @@ def test_stop_strings(how, pipe, model, tokenizer):
         with fl.accelerate(pipe) if accelerated else nullcontext():
             assert torch.equal(model.generate(**inputs, max_new_tokens=16, custom_generate=how, **asked), expected)
             assert _say(pipe, prompt, custom_generate=how, **asked) == [[text]]
+
+
+def test_a_decoding_method_of_ones_own_takes_what_ours_takes(pipe, tokenizer):
+    @functools.wraps(fl.decode)
+    def method(*arguments, **kwargs):
+        return fl.decode(*arguments, **kwargs)
+
+    asked = SAMPLED | {"seeds": 7, "stop_strings": ["e", "o", "1"], "tokenizer": tokenizer}
+    said = _say(pipe, custom_generate=fl.decode, **asked)
+    assert (
+        said
+        == _say(pipe, custom_generate=method, **asked)
+        != _say(pipe, custom_generate=method, **asked | {"seeds": 8})
+    )
+    assert said[0][0][-1] in "eo1"
 
 
 # -- Streamers ----------------------------------------------------------------------------------------------------
