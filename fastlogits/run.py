@@ -32,28 +32,21 @@ class Run:
     """One generation, from its prompt to its end: where it starts, and what is built once for it.
 
     Args:
-        prompt_length: tokens of the prompt.
+        prompt_length: tokens of the prompt. Where neither position is given, None takes the length of the first
+            ``input_ids`` seen; beside ``cache_position``, nobody knows where the run starts.
         cache_position: index of the newest token; None takes it from the length of ``input_ids``.
-        starts_at_first_call: whether the length of the first ``input_ids`` seen is that of the prompt, where
-            ``prompt_length`` is None; if not, nobody knows where the run starts.
 
     Raises:
         ValueError: not an integer or integer tensor, or out of range.
     """
 
-    def __init__(
-        self,
-        prompt_length: Index | None = None,
-        cache_position: Index | None = None,
-        *,
-        starts_at_first_call: bool = True,
-    ) -> None:
+    def __init__(self, prompt_length: Index | None = None, cache_position: Index | None = None) -> None:
         position = Position(
             -1 if cache_position is None else cache_position, 0 if prompt_length is None else prompt_length
         )
         self._prompt_length = prompt_length = None if prompt_length is None else position.prompt_length
         self._cache_position = cache_position = None if cache_position is None else position.cache_position
-        self.knows_start = starts_at_first_call or prompt_length is not None
+        self.knows_start = prompt_length is not None or cache_position is None
         """Whether it can tell which step a call is."""
         self._on_device = [
             (argument, index)
@@ -72,11 +65,11 @@ class Run:
     def of(cls, prompt_length: Index | None, cache_position: Index | None) -> Run | None:
         """The run that a single call tells of by its arguments; None where it gives neither.
 
-        One call can't tell whether it is the first: without a prompt length nobody knows where the run starts.
+        One call can't tell whether it is the first, so the length of its ``input_ids`` is never taken for the prompt.
         """
         if prompt_length is None and cache_position is None:
             return None
-        return cls(prompt_length, cache_position, starts_at_first_call=False)
+        return cls(prompt_length, cache_position)
 
     @property
     def is_fixed(self) -> bool:

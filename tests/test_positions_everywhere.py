@@ -38,6 +38,19 @@ def by_apply(processors, **positions):
     return fl.LogitsProcessorList(processors).apply_(IDS, given(), **positions)
 
 
+def by_run(processors, **positions):
+    return fl.LogitsProcessorList(processors).for_run(**positions)(IDS, given())
+
+
+def by_run_in_place(processors, **positions):
+    return fl.LogitsProcessorList(processors).for_run(**positions).apply_(IDS, given())
+
+
+def by_runs_of_each(processors, **positions):
+    """Each processor in a run of its own, in a list of transformers."""
+    return transformers.LogitsProcessorList([each.for_run(**positions) for each in processors])(IDS, given())
+
+
 def by_plan(processors, **positions):
     told = Run.of(positions.get("prompt_length"), positions.get("cache_position"))
     return fl.LogitsProcessorList(processors).plan(IDS, given(), told)
@@ -57,7 +70,10 @@ def by_check(processors, **positions):
     return by_call(processors, **positions)
 
 
-WAYS = [by_call, by_apply, by_plan, by_trace, by_method, by_check]
+CALLS = [by_call, by_apply, by_plan, by_trace, by_method, by_check]
+RUNS = [by_run, by_run_in_place, by_runs_of_each]
+"""Where neither position is given they take the first call for the first step, and so differ from a call."""
+WAYS = [*CALLS, *RUNS]
 
 
 def drawn(processors, **positions):
@@ -120,14 +136,19 @@ def test_a_draw_reads_the_same_length(way, name, length):
         assert torch.equal(way([LENGTHS[name]()], cache_position=length - 1, **positions), expected)
 
 
+@pytest.mark.parametrize("way", [*CALLS, drawn, drawn_once])
+@pytest.mark.parametrize("name", STEPS)
+def test_what_asks_for_the_step_raises_without_positions(way, name):
+    with pytest.raises(UnknownRunStartError, match="nothing says where the run starts"):
+        way([STEPS[name]()])
+
+
 @pytest.mark.parametrize("way", [*WAYS, drawn, drawn_once])
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize(
-    "positions", [{}, {"cache_position": 2}, {"cache_position": torch.tensor([2, 2], device=DEVICE)}]
-)
-def test_what_asks_for_the_step_raises_without_a_prompt(way, name, positions):
+@pytest.mark.parametrize("cache_position", [2, torch.tensor([2, 2], device=DEVICE)])
+def test_what_asks_for_the_step_raises_without_a_prompt(way, name, cache_position):
     with pytest.raises(UnknownRunStartError, match="nothing says where the run starts"):
-        way([STEPS[name]()], **positions)
+        way([STEPS[name]()], cache_position=cache_position)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -101,10 +101,11 @@ class _Planned:
 
         Args:
             prompt_length: number of tokens of the run's prompt, padding included: an integer, or an integer tensor
-                ``()`` or ``(B,)`` on the device of the scores, which is then read there at each call. None takes
-                the length of the first ``input_ids`` that the processor is called with.
+                ``()`` or ``(B,)`` on the device of the scores, which is then read there at each call. None, without
+                ``cache_position``, takes the length of the first ``input_ids`` that the processor is called with.
             cache_position: index of the token whose logits are processed, of the same forms. None takes it from
-                the length of ``input_ids`` at each call.
+                the length of ``input_ids`` at each call. By itself it doesn't say where the run starts: what asks
+                for the step then raises a ValueError when it is called.
 
         Raises:
             ValueError: not an integer or integer tensor, or out of range.
