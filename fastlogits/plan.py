@@ -185,7 +185,7 @@ class Plan:
 
     @property
     def parts(self) -> list[Plan | Barrier]:
-        """What has to be called by itself, and what stands between as a plan of its own: for who calls one by one."""
+        """What must be called by itself, and what stands between as a plan of its own: for who calls one by one."""
         if self._parts is None:
             parts: list[Plan | Barrier] = []
             between: list[Step] = []

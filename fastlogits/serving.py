@@ -373,7 +373,7 @@ class BatchProcessor:
             prompt_ids: its prompt, integers on the host. Ids that the logits don't have count for nothing. Not looked
                 at where the engine has the history.
             output_ids: what it has generated already, as after a preemption.
-            slot: the slot it takes, which has to be free; None for the lowest one that is free.
+            slot: the slot it takes, which must be free; None for the lowest one that is free.
 
         Returns:
             Its slot.

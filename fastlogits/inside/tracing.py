@@ -92,7 +92,7 @@ class Trace(Sequence[Change]):
         return "\n".join(lines)
 
     def table(self) -> Table:
-        """The changes as a table of rich, which has to be installed."""
+        """The changes as a table of rich, which must be installed."""
         from rich.table import Table
         from rich.text import Text
 
@@ -118,13 +118,13 @@ class Trace(Sequence[Change]):
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
     def frame(self) -> DataFrame:
-        """The changes as a frame of pandas, which has to be installed: a row for each processor and row."""
+        """The changes as a frame of pandas, which must be installed: a row for each processor and row."""
         import pandas as pd
 
         return pd.DataFrame([vars(change) for change in self._changes])
 
     def plot(self, path: str | Path | None = None, row: int = 0) -> Figure:
-        """The changes as a figure of matplotlib, which has to be installed.
+        """The changes as a figure of matplotlib, which must be installed.
 
         Args:
             path: where to save it, as the ending says; None for nowhere.

@@ -1,6 +1,6 @@
 r"""Logits processors that travel to an SGLang server with a request, and a sampling backend for it.
 
-A processor is sent by name, so fastlogits has to be installed where the server runs, which is started with
+A processor is sent by name, so fastlogits must be installed where the server runs, which is started with
 ``--enable-custom-logit-processor``:
 
     {"custom_logit_processor": FastLogitsProcessor.to_str(),

@@ -72,7 +72,7 @@ def read_wishes(
         names: those that are allowed here.
         where: what the user calls the argument.
         temperature: that of the request; 0 for greedy, which truncations don't change.
-        vocab_size: tokens of the vocabulary, which token ids have to be of; None where it isn't known yet.
+        vocab_size: tokens of the vocabulary, which token ids must be of; None where it isn't known yet.
         refuse: for requests that are running, when nobody hears an exception: called with each option that can't be
             honoured, while the rest is read. None to raise at the first.
 

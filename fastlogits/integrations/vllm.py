@@ -1,6 +1,6 @@
 r"""A logits processor for vLLM, of both its interfaces: requests ask for what vLLM lacks.
 
-Installed with fastlogits as an entry point of vLLM, so nothing has to be said when the engine starts. It does nothing,
+Installed with fastlogits as an entry point of vLLM, so the engine needs no option when it starts. It does nothing,
 and takes no memory, until a request asks for something:
 
     SamplingParams(temperature=0.7, extra_args={"fastlogits": {"no_repeat_ngram_size": 3}})
