@@ -33,7 +33,9 @@ class RowsLaunch(Step):
         """Process the scores of one call."""
         if not self._stage.positioned:
             return self._stage.function(input_ids, scores)
-        return self._stage.function(input_ids, scores, *known(run, self.members).locate(input_ids, scores))
+        run = known(run, self.members)
+        own = (run,) if self._stage.keeps_notes else ()
+        return self._stage.function(input_ids, scores, *run.locate(input_ids, scores), *own)
 
     def describe(self) -> str:
         """The function in a word, for ``explain()``."""

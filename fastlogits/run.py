@@ -46,6 +46,8 @@ class Run:
         self._first_lengths: dict[int, int] = {}
         self.allowed: dict[Any, torch.Tensor] = {}
         """Allowed rows that were built for this run."""
+        self.noted: dict[Any, Any] = {}
+        """What processors carry from call to call."""
         self.placed: tuple[Any, ...] | None = None
         """What a launch of masks has built for it: tables, rows and bans."""
 

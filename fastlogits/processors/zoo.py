@@ -1,8 +1,8 @@
 """The jobs of NVIDIA's logits-processor-zoo (0.2.1), under its names: per row, without a loop over rows.
 
 Those that put a phrase into the text must know what happened before: a phrase may begin with a token that the text
-holds anyway, and how sure the model was is not in the text at all. They remember it by the text itself and not by
-row or call, so that rows may change places, and lengths go back; see ``_Memory``.
+holds anyway, and how sure the model was is not in the text at all. They remember it for each row of a run. Rows may
+change places, become more or fewer, and be cut back; see ``_Memory`` for what is not known then.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
+from threading import local
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch.nn.functional import pad
@@ -20,6 +21,7 @@ from torch.nn.functional import pad
 from fastlogits.checks import finite_number, whole_number
 from fastlogits.position import Index, prompt_of
 from fastlogits.processors.base import StagedProcessor
+from fastlogits.run import Run
 from fastlogits.stages import Ban, Rows
 from fastlogits.token_mask import TokenMask, ids_on
 from fastlogits.token_text import token_texts
@@ -224,7 +226,7 @@ class ForceLastPhraseLogitsProcessor(StagedProcessor):
         """Forced tokens in some rows."""
         function = partial(_force_last, self.phrase_tokens, self.eos_token_id, _Memory(1))
         description = f"force {len(self.phrase_tokens)} tokens before token {self.eos_token_id}"
-        return Rows("force", function, description, positioned=True)
+        return Rows("force", function, description, positioned=True, keeps_notes=True)
 
 
 class TriggerPhraseLogitsProcessor(StagedProcessor):
@@ -289,7 +291,7 @@ class TriggerPhraseLogitsProcessor(StagedProcessor):
         causes += [] if self.trigger_time is None else [f"after {self.trigger_time:g} s"]
         times = f"up to {self.trigger_count} times"
         description = f"force {len(self.phrase_tokens)} tokens {' or '.join(causes)}, {times}"
-        return Rows("force", function, description, positioned=True)
+        return Rows("force", function, description, positioned=True, keeps_notes=True)
 
 
 class PreventHallucinationLogitsProcessor(StagedProcessor):
@@ -338,7 +340,7 @@ class PreventHallucinationLogitsProcessor(StagedProcessor):
         """Forced tokens in some rows."""
         function = partial(_force_unsure, self.phrase_tokens, self.minp, self.tolerate, _Memory(2))
         description = f"force {len(self.phrase_tokens)} tokens after {self.tolerate + 1} steps below {self.minp:g}"
-        return Rows("force", function, description, positioned=True)
+        return Rows("force", function, description, positioned=True, keeps_notes=True)
 
 
 class MaxTimeLogitsProcessor(StagedProcessor):
@@ -387,7 +389,8 @@ class MaxTimeLogitsProcessor(StagedProcessor):
         """A forced token in some rows."""
         function = partial(_force_end, self.boost_token, self.max_time, self.sentence_ends, _Memory(1))
         where = " after a sentence" if self.complete_sentences else ""
-        return Rows("force", function, f"force token {self.boost_token}{where} after {self.max_time:g} s", True)
+        description = f"force token {self.boost_token}{where} after {self.max_time:g} s"
+        return Rows("force", function, description, positioned=True, keeps_notes=True)
 
 
 # -- What the stages do -------------------------------------------------------------------------------------------
@@ -494,9 +497,10 @@ def _force_last(
     scores: torch.Tensor,
     cache_position: Index,
     prompt_length: Index,
+    run: Run,
 ) -> torch.Tensor:
     _check_tokens(scores, eos, *phrase)
-    recalled = memory.of(input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     said = recalled.state[:, 0]
     due = torch.where(said == 0, scores.argmax(1) == eos, said < len(phrase))
     recalled.note(said + due)
@@ -521,9 +525,10 @@ def _force_triggered(
     scores: torch.Tensor,
     cache_position: Index,
     prompt_length: Index,
+    run: Run,
 ) -> torch.Tensor:
     _check_tokens(scores, *phrase)
-    recalled = memory.of(input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     # The phrase begins at the next step at the latest where ``said`` is 1; then it is one more than is said of it.
     said, times, started = recalled.state.unbind(1)
     fires = torch.zeros_like(said, dtype=torch.bool)
@@ -553,9 +558,10 @@ def _force_unsure(
     scores: torch.Tensor,
     cache_position: Index,
     prompt_length: Index,
+    run: Run,
 ) -> torch.Tensor:
     _check_tokens(scores, *phrase)
-    recalled = memory.of(input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     said, unsure = recalled.state.unbind(1)
     likeliest = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).amax(-1)
     unsure = unsure + (likeliest < minp)
@@ -574,9 +580,10 @@ def _force_end(
     scores: torch.Tensor,
     cache_position: Index,
     prompt_length: Index,
+    run: Run,
 ) -> torch.Tensor:
     _check_tokens(scores, token)
-    recalled = memory.of(input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     now = _now(scores)
     started = recalled.state[:, 0]
     started = started.where(started > 0, now)
@@ -598,16 +605,43 @@ def _forced(scores: torch.Tensor, due: torch.Tensor, phrase: tuple[int, ...], sa
 # -- What was, and where a row stands -----------------------------------------------------------------------------
 
 
+class _Notes(NamedTuple):
+    """What was noted at each of the last steps, in each place of a batch."""
+
+    texts: torch.Tensor
+    """Hashes of the texts, int64 ``[steps, rows]``."""
+    values: torch.Tensor
+    """What was noted for them, int64 ``[steps, rows, width]``."""
+
+    @classmethod
+    def empty(cls, steps: int, rows: int, width: int, device: torch.device) -> _Notes:
+        """Nothing noted."""
+        with torch.inference_mode(False):
+            texts = torch.zeros(steps, rows, dtype=torch.int64, device=device)
+            return cls(texts, texts.new_zeros(steps, rows, width))
+
+    def of_more(self, rows: int) -> _Notes:
+        """The same with room for more rows."""
+        more = rows - self.texts.shape[1]
+        with torch.inference_mode(False):
+            return _Notes(pad(self.texts, (0, more)), pad(self.values, (0, 0, 0, more)))
+
+
 class _Memory:
-    """A few integers for each text, found again by the text that they were noted for.
+    """A few integers for each row of a run, carried from step to step.
 
-    Each call finds what was noted one token earlier, under a hash of all tokens but the last, in whatever row, and
-    notes something for its own texts. So rows may change places, and be more or fewer; a text that is cut back and
-    goes on otherwise finds what held there. At the first step of a run, and for a text that wasn't seen one token
-    earlier, all is 0. Nothing waits for the device, and a captured graph notes as it runs.
+    A call finds what was noted one step earlier in the same place of the batch, if the text there was the row's own:
+    all its tokens but the last, compared by a hash. If it was not, rows have changed places, and the nearest place
+    with the row's text is taken. So rows with equal texts keep what is theirs, rows may move, and become more or
+    fewer, and a text that is cut back and goes on otherwise finds what held there. At the first step of a run, and
+    for a text that wasn't seen one step earlier, all is 0. Nothing waits for the device, and a captured graph notes as
+    it runs.
 
-    Kept are the last 64 steps, of each thread apart: one object may serve a run in each of several threads. Runs
-    whose steps alternate in one thread need an object each.
+    Of rows with equal texts nobody can tell which is which once they change places, or one of them goes: what was
+    noted in a place then stays there.
+
+    Each run has its own notes, of its last 64 steps. A list that is called with ``prompt_length`` makes a run of each
+    call: these go on with the notes of the last such call in their thread.
 
     Args:
         width: how many integers.
@@ -617,24 +651,17 @@ class _Memory:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._tables: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._thread = local()
+        self._captured: list[_Notes] = []
+        """What captured graphs read and write, which must outlive its run."""
 
     def of(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, cache_position: Index, prompt_length: Index
+        self, run: Run, input_ids: torch.Tensor, scores: torch.Tensor, cache_position: Index, prompt_length: Index
     ) -> _Recalled:
         """What is known of the rows of a call."""
         B, L = input_ids.shape
         device = scores.device
-        rows = max(64, 1 << (B - 1).bit_length())
-        # A draft model of another vocabulary writes other texts.
-        key = (get_ident(), device, rows, scores.shape[1])
-        tables = self._tables.get(key)
-        if tables is None:
-            if _is_capturing(scores):
-                raise RuntimeError("call the plan once, in this thread, before it is captured in a CUDA graph")
-            with torch.inference_mode(False):
-                keys = torch.zeros(self._STEPS, rows, dtype=torch.int64, device=device)
-                tables = self._tables[key] = keys, keys.new_zeros(self._STEPS, rows, self._width)
+        notes = self._notes(run, scores)
         length = _column(cache_position) + 1
         step = length - _column(prompt_length)
         if isinstance(step, int):
@@ -644,11 +671,54 @@ class _Memory:
         terms = (input_ids + 1) * _weights(column)  # [B, L]
         before = terms.where(column < length - 1, 0).sum(1)
         text = terms.where(column < length, 0).sum(1)
-        keys, values = tables
+
         slot = (step - 1) % self._STEPS
-        same = keys.index_select(0, slot) == before.unsqueeze(1)  # [B, rows]
-        state = values.index_select(0, slot).where((same & (step > 0).unsqueeze(1)).unsqueeze(2), 0).amax(1)
-        return _Recalled(state, tables, step % self._STEPS, text)
+        N = notes.texts.shape[1]
+        place = torch.arange(N, device=device)
+        same = notes.texts.index_select(0, slot) == before.unsqueeze(1)  # [B, N]
+        # Nearest first; of two that are as near, the lower one.
+        order = (place - place[:B].unsqueeze(1)).abs() * N + place
+        best = order.where(same, N * N).amin(1)  # [B]
+        known = (best < N * N) & (step > 0)
+        state = notes.values[slot, best % N].where(known.unsqueeze(1), 0)
+        return _Recalled(state, notes, step % self._STEPS, text)
+
+    def _notes(self, run: Run, scores: torch.Tensor) -> _Notes:
+        """The notes of a run, with room for the rows of some scores."""
+        B = scores.shape[0]
+        # A draft model of another vocabulary writes other texts.
+        key = (scores.device, scores.shape[1])
+        mine = (self, *key)
+        notes: _Notes | None = run.noted.get(mine)
+        if notes is None:
+            owner, last = self._lasting.get(key, (None, None))
+            # The run of another call of the list is gone by now; one that lives has its notes to itself.
+            notes = last if owner is None or owner() is None else None
+        room = max(64, 1 << (B - 1).bit_length())
+        if notes is None or notes.texts.shape[1] < room:
+            if _is_capturing(scores):
+                raise RuntimeError("call the plan once, in this thread, before it is captured in a CUDA graph")
+            if notes is None:
+                notes = _Notes.empty(self._STEPS, room, self._width, scores.device)
+            else:
+                notes = notes.of_more(room)
+        run.noted[mine] = notes
+        self._lasting[key] = ref(run), notes
+        if _is_capturing(scores) and not any(notes is kept for kept in self._captured):
+            self._captured.append(notes)
+        return notes
+
+    @property
+    def _lasting(self) -> dict[tuple[torch.device, int], tuple[ReferenceType[Run], _Notes]]:
+        """Of this thread, the last run and its notes, for each device and vocabulary."""
+        found: dict[Any, Any] = self._thread.__dict__.setdefault("lasting", {})
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_width": self._width}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _Memory.__init__(self, state["_width"])
 
 
 @dataclass(frozen=True)
@@ -657,29 +727,29 @@ class _Recalled:
 
     Args:
         state: int64 ``[B, width]``.
-        tables: keys int64 ``[steps, rows]`` and values ``[steps, rows, width]``.
+        notes: where it was found.
         slot: where the step is in them, ``[1]`` or ``[B]``.
         text: hashes of the texts, ``[B]``.
     """
 
     state: torch.Tensor
-    tables: tuple[torch.Tensor, torch.Tensor]
+    notes: _Notes
     slot: torch.Tensor
     text: torch.Tensor
 
     def note(self, *state: torch.Tensor) -> None:
         """Note something for the texts of the call, a column ``[B]`` for each integer."""
-        keys, values = self.tables
+        texts, values = self.notes
         noted = torch.stack(state, 1)
         B = self.text.shape[0]
         if self.slot.shape[0] == 1:
-            # What another run has noted for this step goes.
-            spare = keys.shape[1] - B
-            keys.index_copy_(0, self.slot, pad(self.text, (0, spare)).unsqueeze(0))
+            # What other rows, which are gone, have noted for this step goes.
+            spare = texts.shape[1] - B
+            texts.index_copy_(0, self.slot, pad(self.text, (0, spare)).unsqueeze(0))
             values.index_copy_(0, self.slot, pad(noted, (0, 0, 0, spare)).unsqueeze(0))
         else:
-            row = torch.arange(B, device=keys.device)
-            keys[self.slot, row] = self.text
+            row = torch.arange(B, device=texts.device)
+            texts[self.slot, row] = self.text
             values[self.slot, row] = noted
 
 
