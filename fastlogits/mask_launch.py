@@ -12,6 +12,7 @@ from fastlogits_kernels.mask_tokens import Bans, mask_tokens, mask_tokens_
 from fastlogits.allowed import AllowedRows
 from fastlogits.compilers import constant
 from fastlogits.position import Index, split
+from fastlogits.rows import check_rows
 from fastlogits.run import Run, known
 from fastlogits.stages import AllowFrom, Ban, Member, Stage
 from fastlogits.step import NO_ARGUMENTS, Cost, Merge, Step
@@ -130,6 +131,8 @@ class MaskLaunch(Step):
         if not self._needs_position:
             bans = tables.at_step(0)
         else:
+            if tables.has_blanks and input_ids.shape[0] != scores.shape[0]:
+                check_rows(next(name for name, stage, _ in self.members if _has_blank(stage)), input_ids, scores)
             bans = _bans(known(run, self.members), tables, input_ids, scores)
         if self._allowed is not None:
             allowed = self._allowed(input_ids, scores, run)
@@ -175,6 +178,10 @@ class MaskLaunch(Step):
             self._kept[key] = _MaskTables(self._bans, *key)
         if whole:
             self._kept[key].build()
+
+
+def _has_blank(stage: Stage) -> bool:
+    return isinstance(stage, Ban) and stage.blank is not None
 
 
 def _bans(run: Run, tables: _MaskTables, input_ids: torch.Tensor, scores: torch.Tensor) -> Bans | None:

@@ -193,6 +193,7 @@ class AllowFrom(Stage):
         extra: tokens allowed whatever the source holds.
         eos: tokens that end the text, allowed likewise.
         exclude: tokens of the source that don't count.
+        copies: neighbouring rows of the scores that share a row of the source.
     """
 
     kind = "mask"
@@ -200,6 +201,7 @@ class AllowFrom(Stage):
     extra: TokenSet
     eos: tuple[int, ...]
     exclude: TokenSet
+    copies: int = 1
 
     @property
     def needs_position(self) -> bool:

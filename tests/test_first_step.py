@@ -231,7 +231,7 @@ def one(length=1):
         ),
         (
             lambda: OnlyTokensFrom([[1], [2]], eos_token_id=0)(one(), torch.zeros(1, 4)),
-            "source_ids has 2 rows, which don't divide the 1 rows of scores",
+            "source_ids must have 1 row, or one for each row of scores, got 2 rows for 1 rows of scores",
         ),
     ],
 )

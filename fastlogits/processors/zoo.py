@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from fastlogits.checks import finite_number, whole_number
 from fastlogits.position import Index, prompt_of
 from fastlogits.processors.base import StagedProcessor
+from fastlogits.rows import check_rows
 from fastlogits.run import Run
 from fastlogits.stages import Ban, Rows
 from fastlogits.token_mask import TokenMask, ids_on
@@ -406,6 +407,7 @@ def _raise_end(
     cache_position: Index,
     prompt_length: Index,
 ) -> torch.Tensor:
+    check_rows("GenLengthLogitsProcessor", input_ids, scores)
     _check_tokens(scores, token)
     step = cache_position + 1 - prompt_length
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -429,6 +431,7 @@ def _cite(
     cache_position: Index,
     prompt_length: Index,
 ) -> torch.Tensor:
+    check_rows("CiteFromPromptLogitsProcessor", input_ids, scores)
     prompt = prompt_of(input_ids, prompt_length)
     cited = prompt
     if eos is not None:
@@ -465,6 +468,7 @@ def _choose(
     cache_position: Index,
     prompt_length: Index,
 ) -> torch.Tensor:
+    check_rows("MultipleChoiceLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *choices)
     V = scores.shape[1]
     prompt = prompt_of(input_ids, prompt_length)
@@ -499,6 +503,7 @@ def _force_last(
     prompt_length: Index,
     run: Run,
 ) -> torch.Tensor:
+    check_rows("ForceLastPhraseLogitsProcessor", input_ids, scores)
     _check_tokens(scores, eos, *phrase)
     recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     said = recalled.state[:, 0]
@@ -527,6 +532,7 @@ def _force_triggered(
     prompt_length: Index,
     run: Run,
 ) -> torch.Tensor:
+    check_rows("TriggerPhraseLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *phrase)
     recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     # The phrase begins at the next step at the latest where ``said`` is 1; then it is one more than is said of it.
@@ -560,6 +566,7 @@ def _force_unsure(
     prompt_length: Index,
     run: Run,
 ) -> torch.Tensor:
+    check_rows("PreventHallucinationLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *phrase)
     recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     said, unsure = recalled.state.unbind(1)
@@ -582,6 +589,7 @@ def _force_end(
     prompt_length: Index,
     run: Run,
 ) -> torch.Tensor:
+    check_rows("MaxTimeLogitsProcessor", input_ids, scores)
     _check_tokens(scores, token)
     recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     now = _now(scores)

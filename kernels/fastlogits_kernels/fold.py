@@ -19,7 +19,7 @@ import torch
 from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import Launcher, empty_out, form_of, table_on, tl, triton
-from fastlogits_kernels.bits import words
+from fastlogits_kernels.bits import check_rows, words
 from fastlogits_kernels.ptx import for_four_tokens
 from fastlogits_kernels.token_places import find_places, find_row_value
 from fastlogits_kernels.token_sets import (
@@ -324,7 +324,10 @@ def find_sets(
     if not chain.search.sets or not scores.numel():
         return None
     static = _static_sets(scores, chain, position)
-    return launch_token_sets(scores, chain.search, input_ids, position, allowed) if static is None else static.found
+    if static is not None:
+        return static.found
+    check_rows(scores, input_ids, allowed)
+    return launch_token_sets(scores, chain.search, input_ids, position, allowed)
 
 
 def _static_sets(scores: torch.Tensor, chain: Chain, position: Position) -> StaticSets | None:
@@ -343,6 +346,7 @@ def reference_fold(
     allowed: torch.Tensor | None,
 ) -> torch.Tensor:
     """The same in torch, and the path of the CPU: a copy of the scores, then each map where its tokens are."""
+    check_rows(scores, input_ids, allowed)
     numbers = chain.numbers
     untouched = out is None  # a new tensor is made by the first map that does something
     x = scores if out is None else out

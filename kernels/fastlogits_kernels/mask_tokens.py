@@ -20,7 +20,7 @@ import torch
 from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import Launcher, empty_out, row_stride, tl, triton
-from fastlogits_kernels.bits import unpack_bits, words
+from fastlogits_kernels.bits import check_rows, unpack_bits, words
 from fastlogits_kernels.columns import fill_columns
 
 # What changes from step to step (positions, lengths, the strides of a growing history) must not make a new variant
@@ -282,6 +282,7 @@ _OPERATION = Operation("mask_tokens")
 
 @_OPERATION.falls_back
 def _copying(scores: torch.Tensor, bans: Bans) -> torch.Tensor:
+    check_rows(scores, None if bans.blanks is None else bans.input_ids, bans.allowed)
     if not _OPERATION.takes(scores):
         return reference_mask_tokens(scores, None, bans)
     out = empty_out(scores)
@@ -291,6 +292,7 @@ def _copying(scores: torch.Tensor, bans: Bans) -> torch.Tensor:
 
 @_OPERATION.falls_back
 def _in_place(scores: torch.Tensor, bans: Bans) -> None:
+    check_rows(scores, None if bans.blanks is None else bans.input_ids, bans.allowed)
     if _OPERATION.takes(scores):
         launch_mask_tokens(scores, scores, bans)
     else:
