@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fastlogits_kernels._backend import has_gradient
 
 from fastlogits.fold_launch import FOLDED, FoldLaunch
 from fastlogits.mask_launch import MaskLaunch, is_plain_mask
@@ -120,14 +121,17 @@ class Plan:
         in_place: bool = False,
     ) -> torch.Tensor:
         """Processed scores ``[B, V]``: new ones, or ``scores`` itself where nothing changes it or ``in_place``."""
-        if scores.ndim != 2 or scores.requires_grad or (input_ids is not None and input_ids.ndim != 2):
+        if scores.ndim != 2 or (input_ids is not None and input_ids.ndim != 2):
             originals = self._originals
             if originals is not None:
-                # What transformers takes and a plan doesn't: other shapes, gradients.
+                # What transformers takes and a plan doesn't: other shapes.
                 processed = scores
                 for original in originals:
                     processed = original(input_ids, processed)
                 return placed(processed, scores, in_place)
+        if in_place and has_gradient(scores):
+            # What the graph keeps of the scores may not be written.
+            return placed(self(input_ids, scores.clone(), run, kwargs), scores, True)
         processed = scores
         for step in self.gpu_steps if scores.is_cuda else self.steps:
             processed = step(input_ids, processed, run, kwargs, in_place and processed is scores)

@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
+from fastlogits_kernels._backend import has_gradient
 from fastlogits_kernels._library import register
 
 RuleKind: TypeAlias = Literal["top_k", "top_p", "min_p", "typical", "epsilon", "eta", "top_h", "top_n_sigma"]
@@ -668,6 +669,6 @@ def truncate(scores: torch.Tensor, rules: Sequence[Rule]) -> torch.Tensor:
     Raises:
         ValueError: values per row that don't fit the scores, or, on the CPU, that are out of range.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not has_gradient(scores):
         return torch.ops.fastlogits.truncate(scores, *_flattened(rules))  # type: ignore[no-any-return]
     return _truncate(scores, rules)
