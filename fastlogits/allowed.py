@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from fastlogits_kernels._recent import hold, is_capturing, recent
 from fastlogits_kernels.bits import unpack_bits
 from fastlogits_kernels.pack_ids import pack_ids
 
@@ -64,24 +65,29 @@ class AllowedRows:
         self._stages = stages
         self._of_run = any(stage.needs_position for stage in stages)
         self._tables: dict[tuple[int, torch.device], list[_Tables]] = {}
-        # Never dropped: captured graphs go on reading what they saw.
         self._kept: dict[tuple[object, ...], torch.Tensor] = {}
+        self._captured: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None) -> torch.Tensor:
         """The rows for a call."""
         B, V = scores.shape
-        key = (self, B, V, scores.device)
+        device = scores.device
         of_run = run if self._of_run else None
         kept = self._kept if of_run is None else of_run.allowed
-        rows = kept.get(key)
-        if rows is None:
-            tables = self._tables.get((V, scores.device))
-            if tables is None:
-                tables = [_Tables.of(stage, V, scores.device) for stage in self._stages]
-                self._tables[V, scores.device] = tables
+
+        def make() -> torch.Tensor:
+            stages = self._stages
+            tables = recent(self._tables, (V, device), lambda: [_Tables.of(stage, V, device) for stage in stages])
             prompt_length = 0 if of_run is None else of_run.locate(input_ids, scores)[1]
             rows = tables[0].rows(input_ids, scores, V, prompt_length)
             for table in tables[1:]:
                 rows = rows & table.rows(input_ids, scores, V, prompt_length)
-            kept[key] = rows = unpack_bits(rows, V) if scores.device.type == "cpu" else rows
+            return unpack_bits(rows, V) if device.type == "cpu" else rows
+
+        key = (self, B, V, device)
+        rows = kept.get(key)
+        if rows is None:
+            rows = recent(kept, key, make)
+        if is_capturing(device):
+            hold(self._captured, rows)
         return rows

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fastlogits_kernels import fold as ops
 from fastlogits_kernels import token_sets as tasks
+from fastlogits_kernels._recent import hold, is_capturing, recent
 from fastlogits_kernels._triton import table_on
 from fastlogits_kernels.bits import pack_bits
 from fastlogits_kernels.fold import NOWHERE, Chain, Op, fold
@@ -60,8 +61,8 @@ class FoldLaunch(Step):
         self._by_row = any(map(_differs_by_row, self._stages))
         self.searches = self._needs_history or self._by_row
         """Whether a launch goes before the pass, to find the tokens that the stages speak of."""
-        # Never dropped: captured graphs go on reading what they saw.
         self._kept: dict[tuple[Any, ...], Chain] = {}
+        self._captured: list[Chain] = []
         self._last: tuple[int, torch.device, int, Chain] | None = None
 
     def __call__(
@@ -86,6 +87,8 @@ class FoldLaunch(Step):
             chain = last[3]
         else:
             chain = self._chain(scores)
+        if is_capturing(device):
+            hold(self._captured, chain)
         position, ids = NOWHERE, None
         if self._needs_history:
             if input_ids.device != device:
@@ -170,19 +173,23 @@ class FoldLaunch(Step):
         if not scores.is_floating_point():
             raise ValueError(f"scores must be floating-point of shape (B, V), got {scores.dtype}")
         self._make_chain(*key)
-        chain = self._kept[key]
+        chain = self._kept.get(key)
+        while chain is None:  # other threads have made many meanwhile
+            self._make_chain(*key)
+            chain = self._kept.get(key)
         if not torch.compiler.is_compiling():
             self._last = (V, scores.device, B, chain)
         return chain
 
     @constant
     def _make_chain(self, V: int, device: torch.device, B: int) -> None:
-        key = (V, device, B)
-        if key not in self._kept:
+        def make() -> Chain:
             builder = _Builder(B, V, device)
             for stage in self._stages:
                 builder.add(stage)
-            self._kept[key] = builder.chain()
+            return builder.chain()
+
+        recent(self._kept, (V, device, B), make)
 
 
 def _reads_tokens(stage: Stage) -> bool:

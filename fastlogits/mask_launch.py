@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from fastlogits_kernels._recent import hold, is_capturing, recent
 from fastlogits_kernels.mask_tokens import Bans, mask_tokens, mask_tokens_
 
 from fastlogits.allowed import AllowedRows
@@ -105,6 +106,7 @@ class MaskLaunch(Step):
         self._allowed = AllowedRows(allows) if allows else None
         self._needs_position = any(stage.needs_position for stage in stages)
         self._kept: dict[tuple[int, torch.device], _MaskTables] = {}
+        self._captured: list[_MaskTables] = []
         self._last: _MaskTables | None = None
 
     def __call__(
@@ -126,6 +128,8 @@ class MaskLaunch(Step):
             or not scores.is_floating_point()
         ):
             tables = self._tables(scores)
+        if is_capturing(device):
+            hold(self._captured, tables)
         if self._needs_position and input_ids.device != device:
             raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {device}")
         if not self._needs_position:
@@ -166,7 +170,10 @@ class MaskLaunch(Step):
         key = (scores.shape[1], scores.device)
         compiling = torch.compiler.is_compiling()
         self._make_tables(*key, compiling)
-        tables = self._kept[key]
+        tables = self._kept.get(key)
+        while tables is None:  # other threads have made many meanwhile
+            self._make_tables(*key, compiling)
+            tables = self._kept.get(key)
         if not compiling:
             self._last = tables
         return tables
@@ -174,10 +181,9 @@ class MaskLaunch(Step):
     @constant
     def _make_tables(self, vocab_size: int, device: torch.device, whole: bool) -> None:
         key = (vocab_size, device)
-        if key not in self._kept:
-            self._kept[key] = _MaskTables(self._bans, *key)
+        tables = recent(self._kept, key, lambda: _MaskTables(self._bans, *key))
         if whole:
-            self._kept[key].build()
+            tables.build()
 
 
 def _has_blank(stage: Stage) -> bool:

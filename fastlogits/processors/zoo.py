@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
+from fastlogits_kernels._recent import hold, is_capturing
 from torch.nn.functional import pad
 
 from fastlogits.checks import finite_number, whole_number
@@ -704,7 +705,7 @@ class _Memory:
             notes = last if owner is None or owner() is None else None
         room = max(64, 1 << (B - 1).bit_length())
         if notes is None or notes.texts.shape[1] < room:
-            if _is_capturing(scores):
+            if is_capturing(scores.device):
                 raise RuntimeError("call the plan once, in this thread, before it is captured in a CUDA graph")
             if notes is None:
                 notes = _Notes.empty(self._STEPS, room, self._width, scores.device)
@@ -712,8 +713,8 @@ class _Memory:
                 notes = notes.of_more(room)
         run.noted[mine] = notes
         self._lasting[key] = ref(run), notes
-        if _is_capturing(scores) and not any(notes is kept for kept in self._captured):
-            self._captured.append(notes)
+        if is_capturing(scores.device):
+            hold(self._captured, notes)
         return notes
 
     @property
@@ -771,13 +772,9 @@ def _weights(column: torch.Tensor) -> torch.Tensor:
 
 def _now(scores: torch.Tensor) -> int:
     """The host's clock in microseconds, above 0."""
-    if _is_capturing(scores):
+    if is_capturing(scores.device):
         raise RuntimeError("a processor that reads the clock can't be captured in a CUDA graph: it would stand still")
     return int(monotonic() * 1e6) + 1
-
-
-def _is_capturing(scores: torch.Tensor) -> bool:
-    return scores.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _column(index: Index) -> Index:
