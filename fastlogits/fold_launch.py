@@ -287,11 +287,13 @@ class _Builder:
             self._add_sequences(stage)
         elif isinstance(stage, Decay):
             value = self._row_value()
-            start = self._in_table([stage.start])
+            # So far below, the kernel's int32 could not hold how far beyond it a length is.
+            beyond = max(_as_int32(stage.start), tasks.NO_START // 2)
+            start = self._in_table([beyond])
             factor = self._in_numbers([float(stage.factor)])
             found = self._set()
             self._find(found, _indexed("eos_token_id", stage.tokens, self.V), None)
-            self._decays[start] = (stage.start, float(stage.factor))
+            self._decays[start] = (beyond, float(stage.factor))
             self.tasks.append(Task(tasks.DECAY.value, -1, -1, start, factor, value))
             self.ops.append(Op(ops.GROW.value, found, value))
         elif isinstance(stage, Force):
@@ -388,10 +390,10 @@ class _Builder:
             return -1
         gate = Gate(
             tasks.STEP if when.of == "step" else tasks.LENGTH,
-            tasks.NO_START if when.start is None else max(tasks.NO_START, min(tasks.NO_STOP, when.start)),
-            tasks.NO_STOP if when.stop is None else max(tasks.NO_START, min(tasks.NO_STOP, when.stop)),
+            tasks.NO_START if when.start is None else _as_int32(when.start),
+            tasks.NO_STOP if when.stop is None else _as_int32(when.stop),
             when.period,
-            when.phase,
+            when.phase % when.period,
         )
         return self._gates.setdefault(gate, len(self._gates))
 
@@ -434,9 +436,10 @@ class _Builder:
             if missing < 0:
                 raise ValueError(_incompatible(source.ignore, self.B, "scores have"))
             # Rows without ids, which the call has compared with these, have nothing that is ignored.
-            self._starts.append(torch.nn.functional.pad(source.ignore.to(self.device).int(), (0, missing)))
+            ignore = source.ignore.to(self.device).clamp(max=tasks.NO_STOP).int()
+            self._starts.append(torch.nn.functional.pad(ignore, (0, missing)))
         elif source.ignore:
-            self._starts.append(torch.full((self.B,), source.ignore, dtype=torch.int32, device=self.device))
+            self._starts.append(torch.full((self.B,), _as_int32(source.ignore), dtype=torch.int32, device=self.device))
         else:
             return -1
         return len(self._starts) - 1
@@ -465,10 +468,11 @@ class _Builder:
             self._rows.append(self._given(source))
             self.tasks.append(Task(tasks.ROWS.value, found, -1, len(self._rows) - 1))
         elif source.text is None:
-            self.tasks.append(Task(tasks.REPEATED.value, found, -1, source.size))
+            self.tasks.append(Task(tasks.REPEATED.value, found, -1, _as_int32(source.size)))
         else:
             self._sources.append(self._given(source.text, divides=True))
-            self.tasks.append(Task(tasks.REPEATED_FROM.value, found, -1, source.size, len(self._sources) - 1))
+            size, block = _as_int32(source.size), len(self._sources) - 1
+            self.tasks.append(Task(tasks.REPEATED_FROM.value, found, -1, size, block))
 
     def _add_bias(self, stage: Bias) -> None:
         source = stage.tokens
@@ -527,6 +531,11 @@ class _Builder:
             )
             self.tasks.append(Task(tasks.SUMS.value, found, -1, at, numbers, plane))
             self.ops.append(Op(ops.ADD_PLANE.value, found, b=plane))
+
+
+def _as_int32(length: int) -> int:
+    """A length as the kernels hold it; no sequence is longer."""
+    return max(tasks.NO_START, min(tasks.NO_STOP, length))
 
 
 def _key(source: History | Given) -> tuple[Any, ...]:

@@ -43,7 +43,8 @@ class _MaskTables:
         for stage in bans:
             tokens = stage.mask(vocab_size)
             blank = None if stage.blank is None else fitted("blank", stage.blank, vocab_size)
-            gate = (_ALWAYS if stage.when is None or stage.when.stop is None else stage.when.stop, blank)
+            stop = _ALWAYS if stage.when is None or stage.when.stop is None else min(_ALWAYS, stage.when.stop)
+            gate = (stop, blank)
             if len(tokens):
                 gates[gate] = gates[gate] | tokens if gate in gates else tokens
         self._gates = sorted(gates.items(), key=lambda item: item[0][0])

@@ -93,7 +93,7 @@ class _Repetitions:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         V = scores.shape[1]
-        ids = input_ids[:, -self._range :]
+        ids = input_ids[:, -min(self._range, input_ids.shape[1]) :]
         L = ids.shape[1]
         check_rows("DRYLogitsProcessor", input_ids, scores)
         if L < 2:

@@ -86,8 +86,8 @@ class _NGrams(Sequence[Any]):
         made: list[dict[tuple[int, ...], list[int]]] = []
         for row in self._ids.tolist():
             known: dict[tuple[int, ...], list[int]] = {}
-            for ngram in zip(*(row[i:] for i in range(self._size)), strict=False):
-                known.setdefault(ngram[:-1], []).append(ngram[-1])
+            for last in range(self._size - 1, len(row)):
+                known.setdefault(tuple(row[last - self._size + 1 : last]), []).append(row[last])
             made.append(known)
         return made
 

@@ -29,6 +29,8 @@ from fastlogits.token_mask import TokenMask, ids_on
 from fastlogits.token_text import token_texts
 
 _INF = float("inf")
+# No run is longer: more is compared as this.
+_MOST_STEPS = 2**31
 
 
 class GenLengthLogitsProcessor(StagedProcessor):
@@ -287,7 +289,9 @@ class TriggerPhraseLogitsProcessor(StagedProcessor):
 
     def stage(self) -> Rows:
         """Forced tokens in some rows."""
-        trigger = _Trigger(self.trigger_token, self.trigger_time, self.trigger_count, self.trigger_after)
+        trigger = _Trigger(
+            self.trigger_token, self.trigger_time, min(self.trigger_count, _MOST_STEPS), self.trigger_after
+        )
         function = partial(_force_triggered, self.phrase_tokens, trigger, _Memory(3))
         causes = [] if self.trigger_token is None else [f"at token {self.trigger_token}"]
         causes += [] if self.trigger_time is None else [f"after {self.trigger_time:g} s"]
@@ -340,7 +344,7 @@ class PreventHallucinationLogitsProcessor(StagedProcessor):
 
     def stage(self) -> Rows:
         """Forced tokens in some rows."""
-        function = partial(_force_unsure, self.phrase_tokens, self.minp, self.tolerate, _Memory(2))
+        function = partial(_force_unsure, self.phrase_tokens, self.minp, min(self.tolerate, _MOST_STEPS), _Memory(2))
         description = f"force {len(self.phrase_tokens)} tokens after {self.tolerate + 1} steps below {self.minp:g}"
         return Rows("force", function, description, positioned=True, keeps_notes=True)
 
