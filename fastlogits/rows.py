@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
+from fastlogits_kernels._rows import HOW_TO_REPEAT
 
-HOW_TO_REPEAT = (
-    "repeat_interleave(n, 0) repeats rows for n beams or returned sequences of each, "
-    "repeat(2, 1) for the two halves of guidance"
-)
+__all__ = ["HOW_TO_REPEAT", "check_rows"]
 
 
 def check_rows(name: str, input_ids: torch.Tensor, scores: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from fastlogits_kernels._rows import HOW_TO_REPEAT
 
 from fastlogits.position import Index, Position
 from fastlogits.stages import Member
@@ -62,7 +63,10 @@ class Run:
             if index.device != scores.device:
                 raise ValueError(f"{argument} is on {index.device}, but scores are on {scores.device}")
             if index.ndim and index.shape[0] != scores.shape[0]:
-                raise ValueError(f"{argument} has {index.shape[0]} rows, but scores have {scores.shape[0]}")
+                raise ValueError(
+                    f"{argument} must be a number, or have a value for each of the {scores.shape[0]} rows of scores, "
+                    f"got {index.shape[0]} values; {HOW_TO_REPEAT}"
+                )
         length = input_ids.shape[1]
         cache_position, prompt_length = self._cache_position, self._prompt_length
         if prompt_length is None:

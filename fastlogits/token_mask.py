@@ -272,7 +272,7 @@ def _matched_apart(pattern: re.Pattern[str], how: str, texts: list[str | None]) 
         ) from None
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(
-            f"pattern {pattern.pattern!r} has to be matched by a Python process of its own, but {sys.executable!r} "
+            f"pattern {pattern.pattern!r} must be matched by a Python process of its own, but {sys.executable!r} "
             f"could not be run ({error}); use from_predicate()"
         ) from error
     return json.loads(done.stdout)  # type: ignore[no-any-return]

@@ -205,7 +205,7 @@ def one(length=1):
         ),
         (
             lambda: SuppressFirstTokens([1]).for_run(torch.tensor([1, 1]))(one(), torch.zeros(1, 4)),
-            "prompt_length has 2 rows, but scores have 1",
+            "prompt_length must be a number, or have a value for each of the 1 rows of scores, got 2 values",
         ),
         (lambda: SuppressFirstTokens([1]).for_run(-1), "prompt_length must be at least 0, got -1"),
         (

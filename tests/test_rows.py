@@ -317,3 +317,29 @@ def test_encoder_ids_stand_for_neighbours_as_in_transformers(backend, device):
         assert torch.allclose(getattr(fl, name)(value, ids)(text, scores), expected)
     with pytest.raises(IndexError, match="encoder_input_ids must have rows of which each stands for as many of the 3"):
         fl.EncoderNoRepeatNGramLogitsProcessor(2, ids)(text[:3], scores[:3])
+
+
+# -- A value for each row -----------------------------------------------------------------------------------------
+
+PER_ROW = {
+    "top_k": lambda: fl.TopKLogitsWarper(torch.tensor([3, 9])),
+    "top_p": lambda: fl.TopPLogitsWarper(torch.tensor([0.5, 0.9])),
+    "min_p": lambda: fl.MinPLogitsWarper(torch.tensor([0.5, 0.9])),
+    "typical_p": lambda: fl.TypicalLogitsWarper(torch.tensor([0.5, 0.9])),
+    "epsilon": lambda: fl.EpsilonLogitsWarper(torch.tensor([0.5, 0.9])),
+    "eta": lambda: fl.EtaLogitsWarper(torch.tensor([0.5, 0.9])),
+    "top_n_sigma": lambda: fl.TopNSigmaLogitsWarper(torch.tensor([0.5, 0.9])),
+    "prompt_ignore_length": lambda: fl.RepetitionPenaltyLogitsProcessor(1.5, torch.tensor([1, 2])),
+    "prompt_length": lambda: fl.SuppressFirstTokens([1]).for_run(torch.tensor([4, 4])),
+    "cache_position": lambda: fl.SuppressFirstTokens([1]).for_run(4, torch.tensor([4, 4])),
+}
+
+
+@pytest.mark.parametrize("argument", list(PER_ROW))
+@pytest.mark.parametrize("rows", [1, 3, 4, 6])
+def test_values_of_other_rows_say_what_to_do(argument, rows):
+    """Rows were multiplied behind their back; the message names both ways in which that happens."""
+    process = PER_ROW[argument]()
+    process(torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, V))
+    with pytest.raises(ValueError, match=rf"{argument} must .* value for each .*got 2.*repeat_interleave.*torch\.cat"):
+        process(torch.ones(rows, 5, dtype=torch.int64), torch.zeros(rows, V))

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers.generation import logits_process as theirs
 
+from fastlogits.checks import is_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Ban, Given, Repeated, SequenceBias
 from fastlogits.token_mask import checked_ids
@@ -166,7 +167,7 @@ class LogitBiasLogitsProcessor(StagedProcessor):
             raise ValueError(f"logit_bias must be a mapping from token ids to numbers, got {logit_bias!r}")
         ids = checked_ids("logit_bias", [_as_id(token) for token in logit_bias])
         for value in logit_bias.values():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value < float("inf"):
+            if not (is_number(value) and value < float("inf")):
                 raise ValueError(f"logit_bias must have numbers below inf as values, got {value!r}")
         self.logit_bias = dict(zip(ids, map(float, logit_bias.values()), strict=True))
 

@@ -242,7 +242,7 @@ class TriggerPhraseLogitsProcessor(StagedProcessor):
         tokenizer: a tokenizer of transformers.
         batch_size: not used; rows may be of any number.
         phrase: the phrase.
-        trigger_token_phrase: text of the token, which has to be one; None for none.
+        trigger_token_phrase: text of the token, which must be one; None for none.
         trigger_time: seconds from the start of the run, or from the row's last phrase, after which the phrase comes
             anyhow; None for never. The host's clock is read in each call, so that such a plan can't be captured in a
             CUDA graph. In the original the phrase of one row starts the clock of all rows again.

@@ -14,20 +14,6 @@ def words(vocab_size: int) -> int:
     return -(-vocab_size // WORD_BITS)
 
 
-def check_rows(scores: torch.Tensor, input_ids: torch.Tensor | None, allowed: torch.Tensor | None) -> None:
-    """Refuse what a kernel would read beyond its end.
-
-    Raises:
-        ValueError: ``input_ids`` ``[B, L]`` have other rows than ``scores`` ``[B, V]``, or ``allowed`` sets other ones
-            than these, or one for all.
-    """
-    B = scores.shape[0]
-    if input_ids is not None and input_ids.shape[0] != B:
-        raise ValueError(f"input_ids must have the {B} rows of scores, got {input_ids.shape[0]} rows")
-    if allowed is not None and allowed.shape[0] not in (1, B):
-        raise ValueError(f"allowed must have 1 row or the {B} rows of scores, got {allowed.shape[0]} rows")
-
-
 def pack_bits(rows: torch.Tensor) -> torch.Tensor:
     """Pack bool ``[..., V]`` into int32 ``[..., ceil(V / 32)]``; the bits beyond ``V`` are zero."""
     missing = -rows.shape[-1] % WORD_BITS

@@ -18,8 +18,9 @@ import torch
 
 from fastlogits_kernels._backend import Operation, has_gradient
 from fastlogits_kernels._library import register
+from fastlogits_kernels._rows import check_rows
 from fastlogits_kernels._triton import Launcher, empty_out, form_of, table_on, tl, triton
-from fastlogits_kernels.bits import check_rows, words
+from fastlogits_kernels.bits import words
 from fastlogits_kernels.ptx import for_four_tokens
 from fastlogits_kernels.token_places import find_places, find_row_value
 from fastlogits_kernels.token_sets import (

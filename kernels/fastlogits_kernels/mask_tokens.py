@@ -19,8 +19,9 @@ import torch
 
 from fastlogits_kernels._backend import Operation, has_gradient
 from fastlogits_kernels._library import register
+from fastlogits_kernels._rows import check_rows
 from fastlogits_kernels._triton import Launcher, empty_out, row_stride, tl, triton
-from fastlogits_kernels.bits import check_rows, unpack_bits, words
+from fastlogits_kernels.bits import unpack_bits, words
 from fastlogits_kernels.columns import fill_columns
 
 # What changes from step to step (positions, lengths, the strides of a growing history) must not make a new variant
