@@ -53,7 +53,7 @@ def of_shapes(input_ids: object, scores: object) -> str | None:
     if input_ids.ndim != 2:
         return f"input_ids must be int32 or int64 of shape (B, L), got {kind(input_ids)}"
     if len(input_ids) != len(scores):
-        return f"input_ids must have a row for each of the {len(scores)} rows of scores, got {len(input_ids)}"
+        return f"input_ids must have as many rows as scores ({len(scores)}), got {len(input_ids)}"
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fastlogits_kernels._backend import has_gradient
 
 from fastlogits.causes import explain_failure
 from fastlogits.fold_launch import FOLDED, FoldLaunch
@@ -34,7 +35,9 @@ class RowsLaunch(Step):
         """Process the scores of one call."""
         if not self._stage.positioned:
             return self._stage.function(input_ids, scores)
-        return self._stage.function(input_ids, scores, *known(run, self.members).locate(input_ids, scores))
+        run = known(run, self.members)
+        own = (run,) if self._stage.keeps_notes else ()
+        return self._stage.function(input_ids, scores, *run.locate(input_ids, scores), *own)
 
     def describe(self) -> str:
         """The function in a word, for ``explain()``."""
@@ -150,10 +153,13 @@ class Plan:
         ``scores``, unless it was asked for in place.
         """
         try:
-            if scores.ndim != 2 or scores.requires_grad or (input_ids is not None and input_ids.ndim != 2):
+            if scores.ndim != 2 or (input_ids is not None and input_ids.ndim != 2):
                 originals = self._originals
                 if originals is not None:
                     return self._by_originals(originals, input_ids, scores, run, kwargs, in_place)
+            if in_place and has_gradient(scores):
+                # What the graph keeps of the scores may not be written.
+                return placed(self(input_ids, scores.clone(), run, kwargs), scores, True)
             processed = scores
             for step in self.gpu_steps if scores.is_cuda else self.steps:
                 if step.may_write and not in_place:
@@ -173,7 +179,7 @@ class Plan:
         kwargs: Mapping[str, Any],
         in_place: bool,
     ) -> torch.Tensor:
-        """What transformers takes and a plan doesn't: other shapes, gradients."""
+        """What transformers takes and a plan doesn't: other shapes."""
         processed = scores
         for original, step in originals:
             if not in_place and (step.may_write if step.is_barrier else _writes_its_input(original)):

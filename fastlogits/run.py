@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from fastlogits_kernels._rows import HOW_TO_REPEAT
 
 from fastlogits.position import Index, Position
 from fastlogits.stages import Member
@@ -58,6 +59,8 @@ class Run:
         self._first_lengths: dict[int, int] = {}
         self.allowed: dict[Any, torch.Tensor] = {}
         """Allowed rows that were built for this run."""
+        self.noted: dict[Any, Any] = {}
+        """What processors carry from call to call."""
         self.placed: tuple[Any, ...] | None = None
         """What a launch of masks has built for it: tables, rows and bans."""
 
@@ -88,8 +91,8 @@ class Run:
                 raise PositionError(f"{argument} must be on {scores.device}, as scores are, got it on {index.device}")
             if index.ndim and index.shape[0] != scores.shape[0]:
                 raise PositionError(
-                    f"{argument} must be an integer, or a tensor with one for each of the {scores.shape[0]} rows of "
-                    f"scores, got {index.shape[0]} rows"
+                    f"{argument} must be a number, or have a value for each of the {scores.shape[0]} rows of scores, "
+                    f"got {index.shape[0]} values; {HOW_TO_REPEAT}"
                 )
         length = input_ids.shape[1]
         cache_position, prompt_length = self._cache_position, self._prompt_length

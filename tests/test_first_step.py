@@ -205,7 +205,7 @@ def one(length=1):
         ),
         (
             lambda: SuppressFirstTokens([1]).for_run(torch.tensor([1, 1]))(one(), torch.zeros(1, 4)),
-            "prompt_length must be an integer, or a tensor with one for each of the 1 rows of scores, got 2 rows",
+            "prompt_length must be a number, or have a value for each of the 1 rows of scores, got 2 values",
         ),
         (lambda: SuppressFirstTokens([1]).for_run(-1), "prompt_length must be at least 0, got -1"),
         (
@@ -231,7 +231,7 @@ def one(length=1):
         ),
         (
             lambda: OnlyTokensFrom([[1], [2]], eos_token_id=0)(one(), torch.zeros(1, 4)),
-            "source_ids has 2 rows, which don't divide the 1 rows of scores",
+            "source_ids must have 1 row, or one for each row of scores, got 2 rows for 1 rows of scores",
         ),
     ],
 )

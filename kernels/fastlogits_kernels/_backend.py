@@ -51,6 +51,11 @@ def absence() -> str | None:
     return _absence
 
 
+def has_gradient(tensor: torch.Tensor) -> bool:
+    """Whether torch records what becomes of a tensor: no kernel has a derivative, and all torch paths have one."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
 class KernelError(RuntimeError):
     """A kernel failed. The message says how to do without the kernels."""
 
