@@ -157,3 +157,18 @@ def test_a_leaf_is_not_written_in_place(device):
     run = fl.LogitsProcessorList([fl.PresencePenaltyLogitsProcessor(0.5)]).for_run(START)
     with pytest.raises(RuntimeError, match="leaf"):
         run.apply_(ids, scores.requires_grad_())
+
+
+@pytest.mark.parametrize("size", [64, 65])
+def test_of_a_tournament(size, device):
+    """SynthID's, with a table whose size is a power of two and another."""
+    ids, scores = given_rows(device)
+
+    def process(x):
+        processor = fl.SynthIDTextWatermarkLogitsProcessor(
+            3, [7, 8, 9, 11], size, sampling_table_seed=0, context_history_size=2, device=torch.device(device)
+        )
+        processor(ids[:, :5], x.detach())
+        return processor(ids[:, :6], x)
+
+    assert torch.autograd.gradcheck(process, (scores.requires_grad_(),), fast_mode=True)

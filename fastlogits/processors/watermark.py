@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ __all__ = ["SynthIDTextWatermarkLogitsProcessor", "SynthIDTextWatermarkState", "
 _logger = logging.getLogger(__name__)
 
 
+_drawing = Lock()
+
+
 class _Recent:
     """What was drawn for the seeds used last; the oldest is forgotten first."""
 
@@ -31,15 +35,16 @@ class _Recent:
         self._drawn: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
 
     def get(self, key: Hashable, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What was drawn for a key, or is drawn now."""
-        drawn = self._drawn.get(key)
-        if drawn is None:
-            drawn = self._drawn[key] = draw()
-            if len(self._drawn) > self._capacity:
-                self._drawn.popitem(last=False)
-        else:
-            self._drawn.move_to_end(key)
-        return drawn
+        """What was drawn for a key, or is drawn now: by one thread at a time, since a draw seeds a generator."""
+        with _drawing:
+            drawn = self._drawn.get(key)
+            if drawn is None:
+                drawn = self._drawn[key] = draw()
+                if len(self._drawn) > self._capacity:
+                    self._drawn.popitem(last=False)
+            else:
+                self._drawn.move_to_end(key)
+            return drawn
 
 
 # Bytes of green lists that one processor keeps, as float32 rows: 130 of a vocabulary of 128 thousand.
