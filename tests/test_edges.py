@@ -8,6 +8,7 @@ import transformers.generation.logits_process as reference
 from fastlogits_kernels import fold as fold_kernels
 from fastlogits_kernels._triton import HAS_TRITON
 from test_extras import TOKENIZER
+from zoo import IS_4
 
 import fastlogits as fl
 from fastlogits.processors import zoo
@@ -51,6 +52,8 @@ THEIRS = {
 @pytest.mark.parametrize("n", HUGE)
 @pytest.mark.parametrize("name", list(THEIRS))
 def test_integers_of_any_size_as_in_transformers(backend, device, name, n):
+    if name.startswith("prompt_ignore_length") and IS_4:
+        pytest.skip("transformers 4 doesn't take it in all forms")
     ids = torch.randint(0, 4, (2, 5), device=device)
     scores = torch.randn(2, V, device=device)
     expected = THEIRS[name](reference, n)(ids, scores.clone())

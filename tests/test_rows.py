@@ -232,6 +232,7 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(fold_kernels, "FORCE_KERNEL", request.param == "kernels")
 
 
+@pytest.mark.skipif(entries.IS_4, reason="transformers 4 reads rows one by one; we follow 5")
 @pytest.mark.parametrize("name", entries.kinds(lambda entry: entry.graph or entry.least_vocab > 1))
 @pytest.mark.parametrize(("R", "B"), [(1, 2), (2, 4), (2, 3), (3, 2), (2, 1)])
 @settings(deadline=None, max_examples=6, suppress_health_check=list(HealthCheck))
@@ -354,6 +355,8 @@ PER_ROW = {
 @pytest.mark.parametrize("rows", [1, 3, 4, 6])
 def test_values_of_other_rows_say_what_to_do(argument, rows):
     """Rows were multiplied behind their back; the message names both ways in which that happens."""
+    if argument == "prompt_ignore_length" and entries.IS_4:
+        pytest.skip("transformers 4 takes no tensor")
     process = PER_ROW[argument]()
     process(torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, V))
     with pytest.raises(ValueError, match=rf"{argument} must .* value for each .*got 2.*repeat_interleave.*torch\.cat"):
