@@ -111,8 +111,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows of a source dealt round", f"{PACKAGE}/allowed.py",
-        "rows.repeat_interleave(batch_size // max(1, rows.shape[0]), 0)",
-        "rows.repeat(batch_size // max(1, rows.shape[0]), 1)",
+        "rows.repeat_interleave(copies, 0)", "rows.repeat(copies, 1)",
         ("test_extras.py::test_zoo_whatever_becomes_of_the_rows", "test_vocabulary.py"),
     ),
     # -- the fold and its search --
@@ -184,8 +183,13 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients lost in a plan", f"{PACKAGE}/plan.py",
-        "scores.ndim != 2 or scores.requires_grad or", "scores.ndim != 2 or",
-        ("test_fold.py::test_other_shapes_and_gradients_go_to_transformers",),
+        "if in_place and has_gradient(scores):", "if False:",
+        ("test_gradients.py",),
+    ),
+    Mutation(
+        "gradients lost in a fold", f"{KERNELS}/fold.py",
+        "    recorded = has_gradient(scores)", "    recorded = False",
+        ("test_gradients.py",),
     ),
     Mutation(
         "a ban moved before a map that lifts it", f"{PACKAGE}/stages.py",
@@ -295,7 +299,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the fused normalisation forgotten", f"{PACKAGE}/truncate_launch.py",
-        "normalise=self._after is not None", "normalise=False",
+        "normalise = self._after is not None", "normalise = False",
         ("test_select.py::test_steps_that_share_a_pass_are_the_steps_one_by_one",),
     ),
     # -- draws and reports --
