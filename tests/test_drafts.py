@@ -188,6 +188,8 @@ def of_vocabulary(size, seed):
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=str)
 def test_a_draft_of_another_tokenizer(options):
+    if IS_4 and options:
+        pytest.skip("transformers 4, plain too, now and then draws from a row of NaN there")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = of_vocabulary(len(tokenizer_of(alphabet)), 0)
 

@@ -12,6 +12,7 @@ import fastlogits as fl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+IS_4 = transformers.__version__.startswith("4")
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61, 17, 45, 8]])
 
 
@@ -54,6 +55,8 @@ def test_raw_logits(llama, first, wrap, way, accelerated):
     ours = accelerated or "decode" in way or (wrap == "ours" and first not in ("it alone", "another in place"))
     if not ours:
         pytest.skip("transformers' own list hands its own tensor on")
+    if IS_4 and first == "least length" and way == "draft" and accelerated:
+        pytest.skip("transformers 4 refuses a MinLengthLogitsProcessor with a draft")
     made = LISTS[wrap]([*FIRST[first], InPlace()])
     for scores in (False, True):
         options = {"output_logits": True, "output_scores": scores, "return_dict_in_generate": True, **WAYS[way]}
