@@ -157,10 +157,11 @@ def fl_config():
 def test_ids_that_the_logits_lack_count_for_nothing(backend, device, reader, alone):
     """What stands beside them counts as it does beside an id that no rule speaks of."""
     text = [3, 1, 2, 4, None, 1, 2, 2, None, 3, 1, 2, 1]
-    run = (READERS[reader]() if alone else in_a_fold(READERS[reader]())).for_run(5)
     scores = torch.randn(1, V, device=device)
 
     def after(other, end):
+        # A new one, which remembers no text of before.
+        run = (READERS[reader]() if alone else in_a_fold(READERS[reader]())).for_run(5)
         ids = [other if token is None else token for token in text] + ([other] if end else [])
         return run(torch.tensor([ids], device=device), scores)
 

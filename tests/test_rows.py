@@ -329,6 +329,8 @@ def test_encoder_ids_stand_for_neighbours_as_in_transformers(backend, device):
     text = torch.full((4, 2), 2, device=device)
     scores = torch.randn(4, V, device=device)
     for name, value in (("EncoderRepetitionPenaltyLogitsProcessor", 2.0), ("EncoderNoRepeatNGramLogitsProcessor", 2)):
+        if entries.IS_4 and name == "EncoderRepetitionPenaltyLogitsProcessor":
+            continue  # its penalty reaches the first rows only; we follow 5
         expected = getattr(reference, name)(value, ids)(text, scores)
         assert torch.allclose(getattr(fl, name)(value, ids)(text, scores), expected)
     with pytest.raises(IndexError, match="encoder_input_ids must have rows of which each stands for as many of the 3"):
