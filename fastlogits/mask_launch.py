@@ -7,11 +7,13 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from fastlogits_kernels._recent import hold, is_capturing, recent
 from fastlogits_kernels.mask_tokens import Bans, mask_tokens, mask_tokens_
 
 from fastlogits.allowed import AllowedRows
 from fastlogits.compilers import constant
 from fastlogits.position import Index, split
+from fastlogits.rows import check_rows
 from fastlogits.run import Run, known
 from fastlogits.stages import AllowFrom, Ban, Member, Stage
 from fastlogits.step import NO_ARGUMENTS, Cost, Merge, Step
@@ -41,7 +43,8 @@ class _MaskTables:
         for stage in bans:
             tokens = stage.mask(vocab_size)
             blank = None if stage.blank is None else fitted("blank", stage.blank, vocab_size)
-            gate = (_ALWAYS if stage.when is None or stage.when.stop is None else stage.when.stop, blank)
+            stop = _ALWAYS if stage.when is None or stage.when.stop is None else min(_ALWAYS, stage.when.stop)
+            gate = (stop, blank)
             if len(tokens):
                 gates[gate] = gates[gate] | tokens if gate in gates else tokens
         self._gates = sorted(gates.items(), key=lambda item: item[0][0])
@@ -104,6 +107,7 @@ class MaskLaunch(Step):
         self._allowed = AllowedRows(allows) if allows else None
         self._needs_position = any(stage.needs_position for stage in stages)
         self._kept: dict[tuple[int, torch.device], _MaskTables] = {}
+        self._captured: list[_MaskTables] = []
         self._last: _MaskTables | None = None
 
     def __call__(
@@ -125,11 +129,15 @@ class MaskLaunch(Step):
             or not scores.is_floating_point()
         ):
             tables = self._tables(scores)
+        if is_capturing(device):
+            hold(self._captured, tables)
         if self._needs_position and input_ids.device != device:
             raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {device}")
         if not self._needs_position:
             bans = tables.at_step(0)
         else:
+            if tables.has_blanks and input_ids.shape[0] != scores.shape[0]:
+                check_rows(next(name for name, stage, _ in self.members if _has_blank(stage)), input_ids, scores)
             bans = _bans(known(run, self.members), tables, input_ids, scores)
         if self._allowed is not None:
             allowed = self._allowed(input_ids, scores, run)
@@ -163,7 +171,10 @@ class MaskLaunch(Step):
         key = (scores.shape[1], scores.device)
         compiling = torch.compiler.is_compiling()
         self._make_tables(*key, compiling)
-        tables = self._kept[key]
+        tables = self._kept.get(key)
+        while tables is None:  # other threads have made many meanwhile
+            self._make_tables(*key, compiling)
+            tables = self._kept.get(key)
         if not compiling:
             self._last = tables
         return tables
@@ -171,10 +182,13 @@ class MaskLaunch(Step):
     @constant
     def _make_tables(self, vocab_size: int, device: torch.device, whole: bool) -> None:
         key = (vocab_size, device)
-        if key not in self._kept:
-            self._kept[key] = _MaskTables(self._bans, *key)
+        tables = recent(self._kept, key, lambda: _MaskTables(self._bans, *key))
         if whole:
-            self._kept[key].build()
+            tables.build()
+
+
+def _has_blank(stage: Stage) -> bool:
+    return isinstance(stage, Ban) and stage.blank is not None
 
 
 def _bans(run: Run, tables: _MaskTables, input_ids: torch.Tensor, scores: torch.Tensor) -> Bans | None:

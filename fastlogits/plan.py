@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fastlogits_kernels._backend import has_gradient
 
+from fastlogits.causes import explain_failure
 from fastlogits.fold_launch import FOLDED, FoldLaunch
 from fastlogits.mask_launch import MaskLaunch, is_plain_mask
 from fastlogits.run import Run, known
 from fastlogits.stages import AllowFrom, Clean, Force, Member, Normalise, Opaque, Rows, Truncate
-from fastlogits.step import NO_ARGUMENTS, Step, placed
+from fastlogits.step import NO_ARGUMENTS, Step, apart, placed
 from fastlogits.truncate_launch import SelectLaunch, TruncateLaunch
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ class RowsLaunch(Step):
         """Process the scores of one call."""
         if not self._stage.positioned:
             return self._stage.function(input_ids, scores)
-        return self._stage.function(input_ids, scores, *known(run, self.members).locate(input_ids, scores))
+        run = known(run, self.members)
+        own = (run,) if self._stage.keeps_notes else ()
+        return self._stage.function(input_ids, scores, *run.locate(input_ids, scores), *own)
 
     def describe(self) -> str:
         """The function in a word, for ``explain()``."""
@@ -48,8 +52,26 @@ class Barrier(Step):
     def __init__(self, member: Member, processor: Any) -> None:
         super().__init__([member])
         self.processor = processor
+        # Those of fastlogits itself that are none of its stages keep its contract: they never write their input.
+        self.may_write = not type(processor).__module__.startswith("fastlogits.")
         parameters = list(inspect.signature(processor.__call__).parameters)
         self._parameters, self._extra = parameters, parameters[2:]
+        self.asks_for_more = len(self._extra) > 0
+        """Whether it has more than the two parameters that all processors have."""
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None = None,
+        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Process the scores of one call; what the processor returns may be any view of them."""
+        processed = self.process(input_ids, scores, run, kwargs)
+        if not in_place or processed is scores or processed.dtype != scores.dtype:
+            return processed
+        return placed(apart(processed, scores), scores, in_place)
 
     def process(
         self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
@@ -75,10 +97,13 @@ class Plan:
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
         members = [member for step in steps for member in step.members]
-        known = [member.original for member in members if member.original is not None]
-        self._originals = known if len(known) == len(members) else None
+        originals = [
+            (member.original, step) for step in steps for member in step.members if member.original is not None
+        ]
+        self._originals = originals if len(originals) == len(members) else None
         self.gpu_steps = _selected(steps)
         """The same for kernels: truncations take in what stands before them, and the normalisation after them."""
+        self._parts: list[Plan | Barrier] | None = None
 
     @classmethod
     def compile(cls, members: Iterable[Member]) -> Plan:
@@ -98,8 +123,13 @@ class Plan:
                 steps.append(Barrier(group[0], first.processor))
             elif all(is_plain_mask(member.stage) for member in group):
                 steps.append(MaskLaunch(group))
-            else:
+            elif isinstance(first, FOLDED):
                 steps.append(FoldLaunch(group))
+            else:
+                raise TypeError(
+                    f"{group[0].name}.stage() must return a stage of fastlogits.stages, such as Ban or Rows, got "
+                    f"{first!r}"
+                )
             group.clear()
 
         for member in members:
@@ -117,19 +147,66 @@ class Plan:
         kwargs: Mapping[str, Any] = NO_ARGUMENTS,
         in_place: bool = False,
     ) -> torch.Tensor:
-        """Processed scores ``[B, V]``: new ones, or ``scores`` itself where nothing changes it or ``in_place``."""
-        if scores.ndim != 2 or scores.requires_grad or (input_ids is not None and input_ids.ndim != 2):
-            originals = self._originals
-            if originals is not None:
-                # What transformers takes and a plan doesn't: other shapes, gradients.
-                processed = scores
-                for original in originals:
-                    processed = original(input_ids, processed)
-                return placed(processed, scores, in_place)
+        """Processed scores ``[B, V]``: new ones, or ``scores`` itself where nothing changes it or ``in_place``.
+
+        What may write its input, as processors that fastlogits doesn't know, gets a copy of ``scores`` rather than
+        ``scores``, unless it was asked for in place.
+        """
+        try:
+            if scores.ndim != 2 or (input_ids is not None and input_ids.ndim != 2):
+                originals = self._originals
+                if originals is not None:
+                    return self._by_originals(originals, input_ids, scores, run, kwargs, in_place)
+            if in_place and has_gradient(scores):
+                # What the graph keeps of the scores may not be written.
+                return placed(self(input_ids, scores.clone(), run, kwargs), scores, True)
+            processed = scores
+            for step in self.gpu_steps if scores.is_cuda else self.steps:
+                if step.may_write and not in_place:
+                    processed = apart(processed, scores)
+                processed = step(input_ids, processed, run, kwargs, in_place and processed is scores)
+            return placed(processed, scores, True) if in_place else processed
+        except Exception as error:
+            explain_failure(error, [member for step in self.steps for member in step.members], input_ids, scores)
+            raise
+
+    def _by_originals(
+        self,
+        originals: Sequence[tuple[Callable[..., torch.Tensor], Step]],
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None,
+        kwargs: Mapping[str, Any],
+        in_place: bool,
+    ) -> torch.Tensor:
+        """What transformers takes and a plan doesn't: other shapes."""
         processed = scores
-        for step in self.gpu_steps if scores.is_cuda else self.steps:
-            processed = step(input_ids, processed, run, kwargs, in_place and processed is scores)
-        return placed(processed, scores, True) if in_place else processed
+        for original, step in originals:
+            if not in_place and (step.may_write if step.is_barrier else _writes_its_input(original)):
+                processed = apart(processed, scores)
+            processed = step(input_ids, processed, run, kwargs) if step.is_barrier else original(input_ids, processed)
+        if in_place and processed is not scores:
+            processed = apart(processed, scores)
+        return placed(processed, scores, in_place)
+
+    @property
+    def parts(self) -> list[Plan | Barrier]:
+        """What must be called by itself, and what stands between as a plan of its own: for who calls one by one."""
+        if self._parts is None:
+            parts: list[Plan | Barrier] = []
+            between: list[Step] = []
+            for step in self.steps:
+                if isinstance(step, Barrier) and (step.may_write or step.asks_for_more):
+                    if between:
+                        parts.append((_BeforeWriter if step.may_write else Plan)(between))
+                    parts.append(step)
+                    between = []
+                else:
+                    between.append(step)
+            if between:
+                parts.append(Plan(between))
+            self._parts = parts
+        return self._parts
 
     def explain(
         self,
@@ -154,6 +231,34 @@ class Plan:
         from fastlogits.inside.explanation import explain  # which reads plans
 
         return explain(self, shape, dtype, bandwidth)
+
+
+class _BeforeWriter(Plan):
+    """A plan whose result may be written by what is called next, and so never is what it was given."""
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None = None,
+        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Processed scores ``[B, V]``: new ones, unless ``in_place``."""
+        processed = super().__call__(input_ids, scores, run, kwargs, in_place)
+        return processed if in_place else apart(processed, scores)
+
+
+_WRITERS = {
+    "RepetitionPenaltyLogitsProcessor", "DiaEOSChannelFilterLogitsProcessor", "DiaEOSDelayPatternLogitsProcessor"
+}  # fmt: skip
+"""The classes of transformers that write their input, some of them for scores of three dimensions only."""
+
+
+def _writes_its_input(original: Callable[..., torch.Tensor]) -> bool:
+    """Whether an implementation of transformers does."""
+    processor = getattr(original, "__self__", original)
+    return any(cls.__name__ in _WRITERS for cls in type(processor).__mro__)
 
 
 def _selected(steps: Sequence[Step]) -> Sequence[Step]:

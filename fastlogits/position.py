@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 import torch
 
+from fastlogits.checks import is_integer
+
 Index: TypeAlias = int | torch.Tensor
 """An integer for all rows, on the host; or an integer tensor on the scores' device, ``()`` or one per row ``(B,)``."""
 
@@ -35,9 +37,11 @@ class Position:
     prompt_length: Index
 
     def __post_init__(self) -> None:
-        check_index("cache_position", self.cache_position, at_least=-1)
-        check_index("prompt_length", self.prompt_length, at_least=0)
-        first, second = self.cache_position, self.prompt_length
+        first = checked_index("cache_position", self.cache_position, at_least=-1)
+        second = checked_index("prompt_length", self.prompt_length, at_least=0)
+        if first is not self.cache_position or second is not self.prompt_length:  # numpy's integers
+            object.__setattr__(self, "cache_position", first)
+            object.__setattr__(self, "prompt_length", second)
         if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
             if first.device != second.device:
                 raise ValueError(f"cache_position is on {first.device}, but prompt_length is on {second.device}")
@@ -63,14 +67,20 @@ def prompt_of(input_ids: torch.Tensor, prompt_length: Index) -> torch.Tensor:
     return input_ids.masked_fill(column >= prompt_length.reshape(-1, 1), -1)
 
 
-def check_index(argument: str, value: object, *, at_least: int) -> None:
-    """Raise a ValueError that names ``argument`` unless ``value`` is an ``Index``."""
+def checked_index(argument: str, value: object, *, at_least: int) -> Index:
+    """``value`` as an ``Index``: numpy's integers become Python's.
+
+    Raises:
+        ValueError: it is none, or too small; the message names ``argument``.
+    """
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool or value.ndim > 1:
             raise ValueError(
                 f"{argument} must be an integer tensor of shape () or (B,), got {value.dtype} of {tuple(value.shape)}"
             )
-    elif isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if not is_integer(value):
         raise ValueError(f"{argument} must be an integer or an integer tensor, got {value!r}")
-    elif value < at_least:
+    if value < at_least:  # type: ignore[operator]
         raise ValueError(f"{argument} must be at least {at_least}, got {value}")
+    return value if type(value) is int else int(value)  # type: ignore[call-overload]

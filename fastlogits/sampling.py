@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -21,13 +21,16 @@ from fastlogits_kernels.truncate import (
     truncate,
 )
 
+from fastlogits.causes import explain_failure, kind
+from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
 from fastlogits.fold_launch import FoldLaunch
 from fastlogits.mask_launch import MaskLaunch
 from fastlogits.plan import Plan
 from fastlogits.position import Index
-from fastlogits.processors.base import LogitsProcessorList
+from fastlogits.processors.base import LogitsProcessorList, positions_for_others
 from fastlogits.run import Run
 from fastlogits.stages import Member, Scale
+from fastlogits.step import NO_ARGUMENTS
 from fastlogits.truncate_launch import TruncateLaunch
 
 Order: TypeAlias = Literal["transformers", "vllm", "sglang"]
@@ -84,7 +87,7 @@ class Sampler:
     Args:
         processors: a ``LogitsProcessorList``, or any list of processors, applied first; None for none.
         temperature: what the logits are divided by, at least 0 and finite; None for 1.
-        top_k: at least 1; V or more turns it off.
+        top_k: at least 1; V or more turns it off, and as a number 0 or -1 does too.
         top_p: from 0 to 1; 1 turns it off.
         min_p: from 0 to 1; 0 turns it off.
         typical_p: above 0 and at most 1; 1 turns it off.
@@ -130,15 +133,14 @@ class Sampler:
         logprobs: Distribution | None = None,
         top_logprobs: int = 0,
     ) -> None:
-        _check_choice("order", order, tuple(_ORDERS))
-        _check_choice("ties", ties, get_args(Ties))
-        _check_choice("logprobs", logprobs, (None, *get_args(Distribution)))
-        if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or top_logprobs < 0:
-            raise ValueError(f"`top_logprobs` has to be an integer of at least 0, but is {top_logprobs!r}")
+        one_of("order", order, tuple(_ORDERS))
+        one_of("ties", ties, get_args(Ties))
+        one_of("logprobs", logprobs, (None, *get_args(Distribution)))
+        top_logprobs = whole_number("top_logprobs", top_logprobs)
         if top_logprobs and logprobs is None:
             raise ValueError(
-                f"`top_logprobs` is {top_logprobs}, but `logprobs` is None: set it to 'raw' or 'processed', so that it "
-                "is known whose log-probabilities are meant"
+                f"logprobs must be 'raw' or 'processed' where top_logprobs is {top_logprobs}, got None: it says whose "
+                "log-probabilities are meant"
             )
         values: dict[RuleKind, float | torch.Tensor | None] = {
             "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical": typical_p, "epsilon": epsilon, "eta": eta,
@@ -147,12 +149,12 @@ class Sampler:
         if isinstance(temperature, torch.Tensor):
             if temperature.ndim != 1 or temperature.dtype != torch.float32:
                 raise ValueError(
-                    "`temperature` has to be a number or a float32 tensor of shape (B,), but is a tensor of "
-                    f"{temperature.dtype} of shape {tuple(temperature.shape)}"
+                    "temperature must be a number or a float32 tensor of shape (B,), got a tensor of "
+                    f"{temperature.dtype} of {tuple(temperature.shape)}"
                 )
             _check_temperatures(temperature)
-        elif temperature is not None and (not _is_number(temperature) or not 0 <= temperature < math.inf):
-            raise ValueError(f"`temperature` has to be a finite number of at least 0, but is {temperature!r}")
+        elif temperature is not None:
+            temperature = finite_number("temperature", temperature, 0)
         if processors is not None and not isinstance(processors, LogitsProcessorList):
             processors = LogitsProcessorList(processors)
         self._processors: LogitsProcessorList | None = processors
@@ -189,24 +191,31 @@ class Sampler:
             ValueError: an argument of another shape, dtype or device than is said here or at the class, or out of
                 range; or what a processor refuses.
         """
-        if logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
+        if (
+            not isinstance(logits, torch.Tensor)
+            or logits.ndim != 2
+            or not logits.is_floating_point()
+            or not logits.shape[1]
+        ):
             raise ValueError(
-                "`logits` have to be floating point of shape (B, V) with V at least 1, but are of "
-                f"{logits.dtype} and shape {tuple(logits.shape)}"
+                f"logits must be a floating-point tensor of shape (B, V) with V at least 1, got {kind(logits)}"
             )
         if self._top_logprobs > logits.shape[1]:
             raise ValueError(
-                f"`top_logprobs` is {self._top_logprobs}, but the vocabulary has only {logits.shape[1]} tokens"
+                f"top_logprobs must be at most {logits.shape[1]}, the size of the vocabulary, got {self._top_logprobs}"
             )
         if isinstance(self._temperature, torch.Tensor):
             _check_rows("temperature", self._temperature, logits)
             _check_temperatures(self._temperature)
         if input_ids is None and self._processors is not None:
             self._check_need_no_history(self._processors)
-        return self._draw(
-            logits.detach(), _for_rows("seeds", seeds, logits), _for_rows("positions", positions, logits),
-            input_ids, prompt_length, cache_position,
-        )  # fmt: skip
+        rows = _for_rows("seeds", seeds, logits), _for_rows("positions", positions, logits)
+        try:
+            return self._draw(logits.detach(), *rows, input_ids, prompt_length, cache_position)
+        except Exception as error:
+            steps = () if self._processors is None else self._processors.plan.steps
+            explain_failure(error, [member for step in steps for member in step.members], input_ids, logits)
+            raise
 
     def _draw(
         self,
@@ -223,11 +232,11 @@ class Sampler:
         if fuses and not (self._logprobs == "processed" and self._top_logprobs > MOST):
             if self._fused is None:
                 self._fused = FusedDraw(self._processors, self._temperature, self._rules)
-            run = None if prompt_length is None else Run(prompt_length, cache_position)
-            call = (logits, seeds, positions, input_ids, run)
+            call = (logits, seeds, positions, input_ids, Run.of(prompt_length, cache_position))
+            kwargs = positions_for_others(prompt_length, cache_position)
             if self._logprobs == "processed":
-                return Sample.of(*self._fused(*call, top_logprobs=self._top_logprobs), self._top_logprobs)
-            tokens, _ = self._fused(*call)
+                return Sample.of(*self._fused(*call, self._top_logprobs, kwargs), self._top_logprobs)
+            tokens, _ = self._fused(*call, None, kwargs)
             return self._reported(logits, tokens)
         raw = logits.float()
         plain = raw
@@ -260,7 +269,10 @@ class Sampler:
         for step in processors.plan.steps:
             for member in step.members:
                 if member.stage.needs_history:
-                    raise ValueError(f"{member.name} reads the tokens so far: give them as `input_ids`")
+                    raise ValueError(
+                        "input_ids must be the tokens so far, integers of shape (B, L), got None: "
+                        f"{member.name} reads them"
+                    )
 
 
 class _Joined(NamedTuple):
@@ -311,15 +323,19 @@ class FusedDraw:
         input_ids: torch.Tensor | None,
         run: Run | None,
         top_logprobs: int | None = None,
+        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
     ) -> tuple[torch.Tensor, Report | None]:
-        """The tokens of one call; and where a number of ``top_logprobs`` is given, a report on them."""
+        """The tokens of one call; and where a number of ``top_logprobs`` is given, a report on them.
+
+        ``kwargs`` are for processors of more than two parameters.
+        """
         plan = None if self._processors is None else self._processors.plan
         joined = self._joined
         if plan is not joined.plan:
             joined = self._joined = self._join(plan)
         if joined.first is not None:
             ids: Any = input_ids
-            logits = joined.first(ids, logits.float(), run)
+            logits = joined.first(ids, logits.float(), run, kwargs)
         key = (logits.shape[1], logits.device)
         kept = joined.kept.get(key)
         if kept is None:
@@ -422,25 +438,14 @@ def _acting(kind: RuleKind, value: float | torch.Tensor | None) -> float | torch
         return value
     if value is None:
         return None
-    bounds, whole = RANGES[kind], kind == "top_k"
-    if (
-        not _is_number(value)
-        or (whole and not isinstance(value, int))
-        or not (bounds.has(value) or value == bounds.off)
-    ):
-        raise ValueError(
-            f"`{argument_of(kind)}` has to be {'an integer' if whole else 'a number'} {bounds.words}, but is {value!r}"
-        )
-    return value if bounds.has(value) else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{argument}` has to be one of {', '.join(map(repr, choices))}, but is {value!r}")
+    bounds = RANGES[kind]
+    if kind == "top_k":
+        if not is_integer(value) or value < -1:
+            raise ValueError(f"top_k must be an integer of at least 1 (V or more, 0 and -1 turn it off), got {value!r}")
+        return int(value) if value > 0 else None
+    if not is_number(value) or not (bounds.has(value) or value == bounds.off):
+        raise ValueError(f"{argument_of(kind)} must be a number {bounds.words}, got {value!r}")
+    return float(value) if bounds.has(value) else None
 
 
 def _check_temperatures(temperature: torch.Tensor) -> None:
@@ -448,29 +453,30 @@ def _check_temperatures(temperature: torch.Tensor) -> None:
         refused = ~((temperature >= 0) & (temperature < math.inf))
         if bool(refused.any()):
             row = int(refused.int().argmax())
-            raise ValueError(
-                f"`temperature` has to be finite and at least 0, but is {temperature[row].item():g} in row {row}"
-            )
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature[row].item():g} in row {row}")
 
 
 def _check_rows(argument: str, value: torch.Tensor, logits: torch.Tensor) -> None:
     if value.shape != logits.shape[:1]:
         raise ValueError(
-            f"`{argument}` has shape {tuple(value.shape)}, but logits have {len(logits)} rows: give one for each "
-            "row, or a number for all"
+            f"{argument} must be a number for all rows or a tensor of shape ({len(logits)},), one for each row of "
+            f"logits, got one of {tuple(value.shape)}"
         )
     if value.device != logits.device:
-        raise ValueError(f"`{argument}` is on {value.device}, but logits are on {logits.device}: move it there once")
+        raise ValueError(
+            f"{argument} must be on {logits.device}, as the logits are, got a tensor on {value.device}: move it there "
+            "once"
+        )
 
 
 def _for_rows(argument: str, value: Index, logits: torch.Tensor) -> torch.Tensor:
     """An integer for each row."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            raise ValueError(f"`{argument}` has to be an integer or a tensor of integers, but is one of {value.dtype}")
+            raise ValueError(f"{argument} must be an integer or a tensor of integers, got a tensor of {value.dtype}")
         _check_rows(argument, value, logits)
         return value
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
-        raise ValueError(f"`{argument}` has to be an integer of at most 64 bits or a tensor of them, but is {value!r}")
-    signed = value - 2**64 if value >= 2**63 else value
+    if not is_integer(value) or not -(2**63) <= value < 2**64:
+        raise ValueError(f"{argument} must be an integer of at most 64 bits or a tensor of integers, got {kind(value)}")
+    signed = int(value) - 2**64 if value >= 2**63 else int(value)
     return torch.full(logits.shape[:1], signed, dtype=torch.int64, device=logits.device)

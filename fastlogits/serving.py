@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import c_float
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, samp
 from fastlogits_kernels.slots import Rows, Semantics, Slots
 from fastlogits_kernels.truncate import RANGES, Range, RuleKind, Ties, argument_of
 
+from fastlogits.checks import device_of, finite_number, is_integer, is_number, one_of, whole_number
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Scope: TypeAlias = Literal["all", "output"]
 Preset: TypeAlias = Literal["transformers", "vllm", "sglang"]
 Ids: TypeAlias = "Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
+_Index: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None] | tuple[None, None]"
+"""Integers on the device, and on the host where they are known there; None for an argument that is not given."""
 
 
 class _Preset(NamedTuple):
@@ -73,7 +76,8 @@ class RequestParams:
     Args:
         temperature: what the logits are divided by, finite and at least 0; 0 is greedy: the largest logit after
             penalties and masks, whatever the truncations.
-        top_k: at least 1; None for off. This and the other truncations are those of the warpers of their names.
+        top_k: at least 1; None, 0 or -1 for off, and all three are kept as None. This and the other truncations are
+            those of the warpers of their names.
         top_p: from 0 to 1; 1 or None for off.
         min_p: from 0 to 1; 0 or None for off.
         typical_p: above 0 and at most 1; 1 or None for off.
@@ -90,7 +94,8 @@ class RequestParams:
         dry_base: likewise.
         dry_allowed_length: likewise.
         dry_breakers: likewise, a ``TokenMask`` or token ids.
-        logit_bias: finite or -inf, added to the logits of these token ids.
+        logit_bias: finite or -inf, added to the logits of these token ids. An id may be a text of digits, as in
+            OpenAI's interface.
         allowed_token_ids: the only tokens that may come, a ``TokenMask`` or token ids; None for all.
         banned_token_ids: tokens that never come, a ``TokenMask`` or token ids.
         bad_words: sequences of token ids, none empty: the last token of each is banned where the others precede it.
@@ -100,10 +105,13 @@ class RequestParams:
         first_tokens_suppressed: tokens that the output doesn't begin with, a ``TokenMask`` or token ids.
         first_window: for how many output tokens that holds, at least 1.
         forced_tokens: the first output tokens, whatever all else says.
-        bitmask: whether the request obeys the bitmask that is handed to a step.
+        bitmask: None to obey the bitmask of a step that has one; True to require one, so that a step without is an
+            error; False to obey none.
         seed: an integer of up to 64 bits; None for one that is drawn when the request is added.
         logprobs: for how many of the likeliest tokens log-probabilities are wanted besides the drawn token's; None for
             none at all.
+
+    Numbers may be numpy's scalars, or tensors of no dimension on the CPU; they are kept as Python's.
 
     Raises:
         ValueError: an argument out of range or of a wrong type; its message names it.
@@ -111,7 +119,7 @@ class RequestParams:
     Example:
         >>> RequestParams(temperature=0.7, top_p=1.5)
         Traceback (most recent call last):
-        ValueError: `top_p` has to be a number from 0 to 1 (1 turns it off), but is 1.5
+        ValueError: top_p must be a number from 0 to 1 (1 turns it off), got 1.5
     """
 
     temperature: float = 1.0
@@ -131,7 +139,7 @@ class RequestParams:
     dry_base: float = 1.75
     dry_allowed_length: int = 2
     dry_breakers: TokenMask | Sequence[int] = ()
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] | Mapping[str, float] = field(default_factory=dict)
     allowed_token_ids: TokenMask | Sequence[int] | None = None
     banned_token_ids: TokenMask | Sequence[int] = ()
     bad_words: Sequence[Sequence[int]] = ()
@@ -141,7 +149,7 @@ class RequestParams:
     first_tokens_suppressed: TokenMask | Sequence[int] = ()
     first_window: int = 1
     forced_tokens: Sequence[int] = ()
-    bitmask: bool = False
+    bitmask: bool | None = None
     seed: int | None = None
     logprobs: int | None = None
 
@@ -150,6 +158,8 @@ class RequestParams:
         for name, default, check in _CHECKED:
             value = given[name]
             if value is not default:
+                if isinstance(value, torch.Tensor) and not value.ndim and value.device.type == "cpu":
+                    value = value.item()
                 given[name] = check(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,6 +173,8 @@ class _Packed(NamedTuple):
     """int32, all but the lengths and a seed that is drawn."""
     masks: tuple[tuple[int, np.ndarray[Any, Any]], ...]
     """Planes in ascending order, and the packed masks that they hold."""
+    looks_back: bool
+    """Whether the tokens so far matter, and not only their number."""
 
 
 class _Staging:
@@ -196,6 +208,13 @@ class BatchProcessor:
     A request's result depends on its own parameters, history, seed and position, and on nothing else: not on its slot,
     its row, or the other requests.
 
+    Token ids that the logits don't have (placeholders of images, ids of padded embeddings, negative ids) may stand in
+    prompts, outputs and draft tokens. They take their place and count for nothing: no penalty, ban or bias comes of
+    them, though an n-gram or a repetition may hold them. Ids that 32 bits don't hold become -1.
+
+    What a call can't do is refused where the host can see it: in lists, arrays and tensors on the CPU. Of tensors on a
+    GPU nothing can be known without waiting for it; what happens there is said with each argument.
+
     Maps act in this order: logit bias, repetition, frequency, presence penalty, DRY; then all bans (allowed and banned
     tokens, bad words, n-grams, minimum of tokens, first tokens, bitmask), of which none depends on another; then
     temperature and truncations. A forced token gets 0, all others -inf, whatever the bans. The logits are taken as
@@ -221,18 +240,20 @@ class BatchProcessor:
         max_requests: number of slots.
         vocab_size: tokens of the vocabulary, V.
         device: where the logits are.
-        max_length: tokens that a request may have, prompt included; not with ``history``.
+        max_length: tokens that a request may have, prompt included; not with ``history``. See ``lengths`` for a history
+            that is full.
         semantics: see above.
         max_rows: rows that a step may have; None for ``max_requests``. Rows of draft tokens count.
         max_listed: how much each request may list, in words of 32 bits: two for each biased token, one for each stop
             and forced token, ``longest + 1`` for each bad word, where the longest has that many tokens, one for each
             banned or suppressed first token up to 64 (more are kept as a mask), 51 for DRY.
         history: an engine's own tensors, kept up to date by the engine: token ids ``[max_requests, L]``, lengths of
-            the prompts and lengths so far, ``[max_requests]``, int32 or int64. ``append`` is not used then.
+            the prompts and lengths so far, ``[max_requests]``, int32 or int64. ``append`` is not used then, and the
+            ids are read as they are: those that the logits don't have count for nothing.
         max_logprobs: the most that a request may want as ``logprobs``, at most V.
 
     Raises:
-        ValueError: an argument out of range; a history of another shape, dtype or device.
+        ValueError: an argument out of range; a history of another shape, dtype or device; a GPU that isn't there.
 
     Example:
         >>> batch = BatchProcessor(4, vocab_size=8, device="cpu", max_length=32)
@@ -256,26 +277,24 @@ class BatchProcessor:
         history: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         max_logprobs: int = 0,
     ) -> None:
-        _check_whole("max_requests", max_requests, 1)
-        _check_whole("vocab_size", vocab_size, 2)
-        if semantics not in _PRESETS:
-            raise ValueError(f"`semantics` has to be one of {', '.join(map(repr, _PRESETS))}, but is {semantics!r}")
-        rows = max_requests if max_rows is None else _check_whole("max_rows", max_rows, 1)
-        _check_whole("max_listed", max_listed, 0)
-        _check_whole("max_logprobs", max_logprobs, 0, vocab_size)
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        max_requests = whole_number("max_requests", max_requests, 1)
+        vocab_size = whole_number("vocab_size", vocab_size, 1)
+        one_of("semantics", semantics, tuple(_PRESETS))
+        rows = max_requests if max_rows is None else whole_number("max_rows", max_rows, 1)
+        max_listed = whole_number("max_listed", max_listed)
+        max_logprobs = whole_number("max_logprobs", max_logprobs, 0, vocab_size)
+        device = device_of("device", device)
         if history is not None:
             if max_length is not None:
-                raise ValueError(
-                    f"`max_length` is {max_length}, but with `history` its length counts: give one of them"
-                )
+                raise ValueError(f"max_length must be None with history, whose own length counts, got {max_length!r}")
             _check_history(history, max_requests, device)
-        elif max_length is None:
-            raise ValueError("`max_length` is needed where there is no `history`: the most tokens of a request")
         else:
-            _check_whole("max_length", max_length, 1)
+            if max_length is None:
+                raise ValueError(
+                    "max_length must be an integer of at least 1 where there is no history, got None: give the most "
+                    "tokens that a request may have"
+                )
+            max_length = whole_number("max_length", max_length, 1)
         self.max_requests, self.vocab_size, self.device = max_requests, vocab_size, device
         self.max_rows, self.max_listed, self.max_logprobs = rows, max_listed, max_logprobs
         self.semantics: Preset = semantics
@@ -304,6 +323,13 @@ class BatchProcessor:
         self._staging = _Staging(device)
         self._active = bytearray(max_requests)
         self._seeds = random.Random()
+        # What the host knows of the slots, so that it can refuse what they ask for and a step doesn't have.
+        self._looking_back: set[int] = set()  # whose requests depend on the tokens so far
+        self._strict: set[int] = set()  # whose requests require a bitmask
+        self._reported: set[int] = set()  # whose requests want log-probabilities
+        # Tokens that the host has seen going to each slot: all of them, until tensors on a GPU are appended.
+        self._counted = [0] * max_requests
+        self._saw_all = self._owns_history
 
     # -- Requests --------------------------------------------------------------------------------------------------
 
@@ -313,7 +339,19 @@ class BatchProcessor:
 
     def __contains__(self, slot: object) -> bool:
         """Whether a slot holds a request."""
-        return isinstance(slot, int) and 0 <= slot < self.max_requests and bool(self._active[slot])
+        if not is_integer(slot):
+            return False
+        at = int(slot)  # type: ignore[call-overload]
+        return 0 <= at < self.max_requests and bool(self._active[at])
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """How many tokens the history of each slot has, ``[max_requests]``: on the device, and to be read only.
+
+        A history of ``max_length`` tokens is full: whatever is appended to it from tensors on a GPU is dropped, so its
+        next token would be drawn with the same noise again. End such a request, or make a batch of longer histories.
+        """
+        return self._slots.lengths
 
     @property
     def bytes_per_slot(self) -> dict[str, int]:
@@ -332,43 +370,52 @@ class BatchProcessor:
 
         Args:
             params: what it wants.
-            prompt_ids: its prompt, token ids of the vocabulary. Not looked at where the engine has the history.
+            prompt_ids: its prompt, integers on the host. Ids that the logits don't have count for nothing. Not looked
+                at where the engine has the history.
             output_ids: what it has generated already, as after a preemption.
-            slot: the slot it takes, which has to be free; None for the lowest one that is free.
+            slot: the slot it takes, which must be free; None for the lowest one that is free.
 
         Returns:
             Its slot.
 
         Raises:
-            ValueError: no free slot; a slot that is taken or doesn't exist; token ids outside the vocabulary; more
-                tokens than ``max_length``, lists longer than ``max_listed``, or more ``logprobs`` than
-                ``max_logprobs``. Nothing has changed then.
+            ValueError: no free slot; a slot that is taken or doesn't exist; parameters with token ids outside the
+                vocabulary; more tokens than ``max_length``, lists longer than ``max_listed``, or more ``logprobs``
+                than ``max_logprobs``. Nothing has changed then.
         """
         if not isinstance(params, RequestParams):
-            raise ValueError(f"`params` has to be RequestParams, but is {params!r}")
+            raise ValueError(f"params must be RequestParams, got {params!r}")
         if slot is None:
             slot = self._active.find(0)
             if slot < 0:
                 raise ValueError(f"all {self.max_requests} slots are taken: remove a request, or make the batch larger")
         else:
-            self._check_slot(slot)
+            slot = self._checked_slot("slot", slot)
             if self._active[slot]:
-                raise ValueError(f"slot {slot} holds a request: remove it first")
+                raise ValueError(f"slot must be free, got {slot}, which holds a request: remove it first")
         if params.logprobs is not None and params.logprobs > self.max_logprobs:
             raise ValueError(
-                f"`logprobs` is {params.logprobs}, but the batch was made with `max_logprobs` = {self.max_logprobs}"
+                f"logprobs must be at most {self.max_logprobs}, the max_logprobs of the batch, got {params.logprobs}: "
+                "make the batch with more"
             )
         packed = self._packed(params)
         prompt = output = _NO_TOKENS
         if self._owns_history:
-            prompt = _token_ids("prompt_ids", prompt_ids, self.vocab_size)
-            output = _token_ids("output_ids", output_ids, self.vocab_size)
+            prompt, output = _history_ids("prompt_ids", prompt_ids), _history_ids("output_ids", output_ids)
             if len(prompt) + len(output) > self.max_length:
                 raise ValueError(
-                    f"prompt and output have {len(prompt) + len(output)} tokens, but `max_length` is {self.max_length}"
+                    f"prompt_ids and output_ids must have at most {self.max_length} tokens together, the max_length of "
+                    f"the batch, got {len(prompt) + len(output)}"
                 )
         self._write(slot, packed, prompt, output, params.seed is None)
         self._active[slot] = 1
+        self._counted[slot] = len(prompt) + len(output)
+        if params.bitmask:
+            self._strict.add(slot)
+        if params.logprobs is not None:
+            self._reported.add(slot)
+        if packed.looks_back:
+            self._looking_back.add(slot)
         return slot
 
     def remove(self, slot: int) -> None:
@@ -377,9 +424,11 @@ class BatchProcessor:
         Raises:
             ValueError: the slot holds no request.
         """
-        self._check_taken("slot", slot)
+        slot = self._taken_slot("slot", slot)
         self._flags[slot].zero_()
         self._active[slot] = 0
+        for known in (self._strict, self._reported, self._looking_back):
+            known.discard(slot)
 
     def move(self, source: int, target: int) -> None:
         """Move a request to a free slot. A history that is the engine's own is for the engine to move.
@@ -387,12 +436,11 @@ class BatchProcessor:
         Raises:
             ValueError: ``source`` holds no request, or ``target`` holds one. Nothing has changed then.
         """
-        self._check_taken("source", source)
-        self._check_slot(target)
+        source, target = self._taken_slot("source", source), self._checked_slot("target", target)
         if source == target:
             return
         if self._active[target]:
-            raise ValueError(f"`target` is {target}, which holds a request: remove it first, or use swap()")
+            raise ValueError(f"target must be free, got {target}, which holds a request: remove it first, or swap()")
         self.swap(source, target)
 
     def swap(self, a: int, b: int) -> None:
@@ -401,33 +449,39 @@ class BatchProcessor:
         Raises:
             ValueError: a slot that doesn't exist.
         """
-        self._check_slot(a)
-        self._check_slot(b)
+        a, b = self._checked_slot("a", a), self._checked_slot("b", b)
         if a == b:
             return
         swap_slots(self._table, a, b)
         self._active[a], self._active[b] = self._active[b], self._active[a]
+        self._counted[a], self._counted[b] = self._counted[b], self._counted[a]
+        for known in (self._strict, self._reported, self._looking_back):
+            if (a in known) != (b in known):
+                known ^= {a, b}
 
     def append(self, slots: Ids, token_ids: Ids) -> None:
         """Add tokens to the histories of requests, in their order; a slot may come more than once.
 
         On a GPU with tensors this is one launch, which a graph may hold. What can't be checked without waiting for the
-        device is ignored there: negative slots and tokens, slots of no request, and tokens beyond ``max_length``.
+        device is ignored there: slots of no request, and tokens beyond ``max_length``, which ``lengths`` tells of.
 
         Args:
             slots: the slots, ``[N]``; negative ones are ignored.
-            token_ids: a token for each, ``[N]``; negative ones are ignored.
+            token_ids: a token for each, ``[N]``; negative ones are ignored, and stand for nothing. Ids that the logits
+                don't have take their place in the history, and count for nothing.
 
         Raises:
-            ValueError: the engine has the history; not one token for each slot; a slot that is known on the host and
-                holds no request. Nothing has changed then.
+            ValueError: the engine has the history; not one token for each slot; where it is known on the host, a slot
+                that holds no request, or a history that is full. Nothing has changed then.
         """
         if not self._owns_history:
             raise ValueError("append() is for histories that the batch keeps, but this one's are the engine's")
-        slots, token_ids = self._index("slots", slots), self._index("token_ids", token_ids)
-        if len(slots) != len(token_ids):
-            raise ValueError(f"`slots` are {len(slots)}, but `token_ids` are {len(token_ids)}: give one for each slot")
-        append_tokens(self._slots, slots, token_ids)
+        of, known = self._slot_index(slots)
+        tokens, host = self._index("token_ids", token_ids)
+        if len(of) != len(tokens):
+            raise ValueError(f"token_ids must have one token for each of {len(of)} slots, got {len(tokens)}")
+        self._count(known, host)
+        append_tokens(self._slots, of, tokens)
 
     # -- Steps -----------------------------------------------------------------------------------------------------
 
@@ -447,24 +501,31 @@ class BatchProcessor:
             logits: float32, float16 or bfloat16 ``[rows, V]`` of any strides.
             slots: the slot of each row, int32 or int64 ``[rows]``. Rows of a negative slot, or of one that holds no
                 request, are left alone; where such a slot is known on the host and not negative, it is refused.
+                Without draft tokens a slot has one row, or several of different ``cache_position``.
             cache_position: index in its sequence of the last token that each row has seen, so that the row's token
                 gets the next one; None for the end of the history and of the draft tokens before it. One that is
-                smaller rewinds.
+                smaller rewinds. One that is larger than the history says gives the row its position and step; the
+                tokens in between are not seen, which is refused for requests that look back, where it is known on the
+                host.
             bitmask: packed tokens that the grammar of each row allows, int32 ``[rows, W]``, bit ``i`` of word ``w``
-                for token ``32 * w + i``; obeyed by requests that ask for it. Tokens beyond it are not allowed.
+                for token ``32 * w + i``; obeyed by all requests but those of ``bitmask=False``. Tokens beyond it are
+                not allowed. Without it, a row whose request has ``bitmask=True`` is refused where its slot is known
+                on the host; else nothing is allowed in it, so that no token passes for one of the grammar's.
             draft_ids: with draft tokens, the token that each row was fed with, ``[rows]``. Rows of one request are
                 neighbours, in order; the row at local position ``j`` sees the history and the draft tokens of the
-                ``j - 1`` rows before it and its own.
+                ``j - 1`` rows before it and its own. Ids that the logits don't have count for nothing.
             local_position: with draft tokens, how many of them each row sees, ``[rows]``; 0 for the first row.
 
         Returns:
             ``logits``.
 
         Raises:
-            ValueError: an argument of another shape, dtype or device than is said here, or a slot known on the host
-                that holds no request. Nothing has changed then.
+            ValueError: an argument of another shape, dtype or device than is said here; logits of which several share
+                memory; or, where it is known on the host, a slot that holds no request, what is refused above, or rows
+                of draft tokens out of order. Nothing has changed then.
         """
-        rows = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
+        rows, _ = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
+        _check_own_memory("logits", logits)
         return process_rows(self._step, logits, rows, logits)
 
     def apply(
@@ -480,17 +541,17 @@ class BatchProcessor:
     ) -> torch.Tensor:
         """The same to another tensor: ``out``, of the shape, dtype and device of the logits, or a new one.
 
+        ``out`` may be the logits themselves, but no other tensor that shares memory with them.
+
         Raises:
-            ValueError: see ``apply_``.
+            ValueError: see ``apply_``; or ``out`` shares memory with the logits.
         """
-        rows = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
+        rows, _ = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
         if out is None:
             out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        elif (out.shape, out.dtype, out.device) != (logits.shape, logits.dtype, logits.device):
-            raise ValueError(
-                f"`out` is {out.dtype} of shape {tuple(out.shape)} on {out.device}, but the logits are "
-                f"{logits.dtype} of shape {tuple(logits.shape)} on {logits.device}"
-            )
+        elif _checked_out(out, logits):
+            process_rows(self._step, logits, rows, logits)
+            return out
         return process_rows(self._step, logits, rows, out)
 
     def sample(
@@ -518,50 +579,74 @@ class BatchProcessor:
             logprobs: ``"raw"`` for log-probabilities of the logits as they are given, ``"processed"`` for those of the
                 distribution that is drawn from; None for none. There are ``max_logprobs`` columns for the likeliest
                 tokens; where a request asked for fewer, the others are -1 and NaN. A row whose request asked for none,
-                or that has none, has NaN and rank 0.
+                or that has none, has NaN and rank 0. A request that asked for them in a step without, and a step with
+                them of whose requests none asked, are refused where the slots are known on the host.
 
         Raises:
-            ValueError: see ``apply_``.
+            ValueError: see ``apply_``, and ``logprobs``.
         """
         from fastlogits.sampling import Sample
 
-        if logprobs not in (None, "raw", "processed"):
-            raise ValueError(f"`logprobs` has to be None, 'raw' or 'processed', but is {logprobs!r}")
-        rows = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
+        one_of("logprobs", logprobs, (None, "raw", "processed"))
+        rows, known = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
+        if known is not None:
+            self._check_logprobs(known, logprobs)
         tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs)
         return Sample.of(tokens, asked, self.max_logprobs)
 
     # -- What calls have in common ---------------------------------------------------------------------------------
 
-    def _check_slot(self, slot: int) -> None:
-        if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < self.max_requests:
-            raise ValueError(f"slots are integers from 0 to {self.max_requests - 1}, but one is {slot!r}")
+    def _checked_slot(self, argument: str, slot: int) -> int:
+        if not is_integer(slot) or not 0 <= slot < self.max_requests:
+            raise ValueError(f"{argument} must be an integer from 0 to {self.max_requests - 1}, got {slot!r}")
+        return int(slot)
 
-    def _check_taken(self, argument: str, slot: int) -> None:
-        self._check_slot(slot)
+    def _taken_slot(self, argument: str, slot: int) -> int:
+        slot = self._checked_slot(argument, slot)
         if not self._active[slot]:
-            raise ValueError(f"`{argument}` is {slot}, which holds no request")
+            raise ValueError(f"{argument} must be a slot that holds a request, got {slot}")
+        return slot
 
-    def _index(self, argument: str, value: Ids) -> torch.Tensor:
-        """Integers ``[N]`` on the device, checked where they are known on the host."""
+    def _index(self, argument: str, value: Ids) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Integers ``[N]`` on the device, and on the host where they are known there."""
         if not isinstance(value, torch.Tensor):
-            value = torch.from_numpy(np.asarray(value, dtype=np.int64))
+            value = torch.from_numpy(_longs(_integers(argument, value)))
         if value.ndim != 1 or value.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"`{argument}` has to be int32 or int64 of one dimension, but is {value.dtype} of {tuple(value.shape)}"
+                f"{argument} must be int32 or int64 of one dimension, got {value.dtype} of {tuple(value.shape)}"
             )
-        device = value.device
-        if device.type == "cpu" and argument == "slots":
-            for slot in value.tolist():
-                if slot >= self.max_requests or (slot >= 0 and not self._active[slot]):
-                    raise ValueError(f"`slots` has {slot}, which holds no request; use -1 for a row of none")
-        if device.type == "cpu" and argument == "token_ids" and len(value) and int(value.max()) >= self.vocab_size:
-            raise ValueError(f"`token_ids` has {int(value.max())}, but the vocabulary has {self.vocab_size} tokens")
-        if device != self.device:
-            if device.type != "cpu":
-                raise ValueError(f"`{argument}` is on {device}, but the batch is on {self.device}")
-            value = to_device(value, self.device)
-        return value
+        if value.device.type == "cpu":
+            return (value if self.device.type == "cpu" else to_device(value, self.device)), value
+        if value.device != self.device:
+            raise ValueError(f"{argument} must be on {self.device} or on the host, got a tensor on {value.device}")
+        return value, None
+
+    def _slot_index(self, slots: Ids) -> tuple[torch.Tensor, list[int] | None]:
+        """Slots on the device, and as a list where they are known on the host, where each has to hold a request."""
+        on_device, host = self._index("slots", slots)
+        if host is None:
+            return on_device, None
+        known: list[int] = host.tolist()
+        for slot in known:
+            if slot >= self.max_requests or (slot >= 0 and not self._active[slot]):
+                raise ValueError(f"slots must hold requests, or be -1 for rows of none, got {slot} among them")
+        return on_device, known
+
+    def _count(self, slots: list[int] | None, tokens: torch.Tensor | None) -> None:
+        """Count what is appended, as far as the host sees it."""
+        if slots is None or tokens is None:
+            self._saw_all = False
+            return
+        counted = self._counted.copy()
+        for slot, token in zip(slots, tokens.tolist(), strict=True):
+            if slot >= 0 and token >= 0:
+                if counted[slot] >= self.max_length:
+                    raise ValueError(
+                        f"token_ids must leave each history at most {self.max_length} tokens, the max_length of the "
+                        f"batch, got one more for slot {slot}: end its request, or make the batch with a larger one"
+                    )
+                counted[slot] += 1
+        self._counted = counted
 
     def _rows(
         self,
@@ -571,37 +656,100 @@ class BatchProcessor:
         bitmask: torch.Tensor | None,
         draft_ids: Ids | None,
         local_position: Ids | None,
-    ) -> Rows:
+    ) -> tuple[Rows, list[int] | None]:
+        """The rows of a step, checked, and their slots where they are known on the host."""
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(f"logits must be a tensor of shape (rows, {self.vocab_size}), got {type(logits).__name__}")
         if logits.ndim != 2 or logits.shape[1] != self.vocab_size or logits.dtype not in _DTYPES:
             raise ValueError(
-                f"`logits` have to be float32, float16 or bfloat16 of shape (rows, {self.vocab_size}), but are "
-                f"{logits.dtype} of {tuple(logits.shape)}"
+                f"logits must be float32, float16 or bfloat16 of shape (rows, {self.vocab_size}), got {logits.dtype} "
+                f"of {tuple(logits.shape)}"
             )
         if logits.device != self.device:
-            raise ValueError(f"`logits` are on {logits.device}, but the batch is on {self.device}")
+            raise ValueError(f"logits must be on {self.device}, where the batch is, got them on {logits.device}")
         B = logits.shape[0]
         if self.max_rows < B:
-            raise ValueError(f"`logits` have {B} rows, but the batch was made with `max_rows` = {self.max_rows}")
+            raise ValueError(f"logits must have at most {self.max_rows} rows, the max_rows of the batch, got {B}")
         if (draft_ids is None) != (local_position is None):
-            raise ValueError("`draft_ids` and `local_position` have to be given together")
-        given = {
-            "slots": slots, "cache_position": cache_position, "draft_ids": draft_ids, "local_position": local_position
-        }  # fmt: skip
-        found = {name: None if value is None else self._index(name, value) for name, value in given.items()}
-        for name, value in found.items():
+            raise ValueError("draft_ids and local_position must be given together, got one of them")
+        of, known = self._slot_index(slots)
+        nowhere: _Index = (None, None)
+        positions: _Index = nowhere if cache_position is None else self._index("cache_position", cache_position)
+        drafts: _Index = nowhere if draft_ids is None else self._index("draft_ids", draft_ids)
+        local: _Index = nowhere if local_position is None else self._index("local_position", local_position)
+        mask = None if bitmask is None else self._checked_bitmask(bitmask, B)
+        for name, value in (
+            ("slots", of), ("cache_position", positions[0]), ("draft_ids", drafts[0]), ("local_position", local[0])
+        ):  # fmt: skip
             if value is not None and len(value) != B:
-                raise ValueError(f"`{name}` has {len(value)} rows, but logits have {B}")
-        if bitmask is not None and (
-            bitmask.ndim != 2 or bitmask.dtype != torch.int32 or len(bitmask) != B or bitmask.device != self.device
+                raise ValueError(f"{name} must have one entry for each of {B} rows of logits, got {len(value)}")
+        if known is not None:
+            self._check_masks(known, bitmask)
+            self._check_order(known, positions, local)
+        return Rows(of, positions[0], mask, drafts[0], local[0]), known
+
+    def _checked_bitmask(self, bitmask: torch.Tensor, B: int) -> torch.Tensor:
+        if (
+            not isinstance(bitmask, torch.Tensor)
+            or (bitmask.ndim, bitmask.dtype, bitmask.device) != (2, torch.int32, self.device)
+            or len(bitmask) != B
         ):
-            raise ValueError(
-                f"`bitmask` has to be int32 of shape ({B}, {words(self.vocab_size)}) on {self.device}, but is "
+            found = (
                 f"{bitmask.dtype} of {tuple(bitmask.shape)} on {bitmask.device}"
+                if isinstance(bitmask, torch.Tensor)
+                else type(bitmask).__name__
             )
-        if bitmask is not None and bitmask.stride(1) != 1:
-            bitmask = bitmask.contiguous()
-        assert found["slots"] is not None
-        return Rows(found["slots"], found["cache_position"], bitmask, found["draft_ids"], found["local_position"])
+            raise ValueError(
+                f"bitmask must be int32 of shape ({B}, {words(self.vocab_size)}) on {self.device}, got {found}"
+            )
+        return bitmask if bitmask.stride(1) == 1 else bitmask.contiguous()
+
+    def _check_masks(self, slots: list[int], bitmask: torch.Tensor | None) -> None:
+        if bitmask is None and self._strict and not self._strict.isdisjoint(slots):
+            slot = next(slot for slot in slots if slot in self._strict)
+            raise ValueError(
+                f"bitmask must be given, got None, but the request of slot {slot} has bitmask=True: give the mask of "
+                "its grammar, or make the request with bitmask=None, to obey one where there is one"
+            )
+
+    def _check_logprobs(self, slots: list[int], logprobs: Distribution | None) -> None:
+        asked = bool(self._reported) and not self._reported.isdisjoint(slots)
+        if logprobs is None and asked:
+            slot = next(slot for slot in slots if slot in self._reported)
+            raise ValueError(
+                f"logprobs must be 'raw' or 'processed', got None, but the request of slot {slot} wants log-"
+                "probabilities"
+            )
+        if logprobs is not None and not asked and max(slots, default=-1) >= 0:
+            raise ValueError(
+                f"logprobs must be None where no request wants them, got {logprobs!r}: make requests with logprobs=0 "
+                "for the token that is drawn, or n for the n likeliest too"
+            )
+
+    def _check_order(self, slots: list[int], positions: _Index, local: _Index) -> None:
+        """Refuse what rows can't see, as far as the host knows it."""
+        at = None if positions[1] is None else positions[1].tolist()
+        depth = None if local[1] is None else local[1].tolist()
+        if depth is not None:
+            _check_neighbours(slots, depth)
+        elif local[0] is None and len(set(slots)) < len(slots) and (positions[0] is None or at is not None):
+            _check_once(slots, at)
+        if at is None:
+            return
+        if local[0] is None:
+            depth = [0] * len(slots)
+        for row, (slot, position) in enumerate(zip(slots, at, strict=True)):
+            if slot < 0:
+                continue
+            if position < -1:
+                raise ValueError(f"cache_position must be at least -1, got {position} in row {row}")
+            if self._saw_all and depth is not None and slot in self._looking_back:
+                most = self._counted[slot] + depth[row] - 1
+                if position > most:
+                    raise ValueError(
+                        f"cache_position must be at most {most} in row {row}, whose request looks back and has "
+                        f"{self._counted[slot]} tokens in its history, got {position}: append what is missing"
+                    )
 
     def _write(
         self, slot: int, packed: _Packed, prompt: np.ndarray[Any, Any], output: np.ndarray[Any, Any], draws_seed: bool
@@ -635,8 +783,8 @@ class BatchProcessor:
         listed = len(packed.record) - layout.RECORD.value
         if listed > self.max_listed:
             raise ValueError(
-                f"the lists of the request take {listed} words (biases, stop and forced tokens, bad words, banned "
-                f"tokens), but the batch was made with `max_listed` = {self.max_listed}"
+                f"params must list at most {self.max_listed} words, the max_listed of the batch, got lists that take "
+                f"{listed} words (biases, stop and forced tokens, bad words, banned tokens): make the batch with more"
             )
         return packed
 
@@ -671,7 +819,7 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
         """Keep a set of tokens as a list where it is small; else as a mask, of which the flag tells."""
         nonlocal flags
         if isinstance(tokens, TokenMask) or len(tokens) > _FEW:
-            mask = fitted(f"`{name}`", _as_set(tokens), V)
+            mask = fitted(name, _as_set(tokens), V)
             kept = masks[plane]
             masks[plane] = mask if kept is None else mask | kept
             flags |= flag.value
@@ -682,12 +830,15 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
         flags |= layout.OUTPUT_REPETITION.value
     if (params.presence_scope or preset.counts) == "output":
         flags |= layout.OUTPUT_COUNTS.value
-    if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
+    is_tallied = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    if is_tallied:
         flags |= layout.TALLIED.value
-    if params.bitmask:
+    if params.bitmask is not False:
         flags |= layout.BITMASK.value
+    if params.bitmask:
+        flags |= layout.NEEDS_BITMASK.value
     if params.allowed_token_ids is not None:
-        masks[layout.BAN_PLANE] = ~fitted("`allowed_token_ids`", _as_set(params.allowed_token_ids), V)
+        masks[layout.BAN_PLANE] = ~fitted("allowed_token_ids", _as_set(params.allowed_token_ids), V)
         flags |= layout.BAN_MASK.value
     if params.banned_token_ids != ():
         put_set(layout.BANS, "banned_token_ids", params.banned_token_ids, layout.BAN_PLANE, layout.BAN_MASK)
@@ -699,7 +850,7 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
     if params.forced_tokens:
         put_ids(layout.FORCED, "forced_tokens", params.forced_tokens)
     if params.logit_bias:
-        tokens, values = list(params.logit_bias), params.logit_bias.values()
+        tokens, values = cast("list[int]", list(params.logit_bias)), params.logit_bias.values()
         _check_ids("logit_bias", tokens, V)
         put(layout.BIASES, struct.pack(f"={len(tokens)}i{len(tokens)}f", *tokens, *values), len(tokens))
     if params.bad_words:
@@ -718,7 +869,7 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
         ]
         put(layout.DRY, np.array(penalties, dtype=np.float32).tobytes(), len(penalties))
         if len(params.dry_breakers):
-            masks[layout.BREAKER_PLANE] = fitted("`dry_breakers`", _as_set(params.dry_breakers), V)
+            masks[layout.BREAKER_PLANE] = fitted("dry_breakers", _as_set(params.dry_breakers), V)
             flags |= layout.BREAKER_MASK.value
 
     given = params.__dict__
@@ -735,30 +886,116 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
     return _Packed(
         np.frombuffer(header + b"".join(parts), dtype=np.int32),
         tuple((plane, mask.bits().numpy()) for plane, mask in enumerate(masks) if mask is not None),
+        bool(is_tallied or params.dry_multiplier or params.no_repeat_ngram_size)
+        or any(len(ids) > 1 for ids in params.bad_words),
     )
 
 
 def _check_ids(name: str, ids: Sequence[int], V: int) -> None:
     if max(ids) >= V:
-        raise ValueError(f"`{name}`: token id {max(ids)} is outside the vocabulary of {V} tokens (0 to {V - 1})")
+        raise ValueError(f"{name} must have token ids of the vocabulary, 0 to {V - 1}, got {max(ids)}")
 
 
-def _token_ids(name: str, ids: Ids, V: int) -> np.ndarray[Any, Any]:
+def _integers(argument: str, ids: Ids) -> np.ndarray[Any, Any]:
+    """Integers of one dimension on the host."""
     if isinstance(ids, torch.Tensor):
         if ids.device.type != "cpu":
-            raise ValueError(f"`{name}` is on {ids.device}: give token ids on the host, so that nothing waits for them")
+            raise ValueError(
+                f"{argument} must be on the host, so that nothing waits for them, got a tensor on {ids.device}"
+            )
         ids = ids.numpy()
-    if not len(ids):
+    try:
+        found = np.asarray(ids)
+    except (TypeError, ValueError, OverflowError):  # rows of several lengths, say
+        found = np.asarray(None)
+    if found.ndim == 1 and found.dtype.kind in "iu":
+        return found
+    if found.ndim == 1 and not len(found):
         return _NO_TOKENS
-    found = np.asarray(ids)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise ValueError(f"`{name}` has to be integers of one dimension, but is {found.dtype} of shape {found.shape}")
-    # Negative ids are the largest of all without their sign. Of a few thousand, argmax finds it sooner than max.
-    unsigned = found.view(f"u{found.itemsize}")
-    if unsigned[unsigned.argmax()] >= V:
-        wrong = int(found[(found < 0) | (found >= V)][0])
-        raise ValueError(f"`{name}`: token id {wrong} is outside the vocabulary of {V} tokens (0 to {V - 1})")
+    if isinstance(ids, Sequence) and not isinstance(ids, str) and all(map(is_integer, ids)):
+        # Python's integers may be larger than any of numpy's.
+        return np.asarray([min(max(int(each), -(2**63)), 2**63 - 1) for each in ids], dtype=np.int64)
+    shown = type(ids).__name__ if found.ndim != 1 else f"{found.dtype} of {found.shape}"
+    raise ValueError(f"{argument} must be integers of one dimension, got {shown}")
+
+
+def _longs(found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Integers as int64, which holds all but the largest of those without a sign."""
+    if found.dtype == np.int64:
+        return found
+    return (np.minimum(found, np.uint64(2**63 - 1)) if found.dtype == np.uint64 else found).astype(np.int64)
+
+
+def _history_ids(argument: str, ids: Ids) -> np.ndarray[Any, Any]:
+    """Token ids as a history keeps them: what 32 bits don't hold is no token of any vocabulary, and becomes -1."""
+    found = _longs(_integers(argument, ids))
+    if len(found) and (found.max() >= 2**31 or found.min() < -(2**31)):
+        found = np.where((found >= 2**31) | (found < -(2**31)), -1, found)
     return found
+
+
+def _check_once(slots: list[int], positions: list[int] | None) -> None:
+    """Refuse a slot that comes twice, at the same position where positions are given."""
+    met: set[tuple[int, int]] = set()
+    for row, slot in enumerate(slots):
+        entry = slot, 0 if positions is None else positions[row]
+        if slot >= 0 and entry in met:
+            raise ValueError(
+                f"slots must be different, got {slot} twice: give draft_ids and local_position for rows of draft "
+                "tokens, or another cache_position for each row"
+            )
+        met.add(entry)
+
+
+def _check_neighbours(slots: list[int], local: list[int]) -> None:
+    """Refuse rows of draft tokens that don't follow one another."""
+    for row, (slot, depth) in enumerate(zip(slots, local, strict=True)):
+        follows = row > 0 and slots[row - 1] == slot and local[row - 1] == depth - 1
+        if slot >= 0 and depth != 0 and not (follows and depth > 0):
+            raise ValueError(
+                f"local_position must count 0, 1, 2, ... in neighbouring rows of a slot, got {depth} in row {row} of "
+                f"slot {slot}"
+            )
+
+
+def _check_own_memory(argument: str, tensor: torch.Tensor) -> None:
+    """Refuse what can't be written, since several of its elements are one."""
+    if 0 in tensor.stride() and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{argument} must have memory of its own for each logit, got strides {tensor.stride()}: clone it"
+        )
+
+
+def _checked_out(out: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether ``out``, checked, is the memory of the logits."""
+    if not isinstance(out, torch.Tensor) or (out.shape, out.dtype, out.device) != (
+        logits.shape, logits.dtype, logits.device
+    ):  # fmt: skip
+        shown = f"{out.dtype} of {tuple(out.shape)} on {out.device}" if isinstance(out, torch.Tensor) else repr(out)
+        raise ValueError(
+            f"out must be as the logits, {logits.dtype} of {tuple(logits.shape)} on {logits.device}, got {shown}"
+        )
+    _check_own_memory("out", out)
+    if not out.numel() or out.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr():
+        return False
+    if (out.storage_offset(), out.stride()) == (logits.storage_offset(), logits.stride()):
+        return True
+    # Where each row begins and ends: rows of one may lie between those of the other.
+    reach = [
+        (begin, begin + (tensor.shape[1] - 1) * tensor.stride(1), which)
+        for which, tensor in enumerate((logits, out))
+        for begin in range(
+            tensor.storage_offset(), tensor.storage_offset() + len(tensor) * tensor.stride(0), tensor.stride(0)
+        )
+    ]
+    ends = [-1, -1]
+    for begin, end, which in sorted(reach):
+        if begin <= ends[1 - which]:
+            raise ValueError("out must share no memory with the logits, unless it is the logits, got rows that do")
+        ends[which] = max(ends[which], end)
+    return False
 
 
 def _as_set(tokens: TokenMask | Sequence[int]) -> TokenSet:
@@ -770,27 +1007,14 @@ def _small(value: int) -> int:
     return min(value, 2**31 - 1)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _single(value: float) -> float:
     """A number in float32, as a slot holds it: what is within a range may be rounded out of it."""
     return c_float(value).value if abs(value) <= _LARGEST else math.nan
 
 
-def _check_number(name: str, value: Any, least: float = -math.inf) -> float:
-    if not _is_number(value) or not abs(value) <= _LARGEST or value < least:
-        at_least = "" if least == -math.inf else f" of at least {least:g}"
-        raise ValueError(f"`{name}` has to be a finite number{at_least}, but is {value!r}")
-    return value  # type: ignore[no-any-return]
-
-
-def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        at_most = "" if most is None else f" and at most {most}"
-        raise ValueError(f"`{name}` has to be an integer of at least {least}{at_most}, but is {value!r}")
-    return value
+def _check_number(name: str, value: Any, least: float = -_LARGEST) -> float:
+    number = _python(value)  # first: numpy's own smaller floats overflow where they are compared
+    return finite_number(name, value if number is None else number, least, _LARGEST)
 
 
 def _is_in(bounds: Range, value: float) -> bool:
@@ -798,83 +1022,94 @@ def _is_in(bounds: Range, value: float) -> bool:
 
 
 def _check_rule(name: str, value: Any, kind: RuleKind) -> float:
-    bounds, whole = RANGES[kind], kind == "top_k"
-    if (
-        not _is_number(value)
-        or (whole and not isinstance(value, int))
-        or not _is_in(bounds, value)
-        or not (whole or value == bounds.off or _is_in(bounds, _single(value)))
-    ):
-        what = "an integer" if whole else "a number"
-        raise ValueError(f"`{name}` has to be {what} {bounds.words}, but is {value!r}")
-    return value  # type: ignore[no-any-return]
+    bounds = RANGES[kind]
+    number = _python(value)
+    # What is in the range may be rounded out of it.
+    if number is None or not _is_in(bounds, number) or not (number == bounds.off or _is_in(bounds, _single(number))):
+        raise ValueError(f"{name} must be a number {bounds.words}, got {value!r}")
+    return number
+
+
+def _check_top_k(name: str, value: Any) -> int | None:
+    if not is_integer(value) or value < -1:
+        raise ValueError(f"{name} must be an integer of at least 1 (None, 0 or -1 turns it off), got {value!r}")
+    return int(value) if value > 0 else None
+
+
+def _python(value: Any) -> float | None:
+    """A number as Python's; None for what is none."""
+    if type(value) in (float, int):
+        return value  # type: ignore[no-any-return]
+    return float(value) if is_number(value) else None
 
 
 def _check_repetition(name: str, value: Any) -> float:
-    if _single(_check_number(name, value, 0)) == 0:
-        raise ValueError(f"`{name}` has to be above 0 (1 turns it off), but is 0")
-    return value  # type: ignore[no-any-return]
+    number = _check_number(name, value, 0)
+    if _single(number) == 0:
+        raise ValueError(f"{name} must be above 0 (1 turns it off), got {value!r}")
+    return number
 
 
 def _check_scope(name: str, value: Any) -> Any:
-    if value not in get_args(Scope):
-        raise ValueError(f"`{name}` has to be 'all', 'output' or None, but is {value!r}")
+    one_of(name, value, (*get_args(Scope), None))
     return value
 
 
 def _check_base(name: str, value: Any) -> float:
-    if _check_number(name, value, 1) > _LARGEST_BASE:
-        raise ValueError(f"`{name}` has to have a finite {layout.LONGEST}th power, but is {value!r}")
-    return value  # type: ignore[no-any-return]
+    number = _check_number(name, value, 1)
+    if number > _LARGEST_BASE:
+        raise ValueError(f"{name} must have a finite {layout.LONGEST}th power, got {value!r}")
+    return number
 
 
-def _check_bool(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` has to be True or False, but is {value!r}")
-    return value
-
-
-def _check_set(name: str, value: Any) -> TokenSet:
-    return checked_set(f"`{name}`", value)
+def _check_mask_choice(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True, False or None (to obey a bitmask where there is one), got {value!r}")
+    return None if value is None else bool(value)
 
 
 def _sequence(name: str, ids: Any) -> tuple[int, ...]:
     if isinstance(ids, torch.Tensor):
         ids = ids.tolist()
     if isinstance(ids, (str, bytes)) or not isinstance(ids, (list, tuple, Iterable)):
-        raise ValueError(f"`{name}` has to be token ids, but is {ids!r}")
+        raise ValueError(f"{name} must be token ids, got {ids!r}")
     found = tuple(ids)
     if not found or (set(map(type, found)) == {int} and min(found) >= 0):
         return found
     for token in found:
-        if isinstance(token, bool) or not hasattr(token, "__index__") or token < 0:
-            raise ValueError(f"`{name}` has to be token ids of at least 0, but has {token!r} among them")
+        if not is_integer(token) or token < 0:
+            raise ValueError(f"{name} must be token ids of at least 0, got {token!r} among them")
     return tuple(map(int, found))
 
 
 def _check_words(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise ValueError(f"`{name}` has to be sequences of token ids, but is {value!r}")
+        raise ValueError(f"{name} must be sequences of token ids, got {value!r}")
     sequences = tuple(_sequence(name, each) for each in value)
     if not all(sequences):
-        raise ValueError(f"`{name}` has to be sequences of at least one token id, but one of them is empty")
+        raise ValueError(f"{name} must be sequences of at least one token id, got an empty one among them")
     return sequences
 
 
 def _check_bias(name: str, value: Any) -> dict[int, float]:
     if not isinstance(value, (dict, Mapping)):
-        raise ValueError(f"`{name}` has to be a mapping from token ids to numbers, but is {value!r}")
-    biases = dict(value)
-    _sequence(name, biases)
-    for token, bias in biases.items():
-        if not _is_number(bias) or not (bias == -math.inf or abs(bias) <= _LARGEST):
-            raise ValueError(f"`{name}` has to be finite or -inf, but is {bias!r} for token {token}")
+        raise ValueError(f"{name} must be a mapping from token ids to numbers, got {value!r}")
+    ids = _sequence(name, [int(key) if isinstance(key, str) and key.isdecimal() else key for key in value])
+    biases: dict[int, float] = {}
+    for token, bias in zip(ids, value.values(), strict=True):
+        number = _python(bias)
+        if number is None or not (number == -math.inf or abs(number) <= _LARGEST):
+            raise ValueError(f"{name} must be finite numbers or -inf, got {bias!r} for token {token}")
+        if token in biases:
+            raise ValueError(f"{name} must have each token id once, got {token} as a number and as a text")
+        biases[token] = number
     return biases
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": partial(_check_number, least=0),
     **{argument_of(kind): partial(_check_rule, kind=kind) for kind in layout.RULE_KINDS},
+    "top_k": _check_top_k,
     "repetition_penalty": _check_repetition,
     "presence_penalty": _check_number,
     "frequency_penalty": _check_number,
@@ -882,21 +1117,21 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "presence_scope": _check_scope,
     "dry_multiplier": partial(_check_number, least=0),
     "dry_base": _check_base,
-    "dry_allowed_length": partial(_check_whole, least=0),
-    "dry_breakers": _check_set,
+    "dry_allowed_length": whole_number,
+    "dry_breakers": checked_set,
     "logit_bias": _check_bias,
-    "allowed_token_ids": _check_set,
-    "banned_token_ids": _check_set,
+    "allowed_token_ids": checked_set,
+    "banned_token_ids": checked_set,
     "bad_words": _check_words,
-    "no_repeat_ngram_size": partial(_check_whole, least=0),
-    "min_tokens": partial(_check_whole, least=0),
-    "stop_token_ids": lambda name, value: tuple(_check_set(name, value)),
-    "first_tokens_suppressed": _check_set,
-    "first_window": partial(_check_whole, least=1),
+    "no_repeat_ngram_size": whole_number,
+    "min_tokens": whole_number,
+    "stop_token_ids": lambda name, value: tuple(checked_set(name, value)),
+    "first_tokens_suppressed": checked_set,
+    "first_window": partial(whole_number, low=1),
     "forced_tokens": _sequence,
-    "bitmask": _check_bool,
-    "seed": partial(_check_whole, least=-(2**63), most=2**64 - 1),
-    "logprobs": partial(_check_whole, least=0),
+    "bitmask": _check_mask_choice,
+    "seed": partial(whole_number, low=-(2**63), high=2**64 - 1),
+    "logprobs": whole_number,
 }
 # What is left as it is needs no check: most of the parameters of most requests.
 _CHECKED = [(each.name, each.default, _CHECKS[each.name]) for each in fields(RequestParams)]
@@ -905,12 +1140,14 @@ _CHECKED = [(each.name, each.default, _CHECKS[each.name]) for each in fields(Req
 def _check_history(history: tuple[torch.Tensor, ...], slots: int, device: torch.device) -> None:
     names = ("token ids", "prompt lengths", "lengths")
     if len(history) != len(names):
-        raise ValueError("`history` has to be three tensors: token ids, prompt lengths, lengths so far")
+        raise ValueError(
+            f"history must be three tensors, token ids, prompt lengths and lengths so far, got {len(history)}"
+        )
     for name, tensor, dims in zip(names, history, (2, 1, 1), strict=True):
         if tensor.ndim != dims or tensor.shape[0] != slots or tensor.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"`history`: {name} have to be int32 or int64 of {dims} dimensions and {slots} slots, but are "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                f"history must have {name} of int32 or int64, {dims} dimensions and {slots} slots, got {tensor.dtype} "
+                f"of {tuple(tensor.shape)}"
             )
         if tensor.device != device:
-            raise ValueError(f"`history`: {name} are on {tensor.device}, but the batch is on {device}")
+            raise ValueError(f"history must have {name} on {device}, where the batch is, got them on {tensor.device}")

@@ -193,6 +193,7 @@ class AllowFrom(Stage):
         extra: tokens allowed whatever the source holds.
         eos: tokens that end the text, allowed likewise.
         exclude: tokens of the source that don't count.
+        copies: neighbouring rows of the scores that share a row of the source.
     """
 
     kind = "mask"
@@ -200,6 +201,7 @@ class AllowFrom(Stage):
     extra: TokenSet
     eos: tuple[int, ...]
     exclude: TokenSet
+    copies: int = 1
 
     @property
     def needs_position(self) -> bool:
@@ -377,6 +379,7 @@ class Rows(Stage):
 
     The function takes ``(input_ids, scores)``, and the integers or tensors ``(cache_position, prompt_length)`` too
     where ``positioned``. It returns new scores, never writes what it is given, and never waits for the device.
+    One that carries something from call to call gets the ``run`` too, to which that belongs.
 
     Args:
         law: the kind of stage that it is.
@@ -384,6 +387,7 @@ class Rows(Stage):
         description: its parameters in a few words.
         positioned: whether it asks which step of the run it is in.
         reads_history: whether it reads ``input_ids``.
+        keeps_notes: whether it carries something from call to call; of functions that are ``positioned``.
     """
 
     kind = "normalise"
@@ -392,6 +396,7 @@ class Rows(Stage):
     description: str
     positioned: bool = False
     reads_history: bool = True
+    keeps_notes: bool = False
 
     @property
     def needs_position(self) -> bool:

@@ -44,6 +44,8 @@ class Step:
 
     is_barrier: ClassVar[bool] = False
     """Whether it is a processor that fastlogits knows nothing of."""
+    may_write: bool = False
+    """Whether it may write what it is given, also where nobody has asked for that."""
     takes_in_others: ClassVar[bool] = False
     """Whether it stands for several steps of the plan."""
 
@@ -91,3 +93,11 @@ def placed(processed: torch.Tensor, scores: torch.Tensor, in_place: bool) -> tor
             f"{tuple(processed.shape)}; call the processor instead"
         )
     return scores.copy_(processed)
+
+
+def apart(tensor: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy of it where it may lie in the memory of ``given``, of which it may be a view."""
+    if tensor is given or torch.compiler.is_compiling():  # a compiler drops the copies that aren't needed
+        return tensor.clone()
+    same = tensor.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return tensor.clone() if same else tensor

@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
+from fastlogits_kernels._recent import hold, is_capturing, recent
 from fastlogits_kernels._triton import table_on
 from fastlogits_kernels.bits import pack_bits, unpack_bits, words
 
+from fastlogits.checks import device_of
 from fastlogits.token_text import kept_with, token_texts
 
 TokenSet: TypeAlias = "TokenMask | tuple[int, ...]"
@@ -93,6 +94,8 @@ class TokenMask:
         ``re`` may backtrack without end, and nothing in its own process can stop it. A pattern of more than one
         repetition or alternative is therefore matched in a Python process of its own, which gets ten seconds.
 
+        The masks of the 64 patterns used last are kept with the tokenizer.
+
         Args:
             tokenizer: a tokenizer of transformers or a ``tokenizers.Tokenizer``.
             pattern: a regular expression of Python's ``re``, or one compiled with flags.
@@ -112,16 +115,15 @@ class TokenMask:
         if not isinstance(compiled.pattern, str):
             raise ValueError(f"pattern must be a regular expression of text, not of bytes, got {pattern!r}")
         texts = token_texts(tokenizer)
-        known, key = kept_with(tokenizer), (compiled, how, len(texts))
-        mask: TokenMask | None = known.get(key)
-        if mask is None:
+
+        def make() -> TokenMask:
             if _is_linear(compiled.pattern):
                 test = getattr(compiled, how)
-                mask = cls.from_predicate(tokenizer, lambda text: test(text) is not None)
-            else:
-                mask = cls(torch.tensor(_matched_apart(compiled, how, texts), dtype=torch.bool), any_width=True)
-            known[key] = mask
-        return mask
+                return cls.from_predicate(tokenizer, lambda text: test(text) is not None)
+            return cls(torch.tensor(_matched_apart(compiled, how, texts), dtype=torch.bool), any_width=True)
+
+        masks: dict[Any, TokenMask] = kept_with(tokenizer).masks
+        return recent(masks, (compiled, how, len(texts)), make, _MOST_MASKS)
 
     @classmethod
     def from_predicate(cls, tokenizer: Any, predicate: Callable[[str], bool]) -> TokenMask:
@@ -189,10 +191,14 @@ class TokenMask:
     def _form(
         self, form: str, device: torch.device | str, dtype: torch.dtype, make: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        key = (form, torch.device(device), dtype)
-        made = self._forms.get(key)
-        if made is None:
-            made = self._forms[key] = make().to(device)
+        try:
+            key = (form, torch.device(device), dtype)
+            made = self._forms.get(key)
+            if made is None:
+                made = self._forms[key] = make().to(device)
+        except Exception:
+            device_of("device", device)  # says what is wrong with it, if it is that
+            raise
         return made
 
     def _with(self, other: object) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
@@ -240,6 +246,8 @@ class TokenMask:
         return {**self.__dict__, "_forms": {}}
 
 
+# Masks of patterns that are kept with a tokenizer: patterns may come from requests.
+_MOST_MASKS = 64
 # How long a pattern may take over all tokens of a tokenizer; seldom is it more than a tenth of a second.
 _SECONDS = 10
 _MATCH = """
@@ -269,7 +277,7 @@ def _matched_apart(pattern: re.Pattern[str], how: str, texts: list[str | None]) 
         ) from None
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(
-            f"pattern {pattern.pattern!r} has to be matched by a Python process of its own, but {sys.executable!r} "
+            f"pattern {pattern.pattern!r} must be matched by a Python process of its own, but {sys.executable!r} "
             f"could not be run ({error}); use from_predicate()"
         ) from error
     return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -297,10 +305,17 @@ def checked_ids(argument: str, ids: Iterable[int] | torch.Tensor) -> tuple[int, 
     return tuple(distinct)
 
 
-@lru_cache(maxsize=256)
+_ids: dict[tuple[torch.device, tuple[int, ...]], torch.Tensor] = {}
+_captured_ids: list[torch.Tensor] = []
+_MOST_IDS = 256
+
+
 def ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
-    """Token ids int64 ``[N]`` on a device, kept there. Don't write to it."""
-    return table_on(torch.tensor(ids), device)
+    """Token ids int64 ``[N]`` on a device, kept there for the 256 used last. Don't write to it."""
+    made = recent(_ids, (device, ids), lambda: table_on(torch.tensor(ids), device), _MOST_IDS)
+    if is_capturing(device):
+        hold(_captured_ids, made)
+    return made
 
 
 def checked_set(argument: str, tokens: TokenMask | Iterable[int] | torch.Tensor) -> TokenSet:

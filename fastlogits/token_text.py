@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
-_kept: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+class _Known:
+    """What was computed from one tokenizer."""
+
+    def __init__(self) -> None:
+        self.texts: list[str | None] | None = None
+        self.masks: dict[Any, Any] = {}
+        """Masks of patterns."""
+
+
+_kept: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 # Any letter does: decoded before a token, it keeps decoders from stripping the space that the token begins with.
 _ANCHOR = "a"
@@ -20,22 +30,28 @@ def token_texts(tokenizer: Any) -> list[str | None]:
 
     Args:
         tokenizer: a tokenizer of transformers, fast or slow, or a ``tokenizers.Tokenizer``.
+
+    Raises:
+        TypeError: it is none, such as its name.
     """
+    if not hasattr(tokenizer, "get_vocab"):
+        load = f"AutoTokenizer.from_pretrained({tokenizer!r})" if isinstance(tokenizer, str) else "AutoTokenizer"
+        raise TypeError(f"tokenizer must be a tokenizer of transformers, got {tokenizer!r}: {load} loads one")
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     known = kept_with(tokenizer)
-    if size not in known:  # new, or tokens were added
-        known[size] = _read(tokenizer, vocabulary, size)
-    texts: list[str | None] = known[size]
+    texts = known.texts
+    if texts is None or len(texts) != size:  # new, or tokens were added
+        known.texts = texts = _read(tokenizer, vocabulary, size)
     return texts
 
 
-def kept_with(tokenizer: Any) -> dict[Any, Any]:
+def kept_with(tokenizer: Any) -> _Known:
     """What was computed from a tokenizer, kept as long as it lives, or not at all where no weak reference can be."""
     try:
-        return _kept.setdefault(tokenizer, {})
+        return _kept.setdefault(tokenizer, _Known())
     except TypeError:  # tokenizers.Tokenizer before 0.23
-        return {}
+        return _Known()
 
 
 def _read(tokenizer: Any, vocabulary: dict[str, int], size: int) -> list[str | None]:

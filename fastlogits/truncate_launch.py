@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fastlogits_kernels import select
+from fastlogits_kernels._recent import hold, is_capturing, recent
 from fastlogits_kernels.truncate import check_rules, truncate
 
 from fastlogits.compilers import constant
@@ -62,8 +63,8 @@ class SelectLaunch(Step):
         self._rules = truncations.rules
         self._takes_rules = select.takes_rules(self._rules)
         self._fold = None if before is None else FoldLaunch(before.members)
-        # Never dropped: captured graphs go on reading what they saw.
         self._kept: dict[tuple[int, torch.device], select.Selection] = {}
+        self._captured: list[select.Selection] = []
 
     def followed_by(self, after: Step) -> SelectLaunch:
         """The same with a normalisation after it."""
@@ -80,16 +81,20 @@ class SelectLaunch(Step):
         check_rules(scores, self._rules)
         key = (scores.shape[1], scores.device)
         self._make_selection(*key)
-        selection = self._kept[key]
+        selection = self._kept.get(key)
+        while selection is None:  # other threads have made many meanwhile
+            self._make_selection(*key)
+            selection = self._kept.get(key)
+        if is_capturing(scores.device):
+            hold(self._captured, selection)
         if self._fold is None:
             return select.select(scores, selection)
         return select.select(scores, selection, *self._fold.inputs(input_ids, scores, run))
 
     @constant
     def _make_selection(self, V: int, device: torch.device) -> None:
-        if (V, device) not in self._kept:
-            selection = select.Selection(self._rules, V, device, normalise=self._after is not None)
-            self._kept[V, device] = selection
+        normalise = self._after is not None
+        recent(self._kept, (V, device), lambda: select.Selection(self._rules, V, device, normalise=normalise))
 
     def describe(self) -> str:
         """Which steps it takes together, for ``explain()``."""

@@ -1,5 +1,6 @@
 """``accelerate``: everything ``generate`` does says the same, token for token, and runs as one plan."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -440,6 +441,73 @@ def test_a_run_is_few_launches(llama):
     assert [type(step) for step in plan.steps] == [FoldLaunch, TruncateLaunch]
 
 
+NO_PROCESSORS = {
+    "their list": lambda: transformers.LogitsProcessorList([reference.TopKLogitsWarper(3)]),
+    "our list": lambda: fl.LogitsProcessorList([fl.TopKLogitsWarper(3)]),
+    "empty list of ours": lambda: fl.LogitsProcessorList([]),
+    "a list": lambda: [reference.TopKLogitsWarper(3)],
+    "None": lambda: None,
+    "a class": lambda: reference.TopKLogitsWarper,
+}
+
+
+@pytest.mark.parametrize("wrap", [list, transformers.LogitsProcessorList])
+@pytest.mark.parametrize("name", NO_PROCESSORS)
+def test_what_is_no_processor(llama, recwarn, name, wrap):
+    """The error that transformers has: ValueError for a list inside a list."""
+    given = [reference.RepetitionPenaltyLogitsProcessor(1.3), NO_PROCESSORS[name]()]
+    with pytest.raises((ValueError, AttributeError)) as plain:
+        generate(llama, logits_processor=wrap(given))
+    if "list" in name and name != "a list":
+        assert plain.type is ValueError
+    with fl.accelerate(llama), pytest.raises(plain.type):
+        generate(llama, logits_processor=wrap(given))
+    assert not [each for each in recwarn if "assembles its processors" in str(each.message)]
+
+
+def at_length(length, change):
+    """Something that happens between two steps."""
+
+    class Changes(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == length:
+                change()
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    return transformers.StoppingCriteriaList([Changes()])
+
+
+SET = {
+    "their temperature": (lambda: reference.TemperatureLogitsWarper(5.0), "temperature", 0.1),
+    "our temperature": (lambda: fl.TemperatureLogitsWarper(5.0), "temperature", 0.1),
+    "top_k": (lambda: fl.TopKLogitsWarper(60), "top_k", 1),
+    "penalty": (lambda: fl.PresencePenaltyLogitsProcessor(0.0), "penalty", 50.0),
+    "window": (lambda: fl.SuppressFirstTokens(BANNED, window=1), "window", 9),
+}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_what_is_set_between_two_steps(llama, name):
+    """It counts from the next step on, also where the processor stands in its run."""
+    make, attribute, value = SET[name]
+    of_run = name in ("window", "penalty")
+
+    def said(accelerated, changed):
+        processor = make()
+        given = processor if accelerated or not of_run else processor.for_run(L)
+        change = at_length(L + 3, (lambda: setattr(processor, attribute, value)) if changed else lambda: None)
+        options = {"do_sample": not of_run, "logits_processor": [given], "stopping_criteria": change}
+        with fl.accelerate(llama) if accelerated else contextlib.nullcontext():
+            return generate(llama, **options)[:, L:]
+
+    unchanged, changed = said(True, False), said(True, True)
+    assert torch.equal(unchanged, said(False, False))
+    assert torch.equal(unchanged[:, :3], changed[:, :3])
+    assert not torch.equal(unchanged, changed)
+    if not of_run:  # a plain list is given a plan of the run, made once
+        assert torch.equal(changed, said(False, True))
+
+
 # -- Switching ----------------------------------------------------------------------------------------------------
 
 
@@ -504,7 +572,7 @@ def test_a_model_is_not_kept_alive():
 @pytest.mark.parametrize("wrong", [torch.nn.Linear(2, 2), "llama", object()], ids=lambda wrong: type(wrong).__name__)
 def test_not_a_generation_model(wrong):
     for switch in (fl.accelerate, fl.restore):
-        with pytest.raises(TypeError, match=f"model must be .*can generate, got {type(wrong).__name__}"):
+        with pytest.raises(TypeError, match=f"model must be.* can generate, got {type(wrong).__name__}: give"):
             switch(wrong)
 
 

@@ -161,7 +161,7 @@ def test_arguments_are_checked_before_anything_is_written(device):
         ((logits, bitmask.long()), "bitmask must be int32"),
         ((logits, bitmask.view(2, 2, 1)), r"of \(2, 2, 1\)"),
         ((logits, bitmask.to("meta")), "move it with"),
-        ((logits, bitmask[:1]), "bitmask has 1 rows, but logits have 2; say with indices or mask_rows"),
+        ((logits, bitmask[:1]), "a row for each of 2 rows of logits, got 1: say with indices or mask_rows"),
     ):
         with pytest.raises(ValueError, match=message):
             apply_token_bitmask_inplace(*arguments)

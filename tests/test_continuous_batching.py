@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
@@ -10,6 +11,7 @@ from fastlogits_kernels._triton import HAS_TRITON
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -253,7 +255,10 @@ def managed(model, flags, own, **options):
         ({"top_k": 2.0}, "top_k of a request must be an integer of at least 1, got 2.0"),
         ({"top_k": True}, "top_k of a request must be an integer of at least 1, got True"),
         ({"top_p": 1.5}, "top_p of a request must be a number above 0, at most 1, got 1.5"),
-        ({"top_q": 3}, "top_q=3: a request may have its own temperature, top_k, top_p"),
+        (
+            {"top_q": 3},
+            "top_q of a request must be left out, got 3: a request may have its own temperature, top_k, top_p",
+        ),
         ({"repetition_penalty": 1.2}, "in this run: temperature, top_k, top_p"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -388,3 +393,110 @@ def test_one_graph_for_a_compiler():
     expected = processors(newest, scores, storage)
     compiled = torch.compile(processors.__call__, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(newest, scores, storage), expected)
+
+
+class InPlace(LogitsProcessor):
+    """As most published ones: it writes what it is given."""
+
+    supports_continuous_batching = True
+
+    def __call__(self, input_ids, scores):
+        scores[:, 5:] = -float("inf")
+        return scores
+
+
+def of_two_rows(made):
+    histories = functools.partial(continuous._Histories, torch.device("cpu"), 4, 8)
+    processors = continuous.RequestProcessors(made, drop_unsupported=True, histories=histories)
+    storage = torch.empty(processors.tensors_required, 9, dtype=torch.int32)
+    processors.prepare_tensor_args([State([1, 2, 3]), State([4, 5, 6, 7])], storage)
+    return processors, storage
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        [InPlace()],
+        [InPlace(), TopKLogitsWarper(3)],
+        [fl.SuppressTokensLogitsProcessor([]), InPlace()],
+        [NoBadWordsLogitsProcessor([[3, 4, 9]], 2), InPlace(), InPlace()],
+        [RepetitionPenaltyLogitsProcessor(2.0), InPlace()],
+    ],
+    ids=lambda made: " ".join(type(each).__name__ for each in made),
+)
+def test_the_scores_of_a_manager_are_not_written(made):
+    """Neither by a processor in place, nor by one behind what changes nothing."""
+    processors, storage = of_two_rows(made)
+    newest, scores = torch.tensor([3, 7], dtype=torch.int32), torch.randn(2, 97)
+    kept = scores.clone()
+    found = processors(newest, scores, storage)
+    assert found[:, 5:].isinf().all()
+    assert torch.equal(scores, kept)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: fl.TopPLogitsWarper(torch.tensor([0.5, 0.9])),
+        lambda: fl.EncoderNoRepeatNGramLogitsProcessor(2, torch.tensor([[1, 2], [3, 4]])),
+        lambda: fl.EncoderRepetitionPenaltyLogitsProcessor(1.2, torch.tensor([[1, 2], [3, 4]])),
+        lambda: fl.OnlyTokensFrom([[3, 4], [5, 6]], eos_token_id=2),
+    ],
+)
+def test_values_of_rows_are_refused(made):
+    """The rows of a batch are other requests at each step."""
+    processor = made()
+    error = f"{type(processor).__name__} must have one value for all requests .*got one for each row: .*its own"
+    with pytest.raises(ValueError, match=error):
+        of_two_rows([processor])
+
+
+def test_values_of_a_request():
+    processors, _ = of_two_rows([TemperatureLogitsWarper(0.7), TopKLogitsWarper(20)])
+    processors.check_kwargs({"temperature": np.float32(0.5), "top_k": np.int64(3)})
+    for kwargs, kind, error in (
+        ({"temperature": -1.0}, ValueError, "temperature of a request must be a number above 0, got -1.0"),
+        (
+            {"temperature": float("inf")},
+            ValueError,
+            "temperature of a request must be a number above 0, got inf",
+        ),
+        ({"temperature": "1"}, TypeError, "temperature of a request must be a number above 0, got '1'"),
+        ({"temperature": True}, TypeError, "temperature of a request must be a number above 0, got True"),
+        ({"top_k": 0}, ValueError, "top_k of a request must be an integer of at least 1, got 0"),
+        ({"top_k": 1.5}, TypeError, "top_k of a request must be an integer of at least 1, got 1.5"),
+        ({"top_p": 0.5}, ValueError, "top_p of a request must be left out, got 0.5: .*in this run: temperature, top_k"),
+    ):
+        with pytest.raises(kind, match=error):
+            processors.check_kwargs(kwargs)
+
+
+def test_histories_of_buffers_that_are_gone():
+    """A manager that is started again has other buffers each time."""
+    processors, _ = of_two_rows([RepetitionPenaltyLogitsProcessor(2.0)])
+    buffers = [torch.empty(processors.tensors_required, 9, dtype=torch.int32) for _ in range(20)]
+    for pair in zip(buffers[::2], buffers[1::2], strict=True):
+        held = []
+        for step in range(6):
+            storage = pair[step % 2]
+            processors.prepare_tensor_args([State([1, 2, 3])], storage)
+            held.append(processors._current)
+            found = processors(torch.tensor([3], dtype=torch.int32), torch.ones(1, 97), storage)
+            assert (found[0] == 0.5).nonzero().flatten().tolist() == [1, 2, 3]
+        assert held[0] is held[2] is held[4]
+        assert held[1] is held[3] is held[5]
+    assert len(processors._histories) < 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "named"),
+    [
+        (5, 3, "max_requests_per_batch must be at least 5 .* got 4"),
+        (2, 9, "max_position_embeddings .* at least 9 .* got 8"),
+    ],
+)
+def test_a_batch_that_is_too_large(rows, width, named):
+    histories = continuous._Histories(torch.device("cpu"), 4, 8)
+    histories._grows, histories._ids = False, torch.zeros(4, 8, dtype=torch.int32)
+    with pytest.raises(ValueError, match=named):
+        histories._fit(rows, width)

@@ -1,12 +1,18 @@
 """``custom_generate=fl.decode``: the distribution of sampling, and a draw that each request has to itself."""
 
 import copy
+import functools
+import inspect
+import threading
 
 import pytest
 import torch
+import transformers
 from conftest import VOCAB_SIZE, tiny_llama
 from fastlogits_kernels import select
 from fastlogits_kernels._triton import HAS_TRITON
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
@@ -219,16 +225,209 @@ def test_no_softmax_and_no_multinomial(monkeypatch):
         generate(model, custom_generate=None, **FLAGS)
 
 
+@pytest.fixture(scope="module")
+def letters():
+    """A tokenizer of single letters, with as many tokens as the model."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCAB_SIZE - 3]
+    vocabulary = {letter: i for i, letter in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@functools.wraps(fl.decode)
+def of_ones_own(*arguments, **options):
+    return fl.decode(*arguments, **options)
+
+
+def with_a_signature_of_its_own(model, input_ids, **options):
+    return fl.decode(model, input_ids, **options)
+
+
+METHODS = {
+    "decode": fl.decode,
+    "partial": functools.partial(fl.decode, seeds=3),
+    "wraps": of_ones_own,
+    "partial of wraps": functools.partial(of_ones_own, seeds=3),
+}
+FREE = {
+    "function": with_a_signature_of_its_own,
+    "lambda": lambda model, ids, **options: fl.decode(model, ids, **options),
+    "two deep": lambda *arguments, **options: with_a_signature_of_its_own(*arguments, **options),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stop_strings(llama, letters, method):
+    plain = generate(llama, PROMPT[:1], do_sample=False, custom_generate=None)
+    stop = [letters.decode(plain[0, L + 2 : L + 4])]
+    options = {"do_sample": False, "stop_strings": stop, "tokenizer": letters}
+    expected = generate(llama, PROMPT[:1], custom_generate=None, **options)
+    assert expected.shape[1] < plain.shape[1]
+    assert torch.equal(generate(llama, PROMPT[:1], custom_generate=METHODS[method], **options), expected)
+    with fl.accelerate(llama):
+        assert torch.equal(generate(llama, PROMPT[:1], custom_generate=METHODS[method], **options), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_token_healing(llama, letters, method):
+    ids = letters(["abc"], return_tensors="pt").input_ids
+    options = {"do_sample": False, "token_healing": True, "tokenizer": letters}
+    expected = generate(llama, ids, custom_generate=None, **options)
+    assert torch.equal(generate(llama, ids, custom_generate=METHODS[method], **options), expected)
+
+
+def test_stop_strings_of_a_pipeline(llama, letters):
+    pipeline = transformers.pipeline("text-generation", model=llama, tokenizer=letters, device="cpu")
+    asked = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False, "tokenizer": letters}
+    said = pipeline("abc", **asked)[0]["generated_text"]
+    stop = [said[2:4]]
+    expected = pipeline("abc", stop_strings=stop, **asked)
+    assert len(expected[0]["generated_text"]) < len(said)
+    assert pipeline("abc", stop_strings=stop, custom_generate=fl.decode, **asked) == expected
+
+
+@pytest.mark.parametrize("method", FREE)
+def test_stop_strings_in_a_function_that_takes_no_tokenizer(llama, letters, method):
+    """transformers says so before it decodes: by the signature it hands the tokenizer on to nobody."""
+    with pytest.raises(ValueError, match="tokenizer"):
+        generate(llama, custom_generate=FREE[method], stop_strings=["a"], tokenizer=letters)
+
+
+def test_the_signature_is_what_it_was():
+    names = list(inspect.signature(fl.decode).parameters)
+    assert names[:2] == ["model", "input_ids"]
+    assert names[-3:] == ["seeds", "tokenizer", "model_kwargs"]
+    assert "tokenizer" in inspect.signature(METHODS["partial of wraps"]).parameters
+
+
+@pytest.mark.parametrize("method", [*METHODS, *FREE])
+def test_a_streamer_gets_every_token(llama, letters, method):
+    """Also where decode is called in a function that isn't given the streamer: its reader would wait for ever."""
+    streamer = TextIteratorStreamer(letters, timeout=60)
+    said = []
+
+    def work():
+        options = {"custom_generate": {**METHODS, **FREE}[method], "streamer": streamer, "do_sample": False}
+        said.append(generate(llama, PROMPT[:1], **options))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == letters.decode(said[0][0])
+
+
+def test_the_streamer_of_another_generate_is_left_alone(llama):
+    """The nearest generate of the model counts."""
+
+    class Streamer(BaseStreamer):
+        def __init__(self):
+            self.count = 0
+
+        def put(self, value):
+            self.count += 1
+
+        def end(self):
+            pass
+
+    def twice(model, input_ids, **options):
+        generate(llama, PROMPT[:1], max_new_tokens=5)
+        fl.decode(model, input_ids, **copy.deepcopy(options), streamer=given)
+        return fl.decode(model, input_ids, **options)
+
+    streamer, given = Streamer(), Streamer()
+    options = {"max_new_tokens": 3, "eos_token_id": None}
+    generate(llama, PROMPT[:1], custom_generate=twice, streamer=streamer, **options)
+    assert (streamer.count, given.count) == (1 + 3, 3)
+
+
+@pytest.mark.parametrize("method", [*METHODS, *FREE])
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_synced_gpus(monkeypatch, llama, method, asked):
+    """Else one process waits for ever for those that have gone on."""
+    seen = []
+
+    def unfinished(model, this_peer_finished, synced_gpus, device):
+        seen.append(synced_gpus)
+        return not this_peer_finished
+
+    monkeypatch.setattr(type(llama), "_has_unfinished_sequences", unfinished)
+    generate(llama, custom_generate={**METHODS, **FREE}[method], synced_gpus=asked, max_new_tokens=2)
+    assert set(seen) == {bool(asked)}
+
+
+def test_functions_that_name_tokens_and_prompts_that_are_avoided(llama):
+    """What goes into processors reaches them."""
+    options = {"do_sample": False, "prefix_allowed_tokens_fn": lambda row, ids: list(range(3, 40, 1 + row))}
+    assert torch.equal(generate(llama, **options), generate(llama, custom_generate=None, **options))
+    options = {"do_sample": False, "negative_prompt_ids": PROMPT.flip(1), "guidance_scale": 2.0}
+    assert torch.equal(generate(llama, **options), generate(llama, custom_generate=None, **options))
+
+
+OTHERS = {
+    "num_beams": {"num_beams": 3},
+    "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4, "do_sample": False},
+    "dola_layers": {"dola_layers": "low"},
+    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
+    "assistant_early_exit": {"assistant_early_exit": 1},
+}
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "assistant_model"])
+@pytest.mark.parametrize("method", ["decode", "lambda"])
+def test_other_methods_are_refused(llama, name, method):
+    options = OTHERS.get(name, {"assistant_model": llama})
+    value = "LlamaForCausalLM" if name == "assistant_model" else repr(options[name])
+    error = f"{name} must be (1|None) with custom_generate=fastlogits.decode.* got {value}: leave {name} out, or leave"
+    with pytest.raises(ValueError, match=error):
+        generate(llama, PROMPT[:1], custom_generate={**METHODS, **FREE}[method], **options)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+def test_one_seed_for_each_prompt(llama, sequences, count):
+    """A number that merely divides the rows is none for each prompt."""
+    prompts = torch.cat([PROMPT, PROMPT.flip(1)])
+    options = {"num_return_sequences": sequences, "seeds": torch.arange(count), "max_new_tokens": 2}
+    if count == 4:
+        assert len(generate(llama, prompts, **options)) == 4 * sequences
+        return
+    with pytest.raises(ValueError, match=rf"one per prompt, of shape \(4,\), got torch.int64 of shape \({count},\)"):
+        generate(llama, prompts, **options)
+
+
+def test_a_temperature_set_while_it_runs(llama):
+    """It counts from the next step on."""
+    warper = fl.TemperatureLogitsWarper(0.7)
+
+    class Sets(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores):
+            warper.temperature = 0.7 if input_ids.shape[1] < L + 3 else 1e-4
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = {"top_k": 0, "seeds": 3, "max_new_tokens": 8, "eos_token_id": None}
+    kept = {"output_logits": True, "return_dict_in_generate": True}
+    out = generate(llama, logits_processor=[warper], stopping_criteria=[Sets()], **options, **kept)
+    tokens = out.sequences[:, L:]
+    assert torch.equal(tokens[:, 3:], torch.stack(out.logits, 1).argmax(-1)[:, 3:])
+    assert not torch.equal(tokens[:, :3], torch.stack(out.logits, 1).argmax(-1)[:, :3])
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"num_beams": 2}, "num_beams=2: fastlogits.decode"),
+        ({"num_beams": 2}, "num_beams must be 1 with custom_generate=fastlogits.decode.* got 2: leave num_beams out"),
         ({"seeds": 1.5}, "seeds must be an integer of 64 bits.*1.5"),
         ({"seeds": True}, "seeds must be an integer of 64 bits.*True"),
-        ({"seeds": 2**63}, "seeds must be an integer of 64 bits"),
-        ({"seeds": torch.zeros(2)}, r"seeds must be an integer tensor .*float32 of \(2,\) for 2 rows"),
-        ({"seeds": torch.zeros(3).long()}, r"int64 of \(3,\) for 2 rows"),
-        ({"seeds": torch.zeros(2, 1).long()}, r"int64 of \(2, 1\) for 2 rows"),
+        ({"seeds": 2**63}, "seeds must be an integer of 64 bits.* got 9223372036854775808"),
+        ({"seeds": [1, 2]}, r"seeds must be an integer of 64 bits.* got \[1, 2\]"),
+        (
+            {"seeds": torch.zeros(2)},
+            r"seeds must be an integer tensor .*of shape \(2,\), got torch.float32 of shape \(2,\)",
+        ),
+        ({"seeds": torch.zeros(3).long()}, r"of shape \(2,\), got torch.int64 of shape \(3,\)"),
+        ({"seeds": torch.zeros(2, 1).long()}, r"of shape \(2,\), got torch.int64 of shape \(2, 1\)"),
     ],
     ids=str,
 )

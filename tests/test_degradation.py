@@ -262,9 +262,47 @@ def test_the_environment_asks_for_triton_where_there_is_none():
     assert "ImportError: FASTLOGITS_BACKEND is triton, but Triton can't be imported" in done.stderr
 
 
+ON_THE_CPU = """
+import torch, fastlogits as fl
+ids, scores = torch.tensor([[1, 2]]), torch.arange(9.0).unsqueeze(0)
+calls = [
+    lambda: fl.LogitsProcessorList([fl.TemperatureLogitsWarper(0.5)])(ids, scores),
+    lambda: fl.LogitsProcessorList([fl.RepetitionPenaltyLogitsProcessor(1.1)]).apply_(ids, scores.clone()),
+    lambda: fl.SuppressTokensLogitsProcessor([1])(ids, scores),
+    lambda: fl.TopKLogitsWarper(3)(ids, scores),
+    lambda: fl.sample(scores, seeds=1, positions=0),
+    lambda: fl.sample(scores, seeds=1, positions=0, top_p=0.9),
+]
+for call in calls:
+    try:
+        call()
+        print("ran")
+    except RuntimeError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_the_environment_asks_for_the_kernels_on_a_cpu():
+    done = python(ON_THE_CPU, FASTLOGITS_BACKEND="triton", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    message = (
+        "KernelError FASTLOGITS_BACKEND must be auto or torch for tensors on cpu, got 'triton': the kernels need a GPU"
+    )
+    assert [line.startswith(message) for line in done.stdout.splitlines()] == [True] * 6
+    for environment in ({"FASTLOGITS_BACKEND": "auto"}, {"FASTLOGITS_BACKEND": "torch"}):
+        assert python(ON_THE_CPU, TRITON_INTERPRET="0", **environment).stdout.split() == ["ran"] * 6
+
+
+@needs_triton
+def test_the_interpreter_runs_the_kernels_that_the_environment_asks_for():
+    done = python(ON_THE_CPU, FASTLOGITS_BACKEND="triton", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ran"] * 6
+
+
 def test_another_word_in_the_environment():
     done = python(CALL, FASTLOGITS_BACKEND="cuda")
-    assert "ValueError: FASTLOGITS_BACKEND has to be one of auto, torch, triton, but is 'cuda'" in done.stderr
+    assert "ValueError: FASTLOGITS_BACKEND must be one of auto, torch, triton, got 'cuda'" in done.stderr
 
 
 def test_a_transformers_that_no_test_has_seen():

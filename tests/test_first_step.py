@@ -201,11 +201,11 @@ def one(length=1):
         ),
         (
             lambda: SuppressFirstTokens([1]).for_run(one()[0].to("meta"))(one(), torch.zeros(1, 4)),
-            "prompt_length is on meta, but scores are on cpu",
+            "prompt_length must be on cpu, as scores are, got it on meta",
         ),
         (
             lambda: SuppressFirstTokens([1]).for_run(torch.tensor([1, 1]))(one(), torch.zeros(1, 4)),
-            "prompt_length has 2 rows, but scores have 1",
+            "prompt_length must be a number, or have a value for each of the 1 rows of scores, got 2 values",
         ),
         (lambda: SuppressFirstTokens([1]).for_run(-1), "prompt_length must be at least 0, got -1"),
         (
@@ -231,7 +231,7 @@ def one(length=1):
         ),
         (
             lambda: OnlyTokensFrom([[1], [2]], eos_token_id=0)(one(), torch.zeros(1, 4)),
-            "source_ids has 2 rows, which don't divide the 1 rows of scores",
+            "source_ids must have 1 row, or one for each row of scores, got 2 rows for 1 rows of scores",
         ),
     ],
 )

@@ -316,7 +316,7 @@ def test_a_list_that_does_nothing_at_a_step_returns_its_input():
     assert processors(torch.zeros(1, 2).long(), scores)[0, :3].tolist() == [0, -INF, -INF]
 
 
-def test_other_shapes_and_gradients_go_to_transformers(monkeypatch):
+def test_other_shapes_go_to_transformers_and_gradients_through_torch(monkeypatch):
     monkeypatch.setattr(fold_kernels, "FORCE_KERNEL", HAS_TRITON)  # kernels have no gradients
     processors = fl.LogitsProcessorList([fl.TemperatureLogitsWarper(0.5), fl.SuppressTokensLogitsProcessor([1])])
     assert processors(None, torch.ones(3)).tolist() == [2, -INF, 2]

@@ -278,7 +278,13 @@ class BatchMachine(RuleBasedStateMachine):
         self.keep(slots, [self.rng.randrange(VOCAB) for _ in slots])
 
     def keep(self, slots, tokens):
-        self.batch.append(torch.tensor(slots, device=DEVICE), torch.tensor(tokens, device=DEVICE))
+        before = {slot: len(each.prompt) + len(each.output) for slot, each in self.present.items()}
+        given = torch.tensor(slots, device=DEVICE), torch.tensor(tokens, device=DEVICE)
+        if DEVICE == "cpu" and any(before[slot] + slots.count(slot) > LONGEST for slot in before):
+            with pytest.raises(ValueError, match="must leave each history at most"):
+                self.batch.append(*given)
+            return
+        self.batch.append(*given)
         for slot, token in zip(slots, tokens, strict=True):
             request = self.present.get(slot)
             if request is not None and len(request.prompt) + len(request.output) < LONGEST:

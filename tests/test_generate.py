@@ -319,8 +319,9 @@ def test_only_tokens_from_the_prompt(llama, options):
 
 
 def test_only_tokens_from_a_source(llama):
-    processors = fl.LogitsProcessorList([fl.OnlyTokensFrom([[40, 41, 42], [60, 61]], eos_token_id=2)])
     for options in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        source = fl.OnlyTokensFrom([[40, 41, 42], [60, 61]], eos_token_id=2, copies=2 if options else 1)
+        processors = fl.LogitsProcessorList([source])
         found = generate(llama, processors, **options)[:, PROMPT.shape[1] :]
         half = found.shape[0] // 2
         assert set(found[:half].flatten().tolist()) <= {40, 41, 42, 2, 0}

@@ -220,7 +220,7 @@ def test_trace_as_a_frame():
 
 
 def test_trace_refuses_what_it_cannot_read():
-    with pytest.raises(ValueError, match="top must be at least 1"):
+    with pytest.raises(ValueError, match="top must be an integer of at least 1, got 0"):
         fl.trace([], IDS, scores(), top=0)
     with pytest.raises(ValueError, match=r"scores must be floating-point of shape \(B, V\)"):
         fl.trace([], IDS, scores()[0])
@@ -260,7 +260,7 @@ def test_check_sees_a_value_that_is_off():
     assert outcome.difference.processor == "Heats"
     assert outcome.difference.found == pytest.approx(outcome.difference.expected / 1.001)
     assert fl.check([fl.TopKLogitsWarper(50), Heats(0.5)], IDS, scores(), tolerance=0.01)
-    with pytest.raises(ValueError, match="tolerance must be at least 0"):
+    with pytest.raises(ValueError, match="tolerance must be a finite number of at least 0, got -1"):
         fl.check([], IDS, scores(), tolerance=-1.0)
 
 
@@ -315,7 +315,7 @@ def wrong_ones():
 def test_processors_that_are_none(text, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["explain", text])
-    assert "is neither an expression nor module:name" in capsys.readouterr().err
+    assert "processors must be an expression or module:name, got" in capsys.readouterr().err
 
 
 def test_doctor(capsys, device, monkeypatch):
@@ -341,3 +341,79 @@ def test_help_needs_no_torch():
     code = "import sys, fastlogits.__main__ as m; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+SMALL = ["--vocab", "50", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "3"], "processors must be callable with (input_ids, scores), got 3"),
+        (["explain", "None"], "processors must be callable with (input_ids, scores), got None"),
+        (["explain", "'TopKLogitsWarper(3)'"], "processors must be callable with (input_ids, scores), got 'T'"),
+        (["explain", "TopKLogitsWarper"], "got the class TopKLogitsWarper (number 1): write TopKLogitsWarper(...)"),
+        (["check", "TopKLogitsWarper(3), TopPLogitsWarper", *SMALL], "got the class TopPLogitsWarper (number 2)"),
+        (["explain", "os:nothing_there"], "got 'os:nothing_there': AttributeError"),
+        (["explain", "no.such.module:name"], "got 'no.such.module:name': ModuleNotFoundError"),
+        (["explain", "TopKLogitsWarper(0)"], "got 'TopKLogitsWarper(0)': ValueError"),
+        (["explain", "TopKLogitsWarper(3)", "--vocab", "0"], "--vocab: must be an integer of at least 1, got '0'"),
+        (["explain", "TopKLogitsWarper(3)", "--batch", "-1"], "--batch: must be an integer of at least 1, got '-1'"),
+        (["explain", "TopKLogitsWarper(3)", "--batch", "2.5"], "--batch: must be an integer of at least 1, got '2.5'"),
+        (["explain", "TopKLogitsWarper(3)", "--bandwidth", "0"], "--bandwidth: must be GB/s, a finite number above 0"),
+        (["explain", "TopKLogitsWarper(3)", "--bandwidth", "nan"], "--bandwidth: must be GB/s"),
+        (["explain", "TopKLogitsWarper(3)", "--html", "/nope/x.html"], "--html must be a file that can be written"),
+        (["check", "TopKLogitsWarper(3)", "--history", "-1"], "--history: must be an integer of at least 0, got '-1'"),
+        (
+            ["check", "TopKLogitsWarper(3)", "--prompt-length", "-1"],
+            "--prompt-length: must be an integer of at least 0",
+        ),
+        (["check", "TopKLogitsWarper(3)", "--seed", "x"], "--seed: must be an integer of at least 0"),
+        (["check", "TopKLogitsWarper(3)", "--inputs", "/nope"], "two tensors as torch.save wrote them, got '/nope'"),
+        (["check", "TopKLogitsWarper(3)", "--device", "gpu"], "--device must be a device that torch can use here"),
+        (["check", "TopKLogitsWarper(3)", "--device", "cuda:99"], "got 'cuda:99'"),
+        (["doctor", "--device", "cuda:99"], "--device must be a device that torch can use here"),
+        (["demo", "--device", "cuda:99"], "--device must be a device that torch can use here"),
+        (["demo", "--model", "/nope"], "--model must be a path or hub id of a causal LM, got '/nope'"),
+        (["check", "SuppressFirstTokens([1])", *SMALL], "--prompt-length must say where the run starts, got none"),
+        (
+            ["check", "SuppressFirstTokens([1]), TopKLogitsWarper(3)", *SMALL, "--prompt-length", "65"],
+            "prompt_length must be at most 64",
+        ),
+        (["check", "[]", *SMALL], "nothing was compared: there are no processors"),
+        (["check", "TopNSigmaLogitsWarper(1.0)", *SMALL], "nothing was compared; not compared: TopNSigmaLogitsWarper"),
+    ],
+)
+def test_a_command_that_cannot_run_says_why_in_a_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("content", [3, (1, 2), [IDS], {"scores": IDS}, (IDS, IDS)])
+def test_inputs_of_another_content(content, capsys, tmp_path):
+    torch.save(content, tmp_path / "inputs.pt")
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", "TopKLogitsWarper(3)", "--inputs", str(tmp_path / "inputs.pt"), "--device", "cpu"])
+    printed = capsys.readouterr().err
+    assert "--inputs must be a file with (input_ids, scores)" in printed or "scores must be floating-point" in printed
+    assert printed.count("\n") == 1
+
+
+def test_inputs_that_are_no_tensors(capsys, tmp_path):
+    (tmp_path / "inputs.pt").write_text("no tensors")
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", "TopKLogitsWarper(3)", "--inputs", str(tmp_path / "inputs.pt"), "--device", "cpu"])
+    assert "--inputs must be a file with (input_ids, scores)" in capsys.readouterr().err
+
+
+one_of_theirs = transformers.TopKLogitsWarper(3)
+
+
+def test_a_processor_that_a_module_holds(capsys):
+    assert main(["explain", f"{__name__}:one_of_theirs"]) == 0
+    assert "1 processor, 1 fused step" in capsys.readouterr().out

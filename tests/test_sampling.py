@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from fastlogits_kernels.draw import _noise_of_rows, exponential_noise, philox, reference_draw
@@ -348,51 +349,89 @@ def test_equal_tokens_are_listed_by_their_ids(device):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -0.5}, "`temperature` .* -0.5"),
-        ({"temperature": math.nan}, "`temperature` .* nan"),
-        ({"temperature": INF}, "`temperature` .* inf"),
-        ({"temperature": "hot"}, "`temperature` .* 'hot'"),
-        ({"temperature": torch.tensor([1.0, -1.0])}, "`temperature` .* -1 in row 1"),
-        ({"temperature": torch.tensor([1.0, math.nan])}, "`temperature` .* nan in row 1"),
-        ({"temperature": torch.tensor([1, 2])}, "`temperature` .* of torch.int64"),
-        ({"temperature": torch.ones(3)}, r"`temperature` has shape \(3,\), but logits have 2 rows"),
-        ({"temperature": torch.ones(2, device="meta")}, "`temperature` is on meta"),
-        ({"top_k": 0}, "`top_k` has to be an integer at least 1 .* but is 0"),
-        ({"top_k": 2.0}, "`top_k` .* 2.0"),
-        ({"top_k": True}, "`top_k` .* True"),
-        ({"top_k": torch.tensor([3, 0])}, "`top_k` .* 0 in row 1"),
-        ({"top_k": torch.tensor([3])}, "`top_k` has 1 rows, but scores have 2"),
-        ({"top_p": 1.5}, "`top_p` .* 1.5"),
-        ({"top_p": -0.1}, "`top_p` .* -0.1"),
-        ({"top_p": math.nan}, "`top_p` .* nan"),
-        ({"top_p": torch.tensor([0.5, 2.0])}, "`top_p` .* 2 in row 1"),
-        ({"top_p": torch.tensor(0.5)}, r"`top_p` .* shape \(\)"),
-        ({"min_p": 1.1}, "`min_p` .* 1.1"),
-        ({"typical_p": 0.0}, "`typical_p` .* 0.0"),
-        ({"epsilon": 1.0}, "`epsilon` .* 1.0"),
-        ({"eta": -1.0}, "`eta` .* -1.0"),
-        ({"top_h": 0}, "`top_h` .* 0"),
-        ({"top_n_sigma": 0}, "`top_n_sigma` .* 0"),
-        ({"order": "openai"}, "`order` has to be one of 'transformers', 'vllm', 'sglang', but is 'openai'"),
-        ({"ties": "first"}, "`ties` .* 'first'"),
-        ({"logprobs": "all"}, "`logprobs` .* 'all'"),
-        ({"top_logprobs": -1, "logprobs": "raw"}, "`top_logprobs` .* -1"),
-        ({"top_logprobs": 3}, "`top_logprobs` is 3, but `logprobs` is None"),
-        ({"top_logprobs": 8, "logprobs": "raw"}, "`top_logprobs` is 8, but the vocabulary has only 7"),
-        ({"seeds": 1.5}, "`seeds` .* 1.5"),
-        ({"seeds": 2**64}, "`seeds` .* 18446744073709551616"),
-        ({"seeds": torch.ones(2)}, "`seeds` .* of torch.float32"),
-        ({"positions": torch.ones(3, dtype=torch.int64)}, r"`positions` has shape \(3,\), but logits have 2 rows"),
-        ({"positions": None}, "`positions` .* None"),
-        ({"processors": [fl.RepetitionPenaltyLogitsProcessor(1.2)]}, "RepetitionPenaltyLogitsProcessor .* `input_ids`"),
-        ({"logits": torch.zeros(7)}, r"`logits` .* \(7,\)"),
-        ({"logits": torch.zeros(2, 7).long()}, "`logits` .* of torch.int64"),
-        ({"logits": torch.zeros(2, 0)}, r"`logits` .* \(2, 0\)"),
+        ({"temperature": -0.5}, "temperature must be .* got .*-0.5"),
+        ({"temperature": math.nan}, "temperature must be .* got .*nan"),
+        ({"temperature": INF}, "temperature must be .* got .*inf"),
+        ({"temperature": "hot"}, "temperature must be .* got .*'hot'"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, "temperature must be .* got .*-1 in row 1"),
+        ({"temperature": torch.tensor([1.0, math.nan])}, "temperature must be .* got .*nan in row 1"),
+        ({"temperature": torch.tensor([1, 2])}, "temperature must be .* got .*torch.int64"),
+        (
+            {"temperature": torch.ones(3)},
+            r"temperature must be a number for all rows or a tensor of shape \(2,\).* got one of \(3,\)",
+        ),
+        (
+            {"temperature": torch.ones(2, device="meta")},
+            "temperature must be on cpu, as the logits are, got a tensor on meta",
+        ),
+        ({"top_k": -2}, r"top_k must be an integer of at least 1 \(V or more, 0 and -1 turn it off\), got -2"),
+        ({"top_k": 2.0}, "top_k must be .* got .*2.0"),
+        ({"top_k": True}, "top_k must be .* got .*True"),
+        ({"top_k": torch.tensor([3, 0])}, "top_k must be .* got 0 in row 1"),
+        (
+            {"top_k": torch.tensor([3])},
+            "top_k must be a number, or have a value for each of the 2 rows .* got 1 values",
+        ),
+        ({"top_p": 1.5}, "top_p must be .* got .*1.5"),
+        ({"top_p": -0.1}, "top_p must be .* got .*-0.1"),
+        ({"top_p": math.nan}, "top_p must be .* got .*nan"),
+        ({"top_p": torch.tensor([0.5, 2.0])}, "top_p must be .* got 2 in row 1"),
+        ({"top_p": torch.tensor(0.5)}, r"top_p must be .* got one of shape \(\)"),
+        ({"min_p": 1.1}, "min_p must be .* got .*1.1"),
+        ({"typical_p": 0.0}, "typical_p must be .* got .*0.0"),
+        ({"epsilon": 1.0}, "epsilon must be .* got .*1.0"),
+        ({"eta": -1.0}, "eta must be .* got .*-1.0"),
+        ({"top_h": 0}, "top_h must be .* got .*0"),
+        ({"top_n_sigma": 0}, "top_n_sigma must be .* got .*0"),
+        ({"order": "openai"}, "order must be one of 'transformers', 'vllm', 'sglang', got 'openai'"),
+        ({"ties": "first"}, "ties must be .* got .*'first'"),
+        ({"logprobs": "all"}, "logprobs must be .* got .*'all'"),
+        ({"top_logprobs": -1, "logprobs": "raw"}, "top_logprobs must be .* got .*-1"),
+        ({"top_logprobs": 3}, "logprobs must be 'raw' or 'processed' where top_logprobs is 3, got None"),
+        ({"top_logprobs": 8, "logprobs": "raw"}, "top_logprobs must be at most 7, the size of the vocabulary, got 8"),
+        ({"seeds": 1.5}, "seeds must be .* got .*1.5"),
+        ({"seeds": 2**64}, "seeds must be .* got .*18446744073709551616"),
+        ({"seeds": torch.ones(2)}, "seeds must be .* got .*torch.float32"),
+        (
+            {"positions": torch.ones(3, dtype=torch.int64)},
+            r"positions must be a number for all rows or a tensor of shape \(2,\).* got one of \(3,\)",
+        ),
+        ({"positions": None}, "positions must be .* got .*None"),
+        (
+            {"processors": [fl.RepetitionPenaltyLogitsProcessor(1.2)]},
+            "input_ids must be .* got None: RepetitionPenaltyLogitsProcessor reads them",
+        ),
+        ({"logits": torch.zeros(7)}, r"logits must be .* got .*\(7,\)"),
+        ({"logits": torch.zeros(2, 7).long()}, "logits must be .* got .*torch.int64"),
+        ({"logits": torch.zeros(2, 0)}, r"logits must be .* got .*\(2, 0\)"),
     ],
 )
 def test_a_bad_argument_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         fl.sample(**{"logits": torch.zeros(2, 7), "seeds": 0, "positions": 0, **arguments})
+
+
+def test_numbers_of_numpy_are_numbers():
+    logits, ids = gauss(2, 400), torch.tensor([[1, 2], [3, 4]])
+    values = {"temperature": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.0625}
+    of_numpy = {
+        "temperature": np.float32(0.5), "top_k": np.int64(7), "top_p": np.float64(0.75), "min_p": np.float16(0.0625),
+        "top_logprobs": np.int32(2), "logprobs": "raw", "prompt_length": np.int64(2), "cache_position": np.int32(1),
+    }  # fmt: skip
+    plain = fl.sample(logits, seeds=7, positions=3, **values)
+    banned = fl.SuppressFirstTokens([5])
+    found = fl.sample(logits, [banned], seeds=np.uint64(7), positions=np.int8(3), input_ids=ids, **of_numpy)
+    assert torch.equal(found.tokens, plain.tokens)
+    assert found.top_tokens.shape == (2, 2)
+
+
+@pytest.mark.parametrize("off", [{"top_k": 0}, {"top_k": -1}, {"top_k": np.int64(-1)}, {"top_p": 1}, {"min_p": 0}])
+def test_truncations_are_turned_off_as_in_other_libraries(off):
+    logits = gauss(2, 400)
+    assert torch.equal(
+        fl.sample(logits, seeds=7, positions=3, **off).tokens, fl.sample(logits, seeds=7, positions=3).tokens
+    )
+    assert not fl.Sampler(**off)._rules
 
 
 def test_seeds_are_64_bits_whatever_their_type():

@@ -1,5 +1,6 @@
 """What requests of other engines ask for, without the engines; tests/engines has them."""
 
+import importlib.util
 import logging
 import random
 import subprocess
@@ -44,18 +45,146 @@ def test_parameters_of_vllm():
         ({"temperature": 2}, "extra_args.'fastlogits'. has 'temperature', which the engine itself applies: give it as"),
         ({"bitmask": True}, "has 'bitmask', which the engine itself applies"),
         ({"ngram": 2}, "has 'ngram', which is unknown; there are banned_token_ids, bad_words, no_repeat_ngram_size,"),
-        ({"typical_p": 2.0}, "`typical_p` has to be a number above 0 and at most 1"),
-        ({"forced_tokens": [0.5]}, "`forced_tokens`"),
-        ("[1]", r"has to be a mapping from names to values, or one in JSON, but is \[1\]"),
-        ("{", "or one in JSON, but is '{'"),
-        (7, "but is 7"),
+        ({"typical_p": 2.0}, "typical_p must be a number above 0 and at most 1"),
+        ({"forced_tokens": [0.5]}, "forced_tokens must be"),
+        ("[1]", r"must be a mapping from names to values, or one in JSON, got \[1\]"),
+        ("{", "or one in JSON, got '{'"),
+        (7, "got 7"),
         ({"forced_tokens": range(5000)}, "forced_tokens and bad_words take 5000 words .* but may take 3840"),
     ):
         with pytest.raises(ValueError, match=message):
             validated(given)
-    with pytest.raises(ValueError, match="forced_tokens don't go with structured outputs"):
+    with pytest.raises(ValueError, match="forced_tokens must be left out beside structured outputs"):
         validated({"forced_tokens": [1]}, structured_outputs=object())
     validated({"banned_token_ids": [1]}, structured_outputs=object())
+
+
+class InputProcessor:
+    """What checks requests in vLLM: it holds the configuration, and calls through a function of another module."""
+
+    def __init__(self, speculative_config=None, use_v2_model_runner=False):
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(get_vocab_size=lambda: V),
+            speculative_config=speculative_config,
+            use_v2_model_runner=use_v2_model_runner,
+        )
+
+    def validate(self, **given):
+        def validate_logits_processors_parameters():
+            FastLogitsProcessor.validate_params(SimpleNamespace(extra_args={"fastlogits": given}, temperature=1.0))
+
+        validate_logits_processors_parameters()
+
+
+OUTSIDE = {
+    "banned_token_ids": [1, V], "bad_words": [[1], [2, V]], "first_tokens_suppressed": [V], "forced_tokens": [2, V],
+    "dry_breakers": [V],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_vllm_refuses_ids_outside_the_vocabulary_where_requests_come_in(name):
+    message = f"{name} must have token ids of the vocabulary, 0 to {V - 1}, got {V}"
+    with pytest.raises(ValueError, match=message):
+        InputProcessor().validate(no_repeat_ngram_size=2, **{name: OUTSIDE[name]})
+    InputProcessor().validate(banned_token_ids=[V - 1])
+    # Whoever else asks doesn't know the vocabulary.
+    FastLogitsProcessor.validate_params(asking(**{name: OUTSIDE[name]}))
+
+
+def test_vllm_refuses_requests_that_its_older_runner_would_not_show_us():
+    drafting = object()
+    with pytest.raises(ValueError, match="must be left out with speculative decoding"):
+        InputProcessor(drafting).validate(no_repeat_ngram_size=2)
+    InputProcessor(drafting, use_v2_model_runner=True).validate(no_repeat_ngram_size=2)
+
+
+UNUSABLE = {
+    **{name: ({name: value}, f"{name} must have token ids of the vocabulary") for name, value in OUTSIDE.items()},
+    "a mask of another vocabulary": (
+        {"dry_breakers": fl.TokenMask.from_ids([V + 40], V + 64)},
+        "dry_breakers must have",
+    ),
+    "out of range": ({"epsilon": 3.0}, "epsilon must be"),
+    "of a wrong type": ({"first_window": "two"}, "first_window must be"),
+    "unknown": ({"ngrams": 3}, "'ngrams', which is unknown"),
+    "the engine's own": ({"top_k": 3}, "'top_k', which the engine itself applies"),
+    "too long": ({"forced_tokens": [1] * 5000}, "forced_tokens and bad_words take 5000 words"),
+    "beside a grammar": ({"forced_tokens": [1]}, "forced_tokens must be left out beside structured outputs"),
+}
+
+
+def older(given, device):
+    """The bans of a request in vLLM's older runner, at two steps."""
+    processor = FastLogitsProcessor(config(), torch.device(device), False)
+    processor.update_state(update(added=[(0, given, [1, 2], []), (1, asking(banned_token_ids=[9]), [1], [])]))
+    return [
+        [banned(row) for row in processor.apply(torch.zeros(2, V, device=device))] for _ in range(2)
+    ]  # fmt: skip
+
+
+def newer(given, device):
+    """The same in its newer one."""
+
+    def places(*values):
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    states = SimpleNamespace(
+        max_num_reqs=2, vocab_size=V, all_token_ids=SimpleNamespace(gpu=places(1, 2, 0, 1, 0, 0).view(2, 3)),
+        total_len=SimpleNamespace(gpu=places(2, 1)), prompt_len=SimpleNamespace(np=[2, 1]),
+    )  # fmt: skip
+    processor = FastLogitsProcessor(config(), states)
+    assert processor.add_request(0, given)
+    assert processor.add_request(1, asking(banned_token_ids=[9]))
+    processor.apply_staged_writes()
+    context = SimpleNamespace(
+        expanded_idx_mapping=places(0, 1), idx_mapping_np=torch.tensor([0, 1]).numpy(),
+        expanded_local_pos=places(0, 0), input_ids=places(2, 1), pos=places(1, 0),
+    )  # fmt: skip
+    return [[banned(row) for row in processor.apply(torch.zeros(2, V, device=device), context)] for _ in range(2)]
+
+
+@pytest.mark.parametrize("runner", [older, newer])
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_one_option_that_cannot_be_honoured_leaves_the_others(kind, runner, device, caplog):
+    wrong, message = UNUSABLE[kind]
+    given = asking(**{"no_repeat_ngram_size": 1, "banned_token_ids": [3], "dry_multiplier": 1.0, **wrong})
+    if "grammar" in kind:
+        given.structured_outputs = object()
+    with caplog.at_level(logging.WARNING):
+        steps = runner(given, device)
+    expected = [1, 2] if kind == "banned_token_ids" else [1, 2, 3]  # which are its own two, and what is left of it
+    assert steps == [[expected, [9]]] * 2
+    assert [message in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("runner", [older, newer])
+def test_of_lists_that_are_too_long_what_there_is_room_for_is_honoured(runner, device, caplog):
+    words = [[token, 5] for token in range(V)]
+    for given, bans in (
+        ({"forced_tokens": [4] * 3000, "bad_words": words * 20}, [token for token in range(V) if token != 4]),
+        ({"forced_tokens": [4] * 5000, "bad_words": [[5]]}, [5]),
+        ({"forced_tokens": [4] * 5000, "bad_words": words * 60, "banned_token_ids": [8]}, [8]),
+    ):
+        with caplog.at_level(logging.WARNING):
+            assert runner(asking(**given), device)[0] == [bans, [9]]
+        assert "forced_tokens and bad_words take" in caplog.records[-1].getMessage()
+
+
+def test_a_request_of_which_nothing_is_left(device, caplog):
+    processor = FastLogitsProcessor(config(), torch.device(device), False)
+    processor.update_state(update(added=[(0, asking(top_k=3), [1], [])]))
+    logits = torch.zeros(1, V, device=device)
+    assert not processor.apply(logits).any()
+    assert "top_k" in caplog.text
+
+
+def test_placeholders_of_images_in_a_prompt_of_vllm(device):
+    processor = FastLogitsProcessor(config(), torch.device(device), False)
+    ngram = asking(no_repeat_ngram_size=1)
+    processor.update_state(update(added=[(0, ngram, [V, 4, V + 3, -1, 2**40], []), (1, ngram, None, [])]))
+    logits = torch.zeros(2, V, device=device)
+    assert [banned(row) for row in processor.apply(logits)] == [[4], []]
 
 
 def test_greedy_requests_are_not_truncated_by_probability():
@@ -125,6 +254,35 @@ def test_a_token_that_the_engine_keeps_to_itself(device, caplog):
     live.outputs[-1] = 7
     out = batch.process_(torch.zeros(2, V, device=device), [live, beside])
     assert [banned(row) for row in out] == [[1, 7], [5]]
+
+
+def test_what_counts_tokens_needs_not_to_know_them(device, caplog):
+    """Where the newest token is hidden, what doesn't look at it goes on: bans, and what counts the tokens."""
+    steering.say_once.cache_clear()
+    batch = LiveBatch(V, torch.device(device), 2, 8, "vllm")
+    all_kinds = wishes(
+        no_repeat_ngram_size=1, dry_multiplier=1.0, bad_words=[[6], [1, 7]], banned_token_ids=[5],
+        first_tokens_suppressed=[8], first_window=3, forced_tokens=[4],
+    )  # fmt: skip
+    live, counting = Live(all_kinds, [1], []), Live(wishes(first_tokens_suppressed=[8], first_window=2), [1], [])
+
+    def step(token):
+        for each in (live, counting):
+            each.outputs.append(token)
+        return [banned(row) for row in batch.process_(torch.zeros(2, V, device=device), [live, counting])]
+
+    first = batch.process_(torch.zeros(2, V, device=device), [live, counting])
+    assert banned(first[0]) == [token for token in range(V) if token != 4]
+    with caplog.at_level(logging.ERROR):
+        assert step(-1) == [[5, 6, 8], [8]]
+        assert step(-1) == [[5, 6, 8], []]
+        assert step(-1) == [[5, 6], []]
+    assert [record.getMessage().split(" of requests")[0] for record in caplog.records] == [
+        "no_repeat_ngram_size, dry_multiplier, bad_words"
+    ]
+    for each in (live, counting):
+        each.outputs[:] = [2, 3, 9]
+    assert step(1) == [[1, 2, 3, 5, 6, 7, 9], []]
 
 
 class Direction(Enum):
@@ -249,9 +407,25 @@ def test_slots_of_the_newer_runner(device):
     assert got[:2] == [[6], []]
     assert got[2] == [token for token in range(V) if token != 3]
     assert got[3:] == [[], []]
+    # What is cut by probability is cut in each row of a draft: of equal logits, all or none.
+    assert processor.add_request(0, asking(typical_p=0.5, banned_token_ids=[3]))
+    processor.apply_staged_writes()
+    assert step(*drafts) == [[6], [], [3], [3], [3]]
     assert not processor.add_request(0, asking())
     processor.apply_staged_writes()
     assert step(*drafts) == [[6], [], [], [], []]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="for machines without SGLang")
+def test_sglangs_text_without_sglang():
+    from fastlogits.integrations import sglang
+
+    assert sglang.FastLogitsProcessor.params(no_repeat_ngram_size=3) == {"fastlogits": '{"no_repeat_ngram_size": 3}'}
+    for name in ("FastLogitsProcessor", "DRYLogitProcessor"):
+        with pytest.raises(
+            ImportError, match=rf"{name}.to_str\(\) must be called where SGLang is installed.*pip install"
+        ):
+            getattr(sglang, name).to_str()
 
 
 def test_nothing_is_imported_before_a_request_asks():

@@ -512,18 +512,18 @@ def test_a_class_and_a_list_of_classes(kind):
 @pytest.mark.parametrize(
     ("make", "argument"),
     [
-        (lambda: ours.TopKLogitsWarper(torch.tensor([3, 0])), "`top_k` has to be at least 1 .* but is 0 in row 1"),
-        (lambda: ours.TopKLogitsWarper(torch.tensor([3.0])), "`top_k`, given per row, .* of torch.float32"),
-        (lambda: ours.TopPLogitsWarper(torch.tensor([0.5, 1.5])), "`top_p` has to be from 0 to 1 .* 1.5 in row 1"),
-        (lambda: ours.TopPLogitsWarper(torch.tensor([math.nan])), "`top_p` .* nan in row 0"),
-        (lambda: ours.TopPLogitsWarper(torch.tensor([[0.5]])), r"`top_p` .* has shape \(1, 1\)"),
-        (lambda: ours.TopPLogitsWarper(torch.tensor([0.5]).double()), "`top_p`, given per row, .* of torch.float64"),
+        (lambda: ours.TopKLogitsWarper(torch.tensor([3, 0])), "top_k must be at least 1 .* got 0 in row 1"),
+        (lambda: ours.TopKLogitsWarper(torch.tensor([3.0])), "top_k must be of .* got torch.float32"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([0.5, 1.5])), "top_p must be from 0 to 1 .* 1.5 in row 1"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([math.nan])), "top_p .* nan in row 0"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([[0.5]])), r"top_p .* got one of shape \(1, 1\)"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([0.5]).double()), "top_p must be of .* got torch.float64"),
         (lambda: ours.TopPLogitsWarper(torch.tensor([0.5]), min_tokens_to_keep=0), "min_tokens_to_keep"),
-        (lambda: ours.MinPLogitsWarper(torch.tensor([-0.1])), "`min_p` .* -0.1 in row 0"),
-        (lambda: ours.TypicalLogitsWarper(torch.tensor([0.0])), "`typical_p` .* 0 in row 0"),
-        (lambda: ours.EpsilonLogitsWarper(torch.tensor([1.0])), "`epsilon` .* 1 in row 0"),
-        (lambda: ours.EtaLogitsWarper(torch.tensor([1.0])), "`eta` .* 1 in row 0"),
-        (lambda: ours.TopNSigmaLogitsWarper(torch.tensor([0.0])), "`top_n_sigma` .* 0 in row 0"),
+        (lambda: ours.MinPLogitsWarper(torch.tensor([-0.1])), "min_p .* -0.1 in row 0"),
+        (lambda: ours.TypicalLogitsWarper(torch.tensor([0.0])), "typical_p .* 0 in row 0"),
+        (lambda: ours.EpsilonLogitsWarper(torch.tensor([1.0])), "epsilon .* 1 in row 0"),
+        (lambda: ours.EtaLogitsWarper(torch.tensor([1.0])), "eta .* 1 in row 0"),
+        (lambda: ours.TopNSigmaLogitsWarper(torch.tensor([0.0])), "top_n_sigma .* 0 in row 0"),
         (lambda: ours.TopNSigmaLogitsWarper(0), "top_n_sigma"),
         (lambda: ours.TopNSigmaLogitsWarper(INF), "top_n_sigma"),
         (lambda: ours.TopNSigmaLogitsWarper("1"), "top_n_sigma"),
@@ -542,14 +542,16 @@ def test_a_bad_argument_is_named(make, argument):
 
 def test_values_that_don_t_fit_the_scores_are_refused():
     scores = torch.zeros(3, 5)
-    with pytest.raises(ValueError, match="`top_p` has 2 rows, but scores have 3"):
+    with pytest.raises(
+        ValueError, match="top_p must be a number, or have a value for each of the 3 rows of scores, got 2 values"
+    ):
         ours.TopPLogitsWarper(torch.tensor([0.5, 0.6]))(None, scores)
-    with pytest.raises(ValueError, match="`top_k` is on meta, but scores are on cpu"):
+    with pytest.raises(ValueError, match="top_k must be on cpu, as scores are, got meta"):
         truncate(scores, [Rule("top_k", torch.ones(3, dtype=torch.int32, device="meta"))])
     written = torch.tensor([0.5, 0.6, 0.7])
     processor = ours.TopPLogitsWarper(written)
     written[2] = 7.0
-    with pytest.raises(ValueError, match=r"`top_p` .* 7 in row 2"):
+    with pytest.raises(ValueError, match=r"top_p .* 7 in row 2"):
         processor(None, scores)
 
 

@@ -22,7 +22,7 @@ def kept(processed: torch.Tensor) -> list[set[int]]:
     in_place=st.booleans(),
 )
 def test_a_source_for_each_row(device, source, beams, extra, exclude, in_place):
-    processor = OnlyTokensFrom(source, extra, eos_token_id=[5, 6], exclude=exclude)
+    processor = OnlyTokensFrom(source, extra, eos_token_id=[5, 6], exclude=exclude, copies=beams)
     scores = torch.randn(len(source) * beams, 70, device=device)
     input_ids = torch.zeros(len(scores), 1, dtype=torch.int64, device=device)
     processed = processor.apply_(input_ids, scores.clone()) if in_place else processor(input_ids, scores)

@@ -39,19 +39,31 @@ class Watch(LogitsProcessor):
         return scores
 
 
-def show(model_name: str | None, device: str) -> None:
+def load(model_name: str) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        model_name: path or hub id of a causal language model with a chat template.
+
+    Raises:
+        OSError, ValueError: there is none of that name, or it is another kind of model.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    if tokenizer.chat_template is None:
+        raise ValueError("its tokenizer has no chat template")
+    return model, tokenizer
+
+
+def show(loaded: tuple[Any, Any] | None, device: str) -> None:
     """Run the demo on the terminal.
 
     Args:
-        model_name: path or hub id of a causal language model with a chat template; None trains a tiny one.
+        loaded: a model and its tokenizer; None trains tiny ones.
         device: where the model runs.
     """
     console = Console(highlight=False)
-    if model_name is None:
-        model, tokenizer = load_or_train(console=console)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model, tokenizer = load_or_train(console=console) if loaded is None else loaded
     model = model.to(device).eval()
 
     digits = TokenMask.matching(tokenizer, DIGITS)

@@ -10,8 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
-from fastlogits_kernels._backend import absence, lost_on, unsupported
+from fastlogits_kernels._backend import BACKEND, absence, lost_on, unsupported
 from fastlogits_kernels._triton import triton
+from fastlogits_kernels.draw import draw
+from fastlogits_kernels.truncate import Rule, reference_truncate
 
 import fastlogits as fl
 from fastlogits.inside.checking import check
@@ -51,6 +53,8 @@ def findings(device: torch.device) -> Iterator[Finding]:
 def path(device: torch.device) -> str:
     """Which code a call with scores on the device runs, and why."""
     if device.type != "cuda":
+        if BACKEND == "triton":
+            return f"none: FASTLOGITS_BACKEND is triton, and scores on {device.type} have no kernels; auto runs torch"
         return f"torch: the kernels are for CUDA, and scores on {device.type} take the torch code that they are held to"
     reason = absence() or unsupported(device)
     if reason is not None:
@@ -127,13 +131,11 @@ def _test_draw(device: torch.device) -> str | None:
     seeds = torch.arange(_B)
     made = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
     here = fl.sample(scores, seeds=seeds.to(device), positions=seeds.to(device), **made).tokens  # type: ignore[arg-type]
-    allowed = fl.LogitsProcessorList(
-        [fl.TemperatureLogitsWarper(0.7), fl.TopKLogitsWarper(50), fl.TopPLogitsWarper(0.9)]
-    )
-    kept = allowed(torch.zeros(_B, 1, dtype=torch.int64), scores.cpu())
+    # By the functions that the operations are held to: FASTLOGITS_BACKEND=triton has no other ones on the CPU.
+    kept = reference_truncate(scores.cpu() / 0.7, [Rule("top_k", 50), Rule("top_p", 0.9)])
     if not bool(kept.gather(1, here.cpu().unsqueeze(1)).isfinite().all()):
         return "a token was drawn that the truncations drop"
-    on_cpu = fl.sample(scores.cpu(), seeds=seeds, positions=seeds, **made).tokens  # type: ignore[arg-type]
+    on_cpu = draw(kept, seeds, seeds)
     if not torch.equal(here.cpu(), on_cpu):
         return f"drew {here.tolist()}, where the CPU draws {on_cpu.tolist()} from the same logits and seeds"
     greedy = fl.sample(scores, seeds=seeds.to(device), positions=seeds.to(device), temperature=0.0).tokens

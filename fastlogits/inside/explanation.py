@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from fastlogits.checks import is_integer, is_number
 from fastlogits.stages import Rows
 from fastlogits.step import Step
 
@@ -80,10 +81,13 @@ def explain(
     bandwidth: float | None = None,
 ) -> Explanation:
     """See ``Plan.explain``."""
-    if shape is not None and (len(shape) != 2 or min(shape) < 0):
+    is_shape = isinstance(shape, (tuple, list)) and len(shape) == 2
+    if shape is not None and not (is_shape and all(is_integer(size) and size >= 0 for size in shape)):
         raise ValueError(f"shape must be (batch, vocabulary), two integers of at least 0, got {shape!r}")
-    if bandwidth is not None and not bandwidth > 0:
-        raise ValueError(f"bandwidth must be bytes per second, more than 0, got {bandwidth!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be a dtype of torch, such as torch.float32, got {dtype!r}")
+    if bandwidth is not None and not (is_number(bandwidth) and 0 < bandwidth < float("inf")):
+        raise ValueError(f"bandwidth must be bytes per second, a finite number above 0, got {bandwidth!r}")
     steps, fused = plan.steps, [step for step in plan.steps if not step.is_barrier]
     count = sum(len(step.members) for step in steps)
     title = f"{_plural(count, 'processor')}, {_plural(len(fused), 'fused step')}"

@@ -3,38 +3,67 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlogits import causes
 from fastlogits.plan import Plan
 from fastlogits.processors.base import member_of
-from fastlogits.run import Run
 
 if TYPE_CHECKING:
-    from fastlogits.position import Index
     from fastlogits.stages import Member
 
 
-def fresh_members(processors: Any) -> list[Member]:
+def listed(processors: Any) -> list[Any]:
+    """The processors themselves, of a list of fastlogits or transformers, any iterable, or one processor.
+
+    Raises:
+        ValueError: a class or a list stands among them.
+        AttributeError: something else that can't be called.
+    """
+    return list(causes.checked_processors(processors if isinstance(processors, Iterable) else [processors]))
+
+
+def fresh_members(processors: Sequence[Any]) -> list[Member]:
     """Copies of some processors, so that one that carries a state from call to call keeps its own.
 
-    Args:
-        processors: a list of fastlogits or transformers, any iterable of processors, or one processor.
+    Raises:
+        CannotBeCopiedError: one of them can't be; the first such is named.
     """
-    listed = list(processors) if isinstance(processors, Iterable) else [processors]
-    return [member_of(_copied(processor)) for processor in listed]
+    return [member_of(_copied(number, processor)) for number, processor in enumerate(processors)]
+
+
+def copyable(processors: Sequence[Any]) -> tuple[int, str]:
+    """How many of the first processors can be copied, and why the one behind them can't."""
+    try:
+        fresh_members(processors)
+    except CannotBeCopiedError as error:
+        return error.number, error.reason
+    return len(processors), ""
+
+
+class CannotBeCopiedError(ValueError):
+    """A processor that can't be run without using it up.
+
+    Args:
+        number: place of the processor in the list, from 0.
+        name: its class name.
+        reason: why it can't be copied.
+    """
+
+    def __init__(self, number: int, name: str, reason: str) -> None:
+        self.number, self.reason = number, reason
+        super().__init__(
+            f"processors must be copyable, because copies of them run and they stay as they are, got {name} (number "
+            f"{number + 1}): {reason}. Leave it out, or give it a __deepcopy__"
+        )
 
 
 def single_plans(members: Iterable[Member]) -> list[Plan]:
     """A plan for each of them alone."""
     return [Plan.compile([member]) for member in members]
-
-
-def run_of(prompt_length: Index | None, cache_position: Index | None) -> Run | None:
-    """The run that the positions tell; None where they tell none."""
-    return None if prompt_length is None and cache_position is None else Run(prompt_length, cache_position)
 
 
 def checked_scores(scores: torch.Tensor) -> torch.Tensor:
@@ -43,12 +72,15 @@ def checked_scores(scores: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: they are of another shape or dtype.
     """
-    if scores.ndim != 2 or not scores.is_floating_point():
-        raise ValueError(f"scores must be floating-point of shape (B, V), got {scores.dtype} of {tuple(scores.shape)}")
+    wrong = causes.of_scores(scores)
+    if wrong is not None or scores.ndim != 2:
+        raise ValueError(
+            wrong or f"scores must be floating-point of shape (B, V), got {scores.dtype} of {tuple(scores.shape)}"
+        )
     return scores
 
 
-def _copied(processor: Any) -> Any:
+def _copied(number: int, processor: Any) -> Any:
     """A copy that shares what is large and isn't written: models."""
     shared: dict[int, Any] = {}
     for value in getattr(processor, "__dict__", {}).values():
@@ -57,5 +89,6 @@ def _copied(processor: Any) -> Any:
                 shared[id(each)] = each
     try:
         return copy.deepcopy(processor, shared)
-    except Exception:  # a lock, a file, a generator: what can't be copied is looked at as it is
-        return processor
+    except Exception as error:  # of a lock, a file, a generator, a matcher in C++
+        reason = f"it can't be copied ({type(error).__name__}: {error})"
+        raise CannotBeCopiedError(number, type(processor).__name__, reason) from error

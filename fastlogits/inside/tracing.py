@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlogits.inside.members import checked_scores, fresh_members, run_of, single_plans
+from fastlogits.checks import whole_number
+from fastlogits.inside.members import checked_scores, fresh_members, listed, single_plans
+from fastlogits.run import Run
 from fastlogits.token_text import token_texts
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class Trace(Sequence[Change]):
         return "\n".join(lines)
 
     def table(self) -> Table:
-        """The changes as a table of rich, which has to be installed."""
+        """The changes as a table of rich, which must be installed."""
         from rich.table import Table
         from rich.text import Text
 
@@ -116,13 +118,13 @@ class Trace(Sequence[Change]):
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
     def frame(self) -> DataFrame:
-        """The changes as a frame of pandas, which has to be installed: a row for each processor and row."""
+        """The changes as a frame of pandas, which must be installed: a row for each processor and row."""
         import pandas as pd
 
         return pd.DataFrame([vars(change) for change in self._changes])
 
     def plot(self, path: str | Path | None = None, row: int = 0) -> Figure:
-        """The changes as a figure of matplotlib, which has to be installed.
+        """The changes as a figure of matplotlib, which must be installed.
 
         Args:
             path: where to save it, as the ending says; None for nowhere.
@@ -133,7 +135,8 @@ class Trace(Sequence[Change]):
         """
         chosen = [change for change in self._changes if change.row == row]
         if not chosen:
-            raise ValueError(f"row must be a row that was traced, 0 to {max((c.row for c in self), default=-1)}: {row}")
+            most = max((change.row for change in self._changes), default=-1)
+            raise ValueError(f"row must be a row that was traced, 0 to {most}, got {row!r}")
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(12, 4), layout="constrained")
@@ -202,7 +205,10 @@ def trace(
         top: how many of the likeliest tokens to note, at least 1.
 
     Raises:
-        ValueError: scores that are no logits ``(B, V)``; ``top`` below 1; what a processor raises.
+        ValueError: scores that are no logits ``(B, V)``; ``top`` below 1; a class or a list among the processors; a
+            processor that can't be copied, and so would be used up; or what a processor raises.
+        AttributeError: something that is no processor among them.
+        TypeError: a tokenizer that is none, such as its name.
 
     Example:
         >>> from fastlogits import TopKLogitsWarper
@@ -210,11 +216,10 @@ def trace(
         >>> changes[0].removed, changes[0].left, round(changes[0].kept_mass, 2)
         (1, 2, 0.91)
     """
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
-    members = fresh_members(processors)
+    top = whole_number("top", top, 1)
+    members = fresh_members(listed(processors))
     texts = None if tokenizer is None else _named(tokenizer)
-    run = run_of(prompt_length, cache_position)
+    run = Run.of(prompt_length, cache_position)
     start = before = _Candidates(checked_scores(scores))
     changes: list[Change] = []
     for number, (member, plan) in enumerate(zip(members, single_plans(members), strict=True)):
@@ -277,5 +282,6 @@ def _short(name: str) -> str:
 
 def _named(tokenizer: Any) -> list[str | None]:
     """The text of each token, of special ones their name."""
+    texts = token_texts(tokenizer)
     names: dict[int, str] = {token: name for name, token in tokenizer.get_vocab().items()}
-    return [names.get(token) if text is None else text for token, text in enumerate(token_texts(tokenizer))]
+    return [names.get(token) if text is None else text for token, text in enumerate(texts)]

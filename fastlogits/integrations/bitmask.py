@@ -50,6 +50,9 @@ def apply_token_bitmask_inplace(
         >>> logits.tolist()
         [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -inf, -inf]]
     """
+    for argument, given in (("logits", logits), ("bitmask", bitmask)):
+        if not isinstance(given, torch.Tensor):
+            raise ValueError(f"{argument} must be a tensor, got {type(given).__name__}")
     if logits.dtype not in _DTYPES or logits.ndim not in (1, 2):
         raise ValueError(
             f"logits must be float32, float16 or bfloat16 of shape (B, V) or (V,), got {logits.dtype} of "
@@ -61,7 +64,7 @@ def apply_token_bitmask_inplace(
         )
     if bitmask.device != logits.device:
         raise ValueError(
-            f"bitmask is on {bitmask.device}, but logits are on {logits.device}; move it with "
+            f"bitmask must be on {logits.device}, where the logits are, got it on {bitmask.device}: move it with "
             "bitmask.to(logits.device, non_blocking=True)"
         )
     logits = logits if logits.ndim == 2 else logits.unsqueeze(0)
@@ -89,7 +92,8 @@ def apply_token_bitmask_inplace(
             chosen = rows = _index("indices (which bitmask has to have too)", rows, 0, M)
         elif B > M:
             raise ValueError(
-                f"bitmask has {M} rows, but logits have {B}; say with indices or mask_rows which rows belong together"
+                f"bitmask must have a row for each of {B} rows of logits, got {M}: say with indices or mask_rows which "
+                "rows belong together"
             )
         else:
             chosen = None
@@ -106,11 +110,19 @@ def apply_token_bitmask_inplace(
 
 def _index(argument: str, index: Sequence[int] | torch.Tensor, first: int, stop: int) -> torch.Tensor:
     """Row numbers as a contiguous integer tensor, checked where that needs no wait."""
-    made = index if isinstance(index, torch.Tensor) else torch.tensor(index, dtype=torch.int64)
+    if isinstance(index, torch.Tensor):
+        made = index
+    else:
+        # In the dtype that it has: fractions and truth values are no row numbers.
+        made = torch.tensor(index) if len(index) else torch.zeros(0, dtype=torch.int64)
     if made.ndim != 1 or made.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{argument} must be integers of shape (E,), got {made.dtype} of {tuple(made.shape)}")
     if made.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = [row for row in made.tolist() if not first <= row < stop]
+        known = made.tolist()
+        wrong = [row for row in known if not first <= row < stop]
         if wrong:
             raise ValueError(f"{argument} must be rows from {first} to {stop - 1}, got {wrong[0]}")
+        if argument == "indices" and len(set(known)) < len(known):
+            twice = next(row for row in known if known.count(row) > 1)
+            raise ValueError(f"{argument} must be different rows, got {twice} twice: combine its masks with &")
     return made.contiguous()

@@ -1,6 +1,6 @@
 r"""Logits processors that travel to an SGLang server with a request, and a sampling backend for it.
 
-A processor is sent by name, so fastlogits has to be installed where the server runs, which is started with
+A processor is sent by name, so fastlogits must be installed where the server runs, which is started with
 ``--enable-custom-logit-processor``:
 
     {"custom_logit_processor": FastLogitsProcessor.to_str(),
@@ -15,25 +15,59 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fastlogits.integrations.steering import CUTS, EDITS, Live, LiveBatch, logger, read_wishes, say_once
+from fastlogits.integrations.steering import (
+    CUTS,
+    EDITS,
+    Live,
+    LiveBatch,
+    read_wishes,
+    say_left_out,
+    say_once,
+    without_text,
+)
 
 if TYPE_CHECKING:
     from fastlogits.sampling import Sampler
 
 _KEY = "fastlogits"
+_THEIRS = "sglang.srt.sampling.custom_logit_processor"
+
+
+class _WithoutSGLang:
+    """What stands in for SGLang's class where that can't be imported: requests can be made there, but for one call."""
+
+    @classmethod
+    def to_str(cls) -> str:
+        """What SGLang's class has for sending a processor with a request.
+
+        Raises:
+            ImportError: always: the form of the text is SGLang's.
+        """
+        try:
+            import_module(_THEIRS)
+        except ImportError as error:
+            raise ImportError(
+                f"{cls.__name__}.to_str() must be called where SGLang is installed, whose form the text has, got: "
+                f"{error}. Install it with `pip install sglang`, or make the text where the server runs and send that"
+            ) from error
+        raise ImportError(
+            f"{cls.__name__}.to_str() must be called where SGLang was installed before {__name__} was imported: "
+            "start Python again"
+        )
 
 
 def _interface() -> tuple[type, ...]:
     """SGLang's class of logits processors, where SGLang is installed."""
     with suppress(ImportError):
-        return (import_module("sglang.srt.sampling.custom_logit_processor").CustomLogitProcessor,)
-    return ()
+        return (import_module(_THEIRS).CustomLogitProcessor,)
+    return (_WithoutSGLang,)
 
 
 class FastLogitsProcessor(*_interface()):  # type: ignore[misc]
@@ -45,10 +79,14 @@ class FastLogitsProcessor(*_interface()):  # type: ignore[misc]
     and ``eta`` at the request's temperature. They act before SGLang's penalties, temperature and truncations.
 
     The tokens so far are read from the request, at each call, so a step that is processed twice gives the same twice.
-    SGLang overlaps steps: then the newest token is not there yet. Requests that depend on it are left alone, and an
-    error is logged, unless the server is started with ``--disable-overlap-schedule``, or with
+    SGLang overlaps steps: then the newest token is not there yet. Options that depend on it are left out, and an error
+    is logged, unless the server is started with ``--disable-overlap-schedule``, or with
     ``SGLANG_ENABLE_DELAY_SAMPLE=1``, which goes on overlapping all but the sampling. The rows of draft tokens that some
     speculative decoding makes of a request are left alone but for the first.
+
+    ``params`` refuses what is out of range. What only the server sees (an id outside the vocabulary, forced tokens
+    beside a grammar, which may forbid them) can't be refused there: the other options are honoured, and one warning
+    names what isn't.
     """
 
     names: ClassVar[tuple[str, ...]] = EDITS + CUTS
@@ -145,20 +183,25 @@ class _Requests:
         asked = given.get(_KEY)
         if asked is None:
             return None
-        try:
-            wishes = read_wishes(asked, names, f"custom_params[{_KEY!r}]", temperature)
-        except ValueError as error:
-            # Whoever else is in the batch must not suffer, and here nobody hears an exception.
-            logger.error("a request is not steered: %s", error)
+        left_out: list[str] = []
+        where = f"custom_params[{_KEY!r}]"
+        wishes = read_wishes(asked, names, where, temperature, self.live.vocab_size, left_out.append)
+        if wishes.edits.forced_tokens and _has_grammar(sampling):
+            left_out.append(f"{where}: forced_tokens must be left out beside a grammar, which may forbid them")
+            wishes = wishes._replace(edits=replace(wishes.edits, forced_tokens=()))
+        # Whoever else is in the batch must not suffer, and here nobody hears an exception.
+        say_left_out(left_out)
+        edits, hidden = without_text(wishes.edits, counted=False)
+        if request is not None and hidden and _overlaps():
+            say_once(
+                f"{', '.join(hidden)} of requests are not honoured: SGLang samples before the token of the last step "
+                "is known; start it with --disable-overlap-schedule, or with SGLANG_ENABLE_DELAY_SAMPLE=1"
+            )
+            wishes = wishes._replace(edits=edits)
+        if wishes.is_nothing:
             return None
         if request is None:
             return Live(wishes, (), ())
-        if wishes.looks_back and _overlaps():
-            say_once(
-                "requests are not steered: SGLang samples before the token of the last step is known; start it with "
-                "--disable-overlap-schedule, or with SGLANG_ENABLE_DELAY_SAMPLE=1"
-            )
-            return None
         prompt = getattr(request, "origin_input_ids_unpadded", None) or request.origin_input_ids
         return Live(wishes, prompt, request.output_ids)
 
@@ -166,6 +209,11 @@ class _Requests:
         """Forget requests that hold no slot; one that is still running is read again."""
         holding = {rid: known for rid, known in self._known.items() if known[1] and known[1].slot is not None}
         self._known = holding
+
+
+def _has_grammar(sampling: Any) -> bool:
+    """Whether a request's parameters ask for a grammar."""
+    return any(getattr(sampling, name, None) for name in ("json_schema", "regex", "ebnf", "structural_tag"))
 
 
 @lru_cache

@@ -1,6 +1,6 @@
 r"""A logits processor for vLLM, of both its interfaces: requests ask for what vLLM lacks.
 
-Installed with fastlogits as an entry point of vLLM, so nothing has to be said when the engine starts. It does nothing,
+Installed with fastlogits as an entry point of vLLM, so the engine needs no option when it starts. It does nothing,
 and takes no memory, until a request asks for something:
 
     SamplingParams(temperature=0.7, extra_args={"fastlogits": {"no_repeat_ngram_size": 3}})
@@ -12,21 +12,19 @@ Over HTTP, whose extra arguments hold text and numbers only, the value is the sa
 
 from __future__ import annotations
 
-import logging
 import sys
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 if TYPE_CHECKING:
-    from fastlogits.integrations.steering import Live, LiveBatch, Wishes
+    from fastlogits.integrations.steering import Live, LiveBatch, Refuse, Wishes
     from fastlogits.serving import BatchProcessor
-
-logger = logging.getLogger(__name__)
 
 # vLLM takes lower temperatures for greedy decoding.
 _GREEDY = 1e-5
@@ -50,12 +48,15 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
     ``banned_token_ids``, ``bad_words`` (as token ids), ``no_repeat_ngram_size``, ``dry_multiplier``, ``dry_base``,
     ``dry_allowed_length``, ``dry_breakers``, ``first_tokens_suppressed``, ``first_window``, ``forced_tokens``,
     ``top_n_sigma``, and ``typical_p``, ``epsilon`` and ``eta`` at the request's temperature. They act on the logits
-    before vLLM's temperature, min-p, top-k and top-p. What vLLM has an argument for is refused here, so that nothing
-    is applied twice. Values out of range are refused when the request comes in.
+    before vLLM's temperature, min-p, top-k and top-p. In vLLM's newer runner they see penalties applied already, in its
+    older one penalties come after them; bans, bias and bad words of vLLM's own come before them in both. What vLLM has
+    an argument for is refused here, so that nothing is applied twice. Values out of range and token ids outside the
+    vocabulary are refused when the request comes in. Should a running request have an option that can't be honoured,
+    the others are, and a warning names it.
 
     vLLM's older runner calls ``update_state`` and ``apply(logits)``, its newer one ``add_request``,
     ``apply_staged_writes`` and ``apply(logits, context)``, also with the rows of speculative decoding. With speculative
-    decoding the older runner loads no logits processors at all.
+    decoding the older runner loads no logits processors at all, so requests that ask for something are refused there.
     """
 
     _instances: ClassVar[weakref.WeakSet[FastLogitsProcessor]] = weakref.WeakSet()
@@ -65,9 +66,18 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
         """Check what a request asks for, where it comes in.
 
         Raises:
-            ValueError: see ``read_wishes``; or forced tokens beside a grammar, which may forbid them.
+            ValueError: see ``read_wishes``; forced tokens beside a grammar, which may forbid them; or the older runner
+                with speculative decoding.
         """
-        _wishes(sampling_params)
+        if (sampling_params.extra_args or {}).get("fastlogits") is None:
+            return
+        config = _config_of_caller()
+        if config is not None and config.speculative_config is not None and not _is_newer(config):
+            raise ValueError(
+                f"{_WHERE} must be left out with speculative decoding, for which vLLM's older runner loads no logits "
+                "processors: start the engine with VLLM_USE_V2_MODEL_RUNNER=1, or without speculative decoding"
+            )
+        _wishes(sampling_params, None if config is None else config.model_config.get_vocab_size())
 
     def __init__(self, vllm_config: Any, place: Any, is_pin_memory: bool | None = None) -> None:
         # The older runner gives a device and whether memory is pinned, the newer one the state of its requests.
@@ -108,18 +118,61 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
         return self._older.apply(logits)
 
 
-def _wishes(sampling_params: Any) -> Wishes | None:
+_WHERE = "extra_args['fastlogits']"
+
+
+def _config_of_caller() -> Any:
+    """The configuration of the engine that checks a request; None for a caller that has none.
+
+    vLLM hands it to no processor where requests come in, but the object that calls them there holds it.
+    """
+    frame = sys._getframe(2)
+    for _ in range(_CALLERS):
+        config = getattr(frame.f_locals.get("self"), "vllm_config", None)
+        if config is not None:
+            return config
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
+
+
+# Of vLLM's calls between its input processor and a logits processor there are two.
+_CALLERS = 4
+
+
+def _is_newer(config: Any) -> bool:
+    return bool(getattr(config, "use_v2_model_runner", False))
+
+
+def _wishes(sampling_params: Any, vocab_size: int | None, refuse: Refuse | None = None) -> Wishes | None:
     """What a request asks for; None where that is nothing."""
     given = (sampling_params.extra_args or {}).get("fastlogits")
     if given is None:
         return None
     from fastlogits.integrations.steering import CUTS, EDITS, read_wishes
 
-    where, temperature = "extra_args['fastlogits']", sampling_params.temperature
-    wishes = read_wishes(given, EDITS + CUTS, where, temperature if temperature >= _GREEDY else 0.0)
+    temperature = sampling_params.temperature if sampling_params.temperature >= _GREEDY else 0.0
+    wishes = read_wishes(given, EDITS + CUTS, _WHERE, temperature, vocab_size, refuse)
     if wishes.edits.forced_tokens and getattr(sampling_params, "structured_outputs", None) is not None:
-        raise ValueError(f"{where}: forced_tokens don't go with structured outputs, whose grammar may forbid them")
+        message = f"{_WHERE}: forced_tokens must be left out beside structured outputs, whose grammar may forbid them"
+        if refuse is None:
+            raise ValueError(message)
+        refuse(message)
+        wishes = wishes._replace(edits=replace(wishes.edits, forced_tokens=()))
     return wishes
+
+
+def _running(sampling_params: Any, vocab_size: int | None) -> Wishes | None:
+    """The same in an engine's worker: what can't be honoured is logged, since whoever else runs must not suffer."""
+    left_out: list[str] = []
+    wishes = _wishes(sampling_params, vocab_size, left_out.append)
+    if wishes is None:
+        return None
+    from fastlogits.integrations.steering import say_left_out
+
+    say_left_out(left_out)
+    return None if wishes.is_nothing else wishes
 
 
 def _keep_outputs(batch: Any) -> None:
@@ -149,7 +202,7 @@ class _OlderRunner:
             self._let_go(index)
         for index, sampling_params, prompt, outputs in changes.added:
             self._let_go(index)
-            wishes = _wishes(sampling_params)
+            wishes = _running(sampling_params, None)
             if wishes is not None:
                 from fastlogits.integrations.steering import Live
 
@@ -188,7 +241,7 @@ class _NewerRunner:
         self._tables: _Tables | None = None
 
     def add(self, slot: int, sampling_params: Any) -> bool:
-        wishes = _wishes(sampling_params)
+        wishes = _running(sampling_params, self._states.vocab_size)
         if slot in self._wishes:
             del self._wishes[slot]
             self._new.append(slot)
@@ -250,13 +303,8 @@ class _Tables:
         if wishes is None:
             return
         self._prompts[slot].fill_(prompt_length)
-        try:
-            self._batch.add(wishes.edits, slot=slot)
-            self._cutter.put(slot, wishes.cuts)
-        except ValueError as error:
-            # Whoever else is in the batch must not suffer for what could not be checked before.
-            logger.error("a request is not steered: %s", error)
-            return
+        self._batch.add(wishes.edits, slot=slot)
+        self._cutter.put(slot, wishes.cuts)
         self._slots[: 1 + (wishes.cuts is not None), slot].fill_(slot)
 
     def apply_(self, logits: torch.Tensor, context: Any) -> None:
@@ -265,4 +313,4 @@ class _Tables:
             logits, slots[0], context.pos, draft_ids=context.input_ids, local_position=context.expanded_local_pos
         )
         if len(self._cutter):
-            self._cutter.cut_(logits, slots[1])
+            self._cutter.cut_(logits, slots[1], context.pos)

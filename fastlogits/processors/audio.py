@@ -15,6 +15,7 @@ from transformers.generation.logits_process import WhisperTimeStampLogitsProcess
 
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.processors.guidance import conditional_and_not
+from fastlogits.rows import check_rows
 from fastlogits.stages import Rows
 
 _INF = float("inf")
@@ -51,6 +52,7 @@ class WhisperTimeStampLogitsProcessor(StagedProcessor, _WhisperTimeStamp):
         return Rows("mask", function, f"timestamps from token {self.timestamp_begin} on, in pairs and in order")
 
     def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_rows("WhisperTimeStampLogitsProcessor", input_ids, scores)
         first = self.timestamp_begin
         out = scores.clone()
         out[:, self.no_timestamps_token_id] = -_INF

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import count
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
@@ -16,6 +16,7 @@ from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
+from fastlogits.causes import checked_processors
 from fastlogits.compilers import constant
 from fastlogits.plan import Barrier, Plan
 from fastlogits.run import Run
@@ -51,18 +52,23 @@ _changes = count()
 
 
 class RunProcessor(LogitsProcessor):
-    """A plan at work in one run: a processor of two parameters for any list, to be dropped with its run."""
+    """A processor, or a list of them, in one run: of two parameters for any list, to be dropped with its run.
 
-    def __init__(self, plan: Plan, run: Run) -> None:
-        self._plan, self._run = plan, run
+    Args:
+        planned: the processor or the list; its plan is asked for at each call, since attributes of it may be set.
+        run: the run.
+    """
+
+    def __init__(self, planned: _HasPlan, run: Run) -> None:
+        self._planned, self._run = planned, run
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Processed scores ``[B, V]``, see ``StagedProcessor``."""
-        return self._plan(input_ids, scores, self._run)
+        return self._planned.plan(input_ids, scores, self._run)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place."""
-        return self._plan(input_ids, scores, self._run, in_place=True)
+        return self._planned.plan(input_ids, scores, self._run, in_place=True)
 
     def explain(
         self,
@@ -71,7 +77,15 @@ class RunProcessor(LogitsProcessor):
         bandwidth: float | None = None,
     ) -> Explanation:
         """The plan for people, see ``Plan.explain``."""
-        return self._plan.explain(shape, dtype, bandwidth)
+        return self._planned.plan.explain(shape, dtype, bandwidth)
+
+
+class _HasPlan(Protocol):
+    """What a run can be made of."""
+
+    @property
+    def plan(self) -> Plan:
+        """The compiled plan, as it is now."""
 
 
 class _Planned:
@@ -87,15 +101,17 @@ class _Planned:
 
         Args:
             prompt_length: number of tokens of the run's prompt, padding included: an integer, or an integer tensor
-                ``()`` or ``(B,)`` on the device of the scores, which is then read there at each call. None takes
-                the length of the first ``input_ids`` that the processor is called with.
+                ``()`` or ``(B,)`` on the device of the scores, which is then read there at each call. None, without
+                ``cache_position``, takes the length of the first ``input_ids`` that the processor is called with.
             cache_position: index of the token whose logits are processed, of the same forms. None takes it from
-                the length of ``input_ids`` at each call.
+                the length of ``input_ids`` at each call. By itself it doesn't say where the run starts: what asks
+                for the step then raises a ValueError when it is called.
 
         Raises:
             ValueError: not an integer or integer tensor, or out of range.
         """
-        return RunProcessor(self.plan, Run(prompt_length, cache_position))
+        _ = self.plan  # what can't be compiled raises here
+        return RunProcessor(self, Run(prompt_length, cache_position))
 
     def explain(
         self,
@@ -149,9 +165,11 @@ class StagedProcessor(_Planned, LogitsProcessor):
     @property
     def plan(self) -> Plan:
         """The compiled plan of this processor alone."""
-        self._make_plan(_revision(self))
-        plan = self._plan
-        assert plan is not None
+        plan = None if torch.compiler.is_compiling() else self._plan
+        if plan is None:
+            self._make_plan(_revision(self))
+            plan = self._plan
+            assert plan is not None
         return plan
 
     @constant
@@ -173,8 +191,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
             ValueError: scores of another shape or dtype; tensors on different devices; a token id or mask that
                 doesn't fit the vocabulary; or a first-step processor that can't know where the run starts.
         """
-        plan = None if torch.compiler.is_compiling() else self._plan
-        return (plan or self.plan)(input_ids, scores)
+        return self.plan(input_ids, scores)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place; returns ``scores``."""
@@ -206,6 +223,22 @@ class LogitsProcessorList(_Planned, _TransformersList):
 
     _planned: tuple[tuple[int, ...], tuple[Any, ...], Plan, list[Any]] | None = None
 
+    def __init__(self, iterable: Iterable[Any] = (), /) -> None:
+        """Make a list of some processors.
+
+        Raises:
+            TypeError: they can't be iterated over, as one processor that isn't in a list.
+        """
+        try:
+            super().__init__(iterable)
+        except TypeError as error:
+            if isinstance(iterable, Iterable):
+                raise
+            name = type(iterable).__name__
+            raise TypeError(
+                f"processors must be a list of processors, got {name}: put it into one, [{name}(...)]"
+            ) from error
+
     @property
     def plan(self) -> Plan:
         """The compiled plan of the processors that the list holds now."""
@@ -231,7 +264,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
     def _make_plan(self, ids: tuple[int, ...], revisions: tuple[Any, ...]) -> None:
         if self._planned is None or self._planned[:2] != (ids, revisions):
             processors = list(super().__iter__())
-            plan = Plan.compile(map(self._member_of, processors))
+            plan = Plan.compile(map(self._member_of, checked_processors(processors)))
             # What has these ids is kept, so that nothing else gets them.
             values = [list(getattr(processor, "__dict__", {}).values()) for processor in processors]
             self._planned = (ids, revisions, plan, [processors, values])
@@ -257,11 +290,10 @@ class LogitsProcessorList(_Planned, _TransformersList):
         Raises:
             ValueError: see ``StagedProcessor``; or an argument that a processor asks for is missing.
         """
-        run = None if prompt_length is None else Run(prompt_length, cache_position)
-        if prompt_length is not None:
-            kwargs["prompt_length"] = prompt_length
-        if cache_position is not None:
-            kwargs["cache_position"] = cache_position
+        run = None
+        if prompt_length is not None or cache_position is not None:
+            run = Run.of(prompt_length, cache_position)
+            kwargs |= positions_for_others(prompt_length, cache_position)
         return self.plan(input_ids, scores, run, kwargs)
 
     def apply_(
@@ -271,14 +303,25 @@ class LogitsProcessorList(_Planned, _TransformersList):
         *,
         prompt_length: Index | None = None,
         cache_position: Index | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """The same in place; returns ``scores``, whose dtype the result is rounded to where it is another.
+
+        Args:
+            input_ids: see ``__call__``, as all that follow.
+            scores: logits ``(B, V)``, which are overwritten.
+            prompt_length: number of tokens of the run's prompt.
+            cache_position: index of the newest token.
+            **kwargs: what processors with more than two parameters ask for.
 
         Raises:
             ValueError: see ``__call__``; or the result is of another shape.
         """
-        run = None if prompt_length is None else Run(prompt_length, cache_position)
-        return self.plan(input_ids, scores, run, in_place=True)
+        run = None
+        if prompt_length is not None or cache_position is not None:
+            run = Run.of(prompt_length, cache_position)
+            kwargs |= positions_for_others(prompt_length, cache_position)
+        return self.plan(input_ids, scores, run, kwargs, in_place=True)
 
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
@@ -287,7 +330,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
         return iter(super().__iter__())
 
     def _for_generate(self, merging: dict[str, Any]) -> Iterator[Any]:
-        """The processors of one run: a fresh one for each fused step, what fastlogits doesn't know as it is.
+        """The processors of one run: one for all between two that fastlogits doesn't know, and these as they are.
 
         ``generate`` drops each processor of its own that it finds in the list too, by its exact type: those are
         handed to it as transformers' own, and once.
@@ -302,18 +345,43 @@ class LogitsProcessorList(_Planned, _TransformersList):
                     yield processor if type(processor) is twin else as_theirs(processor, twin)
             else:
                 rest.append(processor)
-        plan = self.plan if len(rest) == len(self) else Plan.compile(map(self._member_of, rest))
-        for step in plan.steps:
-            if isinstance(step, Barrier):
-                yield step.processor
-            else:
-                yield RunProcessor(Plan([step]), Run())  # the launch and its tables serve all runs
+        same = LogitsProcessorList(rest)
+        if len(rest) == len(self):
+            _ = self.plan
+            same._planned = self._planned  # the launches and their tables serve all runs
+        for number, part in enumerate(same.plan.parts):
+            yield part.processor if isinstance(part, Barrier) else RunProcessor(_Part(same, number), Run())
 
     def _member_of(self, processor: Any) -> Member:
         return member_of(processor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_planned"}
+
+
+class _Part:
+    """What stands between two barriers of a list.
+
+    Args:
+        processors: the list.
+        number: which of the parts of its plan it is.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, number: int) -> None:
+        self._processors, self._number = processors, number
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the part, as the processors are now."""
+        part = self._processors.plan.parts[self._number]
+        assert isinstance(part, Plan)
+        return part
+
+
+def positions_for_others(prompt_length: Index | None, cache_position: Index | None) -> dict[str, Any]:
+    """What a call tells of its position, for processors with more than two parameters."""
+    told = {"prompt_length": prompt_length, "cache_position": cache_position}
+    return {name: index for name, index in told.items() if index is not None}
 
 
 def _assembles(frame: FrameType) -> bool:
@@ -346,6 +414,8 @@ def _revision(processor: Any) -> Any:
     """Something that changes when an attribute of the processor is set."""
     if isinstance(processor, StagedProcessor):
         return processor._revision
+    if isinstance(processor, RunProcessor):  # what it runs may be planned for itself, as if it stood here
+        return _revision(processor._planned)
     return tuple([id(value) for value in getattr(processor, "__dict__", {}).values()])
 
 
@@ -354,6 +424,8 @@ _GUARDED = (str, list, tuple, dict, type(None))
 
 def _traced_revision(processor: Any, attributes: tuple[tuple[str, float | None], ...]) -> Any:
     """What ``torch.compile`` has to guard; not every version lists attributes, or knows the identity of each value."""
+    if isinstance(processor, RunProcessor):
+        processor = processor._planned
     if isinstance(processor, StagedProcessor):
         return processor._revision
     made: list[Any] = []

@@ -10,6 +10,7 @@ from fastlogits_kernels._triton import to_device
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor as _PrefixConstrained
 
 from fastlogits.processors.base import StagedProcessor
+from fastlogits.rows import check_rows
 from fastlogits.stages import Rows
 
 
@@ -28,7 +29,8 @@ class PrefixConstrainedLogitsProcessor(StagedProcessor, _PrefixConstrained):
         num_beams: beams of a sequence, neighbouring rows.
 
     Raises:
-        ValueError: on a call, the function returned no token at all.
+        ValueError: on a call, the function returned no token at all; ``input_ids`` of other rows than the scores, or
+            rows that are no multiple of the beams.
 
     Source: De Cao et al., Autoregressive Entity Retrieval, 2020 (arXiv 2010.00904).
 
@@ -45,7 +47,10 @@ class PrefixConstrainedLogitsProcessor(StagedProcessor, _PrefixConstrained):
         return Rows("mask", function, f"allow what a function names for each prefix, {self._num_beams} beams")
 
     def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_rows("PrefixConstrainedLogitsProcessor", input_ids, scores)
         beams = self._num_beams
+        if scores.shape[0] % beams:
+            raise ValueError(f"scores must have a multiple of num_beams={beams} rows, got {scores.shape[0]}")
         batch = input_ids.shape[0] // beams
         mask = torch.full_like(scores, -float("inf"))
         allowed: list[torch.Tensor] = []

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from fastlogits.checks import finite_number, whole_number
 from fastlogits.processors.base import StagedProcessor
+from fastlogits.rows import check_rows
 from fastlogits.stages import Rows
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
 
@@ -35,7 +36,8 @@ class DRYLogitsProcessor(StagedProcessor):
         range_: how many of the last tokens are looked at, an integer of at least 0; 0 for all.
 
     Raises:
-        ValueError: an argument out of range; on a call, a breaker outside the vocabulary.
+        ValueError: an argument out of range; on a call, a breaker outside the vocabulary, or ``input_ids`` of other
+            rows than the scores.
 
     Example:
         >>> processor = DRYLogitsProcessor(1.0, base=2.0)
@@ -55,19 +57,15 @@ class DRYLogitsProcessor(StagedProcessor):
         sequence_breakers: TokenMask | Iterable[int] | torch.Tensor = (),
         range_: int = 0,
     ) -> None:
-        finite_number("multiplier", multiplier, 0)
-        finite_number("base", base, 1)
-        whole_number("allowed_length", allowed_length)
-        whole_number("range_", range_)
+        self.multiplier = float(finite_number("multiplier", multiplier, 0))
+        self.base = float(finite_number("base", base, 1))
+        self.allowed_length = whole_number("allowed_length", allowed_length)
+        self.sequence_breakers = checked_set("sequence_breakers", sequence_breakers)
+        self.range_ = whole_number("range_", range_)
         try:
-            float(base) ** _LONGEST
+            self.base**_LONGEST
         except OverflowError:
             raise ValueError(f"base must have a finite {_LONGEST}th power, got {base!r}") from None
-        self.multiplier = float(multiplier)
-        self.base = float(base)
-        self.allowed_length = allowed_length
-        self.sequence_breakers = checked_set("sequence_breakers", sequence_breakers)
-        self.range_ = range_
 
     def stage(self) -> Rows:
         """A bias that the history makes."""
@@ -95,8 +93,9 @@ class _Repetitions:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         V = scores.shape[1]
-        ids = input_ids[:, -self._range :]
+        ids = input_ids[:, -min(self._range, input_ids.shape[1]) :]
         L = ids.shape[1]
+        check_rows("DRYLogitsProcessor", input_ids, scores)
         if L < 2:
             return scores
         wide = torch.promote_types(scores.dtype, torch.float32)

@@ -49,9 +49,8 @@ class SuppressFirstTokens(StagedProcessor):
         *,
         blank: TokenMask | Iterable[int] | torch.Tensor | None = None,
     ) -> None:
-        whole_number("window", window, 1)
         self.tokens = checked_set(self._argument, mask_or_ids)
-        self.window = window
+        self.window = whole_number("window", window, 1)
         self.blank = None if blank is None else checked_set("blank", blank)
         if not len(self.tokens):
             warnings.warn(f"{self._argument} is empty: {type(self).__name__} does nothing", stacklevel=2)

@@ -32,7 +32,7 @@ class RepetitionPenaltyLogitsProcessor(StagedProcessor, theirs.RepetitionPenalty
     def stage(self) -> Penalize:
         """A penalty on the history."""
         ignore = getattr(self, "prompt_ignore_length", None)
-        return Penalize(History("all", 0 if ignore is None else ignore), self.penalty)
+        return Penalize(History("all", 0 if ignore is None else ignore), float(self.penalty))
 
 
 class EncoderRepetitionPenaltyLogitsProcessor(StagedProcessor, theirs.EncoderRepetitionPenaltyLogitsProcessor):
@@ -54,7 +54,7 @@ class EncoderRepetitionPenaltyLogitsProcessor(StagedProcessor, theirs.EncoderRep
 
     def stage(self) -> Penalize:
         """A penalty on another text."""
-        return Penalize(Given(self.encoder_input_ids), self.penalty)
+        return Penalize(Given(self.encoder_input_ids), float(self.penalty))
 
 
 class _OutputPenalty(StagedProcessor):

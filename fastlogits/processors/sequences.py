@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 import transformers
 from transformers.generation import logits_process as theirs
 
+from fastlogits.checks import is_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Ban, Given, Repeated, SequenceBias
 from fastlogits.token_mask import checked_ids
@@ -49,10 +52,10 @@ class EncoderNoRepeatNGramLogitsProcessor(StagedProcessor, theirs.EncoderNoRepea
     """
 
     def __init__(self, encoder_ngram_size: int, encoder_input_ids: torch.Tensor) -> None:
-        # The dictionaries of n-grams, which transformers makes from the ids, are never made.
         super().__init__(encoder_ngram_size, encoder_input_ids.new_empty(1, 0))
         self.encoder_input_ids = encoder_input_ids.reshape(-1, encoder_input_ids.shape[-1])
         self.batch_size = self.encoder_input_ids.shape[0]
+        self.generated_ngrams = _NGrams(encoder_ngram_size, self.encoder_input_ids)
 
     def stage(self) -> Ban:
         """A mask that the history makes, given another text."""
@@ -66,6 +69,34 @@ class EncoderNoRepeatNGramLogitsProcessor(StagedProcessor, theirs.EncoderNoRepea
                 [torch.tensor(text, dtype=torch.int64) for text in texts], batch_first=True, padding_value=-1
             )
         return Ban(Repeated(self.ngram_size, Given(ids)))
+
+
+class _NGrams(Sequence[Any]):
+    """The n-grams of each row of some ids, which transformers' own call reads, made when somebody asks for them.
+
+    Args:
+        size: tokens of an n-gram.
+        ids: integer ``(R, L)``.
+    """
+
+    def __init__(self, size: int, ids: torch.Tensor) -> None:
+        self._size, self._ids = size, ids
+
+    @cached_property
+    def _made(self) -> list[dict[tuple[int, ...], list[int]]]:
+        made: list[dict[tuple[int, ...], list[int]]] = []
+        for row in self._ids.tolist():
+            known: dict[tuple[int, ...], list[int]] = {}
+            for last in range(self._size - 1, len(row)):
+                known.setdefault(tuple(row[last - self._size + 1 : last]), []).append(row[last])
+            made.append(known)
+        return made
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._made[row]
+
+    def __len__(self) -> int:
+        return self._ids.shape[0]
 
 
 class SequenceBiasLogitsProcessor(StagedProcessor, theirs.SequenceBiasLogitsProcessor):
@@ -136,7 +167,7 @@ class LogitBiasLogitsProcessor(StagedProcessor):
             raise ValueError(f"logit_bias must be a mapping from token ids to numbers, got {logit_bias!r}")
         ids = checked_ids("logit_bias", [_as_id(token) for token in logit_bias])
         for value in logit_bias.values():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value < float("inf"):
+            if not (is_number(value) and value < float("inf")):
                 raise ValueError(f"logit_bias must have numbers below inf as values, got {value!r}")
         self.logit_bias = dict(zip(ids, map(float, logit_bias.values()), strict=True))
 

@@ -16,6 +16,7 @@ import torch
 from fastlogits_kernels.truncate import Rule, RuleKind, check_row_values
 from transformers.generation import logits_process as theirs
 
+from fastlogits.checks import finite_number, is_number, whole_number
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.stages import Rows, Truncate
 from fastlogits.token_mask import checked_ids, ids_on
@@ -49,7 +50,7 @@ class TopKLogitsWarper(StagedProcessor, theirs.TopKLogitsWarper):
 
     def stage(self) -> Truncate:
         """A truncation."""
-        return Truncate((Rule("top_k", self.top_k, 1, self.filter_value),))
+        return Truncate((_rule("top_k", self.top_k, 1, self.filter_value),))
 
 
 class TopPLogitsWarper(StagedProcessor, theirs.TopPLogitsWarper):
@@ -80,7 +81,7 @@ class TopPLogitsWarper(StagedProcessor, theirs.TopPLogitsWarper):
 
     def stage(self) -> Truncate:
         """A truncation."""
-        return Truncate((Rule("top_p", self.top_p, self.min_tokens_to_keep, self.filter_value),))
+        return Truncate((_rule("top_p", self.top_p, self.min_tokens_to_keep, self.filter_value),))
 
 
 if hasattr(theirs, "TopHLogitsWarper"):  # from transformers 5 on
@@ -110,8 +111,8 @@ if hasattr(theirs, "TopHLogitsWarper"):  # from transformers 5 on
         def stage(self) -> Truncate:
             """A truncation."""
             if self.top_n != 100:
-                raise ValueError(f"`top_n` has to be 100, the number transformers sets, but is {self.top_n}")
-            return Truncate((Rule("top_h", self.top_h, 1, self.filter_value),))
+                raise ValueError(f"top_n must be 100, the number that transformers sets, got {self.top_n}")
+            return Truncate((_rule("top_h", self.top_h, 1, self.filter_value),))
 
 
 class MinPLogitsWarper(StagedProcessor, theirs.MinPLogitsWarper):
@@ -140,7 +141,7 @@ class MinPLogitsWarper(StagedProcessor, theirs.MinPLogitsWarper):
 
     def stage(self) -> Truncate:
         """A truncation."""
-        return Truncate((Rule("min_p", self.min_p, self.min_tokens_to_keep, self.filter_value),))
+        return Truncate((_rule("min_p", self.min_p, self.min_tokens_to_keep, self.filter_value),))
 
 
 class TypicalLogitsWarper(StagedProcessor, theirs.TypicalLogitsWarper):
@@ -169,7 +170,7 @@ class TypicalLogitsWarper(StagedProcessor, theirs.TypicalLogitsWarper):
 
     def stage(self) -> Truncate:
         """A truncation."""
-        return Truncate((Rule("typical", self.mass, self.min_tokens_to_keep, self.filter_value),))
+        return Truncate((_rule("typical", self.mass, self.min_tokens_to_keep, self.filter_value),))
 
 
 class EpsilonLogitsWarper(StagedProcessor, theirs.EpsilonLogitsWarper):
@@ -198,7 +199,7 @@ class EpsilonLogitsWarper(StagedProcessor, theirs.EpsilonLogitsWarper):
 
     def stage(self) -> Truncate:
         """A truncation."""
-        return Truncate((Rule("epsilon", self.epsilon, self.min_tokens_to_keep, self.filter_value),))
+        return Truncate((_rule("epsilon", self.epsilon, self.min_tokens_to_keep, self.filter_value),))
 
 
 class EtaLogitsWarper(StagedProcessor, theirs.EtaLogitsWarper):
@@ -235,7 +236,7 @@ class EtaLogitsWarper(StagedProcessor, theirs.EtaLogitsWarper):
         """A truncation."""
         # A number is kept as a tensor, perhaps on a device: read here, where a plan is made, and not when it runs.
         value = self.epsilon if self.epsilon.ndim else float(self.epsilon)
-        return Truncate((Rule("eta", value, self.min_tokens_to_keep, self.filter_value),))
+        return Truncate((_rule("eta", value, self.min_tokens_to_keep, self.filter_value),))
 
 
 class TopNSigmaLogitsWarper(StagedProcessor):
@@ -261,17 +262,15 @@ class TopNSigmaLogitsWarper(StagedProcessor):
         self, top_n_sigma: float | torch.Tensor, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1
     ) -> None:
         rows = _per_row("top_n_sigma", top_n_sigma)
-        if rows is None and (not _is_number(top_n_sigma) or not 0 < top_n_sigma < math.inf):
-            raise ValueError(f"`top_n_sigma` has to be a finite number above 0, but is {top_n_sigma!r}")
-        if isinstance(min_tokens_to_keep, bool) or not isinstance(min_tokens_to_keep, int) or min_tokens_to_keep < 1:
-            raise ValueError(f"`min_tokens_to_keep` has to be an integer of at least 1, but is {min_tokens_to_keep!r}")
+        if rows is None and not (is_number(top_n_sigma) and 0 < top_n_sigma < math.inf):
+            raise ValueError(f"top_n_sigma must be a finite number above 0, got {top_n_sigma!r}")
         self.top_n_sigma = float(top_n_sigma) if rows is None else rows
-        self.filter_value = filter_value
-        self.min_tokens_to_keep = min_tokens_to_keep
+        self.filter_value = _filled("filter_value", filter_value)
+        self.min_tokens_to_keep = whole_number("min_tokens_to_keep", min_tokens_to_keep, 1)
 
     def stage(self) -> Truncate:
         """A truncation."""
-        return Truncate((Rule("top_n_sigma", self.top_n_sigma, self.min_tokens_to_keep, self.filter_value),))
+        return Truncate((_rule("top_n_sigma", self.top_n_sigma, self.min_tokens_to_keep, self.filter_value),))
 
 
 class XTCLogitsProcessor(StagedProcessor):
@@ -308,17 +307,15 @@ class XTCLogitsProcessor(StagedProcessor):
         generator: torch.Generator | None = None,
         filter_value: float = -float("inf"),
     ) -> None:
-        if not _is_number(threshold) or not 0 < threshold <= 1:
-            raise ValueError(f"`threshold` has to be a number above 0 and at most 1, but is {threshold!r}")
-        if not _is_number(probability) or not 0 <= probability <= 1:
-            raise ValueError(f"`probability` has to be a number from 0 to 1, but is {probability!r}")
+        if not (is_number(threshold) and 0 < threshold <= 1):
+            raise ValueError(f"threshold must be a number above 0 and at most 1, got {threshold!r}")
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(f"`generator` has to be a torch.Generator or None, but is {generator!r}")
+            raise ValueError(f"generator must be a torch.Generator or None, got {generator!r}")
         self.threshold = float(threshold)
-        self.probability = float(probability)
+        self.probability = float(finite_number("probability", probability, 0, 1))
         self.special_token_ids = checked_ids("special_token_ids", special_token_ids)
         self.generator = generator
-        self.filter_value = filter_value
+        self.filter_value = _filled("filter_value", filter_value)
 
     def stage(self) -> Rows:
         """A truncation from above."""
@@ -360,5 +357,15 @@ def _per_row(kind: RuleKind, value: object) -> torch.Tensor | None:
     return value
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _filled(argument: str, value: object) -> float:
+    """A value that is written over scores, as a Python number; infinities too."""
+    if not is_number(value):
+        raise ValueError(f"{argument} must be a number, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _rule(kind: RuleKind, value: float | torch.Tensor, keep: int, fill: float) -> Rule:
+    """A rule whose numbers are Python's, whatever transformers' constructor has let pass."""
+    if not isinstance(value, torch.Tensor):
+        value = int(value) if kind == "top_k" else float(value)
+    return Rule(kind, value, int(keep), float(fill))

@@ -25,7 +25,7 @@ class TemperatureLogitsWarper(StagedProcessor, theirs.TemperatureLogitsWarper):
 
     def stage(self) -> Scale:
         """A scale."""
-        return Scale(self.temperature)
+        return Scale(float(self.temperature))
 
 
 class InfNanRemoveLogitsProcessor(StagedProcessor, theirs.InfNanRemoveLogitsProcessor):

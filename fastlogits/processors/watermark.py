@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,15 @@ from transformers.generation.logits_process import SynthIDTextWatermarkState
 from transformers.generation.logits_process import WatermarkLogitsProcessor as _Watermark
 
 from fastlogits.processors.base import StagedProcessor
+from fastlogits.rows import check_rows
 from fastlogits.stages import Rows
 
 __all__ = ["SynthIDTextWatermarkLogitsProcessor", "SynthIDTextWatermarkState", "WatermarkLogitsProcessor"]
 
 _logger = logging.getLogger(__name__)
+
+
+_drawing = Lock()
 
 
 class _Recent:
@@ -30,15 +35,16 @@ class _Recent:
         self._drawn: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
 
     def get(self, key: Hashable, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What was drawn for a key, or is drawn now."""
-        drawn = self._drawn.get(key)
-        if drawn is None:
-            drawn = self._drawn[key] = draw()
-            if len(self._drawn) > self._capacity:
-                self._drawn.popitem(last=False)
-        else:
-            self._drawn.move_to_end(key)
-        return drawn
+        """What was drawn for a key, or is drawn now: by one thread at a time, since a draw seeds a generator."""
+        with _drawing:
+            drawn = self._drawn.get(key)
+            if drawn is None:
+                drawn = self._drawn[key] = draw()
+                if len(self._drawn) > self._capacity:
+                    self._drawn.popitem(last=False)
+            else:
+                self._drawn.move_to_end(key)
+            return drawn
 
 
 # Bytes of green lists that one processor keeps, as float32 rows: 130 of a vocabulary of 128 thousand.
@@ -97,6 +103,10 @@ class WatermarkLogitsProcessor(StagedProcessor, _Watermark):
         if not scores.shape[0]:
             return scores.clone()
         biased = _bias_candidates if self.seeding_scheme == "selfhash" else _bias_lists
+        R, B = input_ids.shape[0], scores.shape[0]
+        if 0 < R < B:  # as in transformers: ids of fewer rows are those of the first
+            return torch.cat((biased(self, recent, input_ids, scores[:R]), scores[R:]))
+        check_rows("WatermarkLogitsProcessor", input_ids, scores)
         return biased(self, recent, input_ids, scores)
 
 
@@ -228,7 +238,8 @@ class SynthIDTextWatermarkLogitsProcessor(StagedProcessor, _SynthIDTextWatermark
         debug_mode: whether all scores are taken as 1.
 
     Raises:
-        ValueError: on a call, ``input_ids`` that are not two-dimensional.
+        ValueError: on a call, ``input_ids`` that are not two-dimensional, or of other rows than the scores.
+        RuntimeError: on a call, scores of other rows than those of the calls before.
 
     Source: Dathathri et al., Scalable watermarking for identifying large language model outputs, Nature 634, 2024.
 
@@ -263,7 +274,13 @@ class SynthIDTextWatermarkLogitsProcessor(StagedProcessor, _SynthIDTextWatermark
             state = SynthIDTextWatermarkState(B, self.ngram_len, self.context_history_size, self.device)
             # Not by assignment, which has the stage asked anew: it doesn't read this one.
             self.__dict__["state"] = state
-        else:
+        elif state.context.shape[0] != B:
+            raise RuntimeError(
+                f"scores must have the {state.context.shape[0]} rows of the run that state belongs to, got {B}: one "
+                "object serves one run, so make another for the next"
+            )
+        elif input_ids.shape[1]:  # without a text no token has come to the context
+            check_rows("SynthIDTextWatermarkLogitsProcessor", input_ids, scores)
             state.context.copy_(torch.cat((state.context, input_ids[:, -1:]), 1)[:, 1:])
         state.num_calls += 1
         if self.skip_first_ngram_calls and state.num_calls < self.ngram_len:

@@ -1,8 +1,8 @@
 """The jobs of NVIDIA's logits-processor-zoo (0.2.1), under its names: per row, without a loop over rows.
 
 Those that put a phrase into the text must know what happened before: a phrase may begin with a token that the text
-holds anyway, and how sure the model was is not in the text at all. They remember it by the text itself and not by
-row or call, so that rows may change places, and lengths go back; see ``_Memory``.
+holds anyway, and how sure the model was is not in the text at all. They remember it for each row of a run. Rows may
+change places, become more or fewer, and be cut back; see ``_Memory`` for what is not known then.
 """
 
 from __future__ import annotations
@@ -10,21 +10,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
+from threading import local
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
+from fastlogits_kernels._recent import hold, is_capturing
 from torch.nn.functional import pad
 
 from fastlogits.checks import finite_number, whole_number
 from fastlogits.position import Index, prompt_of
 from fastlogits.processors.base import StagedProcessor
+from fastlogits.rows import check_rows
+from fastlogits.run import Run
 from fastlogits.stages import Ban, Rows
 from fastlogits.token_mask import TokenMask, ids_on
 from fastlogits.token_text import token_texts
 
 _INF = float("inf")
+# No run is longer: more is compared as this.
+_MOST_STEPS = 2**31
 
 
 class GenLengthLogitsProcessor(StagedProcessor):
@@ -219,12 +225,13 @@ class ForceLastPhraseLogitsProcessor(StagedProcessor):
     def __init__(self, phrase: str, tokenizer: Any, batch_size: int | None = None) -> None:
         self.eos_token_id = _end_of_text(tokenizer)
         self.phrase_tokens = _phrase(phrase, tokenizer)
+        self._memory = _Memory(1)
 
     def stage(self) -> Rows:
         """Forced tokens in some rows."""
-        function = partial(_force_last, self.phrase_tokens, self.eos_token_id, _Memory(1))
+        function = partial(_force_last, self.phrase_tokens, self.eos_token_id, self._memory)
         description = f"force {len(self.phrase_tokens)} tokens before token {self.eos_token_id}"
-        return Rows("force", function, description, positioned=True)
+        return Rows("force", function, description, positioned=True, keeps_notes=True)
 
 
 class TriggerPhraseLogitsProcessor(StagedProcessor):
@@ -236,7 +243,7 @@ class TriggerPhraseLogitsProcessor(StagedProcessor):
         tokenizer: a tokenizer of transformers.
         batch_size: not used; rows may be of any number.
         phrase: the phrase.
-        trigger_token_phrase: text of the token, which has to be one; None for none.
+        trigger_token_phrase: text of the token, which must be one; None for none.
         trigger_time: seconds from the start of the run, or from the row's last phrase, after which the phrase comes
             anyhow; None for never. The host's clock is read in each call, so that such a plan can't be captured in a
             CUDA graph. In the original the phrase of one row starts the clock of all rows again.
@@ -280,16 +287,19 @@ class TriggerPhraseLogitsProcessor(StagedProcessor):
         self.trigger_time = None if trigger_time is None else finite_number("trigger_time", trigger_time, 0)
         self.trigger_count = whole_number("trigger_count", trigger_count)
         self.trigger_after = trigger_after
+        self._memory = _Memory(3)
 
     def stage(self) -> Rows:
         """Forced tokens in some rows."""
-        trigger = _Trigger(self.trigger_token, self.trigger_time, self.trigger_count, self.trigger_after)
-        function = partial(_force_triggered, self.phrase_tokens, trigger, _Memory(3))
+        trigger = _Trigger(
+            self.trigger_token, self.trigger_time, min(self.trigger_count, _MOST_STEPS), self.trigger_after
+        )
+        function = partial(_force_triggered, self.phrase_tokens, trigger, self._memory)
         causes = [] if self.trigger_token is None else [f"at token {self.trigger_token}"]
         causes += [] if self.trigger_time is None else [f"after {self.trigger_time:g} s"]
         times = f"up to {self.trigger_count} times"
         description = f"force {len(self.phrase_tokens)} tokens {' or '.join(causes)}, {times}"
-        return Rows("force", function, description, positioned=True)
+        return Rows("force", function, description, positioned=True, keeps_notes=True)
 
 
 class PreventHallucinationLogitsProcessor(StagedProcessor):
@@ -333,12 +343,14 @@ class PreventHallucinationLogitsProcessor(StagedProcessor):
         self.minp = finite_number("minp", minp, 0, 1)
         self.tolerate = whole_number("tolerate", tolerate)
         self.phrase_tokens = _phrase(phrase, tokenizer)
+        self._memory = _Memory(2)
 
     def stage(self) -> Rows:
         """Forced tokens in some rows."""
-        function = partial(_force_unsure, self.phrase_tokens, self.minp, self.tolerate, _Memory(2))
+        tolerate = min(self.tolerate, _MOST_STEPS)
+        function = partial(_force_unsure, self.phrase_tokens, self.minp, tolerate, self._memory)
         description = f"force {len(self.phrase_tokens)} tokens after {self.tolerate + 1} steps below {self.minp:g}"
-        return Rows("force", function, description, positioned=True)
+        return Rows("force", function, description, positioned=True, keeps_notes=True)
 
 
 class MaxTimeLogitsProcessor(StagedProcessor):
@@ -382,12 +394,14 @@ class MaxTimeLogitsProcessor(StagedProcessor):
         self.complete_sentences = complete_sentences
         self.boost_token = _boosted(tokenizer, boost_token_str)
         self.sentence_ends = _sentence_ends(tokenizer) if complete_sentences else None
+        self._memory = _Memory(1)
 
     def stage(self) -> Rows:
         """A forced token in some rows."""
-        function = partial(_force_end, self.boost_token, self.max_time, self.sentence_ends, _Memory(1))
+        function = partial(_force_end, self.boost_token, self.max_time, self.sentence_ends, self._memory)
         where = " after a sentence" if self.complete_sentences else ""
-        return Rows("force", function, f"force token {self.boost_token}{where} after {self.max_time:g} s", True)
+        description = f"force token {self.boost_token}{where} after {self.max_time:g} s"
+        return Rows("force", function, description, positioned=True, keeps_notes=True)
 
 
 # -- What the stages do -------------------------------------------------------------------------------------------
@@ -403,6 +417,7 @@ def _raise_end(
     cache_position: Index,
     prompt_length: Index,
 ) -> torch.Tensor:
+    check_rows("GenLengthLogitsProcessor", input_ids, scores)
     _check_tokens(scores, token)
     step = cache_position + 1 - prompt_length
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -426,6 +441,7 @@ def _cite(
     cache_position: Index,
     prompt_length: Index,
 ) -> torch.Tensor:
+    check_rows("CiteFromPromptLogitsProcessor", input_ids, scores)
     prompt = prompt_of(input_ids, prompt_length)
     cited = prompt
     if eos is not None:
@@ -462,6 +478,7 @@ def _choose(
     cache_position: Index,
     prompt_length: Index,
 ) -> torch.Tensor:
+    check_rows("MultipleChoiceLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *choices)
     V = scores.shape[1]
     prompt = prompt_of(input_ids, prompt_length)
@@ -494,9 +511,11 @@ def _force_last(
     scores: torch.Tensor,
     cache_position: Index,
     prompt_length: Index,
+    run: Run,
 ) -> torch.Tensor:
+    check_rows("ForceLastPhraseLogitsProcessor", input_ids, scores)
     _check_tokens(scores, eos, *phrase)
-    recalled = memory.of(input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     said = recalled.state[:, 0]
     due = torch.where(said == 0, scores.argmax(1) == eos, said < len(phrase))
     recalled.note(said + due)
@@ -521,9 +540,11 @@ def _force_triggered(
     scores: torch.Tensor,
     cache_position: Index,
     prompt_length: Index,
+    run: Run,
 ) -> torch.Tensor:
+    check_rows("TriggerPhraseLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *phrase)
-    recalled = memory.of(input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     # The phrase begins at the next step at the latest where ``said`` is 1; then it is one more than is said of it.
     said, times, started = recalled.state.unbind(1)
     fires = torch.zeros_like(said, dtype=torch.bool)
@@ -553,9 +574,11 @@ def _force_unsure(
     scores: torch.Tensor,
     cache_position: Index,
     prompt_length: Index,
+    run: Run,
 ) -> torch.Tensor:
+    check_rows("PreventHallucinationLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *phrase)
-    recalled = memory.of(input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     said, unsure = recalled.state.unbind(1)
     likeliest = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).amax(-1)
     unsure = unsure + (likeliest < minp)
@@ -574,9 +597,11 @@ def _force_end(
     scores: torch.Tensor,
     cache_position: Index,
     prompt_length: Index,
+    run: Run,
 ) -> torch.Tensor:
+    check_rows("MaxTimeLogitsProcessor", input_ids, scores)
     _check_tokens(scores, token)
-    recalled = memory.of(input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
     now = _now(scores)
     started = recalled.state[:, 0]
     started = started.where(started > 0, now)
@@ -598,16 +623,46 @@ def _forced(scores: torch.Tensor, due: torch.Tensor, phrase: tuple[int, ...], sa
 # -- What was, and where a row stands -----------------------------------------------------------------------------
 
 
+class _Notes(NamedTuple):
+    """What was noted at each of the last steps, in each place of a batch."""
+
+    texts: torch.Tensor
+    """Hashes of the texts, int64 ``[steps, rows]``."""
+    values: torch.Tensor
+    """What was noted for them, int64 ``[steps, rows, width]``."""
+
+    @classmethod
+    def empty(cls, steps: int, rows: int, width: int, device: torch.device) -> _Notes:
+        """Nothing noted."""
+        with torch.inference_mode(False):
+            texts = torch.zeros(steps, rows, dtype=torch.int64, device=device)
+            return cls(texts, texts.new_zeros(steps, rows, width))
+
+    def of_more(self, rows: int) -> _Notes:
+        """The same with room for more rows."""
+        more = rows - self.texts.shape[1]
+        with torch.inference_mode(False):
+            return _Notes(pad(self.texts, (0, more)), pad(self.values, (0, 0, 0, more)))
+
+
 class _Memory:
-    """A few integers for each text, found again by the text that they were noted for.
+    """A few integers for each row of a run, carried from step to step.
 
-    Each call finds what was noted one token earlier, under a hash of all tokens but the last, in whatever row, and
-    notes something for its own texts. So rows may change places, and be more or fewer; a text that is cut back and
-    goes on otherwise finds what held there. At the first step of a run, and for a text that wasn't seen one token
-    earlier, all is 0. Nothing waits for the device, and a captured graph notes as it runs.
+    A call finds what was noted one step earlier in the same place of the batch, if the text there was the row's own:
+    all its tokens but the last, compared by a hash. If it was not, rows have changed places, and the nearest place
+    with the row's text is taken. So rows with equal texts keep what is theirs, rows may move, and become more or
+    fewer, and a text that is cut back and goes on otherwise finds what held there. At the first step of a run, and
+    for a text that wasn't seen one step earlier, all is 0. Nothing waits for the device, and a captured graph notes as
+    it runs.
 
-    Kept are the last 64 steps, of each thread apart: one object may serve a run in each of several threads. Runs
-    whose steps alternate in one thread need an object each.
+    Of rows with equal texts nobody can tell which is which once they change places, or one of them goes: what was
+    noted in a place then stays there.
+
+    Each run has its own notes, of its last 64 steps. A list that is called with ``prompt_length`` makes a run of each
+    call: these go on with the notes of the last such call in their thread.
+
+    A processor has one for its life, not one for each of its plans: an attribute that is set in the middle of a run, or
+    a copy made there, forgets nothing.
 
     Args:
         width: how many integers.
@@ -617,24 +672,17 @@ class _Memory:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._tables: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._thread = local()
+        self._captured: list[_Notes] = []
+        """What captured graphs read and write, which must outlive its run."""
 
     def of(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, cache_position: Index, prompt_length: Index
+        self, run: Run, input_ids: torch.Tensor, scores: torch.Tensor, cache_position: Index, prompt_length: Index
     ) -> _Recalled:
         """What is known of the rows of a call."""
         B, L = input_ids.shape
         device = scores.device
-        rows = max(64, 1 << (B - 1).bit_length())
-        # A draft model of another vocabulary writes other texts.
-        key = (get_ident(), device, rows, scores.shape[1])
-        tables = self._tables.get(key)
-        if tables is None:
-            if _is_capturing(scores):
-                raise RuntimeError("call the plan once, in this thread, before it is captured in a CUDA graph")
-            with torch.inference_mode(False):
-                keys = torch.zeros(self._STEPS, rows, dtype=torch.int64, device=device)
-                tables = self._tables[key] = keys, keys.new_zeros(self._STEPS, rows, self._width)
+        notes = self._notes(run, scores)
         length = _column(cache_position) + 1
         step = length - _column(prompt_length)
         if isinstance(step, int):
@@ -644,11 +692,54 @@ class _Memory:
         terms = (input_ids + 1) * _weights(column)  # [B, L]
         before = terms.where(column < length - 1, 0).sum(1)
         text = terms.where(column < length, 0).sum(1)
-        keys, values = tables
+
         slot = (step - 1) % self._STEPS
-        same = keys.index_select(0, slot) == before.unsqueeze(1)  # [B, rows]
-        state = values.index_select(0, slot).where((same & (step > 0).unsqueeze(1)).unsqueeze(2), 0).amax(1)
-        return _Recalled(state, tables, step % self._STEPS, text)
+        N = notes.texts.shape[1]
+        place = torch.arange(N, device=device)
+        same = notes.texts.index_select(0, slot) == before.unsqueeze(1)  # [B, N]
+        # Nearest first; of two that are as near, the lower one.
+        order = (place - place[:B].unsqueeze(1)).abs() * N + place
+        best = order.where(same, N * N).amin(1)  # [B]
+        known = (best < N * N) & (step > 0)
+        state = notes.values[slot, best % N].where(known.unsqueeze(1), 0)
+        return _Recalled(state, notes, step % self._STEPS, text)
+
+    def _notes(self, run: Run, scores: torch.Tensor) -> _Notes:
+        """The notes of a run, with room for the rows of some scores."""
+        B = scores.shape[0]
+        # A draft model of another vocabulary writes other texts.
+        key = (scores.device, scores.shape[1])
+        mine = (self, *key)
+        notes: _Notes | None = run.noted.get(mine)
+        if notes is None:
+            owner, last = self._lasting.get(key, (None, None))
+            # The run of another call of the list is gone by now; one that lives has its notes to itself.
+            notes = last if owner is None or owner() is None else None
+        room = max(64, 1 << (B - 1).bit_length())
+        if notes is None or notes.texts.shape[1] < room:
+            if is_capturing(scores.device):
+                raise RuntimeError("call the plan once, in this thread, before it is captured in a CUDA graph")
+            if notes is None:
+                notes = _Notes.empty(self._STEPS, room, self._width, scores.device)
+            else:
+                notes = notes.of_more(room)
+        run.noted[mine] = notes
+        self._lasting[key] = ref(run), notes
+        if is_capturing(scores.device):
+            hold(self._captured, notes)
+        return notes
+
+    @property
+    def _lasting(self) -> dict[tuple[torch.device, int], tuple[ReferenceType[Run], _Notes]]:
+        """Of this thread, the last run and its notes, for each device and vocabulary."""
+        found: dict[Any, Any] = self._thread.__dict__.setdefault("lasting", {})
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_width": self._width}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _Memory.__init__(self, state["_width"])
 
 
 @dataclass(frozen=True)
@@ -657,29 +748,29 @@ class _Recalled:
 
     Args:
         state: int64 ``[B, width]``.
-        tables: keys int64 ``[steps, rows]`` and values ``[steps, rows, width]``.
+        notes: where it was found.
         slot: where the step is in them, ``[1]`` or ``[B]``.
         text: hashes of the texts, ``[B]``.
     """
 
     state: torch.Tensor
-    tables: tuple[torch.Tensor, torch.Tensor]
+    notes: _Notes
     slot: torch.Tensor
     text: torch.Tensor
 
     def note(self, *state: torch.Tensor) -> None:
         """Note something for the texts of the call, a column ``[B]`` for each integer."""
-        keys, values = self.tables
+        texts, values = self.notes
         noted = torch.stack(state, 1)
         B = self.text.shape[0]
         if self.slot.shape[0] == 1:
-            # What another run has noted for this step goes.
-            spare = keys.shape[1] - B
-            keys.index_copy_(0, self.slot, pad(self.text, (0, spare)).unsqueeze(0))
+            # What other rows, which are gone, have noted for this step goes.
+            spare = texts.shape[1] - B
+            texts.index_copy_(0, self.slot, pad(self.text, (0, spare)).unsqueeze(0))
             values.index_copy_(0, self.slot, pad(noted, (0, 0, 0, spare)).unsqueeze(0))
         else:
-            row = torch.arange(B, device=keys.device)
-            keys[self.slot, row] = self.text
+            row = torch.arange(B, device=texts.device)
+            texts[self.slot, row] = self.text
             values[self.slot, row] = noted
 
 
@@ -693,13 +784,9 @@ def _weights(column: torch.Tensor) -> torch.Tensor:
 
 def _now(scores: torch.Tensor) -> int:
     """The host's clock in microseconds, above 0."""
-    if _is_capturing(scores):
+    if is_capturing(scores.device):
         raise RuntimeError("a processor that reads the clock can't be captured in a CUDA graph: it would stand still")
     return int(monotonic() * 1e6) + 1
-
-
-def _is_capturing(scores: torch.Tensor) -> bool:
-    return scores.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _column(index: Index) -> Index:

@@ -1,7 +1,8 @@
 """Whether an operation runs its kernels or its torch path: the one place where that is decided, and said once.
 
 ``FASTLOGITS_BACKEND``, read when the kernels are first imported, is ``auto`` for the kernels wherever they can run,
-``triton`` for the kernels or an error, ``torch`` for the torch paths alone.
+``triton`` for the kernels or an error, ``torch`` for the torch paths alone. Where ``TRITON_INTERPRET`` is set, Triton's
+interpreter runs kernels on the CPU too, for who asks for ``triton``.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ def _chosen() -> str:
     """
     backend = os.environ.get("FASTLOGITS_BACKEND", "auto")
     if backend not in _ALLOWED:
-        raise ValueError(f"FASTLOGITS_BACKEND has to be one of {', '.join(_ALLOWED)}, but is {backend!r}")
+        raise ValueError(f"FASTLOGITS_BACKEND must be one of {', '.join(_ALLOWED)}, got {backend!r}")
     return backend
 
 
 BACKEND = _chosen()
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 _absence: str | None = None
 
 
@@ -49,6 +51,11 @@ def absence() -> str | None:
     return _absence
 
 
+def has_gradient(tensor: torch.Tensor) -> bool:
+    """Whether torch records what becomes of a tensor: no kernel has a derivative, and all torch paths have one."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
 class KernelError(RuntimeError):
     """A kernel failed. The message says how to do without the kernels."""
 
@@ -59,6 +66,22 @@ class CompileError(KernelError):
     def __init__(self, device: torch.device, message: str) -> None:
         super().__init__(message)
         self.device = device
+
+
+def wanted_on(device: torch.device) -> bool:
+    """Whether somebody asks for the kernels on a device that is no GPU, and gets them from Triton's interpreter.
+
+    Raises:
+        KernelError: it is asked for, and there is no interpreter.
+    """
+    if BACKEND != "triton":
+        return False
+    if not _INTERPRETED:
+        raise KernelError(
+            f"FASTLOGITS_BACKEND must be auto or torch for tensors on {device}, got 'triton': the kernels need a GPU. "
+            "Move the tensors to one, set the variable to auto, or set TRITON_INTERPRET=1 for Triton's interpreter"
+        )
+    return True
 
 
 class Operation:
@@ -76,7 +99,7 @@ class Operation:
 
     def takes(self, tensor: torch.Tensor, forced: bool = False) -> bool:
         """Whether the kernels take a tensor; ``forced`` for tensors that aren't on a GPU too."""
-        if not (tensor.is_cuda or forced):
+        if not (tensor.is_cuda or forced or wanted_on(tensor.device)):
             return False
         return (_absence is None and not self.lost) or self._still(tensor.device)
 

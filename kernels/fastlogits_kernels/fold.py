@@ -16,8 +16,9 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from fastlogits_kernels._backend import Operation
+from fastlogits_kernels._backend import Operation, has_gradient
 from fastlogits_kernels._library import register
+from fastlogits_kernels._rows import check_rows
 from fastlogits_kernels._triton import Launcher, empty_out, form_of, table_on, tl, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.ptx import for_four_tokens
@@ -324,7 +325,10 @@ def find_sets(
     if not chain.search.sets or not scores.numel():
         return None
     static = _static_sets(scores, chain, position)
-    return launch_token_sets(scores, chain.search, input_ids, position, allowed) if static is None else static.found
+    if static is not None:
+        return static.found
+    check_rows(scores, input_ids, allowed)
+    return launch_token_sets(scores, chain.search, input_ids, position, allowed)
 
 
 def _static_sets(scores: torch.Tensor, chain: Chain, position: Position) -> StaticSets | None:
@@ -343,61 +347,68 @@ def reference_fold(
     allowed: torch.Tensor | None,
 ) -> torch.Tensor:
     """The same in torch, and the path of the CPU: a copy of the scores, then each map where its tokens are."""
+    check_rows(scores, input_ids, allowed)
+    recorded = has_gradient(scores)
+    if out is not None and recorded:
+        return out.copy_(reference_fold(scores.clone(), None, chain, input_ids, position, allowed))
     numbers = chain.numbers
-    untouched = out is None  # a new tensor is made by the first map that does something
+    # A new tensor is made by the first map that does something; where a graph records them, by each.
+    untouched = out is None
     x = scores if out is None else out
     for op in chain.ops:
         if op.kind == SCALE.value:
             x = x / numbers[op.a] if untouched else x.div_(numbers[op.a])
-            untouched = False
+            untouched = recorded
             continue
         if op.kind == CLEAN.value:
             limit = torch.finfo(x.dtype).max
-            x = torch.nan_to_num(x, 0.0, limit, -limit, out=None if untouched else x)
-            untouched = False
+            x = torch.nan_to_num(x, 0.0, limit, -limit) if untouched else x.nan_to_num_(0.0, limit, -limit)
+            untouched = recorded
             continue
         value = find_row_value(chain.search, op.a, position) if op.kind in (GROW.value, FORCE.value) else None
         if isinstance(value, float) and value == 0.0:
             continue
         places = find_places(chain.search, op.set, x, input_ids, position, allowed)
+        if recorded:
+            places = [found.as_mask(x) for found in places]
         if op.kind == FORCE.value:
             assert value is not None
             forced = torch.full_like(x, float("-inf"), memory_format=torch.contiguous_format)
             for found in places:
-                found.put(forced, 0.0)
+                forced = found.put(forced, 0.0)
             forced = forced if isinstance(value, float) else torch.where(value.bool(), forced, x)
             x = forced if untouched else x.copy_(forced)
-            untouched = False
+            untouched = recorded
             continue
         if not places:
             continue
-        if untouched:
+        if untouched and not recorded:
             x, untouched = scores.clone(memory_format=torch.contiguous_format), False
         for found in places:
             if op.kind == BAN.value:
-                found.put(x, float("-inf"))
+                x = found.put(x, float("-inf"))
                 continue
             old = found.take(x)
             if op.kind == SINK.value:
-                found.put(x, old + float("-inf"))
+                x = found.put(x, old + float("-inf"))
             elif op.kind == PENALIZE.value:
                 penalty = numbers[op.a]
-                found.put(x, torch.where(old < 0, old * penalty, old / penalty))
+                x = found.put(x, torch.where(old < 0, old * penalty, old / penalty))
             elif op.kind == ADD.value:
-                found.put(x, old + numbers[op.a])
+                x = found.put(x, old + numbers[op.a])
             elif op.kind == ADD_COUNTED.value and found.values is not None:
-                found.put(x, old + (found.values * numbers[op.a]).to(x.dtype))
+                x = found.put(x, old + (found.values * numbers[op.a]).to(x.dtype))
             elif op.kind == ADD_PLANE.value and found.values is not None:
-                found.put(x, old + found.values)
+                x = found.put(x, old + found.values)
             elif op.kind == ADD_ROW.value:
                 assert chain.biases is not None
-                found.put(x, old + found.take(chain.biases[op.a : op.a + 1]).to(x.dtype))
+                x = found.put(x, old + found.take(chain.biases[op.a : op.a + 1]).to(x.dtype))
             elif op.kind == GROW.value:
                 assert value is not None
                 if isinstance(value, torch.Tensor):
                     value = value.to(torch.promote_types(x.dtype, torch.float32))
                 growth = (old.abs() * found.value_of_rows(value)).to(x.dtype)
-                found.put(x, old + growth.masked_fill(~old.isfinite(), 0.0))
+                x = found.put(x, old + growth.masked_fill(~old.isfinite(), 0.0))
     return x
 
 
@@ -413,8 +424,10 @@ def _fold(
     position: Position,
     allowed: torch.Tensor | None,
 ) -> torch.Tensor:
-    if _OPERATION.takes(scores, FORCE_KERNEL) and scores.dtype in _MAX:
+    if _OPERATION.takes(scores, FORCE_KERNEL) and scores.dtype in _MAX and not has_gradient(scores):
         return run_kernels(scores, out, chain, input_ids, position, allowed)
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating-point of shape (B, V), got {scores.dtype} of {tuple(scores.shape)}")
     return reference_fold(scores, out, chain, input_ids, position, allowed)
 
 
@@ -463,9 +476,9 @@ def fold(
     """Apply a chain to ``scores`` ``[B, V]``: a new tensor, or ``scores`` itself where nothing changes it.
 
     The one place where this operation is dispatched: a compiler sees the registered operation, which it need not
-    look into; an eager call goes straight to the backend.
+    look into and which has no derivative; an eager call goes straight to the backend.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not has_gradient(scores):
         if in_place:
             torch.ops.fastlogits.fold_(scores, chain.handle, input_ids, allowed, *position)
             return scores

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastlogits_kernels._backend import Operation
+from fastlogits_kernels._backend import Operation, has_gradient
 from fastlogits_kernels._library import register
+from fastlogits_kernels._rows import check_rows
 from fastlogits_kernels._triton import Launcher, empty_out, row_stride, tl, triton
 from fastlogits_kernels.bits import unpack_bits, words
 from fastlogits_kernels.columns import fill_columns
@@ -282,7 +283,8 @@ _OPERATION = Operation("mask_tokens")
 
 @_OPERATION.falls_back
 def _copying(scores: torch.Tensor, bans: Bans) -> torch.Tensor:
-    if not _OPERATION.takes(scores):
+    check_rows(scores, None if bans.blanks is None else bans.input_ids, bans.allowed)
+    if not _OPERATION.takes(scores) or has_gradient(scores):
         return reference_mask_tokens(scores, None, bans)
     out = empty_out(scores)
     launch_mask_tokens(scores, out, bans)
@@ -291,7 +293,8 @@ def _copying(scores: torch.Tensor, bans: Bans) -> torch.Tensor:
 
 @_OPERATION.falls_back
 def _in_place(scores: torch.Tensor, bans: Bans) -> None:
-    if _OPERATION.takes(scores):
+    check_rows(scores, None if bans.blanks is None else bans.input_ids, bans.allowed)
+    if _OPERATION.takes(scores) and not has_gradient(scores):
         launch_mask_tokens(scores, scores, bans)
     else:
         reference_mask_tokens(scores, scores, bans)
@@ -318,16 +321,16 @@ def mask_tokens(scores: torch.Tensor, bans: Bans) -> torch.Tensor:
     """``scores`` ``[B, V]`` of any row stride, with banned tokens at -inf, as a new contiguous tensor.
 
     The one place where this operation is dispatched: a compiler sees the registered operation, which it need not
-    look into; an eager call goes straight to the backend.
+    look into and which has no derivative; an eager call goes straight to the backend.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not has_gradient(scores):
         return torch.ops.fastlogits.mask_tokens(scores, *bans)  # type: ignore[no-any-return]
     return _copying(scores, bans)
 
 
 def mask_tokens_(scores: torch.Tensor, bans: Bans) -> None:
     """``mask_tokens`` in place."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not has_gradient(scores):
         torch.ops.fastlogits.mask_tokens_(scores, *bans)
     else:
         _in_place(scores, bans)

@@ -39,6 +39,7 @@ import torch
 
 from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
+from fastlogits_kernels._recent import hold, is_capturing, recent
 from fastlogits_kernels._triton import Launcher, empty_out, form_of, row_stride, table_on, triton
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.draw import draw
@@ -216,10 +217,19 @@ class Selection:
         _selections[self.handle] = self
 
 
-# Never dropped: captured graphs go on reading them.
-@cache
+_numbers: dict[tuple[torch.device, tuple[float, ...]], torch.Tensor] = {}
+_captured_numbers: list[torch.Tensor] = []
+_MOST_NUMBERS = 256
+
+
 def _numbers_on(device: torch.device, *numbers: float) -> torch.Tensor:
-    return table_on(torch.tensor([*numbers, 0.0], dtype=torch.float64), device)
+    def make() -> torch.Tensor:
+        return table_on(torch.tensor([*numbers, 0.0], dtype=torch.float64), device)
+
+    made = recent(_numbers, (device, numbers), make, _MOST_NUMBERS)
+    if is_capturing(device):  # a selection may be made for one call
+        hold(_captured_numbers, made)
+    return made
 
 
 def _is_idle(rule: Rule, V: int) -> bool:

@@ -52,6 +52,7 @@ from fastlogits_kernels.slots import (
     LOGPROBS,
     LONGEST,
     MIN_TOKENS,
+    NEEDS_BITMASK,
     NGRAM,
     OFF,
     OUTPUT_COUNTS,
@@ -91,7 +92,6 @@ _COUNT_BITS = tl.constexpr(2**24 - 1)
 _REPEATED = tl.constexpr(2**30)
 _CLAIMED = tl.constexpr(-(2**31))
 
-_NO_TOKEN = tl.constexpr(-(2**31))
 _LONGEST = tl.constexpr(LONGEST)
 _TOP_K = tl.constexpr(TOP_K_AT)
 _OFF = tl.constexpr(tuple(OFF[kind] for kind in RULE_KINDS))
@@ -123,12 +123,18 @@ def _list(record_ptr, active, WHICH: tl.constexpr):
 
 
 @triton.jit
+def _narrow(token):
+    """Token ids as int32; what it doesn't hold is no token of any vocabulary, and becomes -1."""
+    return tl.where(token == token.to(tl.int32), token, -1).to(tl.int32)
+
+
+@triton.jit
 def _token(text, i, inside):
     """Tokens of what a row sees: its history, then its draft tokens; -1 elsewhere."""
     history_ptr, drafts_ptr, stored, stride_draft = text
-    token = tl.load(history_ptr + i, mask=inside & (i < stored) & (i >= 0), other=-1).to(tl.int32)
+    token = _narrow(tl.load(history_ptr + i, mask=inside & (i < stored) & (i >= 0), other=-1))
     drafted = inside & (i >= stored)
-    draft = tl.load(drafts_ptr + (i - stored) * stride_draft, mask=drafted, other=-1).to(tl.int32)
+    draft = _narrow(tl.load(drafts_ptr + (i - stored) * stride_draft, mask=drafted, other=-1))
     return tl.where(drafted, draft, token)
 
 
@@ -213,8 +219,7 @@ def _tally_repetitions(
         while (n < _LONGEST) & (tl.max(matches.to(tl.int32)) > 0):
             # A breaker matches nothing, nor does what lies before the first token.
             wanted = _token(text, seen - 1 - n, seen > n)
-            wanted = tl.where(_breaks(breakers_ptr, wanted, limit), _NO_TOKEN, wanted)
-            matches &= at >= n
+            matches &= tl.where(_breaks(breakers_ptr, wanted, limit), at < 0, at >= n)
             matches &= _token(text, at - n, matches) == wanted
             matched += matches.to(tl.int32)
             n += 1
@@ -346,6 +351,7 @@ def _slot_sets_kernel(
     last_banned = tl.where(asks & ((flags & BAN_MASK) != 0), last, first)
     last_first = tl.where(in_window & ((flags & FIRST_MASK) != 0), last, first)
     last_obeyed = tl.where(asks & ((flags & BITMASK) != 0), last, first)
+    needs_bitmask = asks & ((flags & NEEDS_BITMASK) != 0)
     forced_word = tl.where(is_forced, forced >> 5, -1)
     for start in range(first, last, BLOCK):
         word = start + tl.arange(0, BLOCK)
@@ -356,6 +362,8 @@ def _slot_sets_kernel(
             here = bitmask_ptr + row * stride_bitmask + word
             allowed = tl.load(here, mask=word < tl.minimum(last_obeyed, M), other=0)
             banned |= tl.where(word < last_obeyed, ~allowed, 0)
+        else:
+            banned = tl.where(needs_bitmask, -1, banned)
         own = tl.where(word == forced_word, tl.full([BLOCK], 1, tl.int32) << (forced & 31), 0)
         banned = tl.where(is_forced, ~own, banned)
         if DRAWS:
@@ -695,11 +703,12 @@ def _append_kernel(
 @triton.jit
 def _appended(slots_ptr, tokens_ptr, records_ptr, entry, N, S, stride_slot, stride_token, stride_record):
     """Slots and tokens of some entries; the slot is -1 where there is nothing to append."""
-    slot = tl.load(slots_ptr + entry * stride_slot, mask=entry < N, other=-1).to(tl.int32)
-    token = tl.load(tokens_ptr + entry * stride_token, mask=entry < N, other=-1).to(tl.int32)
+    slot = tl.load(slots_ptr + entry * stride_slot, mask=entry < N, other=-1)
+    token = tl.load(tokens_ptr + entry * stride_token, mask=entry < N, other=-1)
     there = (slot >= 0) & (slot < S) & (token >= 0)
+    slot = slot.to(tl.int32)
     flags = tl.load(records_ptr + slot.to(tl.int64) * stride_record + FLAGS, mask=there, other=0)
-    return tl.where(there & ((flags & ACTIVE) != 0), slot, -1), token
+    return tl.where(there & ((flags & ACTIVE) != 0), slot, -1), _narrow(token)
 
 
 _append_launcher = Launcher(_append_kernel, num_warps=4)

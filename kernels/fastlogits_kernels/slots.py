@@ -44,6 +44,7 @@ BITMASK = tl.constexpr(16)  # it obeys the step's bitmask
 OUTPUT_REPETITION = tl.constexpr(32)  # its repetition penalty leaves the prompt out
 OUTPUT_COUNTS = tl.constexpr(64)  # its presence and frequency penalties do so
 TALLIED = tl.constexpr(128)  # it has one of these penalties
+NEEDS_BITMASK = tl.constexpr(256)  # in a step without a bitmask it may have no token
 
 # Lists.
 BIASES = tl.constexpr(0)  # distinct token ids, then as many float32 values
@@ -75,7 +76,7 @@ class Slots(NamedTuple):
     masks: torch.Tensor
     """int32 ``[S, 3, W]``, rows as far apart as those of the records."""
     history: torch.Tensor
-    """Token ids, int32 or int64 ``[S, L]`` of any row stride."""
+    """Token ids, int32 or int64 ``[S, L]`` of any row stride; those outside the vocabulary count for nothing."""
     lengths: torch.Tensor
     """How many of them there are, ``[S]``."""
     prompts: torch.Tensor
@@ -90,7 +91,7 @@ class Rows(NamedTuple):
     cache_position: torch.Tensor | None = None
     """Index of the last token that the row sees; None takes it from the lengths."""
     bitmask: torch.Tensor | None = None
-    """Packed tokens that a grammar allows, int32 ``[B, M]``; tokens beyond it are not allowed."""
+    """Packed tokens that a grammar allows, int32 ``[B, M]``; tokens beyond it are not allowed. None for no mask."""
     draft_ids: torch.Tensor | None = None
     """The token that each row was fed with."""
     local_position: torch.Tensor | None = None
@@ -237,14 +238,14 @@ def reference_slots(
 
 
 def _seen(slots: Slots, rows: Rows, row: int, slot: int) -> tuple[torch.Tensor, int]:
-    """The tokens that a row sees, int64, and the length of its sequence, which may be longer."""
+    """The tokens that a row sees, int64 within 32 bits, and the length of its sequence, which may be longer."""
     known = min(max(int(slots.lengths[slot]), 0), slots.history.shape[1])
     local = 0 if rows.local_position is None else min(max(int(rows.local_position[row]), 0), row)
     length = known + local if rows.cache_position is None else int(rows.cache_position[row]) + 1
     ids = slots.history[slot, : min(max(length - local, 0), known)].long()
     if local and rows.draft_ids is not None:
         ids = torch.cat((ids, rows.draft_ids[row - local + 1 : row + 1].long()))
-    return ids, length
+    return torch.where(ids == ids.int(), ids, -1), length
 
 
 def _apply(
@@ -289,7 +290,10 @@ def _apply(
     if len(record.dry):
         _lower_repetitions(x, record, masks, ids)
 
-    if record.has(BITMASK) and rows.bitmask is not None:
+    if rows.bitmask is None:
+        if record.has(NEEDS_BITMASK):
+            x.fill_(float("-inf"))
+    elif record.has(BITMASK):
         x[~unpack_bits(rows.bitmask[row].cpu(), V)] = float("-inf")
     if record.has(BAN_MASK):
         x[unpack_bits(masks[BAN_PLANE], V)] = float("-inf")
@@ -350,5 +354,5 @@ def reference_append(slots: Slots, of: torch.Tensor, tokens: torch.Tensor) -> No
         if token >= 0 and 0 <= slot < len(slots.records) and int(slots.records[slot, FLAGS.value]) & ACTIVE.value:
             length = int(slots.lengths[slot])
             if length < limit:
-                slots.history[slot, length] = token
+                slots.history[slot, length] = token if token < 2**31 else -1
                 slots.lengths[slot] = length + 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlogits_kernels._backend import Operation
+from fastlogits_kernels._backend import Operation, has_gradient
 from fastlogits_kernels._library import register
 from fastlogits_kernels._triton import Launcher, tl, triton
 
@@ -178,15 +178,23 @@ def reference_synthid(
     windows = values.unfold(0, V, 1) if multiplier == 1 else None
     hashes = None if multiplier == 1 else torch.arange(V, device=scores.device) * multiplier
     probs = torch.softmax(scores, 1).contiguous()
+    lowest = torch.finfo(scores.dtype).min
+    recorded = has_gradient(scores)
     g, won = torch.empty_like(probs), torch.empty_like(probs)
     for offset in offsets.unbind(1):
         if windows is not None:
             torch.index_select(windows, 0, offset, out=g)
         elif hashes is not None:
             torch.take(values, (hashes + offset.unsqueeze(1)).remainder_(table.shape[0]), out=g)
+        if recorded:
+            # The graph keeps what is multiplied.
+            probs = probs * (g + 1 - (g * probs).sum(1, keepdim=True))
+            g = torch.empty_like(g)
+            continue
         mass = torch.mul(g, probs, out=won).sum(1, keepdim=True)
         probs.mul_(g.add_(1).sub_(mass))
-    lowest = torch.finfo(scores.dtype).min
+    if recorded:
+        return torch.where(skip, scores, probs.log().nan_to_num(nan=lowest, posinf=lowest, neginf=lowest))
     return torch.where(skip, scores, probs.log_().nan_to_num_(nan=lowest, posinf=lowest, neginf=lowest))
 
 
@@ -199,7 +207,7 @@ def _synthid(
 ) -> torch.Tensor:
     # A size of 1 is compiled as a constant, for which Triton 3.6 reads beyond it (seen on an H200).
     fits = scores.dtype == torch.float32 and scores.shape[1] > 1 and offsets.shape[1] > 0
-    if fits and _OPERATION.takes(scores):
+    if fits and _OPERATION.takes(scores) and not has_gradient(scores):
         return launch_synthid(scores, table, offsets, skip, multiplier)
     return reference_synthid(scores, table, offsets, skip, multiplier)
 
@@ -227,6 +235,6 @@ def synthid(
         skip: rows that stay as they are, bool ``[B, 1]``.
         multiplier: what a token id is multiplied by, modulo 2**64.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not has_gradient(scores):
         return torch.ops.fastlogits.synthid(scores, table, offsets, skip, multiplier)  # type: ignore[no-any-return]
     return _synthid(scores, table, offsets, skip, multiplier)

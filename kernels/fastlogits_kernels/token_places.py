@@ -64,6 +64,8 @@ class Places:
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens' elements of ``x`` ``[B, V]``, or ``[1, V]`` for all rows."""
+        if self._form == "mask":
+            return x
         if self._form == "columns":
             return x.index_select(1, self._at)
         if self._form == "rows":
@@ -71,8 +73,10 @@ class Places:
         rows, tokens = self._at
         return x[0, tokens] if x.shape[0] == 1 else x[rows, tokens]
 
-    def put(self, x: torch.Tensor, values: torch.Tensor | float) -> None:
-        """Write the tokens' elements of ``x``; a token that is there twice has the same value twice."""
+    def put(self, x: torch.Tensor, values: torch.Tensor | float) -> torch.Tensor:
+        """``x`` with the tokens' elements written, in place but for a mask; a token there twice has one value."""
+        if self._form == "mask":
+            return torch.where(self._at, values, x)
         if self._form == "rows":
             x.scatter_(1, self._at, values)
         elif self._form == "pairs":
@@ -81,6 +85,15 @@ class Places:
             x.index_copy_(1, self._at, values)
         else:
             fill_columns(x, self._at, values)
+        return x
+
+    def as_mask(self, x: torch.Tensor) -> Places:
+        """The same as a mask of ``x``, where a derivative is asked for: that of a token there twice counts once."""
+        mask = self.put(torch.zeros_like(x, dtype=torch.bool), True)
+        values = self.values
+        if values is not None:
+            values = self.put(torch.zeros_like(x, dtype=values.dtype), values)
+        return Places("mask", mask, values)
 
     def value_of_rows(self, value: torch.Tensor | float) -> torch.Tensor | float:
         """A value of all rows, or of each ``[B or 1, 1]``, in a shape that goes with the elements taken."""

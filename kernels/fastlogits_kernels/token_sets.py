@@ -145,6 +145,17 @@ def _add_history(
             tl.atomic_add(plane_ptr + token, 1.0, mask=_is_mine(token, first, last), sem="relaxed")
 
 
+# n-grams of up to so many tokens are compared without a loop; longer ones are rare, and would compile for ever.
+_UNROLLED = tl.constexpr(16)
+
+
+@triton.jit
+def _is_repeated(text_ptr, column, inside, text_stride, ids_ptr, at, stride_id):
+    """Whether some columns of a text hold the token at a place of the history."""
+    wanted = tl.load(ids_ptr + at.to(tl.int64) * stride_id)
+    return tl.load(text_ptr + column.to(tl.int64) * text_stride, mask=inside, other=-1) == wanted
+
+
 @triton.jit
 def _add_repeated(
     set_ptr, text_ptr, text_length, text_stride, ids_ptr, seen, first, last, stride_id, V,
@@ -156,9 +167,12 @@ def _add_repeated(
             column = i + tl.arange(0, BLOCK)
             inside = column < text_length
             found = inside
-            for j in tl.static_range(1, SIZE):
-                wanted = tl.load(ids_ptr + (seen - j).to(tl.int64) * stride_id)
-                found &= tl.load(text_ptr + (column - j).to(tl.int64) * text_stride, mask=inside, other=-1) == wanted
+            if SIZE <= _UNROLLED:
+                for j in tl.static_range(1, SIZE):
+                    found &= _is_repeated(text_ptr, column - j, inside, text_stride, ids_ptr, seen - j, stride_id)
+            else:
+                for j in range(1, SIZE):
+                    found &= _is_repeated(text_ptr, column - j, inside, text_stride, ids_ptr, seen - j, stride_id)
             token = _token_at(text_ptr, column, found, text_stride, V)
             _add_to_set(set_ptr, token, found, first, last)
 

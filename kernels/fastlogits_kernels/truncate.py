@@ -31,7 +31,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
+from fastlogits_kernels._backend import has_gradient, wanted_on
 from fastlogits_kernels._library import register
+from fastlogits_kernels._rows import HOW_TO_REPEAT
 
 RuleKind: TypeAlias = Literal["top_k", "top_p", "min_p", "typical", "epsilon", "eta", "top_h", "top_n_sigma"]
 Ties: TypeAlias = Literal["all", "lowest"]
@@ -120,17 +122,17 @@ def check_row_values(kind: RuleKind, value: torch.Tensor) -> None:
     """
     name = argument_of(kind)
     if value.ndim != 1:
-        raise ValueError(f"`{name}` has to be a number, or a tensor of shape (B,), but has shape {tuple(value.shape)}")
+        raise ValueError(f"{name} must be a number or a tensor of shape (B,), got one of shape {tuple(value.shape)}")
     allowed = (torch.int32, torch.int64) if kind == "top_k" else (torch.float32,)
     if value.dtype not in allowed:
         one_of = " or ".join(map(str, allowed))
-        raise ValueError(f"`{name}`, given per row, has to be of {one_of}, but is of {value.dtype}")
+        raise ValueError(f"{name} must be of {one_of} where it is given for each row, got {value.dtype}")
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         values = RANGES[kind]
         refused = ~(values.has(value) | (value == values.off))
         if bool(refused.any()):
             row = int(refused.int().argmax())
-            raise ValueError(f"`{name}` has to be {values.words}, but is {value[row].item():g} in row {row}")
+            raise ValueError(f"{name} must be {values.words}, got {value[row].item():g} in row {row}")
 
 
 def check_rules(scores: torch.Tensor, rules: Sequence[Rule]) -> None:
@@ -145,13 +147,13 @@ def check_rules(scores: torch.Tensor, rules: Sequence[Rule]) -> None:
             check_row_values(rule.kind, value)
             if len(value) != len(scores):
                 raise ValueError(
-                    f"`{argument_of(rule.kind)}` has {len(value)} rows, but scores have {len(scores)}: give one value "
-                    "for each row, or a number for all"
+                    f"{argument_of(rule.kind)} must be a number, or have a value for each of the {len(scores)} rows of "
+                    f"scores, got {len(value)} values; {HOW_TO_REPEAT}"
                 )
             if value.device != scores.device:
                 raise ValueError(
-                    f"`{argument_of(rule.kind)}` is on {value.device}, but scores are on {scores.device}: move it "
-                    "there once, with `.to(scores.device)`"
+                    f"{argument_of(rule.kind)} must be on {scores.device}, as scores are, got {value.device}; move it "
+                    "there once, with .to(scores.device)"
                 )
 
 
@@ -615,7 +617,7 @@ def _truncate(scores: torch.Tensor, rules: Sequence[Rule]) -> torch.Tensor:
     check_rules(scores, rules)
     if not rules or not scores.numel():
         return scores.clone(memory_format=torch.contiguous_format)
-    if scores.is_cuda:
+    if scores.is_cuda or wanted_on(scores.device):
         from fastlogits_kernels import select  # which takes its rules from here
 
         if select.takes_rules(rules) and select.takes_scores(scores):
@@ -668,6 +670,6 @@ def truncate(scores: torch.Tensor, rules: Sequence[Rule]) -> torch.Tensor:
     Raises:
         ValueError: values per row that don't fit the scores, or, on the CPU, that are out of range.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not has_gradient(scores):
         return torch.ops.fastlogits.truncate(scores, *_flattened(rules))  # type: ignore[no-any-return]
     return _truncate(scores, rules)

@@ -111,8 +111,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows of a source dealt round", f"{PACKAGE}/allowed.py",
-        "rows.repeat_interleave(batch_size // max(1, rows.shape[0]), 0)",
-        "rows.repeat(batch_size // max(1, rows.shape[0]), 1)",
+        "rows.repeat_interleave(copies, 0)", "rows.repeat(copies, 1)",
         ("test_extras.py::test_zoo_whatever_becomes_of_the_rows", "test_vocabulary.py"),
     ),
     # -- the fold and its search --
@@ -184,8 +183,13 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients lost in a plan", f"{PACKAGE}/plan.py",
-        "scores.ndim != 2 or scores.requires_grad or", "scores.ndim != 2 or",
-        ("test_fold.py::test_other_shapes_and_gradients_go_to_transformers",),
+        "if in_place and has_gradient(scores):", "if False:",
+        ("test_gradients.py",),
+    ),
+    Mutation(
+        "gradients lost in a fold", f"{KERNELS}/fold.py",
+        "    recorded = has_gradient(scores)", "    recorded = False",
+        ("test_gradients.py",),
     ),
     Mutation(
         "a ban moved before a map that lifts it", f"{PACKAGE}/stages.py",
@@ -295,7 +299,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the fused normalisation forgotten", f"{PACKAGE}/truncate_launch.py",
-        "normalise=self._after is not None", "normalise=False",
+        "normalise = self._after is not None", "normalise = False",
         ("test_select.py::test_steps_that_share_a_pass_are_the_steps_one_by_one",),
     ),
     # -- draws and reports --
@@ -405,8 +409,38 @@ MUTATIONS = [
     ),
     Mutation(
         "the sequences of a prompt draw alike", f"{PACKAGE}/decoding.py",
-        "row % (B // count) * _PART", "row % (B // count)",
+        "row % num_return_sequences * _PART", "row % num_return_sequences",
         ("test_decode.py::test_sequences_of_a_request_share_no_noise",),
+    ),
+    Mutation(
+        "a candidate's result that is a slice of what it is stored into", f"{PACKAGE}/acceleration.py",
+        "return self._processed[i : i + 1] if self._changed else scores", "return self._processed[i : i + 1]",
+        ("test_drafts.py::test_a_step_that_changes_nothing",),
+    ),
+    Mutation(
+        "candidates that are remembered while others are drafted", f"{PACKAGE}/acceleration.py",
+        "processors.expect_nothing()", "pass",
+        ("test_drafts.py::test_candidates_of_before_are_forgotten",),
+    ),
+    Mutation(
+        "a block that ends all blocks of its model", f"{PACKAGE}/acceleration.py",
+        "if not hold.count and hold is", "if hold is",
+        ("test_accelerate_inside.py::test_a_block_ends_what_it_has_begun",),
+    ),
+    Mutation(
+        "an old block that ends a later one", f"{PACKAGE}/acceleration.py",
+        "if not hold.count and hold is", "if not hold.count or hold is not",
+        ("test_accelerate_inside.py::test_restore_ends_all_blocks_and_they_end_nothing_else",),
+    ),
+    Mutation(
+        "scores of a manager that a processor writes", f"{PACKAGE}/continuous.py",
+        "scores = given.clone()  # which it may write", "scores = given",
+        ("test_continuous_batching.py::test_the_scores_of_a_manager_are_not_written",),
+    ),
+    Mutation(
+        "a tokenizer that generate keeps", f"{PACKAGE}/decoding.py",
+        'rest["tokenizer"] = taken["tokenizer"]', "pass",
+        ("test_decode.py::test_stop_strings",),
     ),
 ]  # fmt: skip
 

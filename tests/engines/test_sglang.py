@@ -159,7 +159,7 @@ def test_bad_wishes_are_refused_at_the_client_and_hurt_nobody_at_the_server(capl
     for wishes, message in (
         ({"top_k": 3}, "which the engine itself applies"),
         ({"ngram": 3}, "'ngram', which is unknown"),
-        ({"epsilon": 3.0}, "`epsilon` has to be a number"),
+        ({"epsilon": 3.0}, "epsilon must be a number"),
     ):
         with pytest.raises(ValueError, match=message):
             FastLogitsProcessor.params(**wishes)
@@ -168,22 +168,58 @@ def test_bad_wishes_are_refused_at_the_client_and_hurt_nobody_at_the_server(capl
     good = request("good", [1], wishes={"no_repeat_ngram_size": 1})
     wrong, outside, nothing = (request(name, [1], FastLogitsProcessor) for name in ("wrong", "outside", "nothing"))
     wrong.sampling_params.custom_params = {"fastlogits": "[", "__req__": wrong}
-    outside.sampling_params.custom_params = {"fastlogits": {"banned_token_ids": [V]}, "__req__": outside}
-    with caplog.at_level(logging.ERROR):
+    outside.sampling_params.custom_params = {"fastlogits": {"banned_token_ids": [4, V]}, "__req__": outside}
+    with caplog.at_level(logging.WARNING):
         for _ in range(3):
             out = processed(torch.zeros(4, V), wrong, outside, nothing, good)
-            assert out.isinf().nonzero().tolist() == [[3, 1]]
+            assert out.isinf().nonzero().tolist() == [[1, 4], [3, 1]]
     assert len(caplog.records) == 2
-    assert "has to be a mapping, or one in JSON" in caplog.text
-    assert f"token id {V} is outside the vocabulary" in caplog.text
+    assert "must be a mapping from names to values, or one in JSON" in caplog.text
+    assert f"banned_token_ids must have token ids of the vocabulary, 0 to {V - 1}, got {V}" in caplog.text
+
+
+UNUSABLE = {
+    "an id outside the vocabulary": ({"forced_tokens": [V]}, "forced_tokens must have token ids of the vocabulary"),
+    "a value out of range": ({"epsilon": 3.0}, "epsilon must be"),
+    "of a wrong type": ({"bad_words": "no"}, "bad_words must be"),
+    "unknown": ({"ngrams": 3}, "'ngrams', which is unknown"),
+    "the engine's own": ({"top_k": 3}, "'top_k', which the engine itself applies"),
+    "a list that is too long": ({"forced_tokens": [1] * 5000}, "forced_tokens and bad_words take 5000 words"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_one_option_that_cannot_be_honoured_leaves_the_others(kind, caplog):
+    wrong, message = UNUSABLE[kind]
+    req = request(kind, [1, 2], FastLogitsProcessor)
+    wishes = {"no_repeat_ngram_size": 1, "banned_token_ids": [3], **wrong}
+    req.sampling_params.custom_params = {"fastlogits": wishes, "__req__": req}
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert processed(torch.zeros(1, V), req).isinf().nonzero()[:, 1].tolist() == [1, 2, 3]
+    assert [message in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_forced_tokens_beside_a_grammar(caplog):
+    req = request("grammar", [1], wishes={"forced_tokens": [5], "banned_token_ids": [3]}, regex="a+")
+    with caplog.at_level(logging.WARNING):
+        assert processed(torch.zeros(1, V), req).isinf().nonzero()[:, 1].tolist() == [3]
+    assert "forced_tokens must be left out beside a grammar" in caplog.text
+
+
+def test_placeholders_of_images_in_a_prompt():
+    req = request("pictures", [V, 4, V + 7, 2**31 + 5, -1, 4], wishes={"no_repeat_ngram_size": 1})
+    assert processed(torch.zeros(1, V), req).isinf().nonzero()[:, 1].tolist() == [4]
 
 
 def test_overlapped_steps_hide_the_newest_token(caplog, monkeypatch):
     wishes = [{"no_repeat_ngram_size": 1}, {"banned_token_ids": [9]}]
+    both = {"no_repeat_ngram_size": 1, "forced_tokens": [4], "bad_words": [[7], [1, 8]], "banned_token_ids": [9]}
     with server(disable_overlap_schedule=False), caplog.at_level(logging.ERROR):
-        requests = [request(f"overlapped {i}", [1], wishes=each) for i, each in enumerate(wishes)]
-        assert processed(torch.zeros(2, V), *requests).isinf().nonzero().tolist() == [[1, 9]]
+        requests = [request(f"overlapped {i}", [1], wishes=each) for i, each in enumerate([*wishes, both])]
+        assert processed(torch.zeros(3, V), *requests).isinf().nonzero().tolist() == [[1, 9], [2, 7], [2, 9]]
     assert "SGLANG_ENABLE_DELAY_SAMPLE=1" in caplog.text
+    assert "no_repeat_ngram_size, bad_words, forced_tokens of requests are not honoured" in caplog.text
     monkeypatch.setenv("SGLANG_ENABLE_DELAY_SAMPLE", "1")
     with server(disable_overlap_schedule=False):
         requests = [request(f"delayed {i}", [1], wishes=each) for i, each in enumerate(wishes)]

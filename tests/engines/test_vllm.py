@@ -55,6 +55,10 @@ REQUESTS = [
     ),
     ([1, 8, 6, 7], 5, {}, None),
 ]
+OUTSIDE = [
+    {"forced_tokens": [1, V]}, {"banned_token_ids": [1, V]}, {"bad_words": [[1], [2, V]]}, {"dry_breakers": [V]},
+    {"first_tokens_suppressed": [V]},
+]  # fmt: skip
 CALL = [{"prompt": prompt, "params": {"max_tokens": count, **params}} for prompt, count, params, _ in REQUESTS]
 PLAIN = [index for index, request in enumerate(REQUESTS) if request[3] is None]
 
@@ -170,11 +174,11 @@ def test_entry_point(model, installed, alone, expected, runner):
         {"prompt": [1], "params": asks(dry_multiplier=-1.0)},
         {"prompt": [1], "params": {"extra_args": {"fastlogits": "{"}}},
         {"prompt": [1], "params": asks(bad_words=[list(range(100))] * 100)},
+        *({"prompt": [1], "params": asks(no_repeat_ngram_size=2, **outside)} for outside in OUTSIDE),
     ]
-    outside = [{"prompt": [1, 9], "params": asks(forced_tokens=[V])}]
-    calls = [plain, CALL, *[[request] for request in wrong], [CALL[1]], outside, CALL]
+    calls = [plain, CALL, *[[request] for request in wrong], [CALL[1]], CALL]
     answer = run(model, calls, runner, installed)
-    idle, together, *refused, again, unsteered, last = answer["results"]
+    idle, together, *refused, again, last = answer["results"]
     assert answer["loaded"]
     assert answer["working"] == [False] + [True] * (len(calls) - 1)
     assert dict(zip(PLAIN, idle, strict=True)) == alone
@@ -182,16 +186,44 @@ def test_entry_point(model, installed, alone, expected, runner):
     messages = [
         "has 'top_k', which the engine itself applies",
         "has 'no_repeat_ngram', which is unknown; there are banned_token_ids, bad_words",
-        "`dry_multiplier` has to be a finite number of at least 0, but is -1.0",
-        "has to be a mapping, or one in JSON, but is '{'",
+        "dry_multiplier must be a finite number of at least 0 and at most 3.40282e+38, got -1.0",
+        "must be a mapping from names to values, or one in JSON, got '{'",
         "forced_tokens and bad_words take 10100 words",
+        *(f"{name} must have token ids of the vocabulary, 0 to {V - 1}, got {V}" for each in OUTSIDE for name in each),
     ]
     for message, refusal in zip(messages, refused, strict=True):
         assert message in refusal
     assert again[0] == expected[1]
-    # Vocabularies are not known where requests come in: the engine goes on, and logs what it can't do.
-    assert len(unsteered[0]) == 20
     check(last, alone, expected)
+
+
+@pytest.mark.parametrize("runner", ["older", "newer"])
+def test_what_has_acted_before_logits_processors_see_the_logits(model, installed, runner):
+    """Bias and bans of vLLM's own come before in both runners; penalties in the newer one, but after in the older."""
+    only_the_largest = asks(top_n_sigma=1e-6)
+    penalized, biased, allowed = {"repetition_penalty": 5.0}, {"logit_bias": {33: 100.0}}, {"allowed_token_ids": [7, 8]}
+
+    def generate(**params):
+        return {"prompt": [1, 5, 6, 7], "params": {"max_tokens": 12, **params}}
+
+    ((first,),) = run(model, [[generate()]], runner, installed)["results"]
+    unended = {"min_tokens": 12, "stop_token_ids": first[:1]}
+    kinds = [{}, penalized, biased, allowed, unended]
+    call = [generate(**kind, **more) for kind in kinds for more in ({}, only_the_largest)]
+    results = run(model, [call], runner, installed)["results"][0]
+    without, among_largest = results[::2], results[1::2]
+    for plain in without[1:]:
+        assert plain != without[0]
+    seen = without if runner == "newer" else [without[0], without[0], *without[2:]]
+    assert among_largest == seen
+
+
+def test_the_older_runner_refuses_what_speculative_decoding_keeps_from_it(model, installed):
+    drafting = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    answer = run(model, [[CALL[0]], [CALL[1]]], "older", installed, speculative_config=drafting)
+    plain, refused = answer["results"]
+    assert len(plain[0]) == 60
+    assert "must be left out with speculative decoding" in refused
 
 
 @pytest.mark.parametrize("runner", ["older", "newer"])

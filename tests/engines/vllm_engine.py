@@ -59,6 +59,10 @@ def main() -> None:
     results, working = [], []
     for call in asked["calls"]:
         prompts = [{"prompt_token_ids": request["prompt"]} for request in call]
+        for request in call:  # JSON has no keys but text
+            bias = request["params"].get("logit_bias")
+            if bias:
+                request["params"]["logit_bias"] = {int(token): value for token, value in bias.items()}
         defaults = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
         try:
             params = [SamplingParams(**defaults | request["params"]) for request in call]
