@@ -45,6 +45,7 @@ _EXTRAS: dict[str, Callable[[Any], Any]] = {
     "PreventHallucinationLogitsProcessor": lambda t: fl.PreventHallucinationLogitsProcessor(t, phrase="no"),
     "SuppressFirstTokens": lambda t: fl.SuppressFirstTokens([1]),
     "SuppressSpecificBOSTokenLogitsProcessor": lambda t: fl.SuppressSpecificBOSTokenLogitsProcessor([1]),
+    "TopALogitsWarper": lambda t: fl.TopALogitsWarper(0.2),
     "TopNSigmaLogitsWarper": lambda t: fl.TopNSigmaLogitsWarper(1.0),
     "TriggerPhraseLogitsProcessor": lambda t: fl.TriggerPhraseLogitsProcessor(
         t, phrase="no", trigger_token_phrase="yes"

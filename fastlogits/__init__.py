@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from fastlogits.processors.truncation import EpsilonLogitsWarper as EpsilonLogitsWarper
     from fastlogits.processors.truncation import EtaLogitsWarper as EtaLogitsWarper
     from fastlogits.processors.truncation import MinPLogitsWarper as MinPLogitsWarper
+    from fastlogits.processors.truncation import TopALogitsWarper as TopALogitsWarper
     from fastlogits.processors.truncation import TopHLogitsWarper as TopHLogitsWarper
     from fastlogits.processors.truncation import TopKLogitsWarper as TopKLogitsWarper
     from fastlogits.processors.truncation import TopNSigmaLogitsWarper as TopNSigmaLogitsWarper
@@ -154,6 +155,7 @@ _HOME = {
     "SynthIDTextWatermarkState": "processors.watermark",
     "TemperatureLogitsWarper": "processors.values",
     "TokenMask": "token_mask",
+    "TopALogitsWarper": "processors.truncation",
     "TopHLogitsWarper": "processors.truncation",
     "TopKLogitsWarper": "processors.truncation",
     "TopNSigmaLogitsWarper": "processors.truncation",

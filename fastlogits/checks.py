@@ -1,4 +1,4 @@
-"""Checks of arguments, with one wording: ``top_p must be between 0 and 1 (1 turns it off), got 1.5``.
+"""Checks of arguments, with one wording: ``top_p must be a number from 0 to 1 (1 turns it off), got 1.5``.
 
 Numbers may be Python's or numpy's scalars, and come out as Python's.
 """

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from fastlogits_kernels import select
 from fastlogits_kernels._triton import to_device
-from fastlogits_kernels.truncate import Rule, truncate
+from fastlogits_kernels.rules import TINY_TEMPERATURE, Rule
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.truncate.dispatch import truncate
 from transformers.generation import logits_process as theirs
 from transformers.utils import logging
 
@@ -55,12 +56,14 @@ class _Value(NamedTuple):
     allowed: str
     is_allowed: Callable[[Any], bool]
     dtype: torch.dtype
+    least: float
+    """Lower ones count as this."""
 
 
 _VALUES = {
-    "temperature": _Value("a number above 0", lambda value: 0 < value < math.inf, torch.float32),
-    "top_k": _Value("an integer of at least 1", lambda value: 1 <= value < 2**31, torch.int32),
-    "top_p": _Value("a number above 0, at most 1", lambda value: 0 < value <= 1, torch.float32),
+    "temperature": _Value("a number above 0", lambda value: 0 < value < math.inf, torch.float32, TINY_TEMPERATURE),
+    "top_k": _Value("an integer of at least 1", lambda value: 1 <= value < 2**31, torch.int32, 1),
+    "top_p": _Value("a number above 0, at most 1", lambda value: 0 < value <= 1, torch.float32, 0),
 }
 _IGNORED = ("filter_value", "min_tokens_to_keep")
 
@@ -264,8 +267,9 @@ class RequestProcessors:
         lines = list(torch.tensor(positions, dtype=torch.int32).T)
         own = [state.logit_processor_kwargs for state in states] or [{}]
         for name, default in self._defaults.items():
-            values = torch.tensor([each.get(name, default) for each in own], dtype=_VALUES[name].dtype)
-            lines.append(values.view(torch.int32))
+            known = _VALUES[name]
+            values = torch.tensor([each.get(name, default) for each in own], dtype=known.dtype)
+            lines.append(values.clamp_(min=known.least).view(torch.int32))
         return torch.stack(lines)
 
     def __call__(
@@ -389,14 +393,14 @@ class _Sample(_Part):
         return _sampled(scores, temperature, rules)
 
 
-@select.OPERATION.falls_back
+@launch.OPERATION.falls_back
 def _sampled(scores: torch.Tensor, temperature: torch.Tensor | None, rules: Sequence[Rule]) -> torch.Tensor:
     """Scores divided by a temperature of each row, and what rules keep of them; on a GPU as they are read."""
-    if rules and select.takes_scores(scores) and select.takes_rules(rules) and not torch.compiler.is_compiling():
+    if rules and launch.takes_scores(scores) and launch.takes_rules(rules) and not torch.compiler.is_compiling():
         out = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
         if out.numel():
-            selection = select.Selection(rules, scores.shape[1], scores.device)
-            select.launch_select(scores, selection, out=out, temperature=temperature)
+            selection = launch.Selection(rules, scores.shape[1], scores.device)
+            launch.launch_select(scores, selection, out=out, temperature=temperature)
         return out
     if temperature is not None:
         scores = scores / temperature.unsqueeze(1)

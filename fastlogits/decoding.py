@@ -10,7 +10,7 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
-from fastlogits_kernels import select
+from fastlogits_kernels.selection import launch
 
 from fastlogits.acceleration import RunList
 from fastlogits.checks import is_integer
@@ -249,7 +249,7 @@ class _Drawing(RunList):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Process the scores of one step, and draw from them."""
         positions = self._starts + (input_ids.shape[1] - self._start)
-        if self._fused is not None and not kwargs and select.takes_scores(scores):
+        if self._fused is not None and not kwargs and launch.takes_scores(scores):
             tokens, _ = self._fused(scores, self._seeds, positions, input_ids, self._process.run)
             return _drawn(scores, tokens)
         scores = self._process(input_ids, scores, **kwargs)
@@ -266,7 +266,7 @@ class _Choosing(RunList):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Process the scores of one step, and find the largest."""
-        if kwargs or not select.takes_scores(scores):
+        if kwargs or not launch.takes_scores(scores):
             return self._process(input_ids, scores, **kwargs)
         tokens, _ = self._fused(scores, self._anything, self._anything, input_ids, self._process.run)
         return _drawn(scores, tokens)

@@ -7,19 +7,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from fastlogits_kernels import select
 from fastlogits_kernels.draw import draw
 from fastlogits_kernels.report import MOST, Report, report, select_and_report
-from fastlogits_kernels.truncate import (
-    RANGES,
+from fastlogits_kernels.rules import (
+    ORDERS,
+    RULES,
+    TINY_TEMPERATURE,
+    Order,
     Rule,
     RuleKind,
     Ties,
     argument_of,
     check_row_values,
     check_rules,
-    truncate,
 )
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.truncate.dispatch import truncate
 
 from fastlogits.causes import explain_failure, kind
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
@@ -33,14 +36,7 @@ from fastlogits.stages import Member, Scale
 from fastlogits.step import NO_ARGUMENTS
 from fastlogits.truncate_launch import TruncateLaunch
 
-Order: TypeAlias = Literal["transformers", "vllm", "sglang"]
 Distribution: TypeAlias = Literal["processed", "raw"]
-
-_ORDERS: dict[Order, tuple[RuleKind, ...]] = {
-    "transformers": ("top_n_sigma", "top_h", "top_k", "top_p", "min_p", "typical", "epsilon", "eta"),
-    "vllm": ("top_n_sigma", "min_p", "top_k", "top_p", "top_h", "typical", "epsilon", "eta"),
-    "sglang": ("top_n_sigma", "top_p", "top_k", "min_p", "top_h", "typical", "epsilon", "eta"),
-}
 
 
 class Sample(NamedTuple):
@@ -86,7 +82,7 @@ class Sampler:
 
     Args:
         processors: a ``LogitsProcessorList``, or any list of processors, applied first; None for none.
-        temperature: what the logits are divided by, at least 0 and finite; None for 1.
+        temperature: what the logits are divided by, at least 0 and finite; None for 1. Below 1e-30 it counts as 0.
         top_k: at least 1; V or more turns it off, and as a number 0 or -1 does too.
         top_p: from 0 to 1; 1 turns it off.
         min_p: from 0 to 1; 0 turns it off.
@@ -94,10 +90,11 @@ class Sampler:
         epsilon: at least 0 and below 1; 0 turns it off.
         eta: at least 0 and below 1; 0 turns it off.
         top_h: above 0 and at most 1; 1 turns it off.
-        top_n_sigma: above 0; inf turns it off. For what each of them keeps see the warper of its name.
+        top_n_sigma: above 0; inf turns it off.
+        top_a: from 0 to 1; 0 turns it off. For what each of them keeps see the warper of its name.
         order: in which the truncations act, each on what the one before has left: ``"transformers"`` for top-n-sigma,
-            top-h, top-k, top-p, min-p, typical, epsilon, eta; ``"vllm"`` for top-n-sigma, min-p, top-k, top-p, then the
-            others in that order; ``"sglang"`` for top-n-sigma, top-p, top-k, min-p, then the others.
+            top-h, top-k, top-p, min-p, top-a, typical, epsilon, eta; ``"vllm"`` for top-n-sigma, min-p, top-k, top-p,
+            then the others in that order; ``"sglang"`` for top-n-sigma, top-p, top-k, min-p, then the others.
         ties: of tokens that tie at the edge of top-k or top-p, keep them as transformers does (``"all"``: top-k all,
             top-p as many as it takes, with the largest ids), or as many as it takes with the ``"lowest"`` ids.
         logprobs: ``"raw"`` for log-probabilities of the logits as they are given, ``"processed"`` for those of the
@@ -128,12 +125,13 @@ class Sampler:
         eta: float | torch.Tensor | None = None,
         top_h: float | torch.Tensor | None = None,
         top_n_sigma: float | torch.Tensor | None = None,
+        top_a: float | torch.Tensor | None = None,
         order: Order = "transformers",
         ties: Ties = "all",
         logprobs: Distribution | None = None,
         top_logprobs: int = 0,
     ) -> None:
-        one_of("order", order, tuple(_ORDERS))
+        one_of("order", order, tuple(ORDERS))
         one_of("ties", ties, get_args(Ties))
         one_of("logprobs", logprobs, (None, *get_args(Distribution)))
         top_logprobs = whole_number("top_logprobs", top_logprobs)
@@ -144,7 +142,7 @@ class Sampler:
             )
         values: dict[RuleKind, float | torch.Tensor | None] = {
             "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical": typical_p, "epsilon": epsilon, "eta": eta,
-            "top_h": top_h, "top_n_sigma": top_n_sigma,
+            "top_h": top_h, "top_n_sigma": top_n_sigma, "top_a": top_a,
         }  # fmt: skip
         if isinstance(temperature, torch.Tensor):
             if temperature.ndim != 1 or temperature.dtype != torch.float32:
@@ -155,15 +153,16 @@ class Sampler:
             _check_temperatures(temperature)
         elif temperature is not None:
             temperature = finite_number("temperature", temperature, 0)
+            temperature = temperature if temperature >= TINY_TEMPERATURE else 0.0
         if processors is not None and not isinstance(processors, LogitsProcessorList):
             processors = LogitsProcessorList(processors)
         self._processors: LogitsProcessorList | None = processors
         self._temperature = temperature
-        acting = [(kind, _acting(kind, values[kind])) for kind in _ORDERS[order]]
+        acting = [(kind, _acting(kind, values[kind])) for kind in ORDERS[order]]
         self._rules = tuple([Rule(kind, value, ties=ties) for kind, value in acting if value is not None])
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
-        self._fuses = select.takes_rules(self._rules)
+        self._fuses = launch.takes_rules(self._rules)
         self._fused: FusedDraw | None = None
 
     def __call__(
@@ -227,7 +226,7 @@ class Sampler:
         cache_position: Index | None,
     ) -> Sample:
         """What a call does with arguments that have been checked."""
-        fuses = self._fuses and select.takes_scores(logits) and not torch.compiler.is_compiling()
+        fuses = self._fuses and launch.takes_scores(logits) and not torch.compiler.is_compiling()
         # More of the likeliest tokens than the kernels look for are sorted out of processed logits.
         if fuses and not (self._logprobs == "processed" and self._top_logprobs > MOST):
             if self._fused is None:
@@ -256,7 +255,7 @@ class Sampler:
         """The logits that are drawn from, after temperature and truncations, and which rows are greedy."""
         temperature = self._temperature
         if isinstance(temperature, torch.Tensor):
-            return select.reference_distribution(plain, temperature, self._rules)
+            return launch.reference_distribution(plain, temperature, self._rules)
         if temperature == 0:
             return plain, torch.ones(len(plain), dtype=torch.bool, device=plain.device)
         return self._truncated(plain if temperature is None else plain / temperature), None
@@ -283,7 +282,7 @@ class _Joined(NamedTuple):
     """What can't be taken, and runs before."""
     fold: FoldLaunch | None
     rules: tuple[Rule, ...]
-    kept: dict[tuple[int, torch.device], tuple[select.Selection, torch.Tensor | None]]
+    kept: dict[tuple[int, torch.device], tuple[launch.Selection, torch.Tensor | None]]
     """The rules for a vocabulary and a device; with a temperature where all rows are greedy."""
 
 
@@ -340,14 +339,14 @@ class FusedDraw:
         kept = joined.kept.get(key)
         if kept is None:
             zero = torch.zeros((), device=logits.device) if self._is_greedy else None
-            kept = joined.kept[key] = (select.Selection(joined.rules, *key), zero)
+            kept = joined.kept[key] = (launch.Selection(joined.rules, *key), zero)
         selection, temperature = kept
         temperature = self._temperature if temperature is None else temperature
         check_rules(logits, joined.rules)
         given: Any = input_ids
         inputs = () if joined.fold is None else joined.fold.inputs(given, logits, run)
         if top_logprobs is None:
-            return select.select_tokens(logits, selection, seeds, positions, temperature, *inputs), None
+            return launch.select_tokens(logits, selection, seeds, positions, temperature, *inputs), None
         return select_and_report(logits, selection, seeds, positions, top_logprobs, temperature, *inputs)
 
     def _join(self, plan: Plan | None) -> _Joined:
@@ -356,7 +355,7 @@ class FusedDraw:
         rules = self._rules
         if self._joins_truncations and steps and isinstance(steps[-1], TruncateLaunch):
             last = steps[-1].rules
-            if select.takes_rules(last) and all(rule.filter_value == -math.inf for rule in last):
+            if launch.takes_rules(last) and all(rule.filter_value == -math.inf for rule in last):
                 rules = last
                 steps.pop()
         members = self._scale
@@ -384,6 +383,7 @@ def sample(
     eta: float | torch.Tensor | None = None,
     top_h: float | torch.Tensor | None = None,
     top_n_sigma: float | torch.Tensor | None = None,
+    top_a: float | torch.Tensor | None = None,
     order: Order = "transformers",
     ties: Ties = "all",
     logprobs: Distribution | None = None,
@@ -408,6 +408,7 @@ def sample(
         eta: see ``Sampler``.
         top_h: see ``Sampler``.
         top_n_sigma: see ``Sampler``.
+        top_a: see ``Sampler``.
         order: see ``Sampler``.
         ties: see ``Sampler``.
         logprobs: see ``Sampler``.
@@ -425,8 +426,8 @@ def sample(
     """
     sampler = Sampler(
         processors, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p,
-        epsilon=epsilon, eta=eta, top_h=top_h, top_n_sigma=top_n_sigma, order=order, ties=ties, logprobs=logprobs,
-        top_logprobs=top_logprobs,
+        epsilon=epsilon, eta=eta, top_h=top_h, top_n_sigma=top_n_sigma, top_a=top_a, order=order, ties=ties,
+        logprobs=logprobs, top_logprobs=top_logprobs,
     )  # fmt: skip
     return sampler(logits, seeds, positions, input_ids, prompt_length=prompt_length, cache_position=cache_position)
 
@@ -438,8 +439,8 @@ def _acting(kind: RuleKind, value: float | torch.Tensor | None) -> float | torch
         return value
     if value is None:
         return None
-    bounds = RANGES[kind]
-    if kind == "top_k":
+    bounds = RULES[kind].range
+    if RULES[kind].integer:
         if not is_integer(value) or value < -1:
             raise ValueError(f"top_k must be an integer of at least 1 (V or more, 0 and -1 turn it off), got {value!r}")
         return int(value) if value > 0 else None

@@ -16,9 +16,9 @@ import torch
 from fastlogits_kernels import slots as layout
 from fastlogits_kernels._triton import to_device
 from fastlogits_kernels.bits import words
+from fastlogits_kernels.rules import ORDERS, RULES, Range, RuleKind, Ties, argument_of
 from fastlogits_kernels.slot_sets import Step, append_tokens, process_rows, sample_rows, swap_slots
 from fastlogits_kernels.slots import Rows, Semantics, Slots
-from fastlogits_kernels.truncate import RANGES, Range, RuleKind, Ties, argument_of
 
 from fastlogits.checks import device_of, finite_number, is_integer, is_number, one_of, whole_number
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
@@ -34,10 +34,8 @@ _Index: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None] | tuple[None, None
 
 
 class _Preset(NamedTuple):
-    """Where the stacks disagree."""
+    """Where the stacks disagree, apart from the order of the rules."""
 
-    rules: tuple[RuleKind, ...]
-    """In the order in which they act."""
     ties: Ties
     repetition: Scope
     counts: Scope
@@ -45,18 +43,10 @@ class _Preset(NamedTuple):
 
 
 _PRESETS: dict[Preset, _Preset] = {
-    "transformers": _Preset(
-        ("top_n_sigma", "top_k", "top_p", "min_p", "typical", "epsilon", "eta"), "all", "all", "output", Semantics()
-    ),
-    "vllm": _Preset(
-        ("top_n_sigma", "min_p", "top_k", "top_p", "typical", "epsilon", "eta"), "all", "all", "output",
-        Semantics(words_in_output=True),
-    ),
-    "sglang": _Preset(
-        ("top_n_sigma", "top_p", "top_k", "min_p", "typical", "epsilon", "eta"), "lowest", "output", "output",
-        Semantics(bias_last=True),
-    ),
-}  # fmt: skip
+    "transformers": _Preset("all", "all", "output", Semantics()),
+    "vllm": _Preset("all", "all", "output", Semantics(words_in_output=True)),
+    "sglang": _Preset("lowest", "output", "output", Semantics(bias_last=True)),
+}
 
 # Words that are allocated at once for staging: those of dozens of requests.
 _STAGED = 2**16
@@ -84,6 +74,8 @@ class RequestParams:
         epsilon: at least 0 and below 1; 0 or None for off.
         eta: at least 0 and below 1; 0 or None for off.
         top_n_sigma: above 0; inf or None for off.
+        top_h: above 0 and at most 1; 1 or None for off.
+        top_a: from 0 to 1; 0 or None for off.
         repetition_penalty: above 0 and finite; 1 is off.
         presence_penalty: finite, subtracted from the logit of each token that has occurred; 0 is off.
         frequency_penalty: finite, subtracted once for every time that it has occurred; 0 is off.
@@ -130,6 +122,8 @@ class RequestParams:
     epsilon: float | None = None
     eta: float | None = None
     top_n_sigma: float | None = None
+    top_h: float | None = None
+    top_a: float | None = None
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -316,7 +310,7 @@ class BatchProcessor:
         self.max_length: int = tokens.shape[1]
         self._slots = Slots(records, masks, tokens, lengths, prompts)
         self._step = Step(
-            self._slots, rows, vocab_size, self._preset.rules, self._preset.ties, self._preset.semantics, max_listed
+            self._slots, rows, vocab_size, ORDERS[semantics], self._preset.ties, self._preset.semantics, max_listed
         )
         # Views take the host longer than what is done with them.
         self._table, self._held, self._flags = table, table.unbind(), records[:, layout.FLAGS.value].unbind()
@@ -794,14 +788,16 @@ _NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 _RULES = [(argument_of(kind), layout.OFF[kind]) for kind in layout.RULE_KINDS]
 # The words before the lists, in the order of their places in the record.
-_HEADER = struct.Struct("=6i Q 4f fi5f i 16i")
+_HEADER = struct.Struct(
+    f"=6i Q 4f {''.join('i' if whole else 'f' for whole in layout.INTEGERS)} i {2 * layout.N_LISTS}i"
+)
 _LENGTHS, _SEED = struct.Struct("=2i"), struct.Struct("=Q")
 
 
 def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
     flags = layout.ACTIVE.value
     masks: list[TokenMask | None] = [None] * layout.MASKS
-    places = [0] * 16
+    places = [0] * (2 * layout.N_LISTS)
     parts: list[bytes] = []
     end = layout.RECORD.value
 
@@ -874,7 +870,7 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
 
     given = params.__dict__
     rules = [off if given[name] is None else given[name] for name, off in _RULES]
-    rules[layout.TOP_K_AT] = _small(int(rules[layout.TOP_K_AT]))
+    rules = [_small(int(value)) if whole else value for value, whole in zip(rules, layout.INTEGERS, strict=True)]
     header = _HEADER.pack(
         0, 0, flags, _small(params.no_repeat_ngram_size), _small(params.min_tokens), _small(params.first_window),
         (params.seed or 0) & (2**64 - 1),
@@ -1022,7 +1018,7 @@ def _is_in(bounds: Range, value: float) -> bool:
 
 
 def _check_rule(name: str, value: Any, kind: RuleKind) -> float:
-    bounds = RANGES[kind]
+    bounds = RULES[kind].range
     number = _python(value)
     # What is in the range may be rounded out of it.
     if number is None or not _is_in(bounds, number) or not (number == bounds.off or _is_in(bounds, _single(number))):

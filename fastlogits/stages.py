@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
-from fastlogits_kernels.truncate import Rule
+from fastlogits_kernels.rules import Rule
 
 from fastlogits.token_mask import TokenMask, TokenSet, fitted
 

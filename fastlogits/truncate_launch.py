@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from fastlogits_kernels import select
 from fastlogits_kernels._recent import hold, is_capturing, recent
-from fastlogits_kernels.truncate import check_rules, truncate
+from fastlogits_kernels.rules import check_rules
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.truncate.dispatch import truncate
 
 from fastlogits.compilers import constant
 from fastlogits.fold_launch import FoldLaunch
@@ -61,10 +62,10 @@ class SelectLaunch(Step):
         super().__init__([member for step in self._steps for member in step.members])
         self._truncations, self._before, self._after, self._first = truncations, before, after, first
         self._rules = truncations.rules
-        self._takes_rules = select.takes_rules(self._rules)
+        self._takes_rules = launch.takes_rules(self._rules)
         self._fold = None if before is None else FoldLaunch(before.members)
-        self._kept: dict[tuple[int, torch.device], select.Selection] = {}
-        self._captured: list[select.Selection] = []
+        self._kept: dict[tuple[int, torch.device], launch.Selection] = {}
+        self._captured: list[launch.Selection] = []
 
     def followed_by(self, after: Step) -> SelectLaunch:
         """The same with a normalisation after it."""
@@ -74,7 +75,7 @@ class SelectLaunch(Step):
         self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """Process the scores of one call."""
-        if not (self._takes_rules and select.takes_scores(scores)):
+        if not (self._takes_rules and launch.takes_scores(scores)):
             for step in self._steps:
                 scores = step(input_ids, scores, run, kwargs)
             return scores
@@ -88,13 +89,13 @@ class SelectLaunch(Step):
         if is_capturing(scores.device):
             hold(self._captured, selection)
         if self._fold is None:
-            return select.select(scores, selection)
-        return select.select(scores, selection, *self._fold.inputs(input_ids, scores, run))
+            return launch.select(scores, selection)
+        return launch.select(scores, selection, *self._fold.inputs(input_ids, scores, run))
 
     @constant
     def _make_selection(self, V: int, device: torch.device) -> None:
         normalise = self._after is not None
-        recent(self._kept, (V, device), lambda: select.Selection(self._rules, V, device, normalise=normalise))
+        recent(self._kept, (V, device), lambda: launch.Selection(self._rules, V, device, normalise=normalise))
 
     def describe(self) -> str:
         """Which steps it takes together, for ``explain()``."""
@@ -119,8 +120,10 @@ class SelectLaunch(Step):
         return [str(self._first + i) for i in range(len(self._steps))]
 
     def cost(self) -> Cost:
-        """Three launches, one before them that adds up the rows where a rule asks for that, and the fold's search."""
+        """The launches of its kernels, and the fold's search."""
         if not self._takes_rules:
             return Cost(None)
-        sums = select.Selection(self._rules, 2**20, torch.device("cpu")).sums > 0
-        return Cost(3 + sums + (self._fold is not None and self._fold.searches), 1 + sums)
+        selection = launch.Selection(self._rules, 2**20, torch.device("cpu"))
+        sums = selection.sums > 0
+        searches = self._fold is not None and self._fold.searches
+        return Cost(selection.launches + searches, 1 + sums)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from fastlogits_kernels.truncate import RANGES, Rule, reference_truncate
+from fastlogits_kernels.rules import RULES, Rule
+from fastlogits_kernels.truncate.reference import reference_truncate
 
 INF = float("inf")
 EPS = torch.finfo(torch.float32).eps
@@ -38,7 +39,7 @@ def rules_of_row(rules: Sequence[Rule], row: int) -> list[Rule]:
     for rule in rules:
         if isinstance(rule.value, torch.Tensor):
             value = rule.value[row].item()
-            if RANGES[rule.kind].has(value):
+            if RULES[rule.kind].range.has(value):
                 of_row.append(rule._replace(value=value))
         else:
             of_row.append(rule)
@@ -176,6 +177,13 @@ def _min_p(row: torch.Tensor, rule: Rule) -> Cut:
     return Cut(cut.exact & (p < kth), cut.least & (p < kth), cut.most)
 
 
+def _top_a(row: torch.Tensor, rule: Rule) -> Cut:
+    # The largest probability is that of the likeliest token over the mass of all.
+    value = _value(rule)
+    limit = 2 * row.max() - row.logsumexp(-1) + (math.log(value) if value else -INF)
+    return _below(row, limit, _slack(row, limit.clamp(min=-1e30)), row >= _kth(row, rule.min_tokens_to_keep))
+
+
 def _typical(row: torch.Tensor, rule: Rule) -> Cut:
     value, keep = _value(rule), rule.min_tokens_to_keep
     surprise = -row.log_softmax(-1)
@@ -245,6 +253,7 @@ _CUTS = {
     "top_k": _top_k,
     "top_p": _top_p,
     "min_p": _min_p,
+    "top_a": _top_a,
     "typical": _typical,
     "epsilon": _epsilon,
     "eta": _eta,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from fastlogits_kernels import select
+from fastlogits_kernels.selection import launch
 from transformers import LogitsProcessor
 
 import fastlogits as fl
@@ -190,7 +190,7 @@ def test_classes_of_transformers_that_write(name):
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("logprobs", ["raw", "processed"])
 def test_log_probabilities_speak_of_the_logits_that_were_given(logprobs, kernels, dtype, monkeypatch):
-    monkeypatch.setattr(select, "FORCE_KERNEL", kernels)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", kernels)
     logits = given().to(dtype)
     ids = IDS.to(DEVICE)
     asked = {"seeds": 1, "positions": 0, "input_ids": ids, "logprobs": logprobs, "top_logprobs": 2}
@@ -210,7 +210,7 @@ def test_log_probabilities_speak_of_the_logits_that_were_given(logprobs, kernels
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_a_sampler_hands_the_position_to_processors_that_ask_for_it(kernels, monkeypatch):
-    monkeypatch.setattr(select, "FORCE_KERNEL", kernels)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", kernels)
     told = []
 
     class Asks(LogitsProcessor):

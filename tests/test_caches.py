@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fastlogits_kernels import select
 from fastlogits_kernels._recent import MOST, recent
 from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.selection import launch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -44,7 +44,7 @@ each_case = pytest.mark.parametrize(("name", "make", "sides"), CASES, ids=IDS)
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """Selections are made where kernels run."""
-    monkeypatch.setattr(select, "FORCE_KERNEL", HAS_TRITON)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", HAS_TRITON)
 
 
 def kept_by(processors, name):
@@ -139,6 +139,6 @@ def test_ids_on_a_device():
 
 
 def test_numbers_of_selections():
-    for n in range(2 * select._MOST_NUMBERS):
-        assert select._numbers_on(torch.device("cpu"), n / 7).tolist() == [n / 7, 0.0]
-    assert len(select._numbers) <= select._MOST_NUMBERS
+    for n in range(2 * launch._MOST_NUMBERS):
+        assert launch._numbers_on(torch.device("cpu"), n / 7).tolist() == [n / 7, 0.0]
+    assert len(launch._numbers) <= launch._MOST_NUMBERS

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers.generation.logits_process as theirs
 from conftest import tiny_llama
-from fastlogits_kernels import select
 from fastlogits_kernels._triton import HAS_TRITON
 from fastlogits_kernels.bits import pack_bits
 from fastlogits_kernels.mask_tokens import Bans
-from fastlogits_kernels.truncate import Rule, _flattened
+from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.truncate.dispatch import _flattened
 
 import fastlogits as fl
 from fastlogits.plan import Plan
@@ -97,7 +98,7 @@ def test_changes_of_a_list_count(module):
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_kernels_that_fold_and_truncate_are_one_operation(monkeypatch):
     """What a GPU takes in one pass stays one pass in a compiled function."""
-    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     processors = fl.LogitsProcessorList([*LISTS["history"](), *LISTS["truncations"]()])
     plan = Plan(processors.plan.gpu_steps)
     called = []
@@ -145,7 +146,7 @@ def _fold():
 
 def _selection():
     rules = [Rule("top_k", 3)]
-    _selection.keeps = select.Selection(rules, V, torch.device(SCORES.device))
+    _selection.keeps = launch.Selection(rules, V, torch.device(SCORES.device))
     return (SCORES, _selection.keeps.handle, *_fold()[0][1:]), {"cache_offset": L - 1, "prompt_offset": L}
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
-from fastlogits_kernels import select
 from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.selection import launch
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -162,7 +162,7 @@ def test_sampling_in_kernels(llama, monkeypatch):
     torch.manual_seed(0)
     with fl.accelerate(llama):
         expected = together(llama, flags)
-        monkeypatch.setattr(select, "FORCE_KERNEL", True)
+        monkeypatch.setattr(launch, "FORCE_KERNEL", True)
         monkeypatch.setattr(continuous, "truncate", None)
         torch.manual_seed(0)
         assert together(llama, flags) == expected

@@ -16,12 +16,14 @@ from fastlogits_kernels import (
     mask_tokens,
     pack_ids,
     report,
-    select,
     slot_sets,
     synthid,
 )
 from fastlogits_kernels._backend import CompileError, KernelError
-from fastlogits_kernels.truncate import reference_truncate, truncate
+from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.truncate.dispatch import truncate
+from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
 
@@ -30,7 +32,7 @@ IDS = torch.tensor([[1, 2, 3], [4, 4, 5]])
 needs_triton = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
 OPERATIONS = (
     bitmask._OPERATION, fold._OPERATION, mask_tokens._OPERATION, pack_ids._OPERATION, report._OPERATION,
-    select.OPERATION, slot_sets._OPERATION, synthid._OPERATION,
+    launch.OPERATION, slot_sets._OPERATION, synthid._OPERATION,
 )  # fmt: skip
 
 
@@ -51,7 +53,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(_backend, "_warned", False)
     for operation in OPERATIONS:
         monkeypatch.setattr(operation, "lost", {})
-    for module in (fold, select, slot_sets):
+    for module in (fold, launch, slot_sets):
         monkeypatch.setattr(module, "FORCE_KERNEL", not torch.cuda.is_available())
 
 
@@ -76,7 +78,7 @@ def break_kernels(monkeypatch, *launchers, at_launch=False):
 
 
 def break_selection(monkeypatch, name):
-    break_kernels(monkeypatch, *(getattr(launchers, name) for launchers in (select._launchers, select._early)))
+    break_kernels(monkeypatch, *(getattr(launchers, name) for launchers in (launch._launchers, launch._early)))
 
 
 def processors():
@@ -104,9 +106,9 @@ def said(caught):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["bound", "sweep", "settle"])
+@pytest.mark.parametrize("name", ["bounds", "filter", "refine", "rows"])
 def test_a_selection_that_cannot_be_compiled(monkeypatch, fresh, device, name):
-    rules = (select.Rule("top_k", 20), select.Rule("top_p", 0.8))
+    rules = (Rule("top_k", 20), Rule("top_p", 0.8))
     ids, scores = inputs(device)
     expected = reference_truncate(scores, rules)
     break_selection(monkeypatch, name)
@@ -114,7 +116,7 @@ def test_a_selection_that_cannot_be_compiled(monkeypatch, fresh, device, name):
         warnings.simplefilter("always")
         # What has captured the operation calls it whatever happens; what asks first takes another way.
         for _ in range(2):
-            found = select.select(scores, select.Selection(rules, 300, scores.device, normalise=True))
+            found = launch.select(scores, launch.Selection(rules, 300, scores.device, normalise=True))
             same(found, expected.log_softmax(-1))
         same(truncate(scores, rules), expected)
         same(processors()(ids, scores), processors()(*inputs("cpu")))
@@ -146,7 +148,7 @@ def test_tokens_that_no_kernel_draws(monkeypatch, fresh, device):
     sampler = fl.Sampler(temperature=temperature, top_k=20, logprobs="processed", top_logprobs=3)
     seeds = torch.tensor([3, 4], device=device)
     expected = sampler(scores, seeds, 0)
-    break_selection(monkeypatch, "settle")
+    break_selection(monkeypatch, "refine")
     with pytest.warns(RuntimeWarning, match="falls back to torch"):
         found = sampler(scores, seeds, 0)
     assert torch.equal(found.tokens, expected.tokens)
@@ -167,7 +169,7 @@ def test_a_batch_of_requests_whose_kernels_cannot_be_compiled(monkeypatch, fresh
 
     expected = run()
     if broken == "selection":
-        break_selection(monkeypatch, "settle")
+        break_selection(monkeypatch, "rows")
     elif broken == "slots":
         break_kernels(monkeypatch, slot_sets._slot_sets_launcher)
     else:
@@ -230,8 +232,9 @@ def test_a_graph_that_is_captured_raises(monkeypatch, fresh):
 
 CALL = """
 import torch, warnings, fastlogits as fl
-from fastlogits_kernels import _backend, fold, select
-fold.FORCE_KERNEL = select.FORCE_KERNEL = True  # as if the scores were on a GPU
+from fastlogits_kernels import _backend, fold
+from fastlogits_kernels.selection import launch
+fold.FORCE_KERNEL = launch.FORCE_KERNEL = True  # as if the scores were on a GPU
 ids, scores = torch.tensor([[1, 2]]), torch.arange(9.0).unsqueeze(0)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -5,8 +5,8 @@ import torch
 import transformers.generation.logits_process as reference
 import zoo
 from fastlogits_kernels import fold as fold_kernels
-from fastlogits_kernels import select
 from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.selection import launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ OURS |= {
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """Kernels have no derivative: what has a gradient goes another way."""
-    for module in (fold_kernels, select):
+    for module in (fold_kernels, launch):
         monkeypatch.setattr(module, "FORCE_KERNEL", HAS_TRITON)
 
 

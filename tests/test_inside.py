@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 import transformers
-from fastlogits_kernels import _backend, select
+from fastlogits_kernels import _backend
 from fastlogits_kernels._triton import Launcher
+from fastlogits_kernels.selection import launch
 
 import fastlogits as fl
 from fastlogits.__main__ import main
@@ -67,7 +68,7 @@ def test_explain_names_the_law_of_each_merge():
     )
     assert truncation.laws == ()
     assert explanation.gpu == (
-        "at most 4 launches",
+        "at most 5 launches",
         "steps 1, 2 and 3 share one read and one write of the logits, after a look at a sample of each row",
         "law: a pointwise map is done wherever a logit is read (step 1, step 2)",
         "law: the sum over a row is that over the tokens kept (step 2, step 3)",
@@ -130,10 +131,10 @@ def test_explain_as_html_is_whole_and_escaped():
 )
 def test_no_more_launches_than_explain_says(processors, monkeypatch, device):
     plan = fl.LogitsProcessorList(processors).plan
-    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     launched = []
-    launch = Launcher.__call__
-    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: launched.append(self) or launch(self, *args))
+    call = Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: launched.append(self) or call(self, *args))
     scored = scores().to(device)
     for step in plan.gpu_steps:
         launched.clear()

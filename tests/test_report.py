@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from fastlogits_kernels import _triton, select
+from fastlogits_kernels import _triton
 from fastlogits_kernels import report as reports
-from fastlogits_kernels.report import MOST, Alive, launch_report, reference_report, report
-from fastlogits_kernels.selection import LOWEST
+from fastlogits_kernels.report import MOST, KeptRows, launch_report, reference_report, report
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection.row import LOWEST
 
 import fastlogits as fl
 from tests.oracle import broken_rows, hard_rows
@@ -23,7 +24,7 @@ LOW = LOWEST.value
 @pytest.fixture(params=["torch", kernel])
 def backend(request, monkeypatch):
     """Both ways of the operation, wherever the tensors are."""
-    monkeypatch.setattr(select, "FORCE_KERNEL", request.param == "kernel")
+    monkeypatch.setattr(launch, "FORCE_KERNEL", request.param == "kernel")
     if request.param == "torch" and GPU:
         lost = torch.device("cuda", torch.cuda.current_device())
         monkeypatch.setitem(reports._OPERATION.lost, lost, "for this test")
@@ -183,10 +184,10 @@ def test_of_what_is_alive(first):
     kept.append((logits[3] - centre).abs() <= 0.25)
     rows = torch.full((4, 9), -1, dtype=torch.int32)
     rows[:, 2:6] = torch.stack(words)
-    alive = Alive(rows.to(DEVICE)[:, 2:6], first, True)
+    kept_rows = KeptRows(rows.to(DEVICE)[:, 2:6], first, True)
     processed = logits.masked_fill(~torch.stack(kept), -INF)
     for tokens in (processed.argmax(-1), torch.tensor([0, 1, 2, 3])):
-        found = launch_report(logits.to(DEVICE), tokens.to(DEVICE), 20, alive=alive)
+        found = launch_report(logits.to(DEVICE), tokens.to(DEVICE), 20, kept=kept_rows)
         check(processed, tokens, 20, found)
 
 
@@ -202,7 +203,7 @@ def test_of_what_a_chain_and_a_temperature_make():
     temperature = torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
     divisor = torch.tensor([0.5, 1.0, 2.0], device=DEVICE)
     chain, given, position, allowed = processors.plan.steps[0].inputs(ids, logits.float(), None)
-    found_sets = select.find_sets(logits.float(), chain, given, position, allowed)
+    found_sets = launch.find_sets(logits.float(), chain, given, position, allowed)
     right = processors(ids, logits.float()) / divisor[:, None]
     tokens = torch.tensor([5, 2, 150], device=DEVICE)
     found = launch_report(logits, tokens, 20, chain=chain, found=found_sets, temperature=temperature)
@@ -236,7 +237,7 @@ def test_a_sampler_reports_from_kernels_what_torch_says(monkeypatch, parameters,
     processors = [fl.RepetitionPenaltyLogitsProcessor(1.3), fl.SuppressTokensLogitsProcessor([3, 5])]
     options = {"logprobs": kind, "top_logprobs": 20}
     wanted = fl.sample(logits, processors, **call, **given, **options)
-    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     monkeypatch.setattr("fastlogits.sampling.draw", None)  # no way but that of the kernels
     monkeypatch.setattr(reports, "reference_report", None)
     given, call = ({k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in each.items()} for each in (given, call))

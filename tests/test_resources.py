@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fastlogits_kernels import _triton
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
 
 # In a process of its own: this one may have chosen the interpreter, which compiles nothing.
@@ -17,21 +19,15 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.backends.nvidia.compiler import get_ptxas
-from fastlogits_kernels import bitmask, fold, keep, mask_tokens, pack_ids, report, select, settle, slot_sets, sweep
-from fastlogits_kernels import synthid, token_sets
+from fastlogits_kernels import bitmask, fold, mask_tokens, pack_ids, slot_sets, synthid, token_sets
 
 capability = int(sys.argv[1])
 STREAMED = ("scores_ptr", "logits_ptr", "out_ptr", "rounds_like_ptr")
 TYPES = {name: "i64" for name in ("ids_ptr", "tokens_ptr", "cache_position_ptr", "prompt_length_ptr")}
 TYPES |= {name: "fp32" for name in ("planes_ptr", "row_values_ptr", "biases_ptr")}
-TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr")}
 TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "temperature_ptr": "fp32"}
-TYPES |= {"logprobs_ptr": "fp32", "top_logprobs_ptr": "fp32", "ranks_ptr": "i64", "top_tokens_ptr": "i64"}
 TYPES |= {"floats_ptr": "fp32", "longs_ptr": "i64", "slots_ptr": "i64", "drafts_ptr": "i64", "local_ptr": "i64"}
 TYPES |= {"values_ptr slot_sets": "fp32", "tokens_ptr append": "i64"}
-SELECTION = select._launchers._asdict()  # with their warps and limits
-ROW_VALUES = [f"r{i}" for i in range(8)]  # of rules
-TYPES |= dict.fromkeys(ROW_VALUES, "fp32")
 TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
 
 
@@ -42,17 +38,15 @@ def compile_(case, kernel, dtype, absent, constants, warps=4):
             signature[name], values[name] = "constexpr", constants.get(name, 1 if "stride" in name else None)
         elif name == "numbers_ptr":
             signature[name] = "*fp64" if "TASKS" in constants else "*fp32"
-        elif name.endswith("_ptr") or name in ROW_VALUES:
+        elif name.endswith("_ptr"):
             own = TYPES.get(f"{name} {case.split()[0]}", TYPES.get(name, "i32"))
             signature[name] = "*" + (dtype if name in STREAMED else own)
         else:
-            signature[name] = {"multiplier": "i64", "share": "fp32", "capacity": "fp32"}.get(name, "i32")
+            signature[name] = {"multiplier": "i64"}.get(name, "i32")
         if name in STREAMED or name in ("V", "stride_row", "stride_out"):
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
-    launcher = SELECTION.get(case.split()[0])
-    options = {"num_warps": warps} if launcher is None else launcher._options
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
 cases = {}
@@ -84,43 +78,8 @@ for dtype in ("fp32", "fp16", "bf16"):
 tasks = (*(5, 0, -1, 17, -1, -1), *(5, 0, -1, 100000, -1, -1), *(6, 0, -1, 2147483647, 0, -1))
 search = {"TASKS": tasks, "SETS": 1, "ROW_VALUES": 0, "SPLITS": 4, "BLOCK": 1024}
 cases["token_sets long"] = (token_sets._token_sets_kernel, "fp32", tuple(set(absent) - {"sources_ptr"}), search, 8)
+early = {"PDL": capability >= 90}
 for dtype in ("fp32", "bf16"):
-    absent = tuple(f"r{i}" for i in range(8)) + ("bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr")
-    chain = {"OPS": (3, -1, 2, 3), "MAX": 65504.0}
-    rules = {"RULES": (0, 1, -1, 1, 1, -2), "SUMS": 1, "NORMALISE": False, "TILES": 64}
-    fixed = {"BRACKETED": True, "GREEDY": False, "SAMPLE": 8192, "BITS": 20}
-    swept = {"FILL": float("-inf"), "BANDED": False, "BRACKETED": True, "MAY_BE_FREE": False}
-    swept |= {"BLOCK_W": 32, "PORTABLE": False}
-    early = {"PDL": capability >= 90}
-    more = ("temperature_ptr", "seeds_ptr", "positions_ptr", "tokens_ptr")
-    cases[f"sums {dtype}"] = (sweep.sums_kernel, dtype, absent + more, chain | rules | fixed | early | {"SUMS": 3})
-    cases[f"bound {dtype}"] = (sweep.bound_kernel, dtype, absent + more, chain | rules | fixed | early)
-    unlisted = absent + more + ("listed_ptr", "spans_ptr")
-    cases[f"sweep {dtype}"] = (sweep.sweep_kernel, dtype, unlisted, chain | swept | early)
-    setup = (False, False, 65504.0, 1, True, False, float("-inf"), 1024)
-    settled = chain | rules | early | {"SETUP": setup, "PARTS": 128}
-    cases[f"settle {dtype}"] = (settle.settle_kernel, dtype, absent + more, settled)
-    raw = ("temperature_ptr", "alive_ptr", "counts_ptr") + absent
-    shape = {"FIRST": False, "GROUP": 128, "MAX": 65504.0}
-    tiled, merged = {"GROUPED": True}, {"GROUPS": 2048, "TILES": 128, "SLOTS": 32}
-    for form, gone, ops in (("raw", raw, ()), ("processed", absent, chain["OPS"])):
-        shape |= {"OPS": ops, "BANDED": form == "processed"}
-        cases[f"report tiles {form} {dtype}"] = (report.tiles_kernel, dtype, gone, shape | tiled)
-        cases[f"report {form} {dtype}"] = (report.report_kernel, dtype, gone, shape | merged)
-    # What follows the search of a serving step: edited logits, bans.
-    served = {"OPS": (*(12, 1, 2047, 2), *(0, 0, -1, -1)), "MAX": 3.4028234663852886e38}
-    absent = tuple(f"r{i}" for i in range(7, 8)) + ("biases_ptr", "row_values_ptr")
-    summed = {"RULES": tuple(n for i, kind in enumerate((7, 0, 1, 2, 3, 4, 5)) for n in (kind, 1, i))}
-    summed |= {"SUMS": 3, "GREEDY": True, "NORMALISE": False, "TILES": 64}
-    cases[f"sums served {dtype}"] = (sweep.sums_kernel, dtype, absent, served | early | fixed | summed)
-    swept |= {"MAY_BE_FREE": True, "BANDED": True}
-    cases[f"bound served {dtype}"] = (sweep.bound_kernel, dtype, absent, served | early | fixed | summed)
-    cases[f"sweep served {dtype}"] = (sweep.sweep_kernel, dtype, (*absent, "out_ptr"), served | swept | early)
-    grouped = served | shape | tiled | {"OPS": served["OPS"], "MAX": served["MAX"], "BANDED": True}
-    cases[f"report tiles served {dtype}"] = (report.tiles_kernel, dtype, absent, grouped)
-    kept = served | {"FILL": float("-inf"), "FIRST": False, "BANDED": True, "BLOCK_W": 32}
-    cases[f"keep served {dtype}"] = (keep._keep_kernel, dtype, absent, kept)
-    cases[f"fold served {dtype}"] = (fold._fold_kernel, dtype, absent, served | {"BLOCK_W": 32})
     search = {"BIAS_LAST": False, "WORDS_IN_OUTPUT": True, "ROOM": 2048, "BLOCK": 1024, "LIST_BLOCK": 128} | early
     cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
     absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
@@ -157,45 +116,62 @@ print(json.dumps(found))
 """
 
 
-# A register or two may spill in a search of all kinds at once, which no list of processors is, in SynthID's rare form,
-# and in a report, which for sm_100 is held to 64. Nine hashes of 64 bits are in flight in that form of SynthID, where a
-# table's size is no power of two. Registers are the compiler's choice: each version has the limits that it was seen to
-# keep, and another is only asked to compile.
+# A register or two may spill in a search of all kinds at once, which no list of processors is, and in SynthID's rare
+# form: nine hashes of 64 bits are in flight there, where a table's size is no power of two. Registers are the
+# compiler's choice: each version has the limits that it was seen to keep, and another is only asked to compile.
 SEARCHES = ("token_sets fp32", "token_sets fp16", "token_sets bf16")
-REPORTS = ("report tiles processed fp32", "report tiles processed bf16")
 SPILLED = {
-    (3, 9): dict.fromkeys(SEARCHES, 4) | {"synthid wraps": 4} | dict.fromkeys(REPORTS, 8),
-    (3, 6): dict.fromkeys(SEARCHES, 12) | {"synthid wraps": 4, "synthid first": 60} | dict.fromkeys(REPORTS, 8),
+    (3, 9): dict.fromkeys(SEARCHES, 4) | {"synthid wraps": 4},
+    (3, 6): dict.fromkeys(SEARCHES, 12) | {"synthid wraps": 4, "synthid first": 60},
 }
-REGISTERS = {
-    (3, 9): {"synthid wraps": 192},
-    (3, 6): {"synthid wraps": 192, "report processed fp32": 192, "report processed bf16": 192},
-}
+REGISTERS = {"synthid wraps": 192}
+# Of the selection, by call and kernel. Bounds and the filter are held to fewer registers, so that more programs run at
+# once: where all rules are compiled, the rare branches spill. Rows that take several passes may take all there are.
+LIMITS = {
+    "refine_rows": (255, 256), "bounds typical": (64, 256), "bounds serving": (64, 256), "filter serving": (40, 256),
+    "bounds": (64, 16), "filter": (40, 0), "refine": (128, 0), "report": (192, 8), "tiles": (136, 8),
+}  # fmt: skip
 VERSION = tuple(int(n) for n in _triton.triton.__version__.split(".")[:2]) if _triton.HAS_TRITON else ()
-# Of a serving step all rules are compiled, and rows that are kept whole: limits keep these from costing the others.
-SPILLING = ("bound served", "sweep served")
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_registers_spills_and_widths(capability):
+def compiled(*command):
+    """What a process that compiles has found out, with the limits of this version of Triton or none."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    command = [sys.executable, "-W", "ignore", *map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     if VERSION not in SPILLED:
         measured = " and ".join(".".join(map(str, version)) for version in SPILLED)
         pytest.skip(f"all compile; the limits are those of Triton {measured}")
-    report = json.loads(done.stdout)
-    for name, kernel in report.items():
-        if name.startswith("settle"):  # rows that are settled as a whole may spill
-            continue
-        most = 256 if name.startswith(SPILLING) else SPILLED[VERSION].get(name, 0)
-        assert kernel["spilled"] <= most, (name, kernel)
-        assert kernel["registers"] <= REGISTERS[VERSION].get(name, 136), (name, kernel)
-        if name.startswith(("mask_tokens", "bitmask", "fold", "sweep fp32", "report tiles raw")):
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_registers_spills_and_widths(capability):
+    for name, kernel in compiled("-c", COMPILE, capability).items():
+        assert kernel["spilled"] <= SPILLED[VERSION].get(name, 0), (name, kernel)
+        assert kernel["registers"] <= REGISTERS.get(name, 136), (name, kernel)
+        if name.startswith(("mask_tokens", "bitmask", "fold")):
             assert kernel["wide"] >= 2, (name, kernel)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_registers_spills_and_widths_of_a_selection(capability):
+    found = compiled("-m", "tests.launches", "resources", capability)
+    assert {name.split()[1] for name in found} == {"list", "draw", "typical", "serving"}
+    for name, kernel in found.items():
+        kind, call, _ = name.split()
+        registers, spilled = LIMITS.get(f"{kind} {call}") or LIMITS.get(kind) or (136, 0)
+        assert kernel["registers"] <= registers, (name, kernel)
+        assert kernel["spilled"] <= spilled, (name, kernel)
+        if kind in ("sums", "filter", "tiles"):
+            assert kernel["wide"] >= 2, (name, kernel)
+
+
+def test_a_key_says_all_that_a_kernel_is_compiled_for():
+    """Two launches of one key are one to Triton: else the second would run what was compiled for the first."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.launches", "keys"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []

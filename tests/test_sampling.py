@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from fastlogits_kernels.draw import _noise_of_rows, exponential_noise, philox, reference_draw
-from fastlogits_kernels.truncate import Rule, truncate
+from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.truncate.dispatch import truncate
 
 import fastlogits as fl
 from tests.oracle import broken_rows, hard_rows
@@ -491,3 +492,35 @@ def test_the_registered_operations():
         torch.library.opcheck(torch.ops.fastlogits.draw.default, (scores, seeds, seeds, greedy))
     tokens = reference_draw(scores, seeds, seeds)
     torch.library.opcheck(torch.ops.fastlogits.report.default, (scores, tokens, 3))
+
+
+# -- Tiny temperatures -----------------------------------------------------------------------------------------------
+
+TINY = [1e-30, 1e-38, 1e-40, 1e-45]
+
+
+@pytest.mark.parametrize("temperature", TINY)
+@pytest.mark.parametrize("rules", [{}, {"top_p": 0.9}, {"top_k": 3, "min_p": 0.1}], ids=str)
+def test_a_tiny_temperature_takes_the_largest_logit(temperature, rules, device):
+    logits = torch.cat((gauss(3, 300), torch.tensor([[3e7, 1e7] * 150]))).to(device)
+    logits[3, 7] = 3.2e7
+    seeds, expected = torch.arange(4, device=device), logits.argmax(1).tolist()
+    rows = torch.tensor([temperature, 1.0, temperature, temperature], device=device)
+    assert fl.sample(logits, seeds=seeds, positions=3, temperature=temperature, **rules).tokens.tolist() == expected
+    found = fl.sample(logits, seeds=seeds, positions=3, temperature=rows, **rules).tokens.tolist()
+    assert [found[row] for row in (0, 2, 3)] == [expected[row] for row in (0, 2, 3)]
+    batch = fl.BatchProcessor(4, 300, device, max_length=4)
+    slots = [batch.add(fl.RequestParams(temperature=temperature, seed=i, **rules), [0]) for i in range(4)]
+    assert batch.sample(logits, slots).tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-8, 1e-20, 1e-30])
+@pytest.mark.parametrize("rules", [{}, {"top_p": 0.9}, {"typical_p": 0.9}], ids=str)
+def test_a_tiny_temperature_doesnt_overflow_in_float16(temperature, rules, device):
+    logits = (gauss(4, 300) * 4).half().to(device)
+    batch = fl.BatchProcessor(4, 300, device, max_length=4)
+    slots = [batch.add(fl.RequestParams(temperature=temperature, **rules), [0]) for _ in range(4)]
+    found = batch.apply(logits, slots)
+    assert not found.isnan().any()
+    assert (found < INF).all()
+    assert found.argmax(1).tolist() == logits.argmax(1).tolist()

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
-from fastlogits_kernels import _triton, draw, select, settle
-from fastlogits_kernels.truncate import Rule, reference_truncate
+from fastlogits_kernels import _triton, draw
+from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
 from fastlogits.plan import Plan
@@ -29,6 +31,7 @@ CHAINS = {
     "epsilon of 3": (Rule("epsilon", 0.4, 3),),
     "eta": (Rule("eta", 0.002),),
     "sigma": (Rule("top_n_sigma", 1.0),),
+    "a": (Rule("top_a", 0.2),),
     "h": (Rule("top_h", 0.5),),
     "typical": (Rule("typical", 0.9),),
     "typical k": (Rule("typical", 0.5), Rule("top_k", 9)),
@@ -43,21 +46,21 @@ CHAINS = {
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """Take the kernels, wherever the tensors are."""
-    monkeypatch.setattr(select, "FORCE_KERNEL", True)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
 
 
 def selected(scores, rules, **options):
     """What the kernels leave of scores, with poisoned memory before and after."""
-    assert select.takes_rules(rules)
-    assert select.takes_scores(scores)
+    assert launch.takes_rules(rules)
+    assert launch.takes_scores(scores)
     torch.empty_like(scores).fill_(math.nan)
-    return select.select(scores, select.Selection(rules, scores.shape[1], scores.device, **options))
+    return launch.select(scores, launch.Selection(rules, scores.shape[1], scores.device, **options))
 
 
 def drawn(scores, rules, seeds, positions, temperature=None):
     """The tokens that the kernels draw."""
-    return select.select_tokens(
-        scores, select.Selection(rules, scores.shape[1], scores.device), seeds, positions, temperature
+    return launch.select_tokens(
+        scores, launch.Selection(rules, scores.shape[1], scores.device), seeds, positions, temperature
     )
 
 
@@ -89,7 +92,7 @@ def test_rows_without_a_distribution(chain):
 @pytest.mark.parametrize("V", [2, 31, 32, 33])
 def test_small_vocabularies(V):
     """Down to two tokens; one by itself is left to torch."""
-    assert not select.takes_scores(torch.zeros(3, 1, device=DEVICE))
+    assert not launch.takes_scores(torch.zeros(3, 1, device=DEVICE))
     scores = torch.randn(3, V, generator=torch.Generator().manual_seed(V)).to(DEVICE)
     for chain in ("k", "p", "k p min", "typical"):
         check_truncation(scores, CHAINS[chain], selected(scores, CHAINS[chain]))
@@ -144,8 +147,8 @@ FLAT = {
 
 def workspace(scores, rules):
     """What the kernels leave in the workspace of each row; first what the sample took it for."""
-    selection = select.Selection(rules, scores.shape[1], scores.device)
-    return select.launch_select(scores, selection, out=torch.empty_like(scores))._base
+    selection = launch.Selection(rules, scores.shape[1], scores.device)
+    return launch.launch_select(scores, selection, out=torch.empty_like(scores))._base
 
 
 @pytest.mark.parametrize("V", [12_000, 120_000] if GPU else [12_000])
@@ -182,12 +185,12 @@ def between_bounds(scores, work):
 
 
 @pytest.mark.parametrize("chain", LISTED)
-def test_many_candidates_are_settled_block_by_block(monkeypatch, chain):
+def test_many_candidates_are_refined_block_by_block(monkeypatch, chain):
     """More than are looked at at once, and no more than can be put by."""
-    V, most = (151_936, 4096) if GPU else (40_000, 1024)
+    V, most = (151_936, 4096) if GPU else (40_000, 256)
     if not GPU:
-        for module in (select, settle):
-            monkeypatch.setattr(module, "MANY_SLOTS", _triton.tl.constexpr(256))
+        for name in ("ROOM", "_SOME", "_MANY"):
+            monkeypatch.setattr(launch, name, 256)
     scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1))
     scores[1] = (scores[1] * 16).round() / 16  # hundreds tie
     scores, rules = scores.to(DEVICE), LISTED[chain]
@@ -196,7 +199,7 @@ def test_many_candidates_are_settled_block_by_block(monkeypatch, chain):
         found = between_bounds(scores, work)
         assert work[:, 0].tolist() == [3, 3]
         assert (found > most).all()
-        assert (found <= select.Selection(rules, V, scores.device).layout.slots).all()
+        assert (found <= launch.Selection(rules, V, scores.device).layout.shape.slots).all()
     check_truncation(scores, rules, selected(scores, rules))
     if chain != "typical":  # of which an edge may be a matter of rounding
         seeds = torch.tensor([5, 6], device=DEVICE)
@@ -204,8 +207,9 @@ def test_many_candidates_are_settled_block_by_block(monkeypatch, chain):
         assert torch.equal(drawn(scores, rules, seeds, seeds), wanted)
 
 
-def test_a_sample_that_misleads():
-    """Tokens that no sample sees: the whole row is settled, and what the sweep took for kept is taken back."""
+@pytest.mark.parametrize("slots", ["registers", "list"])
+def test_a_sample_that_misleads(slots):
+    """Tokens that no sample sees: the whole row is looked at, and what the filter took for kept is taken back."""
     V = 12_000
     scores = torch.randn(3, V, generator=torch.Generator().manual_seed(2))
     sampled = torch.zeros(V, dtype=torch.bool)
@@ -216,7 +220,10 @@ def test_a_sample_that_misleads():
     scores[2, torch.arange(V)[~sampled][0]] = 40
     scores = scores.to(DEVICE)
     for chain in ("p", "p min", "k"):
-        check_truncation(scores, FLAT[chain], selected(scores, FLAT[chain]))
+        selection = launch.Selection(FLAT[chain], V, scores.device)
+        if slots == "list":
+            selection.slots = (1,)  # hardly any candidates are refined in registers
+        check_truncation(scores, FLAT[chain], launch.select(scores, selection))
 
 
 def test_tokens_are_the_reference_draw(monkeypatch):
@@ -229,7 +236,7 @@ def test_tokens_are_the_reference_draw(monkeypatch):
     p = torch.tensor([0.9, 0.9, 1.0, 0.5, 1.0, 1.0, 0.9, 0.95])
     arguments = [each.to(DEVICE) for each in (seeds, positions, temperature, p)]
     found = drawn(logits.to(DEVICE), (Rule("top_p", arguments[3]),), *arguments[:3])
-    monkeypatch.setattr(select, "FORCE_KERNEL", False)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", False)
     wanted = fl.sample(logits, seeds=seeds, positions=positions, temperature=temperature, top_p=p).tokens
     assert found.tolist() == wanted.tolist()
 
@@ -276,7 +283,7 @@ def test_a_fill_value_that_can_be_drawn(monkeypatch):
     seeds, positions = torch.arange(64, device=DEVICE), torch.zeros(64, dtype=torch.int64, device=DEVICE)
     processors = fl.LogitsProcessorList([fl.TopKLogitsWarper(5, filter_value=0.5)])
     found = fl.sample(logits, processors, seeds=seeds, positions=positions).tokens
-    monkeypatch.setattr(select, "FORCE_KERNEL", False)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", False)
     wanted = fl.sample(logits.cpu(), processors, seeds=seeds.cpu(), positions=positions.cpu()).tokens
     assert found.tolist() == wanted.tolist()
     assert max(wanted.tolist()) >= 5

@@ -49,6 +49,8 @@ FEATURES = {
     "epsilon": ({"epsilon": 0.01}, [lambda: fl.EpsilonLogitsWarper(0.01)]),
     "eta": ({"eta": 0.01}, [lambda: fl.EtaLogitsWarper(0.01, device="cpu")]),
     "top_n_sigma": ({"top_n_sigma": 1.0}, [lambda: fl.TopNSigmaLogitsWarper(1.0)]),
+    "top_a": ({"top_a": 0.3}, [lambda: fl.TopALogitsWarper(0.3)]),
+    "top_h": ({"top_h": 0.5}, [lambda: fl.TopHLogitsWarper(0.5)]),
     "repetition": ({"repetition_penalty": 1.3}, [lambda: fl.RepetitionPenaltyLogitsProcessor(1.3)]),
     "presence": ({"presence_penalty": 0.4}, [lambda: fl.PresencePenaltyLogitsProcessor(0.4)]),
     "frequency": ({"frequency_penalty": -0.3}, [lambda: fl.FrequencyPenaltyLogitsProcessor(-0.3)]),
@@ -658,7 +660,8 @@ def test_bytes_of_a_slot_grow_with_its_history_and_packed_masks_only(device):
 
 REFUSED = {
     "temperature": -0.1, "top_k": -2, "top_p": 1.5, "min_p": -1, "typical_p": 0, "epsilon": 1, "eta": 2,
-    "top_n_sigma": 0, "repetition_penalty": 0, "presence_penalty": INF, "frequency_penalty": float("nan"),
+    "top_n_sigma": 0, "top_h": 0, "top_a": -1, "repetition_penalty": 0, "presence_penalty": INF,
+    "frequency_penalty": float("nan"),
     "repetition_scope": "prompt", "presence_scope": 1, "dry_multiplier": -1, "dry_base": 0.5, "dry_allowed_length": -1,
     "dry_breakers": "ab", "logit_bias": {1: INF}, "allowed_token_ids": [1.5], "banned_token_ids": [-1],
     "bad_words": [[]], "no_repeat_ngram_size": 1.0, "min_tokens": -1, "stop_token_ids": [-3],

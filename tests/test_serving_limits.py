@@ -296,10 +296,11 @@ def test_a_gpu_that_is_not_there(name):
 
 FULL = {
     "temperature": 0.5, "top_k": 5, "top_p": 0.75, "min_p": 0.25, "typical_p": 0.5, "epsilon": 0.125, "eta": 0.25,
-    "top_n_sigma": 1.5, "repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 0.25,
-    "repetition_scope": "output", "presence_scope": "all", "dry_multiplier": 2.0, "dry_base": 1.5,
-    "dry_allowed_length": 3, "dry_breakers": (3,), "logit_bias": {3: 1.5}, "allowed_token_ids": (1, 2, 3),
-    "banned_token_ids": (4,), "bad_words": ((5, 6),), "no_repeat_ngram_size": 3, "min_tokens": 2,
+    "top_n_sigma": 1.5, "top_h": 0.5, "top_a": 0.25, "repetition_penalty": 1.5, "presence_penalty": -0.5,
+    "frequency_penalty": 0.25, "repetition_scope": "output", "presence_scope": "all", "dry_multiplier": 2.0,
+    "dry_base": 1.5, "dry_allowed_length": 3, "dry_breakers": (3,), "logit_bias": {3: 1.5},
+    "allowed_token_ids": (1, 2, 3), "banned_token_ids": (4,), "bad_words": ((5, 6),), "no_repeat_ngram_size": 3,
+    "min_tokens": 2,
     "stop_token_ids": (7,), "first_tokens_suppressed": (8,), "first_window": 2, "forced_tokens": (9,),
     "bitmask": True, "seed": 11, "logprobs": 2,
 }  # fmt: skip

@@ -6,8 +6,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from fastlogits_kernels import truncate as module
-from fastlogits_kernels.truncate import RANGES, Rule, reference_truncate, truncate
+from fastlogits_kernels.rules import RULES, Rule
+from fastlogits_kernels.truncate import cpu, dispatch
+from fastlogits_kernels.truncate.dispatch import truncate
+from fastlogits_kernels.truncate.reference import reference_truncate
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
@@ -274,6 +276,7 @@ GRID = {
     "top_k": [1, 3, 50, 700, 10**6],
     "top_p": [0.0, 1e-7, 0.3, 0.5, 0.9, 0.99, 0.9999, 1.0],
     "min_p": [0.0, 1e-4, 0.05, 1.0],
+    "top_a": [0.0, 1e-4, 0.2, 1.0],
     "typical": [0.05, 0.5, 0.95],
     "epsilon": [1e-5, 3e-4, 0.3],
     "eta": [1e-5, 3e-4, 0.3],
@@ -300,7 +303,7 @@ def hard_batch(V: int, seed: int = 0) -> torch.Tensor:
 
 def values_of_rows(kind: str, B: int, generator: torch.Generator) -> torch.Tensor:
     """A value for each row, now and then one that turns the rule off."""
-    grid = torch.tensor([*GRID[kind], min(RANGES[kind].off, 10**6 if kind == "top_k" else INF)])
+    grid = torch.tensor([*GRID[kind], min(RULES[kind].range.off, 10**6 if kind == "top_k" else INF)])
     values = grid[torch.randint(len(grid), (B,), generator=generator)]
     return values.int() if kind == "top_k" else values.float()
 
@@ -381,7 +384,7 @@ def test_values_per_row_are_those_of_each_row_alone(device, kind, dtype):
         together = planned(scores, [Rule(kind, values.to(device), keep)])
         for row, value in enumerate(values.tolist()):
             alone = scores[row : row + 1]
-            if RANGES[kind].has(value) and value < 700:
+            if RULES[kind].range.has(value) and value < 700:
                 alone = planned(alone, [Rule(kind, value, keep)])
             assert same(together[row : row + 1], alone), (row, value)
 
@@ -395,7 +398,7 @@ def test_the_reference_with_values_per_row(kind, dtype):
         together = reference_truncate(scores, [Rule(kind, values, 1, ties=ties)])
         for row, value in enumerate(values.tolist()):
             alone = scores[row : row + 1]
-            if RANGES[kind].has(value) and value < 300:
+            if RULES[kind].range.has(value) and value < 300:
                 alone = reference_truncate(alone, [Rule(kind, value, 1, ties=ties)])
             assert same(together[row : row + 1], alone), (row, value)
 
@@ -433,7 +436,7 @@ def test_a_written_value_counts_from_then_on(device):
 # -- What holds for all ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*MAKE, "top_n_sigma"])
+@pytest.mark.parametrize("kind", [*MAKE, "top_n_sigma", "top_a"])
 def test_a_row_doesn_t_depend_on_its_batch(kind):
     torch.manual_seed(3)
     scores = torch.cat([(torch.randn(12, 9_000) * scale).bfloat16().float() for scale in (0.5, 2.0, 4.0)])
@@ -468,7 +471,7 @@ def test_after_a_top_k_no_whole_row_is_sorted(monkeypatch):
         widest.append(scores.shape[1])
         return reference_truncate(scores, rules)
 
-    monkeypatch.setattr(module, "reference_truncate", watched)
+    monkeypatch.setattr(cpu, "reference_truncate", watched)
     truncate(torch.randn(3, 5_000), [Rule("top_k", 50), Rule("top_p", 0.9), Rule("min_p", 0.05)])
     assert max(widest) < 100
 
@@ -485,7 +488,7 @@ def test_compiled_it_is_one_operation():
 @pytest.mark.filterwarnings("ignore")
 def test_the_registered_operation():
     rules = [*CHAIN, Rule("top_p", torch.tensor([0.9, 1.0, 0.2])), Rule("top_k", 3, ties="lowest")]
-    arguments = (torch.randn(3, 700), *module._flattened(rules))
+    arguments = (torch.randn(3, 700), *dispatch._flattened(rules))
     torch.library.opcheck(torch.ops.fastlogits.truncate.default, arguments)
     assert torch.equal(torch.ops.fastlogits.truncate(*arguments), truncate(arguments[0], rules))
 
@@ -525,6 +528,8 @@ def test_a_class_and_a_list_of_classes(kind):
         (lambda: ours.EtaLogitsWarper(torch.tensor([1.0])), "eta .* 1 in row 0"),
         (lambda: ours.TopNSigmaLogitsWarper(torch.tensor([0.0])), "top_n_sigma .* 0 in row 0"),
         (lambda: ours.TopNSigmaLogitsWarper(0), "top_n_sigma"),
+        (lambda: ours.TopALogitsWarper(0), "top_a must be a number above 0 and at most 1, got 0"),
+        (lambda: ours.TopALogitsWarper(torch.tensor([0.5, 1.5])), "top_a must be from 0 to 1 .* got 1.5 in row 1"),
         (lambda: ours.TopNSigmaLogitsWarper(INF), "top_n_sigma"),
         (lambda: ours.TopNSigmaLogitsWarper("1"), "top_n_sigma"),
         (lambda: ours.TopNSigmaLogitsWarper(1.0, min_tokens_to_keep=0), "min_tokens_to_keep"),
@@ -560,7 +565,11 @@ def test_a_class_with_values_per_row(kind):
     scores = hard_batch(700)
     generator = torch.Generator().manual_seed(2)
     values = values_of_rows(kind, len(scores), generator)
-    make = {"top_n_sigma": lambda lib, value, keep, fill: lib.TopNSigmaLogitsWarper(value, fill, keep), **MAKE}[kind]
+    own = {
+        "top_n_sigma": lambda lib, value, keep, fill: lib.TopNSigmaLogitsWarper(value, fill, keep),
+        "top_a": lambda lib, value, keep, fill: lib.TopALogitsWarper(value, fill, keep),
+    }
+    make = {**own, **MAKE}[kind]
     if kind == "top_k":
         processor = ours.TopKLogitsWarper(values, -INF, 3)
         values = values.clamp(min=3)

@@ -13,7 +13,8 @@ import torch
 from fastlogits_kernels._backend import BACKEND, absence, lost_on, unsupported
 from fastlogits_kernels._triton import triton
 from fastlogits_kernels.draw import draw
-from fastlogits_kernels.truncate import Rule, reference_truncate
+from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
 from fastlogits.inside.checking import check

@@ -75,8 +75,9 @@ class FastLogitsProcessor(*_interface()):  # type: ignore[misc]
 
     The names are those of ``RequestParams`` that SGLang has no parameter for: ``banned_token_ids``, ``bad_words``,
     ``no_repeat_ngram_size``, ``dry_multiplier``, ``dry_base``, ``dry_allowed_length``, ``dry_breakers``,
-    ``first_tokens_suppressed``, ``first_window``, ``forced_tokens``, ``top_n_sigma``, and ``typical_p``, ``epsilon``
-    and ``eta`` at the request's temperature. They act before SGLang's penalties, temperature and truncations.
+    ``first_tokens_suppressed``, ``first_window``, ``forced_tokens``, ``top_n_sigma``, and ``typical_p``, ``epsilon``,
+    ``eta``, ``top_h`` and ``top_a`` at the request's temperature. They act before SGLang's penalties, temperature and
+    truncations.
 
     The tokens so far are read from the request, at each call, so a step that is processed twice gives the same twice.
     SGLang overlaps steps: then the newest token is not there yet. Options that depend on it are left out, and an error

@@ -35,7 +35,7 @@ EDITS = (
 )
 """Parameters of ``RequestParams`` that act on the logits before an engine's temperature."""
 
-CUTS = ("typical_p", "epsilon", "eta")
+CUTS = ("typical_p", "epsilon", "eta", "top_h", "top_a")
 """Those that look at probabilities, which need the temperature."""
 
 MAX_LISTED = 4096

@@ -47,12 +47,12 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
     The names are those of ``RequestParams`` that vLLM has no argument for, or that it does more slowly:
     ``banned_token_ids``, ``bad_words`` (as token ids), ``no_repeat_ngram_size``, ``dry_multiplier``, ``dry_base``,
     ``dry_allowed_length``, ``dry_breakers``, ``first_tokens_suppressed``, ``first_window``, ``forced_tokens``,
-    ``top_n_sigma``, and ``typical_p``, ``epsilon`` and ``eta`` at the request's temperature. They act on the logits
-    before vLLM's temperature, min-p, top-k and top-p. In vLLM's newer runner they see penalties applied already, in its
-    older one penalties come after them; bans, bias and bad words of vLLM's own come before them in both. What vLLM has
-    an argument for is refused here, so that nothing is applied twice. Values out of range and token ids outside the
-    vocabulary are refused when the request comes in. Should a running request have an option that can't be honoured,
-    the others are, and a warning names it.
+    ``top_n_sigma``, and ``typical_p``, ``epsilon``, ``eta``, ``top_h`` and ``top_a`` at its temperature. They act on
+    the logits before vLLM's temperature, min-p, top-k and top-p. In vLLM's newer runner they see penalties applied
+    already, in its older one penalties come after them; bans, bias and bad words of vLLM's own come before them in
+    both. What vLLM has an argument for is refused here, so that nothing is applied twice. Values out of range and token
+    ids outside the vocabulary are refused when the request comes in. Should a running request have an option that can't
+    be honoured, the others are, and a warning names it.
 
     vLLM's older runner calls ``update_state`` and ``apply(logits)``, its newer one ``add_request``,
     ``apply_staged_writes`` and ``apply(logits, context)``, also with the rows of speculative decoding. With speculative

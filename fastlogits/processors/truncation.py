@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from fastlogits_kernels.truncate import Rule, RuleKind, check_row_values
+from fastlogits_kernels.rules import Rule, RuleKind, check_row_values
 from transformers.generation import logits_process as theirs
 
 from fastlogits.checks import finite_number, is_number, whole_number
@@ -271,6 +271,40 @@ class TopNSigmaLogitsWarper(StagedProcessor):
     def stage(self) -> Truncate:
         """A truncation."""
         return Truncate((_rule("top_n_sigma", self.top_n_sigma, self.min_tokens_to_keep, self.filter_value),))
+
+
+class TopALogitsWarper(StagedProcessor):
+    """Keep tokens of at least ``top_a`` times the square of the largest probability.
+
+    A model that is sure leaves few tokens, one that is not leaves many. Source: BlinkDL, RWKV-LM, 2022, as in
+    text-generation-webui and KoboldAI.
+
+    Args:
+        top_a: the factor, above 0 and at most 1, or float32 ``(B,)``; there 0 turns it off in a row.
+        filter_value: written over the scores of all other tokens.
+        min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> TopALogitsWarper(0.5)(None, torch.tensor([[0.5, 0.1, 0.25, 0.15]]).log()).exp()
+        tensor([[0.5000, 0.0000, 0.2500, 0.1500]])
+    """
+
+    def __init__(
+        self, top_a: float | torch.Tensor, filter_value: float = -float("inf"), min_tokens_to_keep: int = 1
+    ) -> None:
+        rows = _per_row("top_a", top_a)
+        if rows is None and not (is_number(top_a) and 0 < top_a <= 1):
+            raise ValueError(f"top_a must be a number above 0 and at most 1, got {top_a!r}")
+        self.top_a = float(top_a) if rows is None else rows
+        self.filter_value = _filled("filter_value", filter_value)
+        self.min_tokens_to_keep = whole_number("min_tokens_to_keep", min_tokens_to_keep, 1)
+
+    def stage(self) -> Truncate:
+        """A truncation."""
+        return Truncate((_rule("top_a", self.top_a, self.min_tokens_to_keep, self.filter_value),))
 
 
 class XTCLogitsProcessor(StagedProcessor):

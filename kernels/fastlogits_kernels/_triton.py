@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import logging
+import os
+import time
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,7 +47,24 @@ except Exception as error:  # not installed (macOS, Windows, a CPU alone), or br
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "Launcher", "empty_out", "form_of", "row_stride", "table_on", "tl", "to_device", "triton"]
+__all__ = [
+    "HAS_TRITON",
+    "Launch",
+    "Launcher",
+    "empty_out",
+    "form_of",
+    "launch_key",
+    "launch_together",
+    "row_stride",
+    "table_on",
+    "tl",
+    "to_device",
+    "triton",
+]
+
+_logger = logging.getLogger("fastlogits")
+_SLOW_S = 2.0
+"""Seconds of compiling from which on it is said."""
 
 # Relaunching relies on how Triton itself launches a compiled kernel; before 3.4 that was another way.
 _RELAUNCHES = HAS_TRITON and tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 4)
@@ -104,8 +125,8 @@ class Launcher:
         except Exception as error:
             raise KernelError(f"{self._failed('launched', error)}; {SWITCH_OFF}") from error
 
-    def _compile(self, device: torch.device, programs: int, args: tuple[Any, ...]) -> None:
-        """Compile and load the kernel, apart from its launch: where that fails, nothing has been written.
+    def compile(self, device: torch.device, programs: int, args: tuple[Any, ...]) -> Any:
+        """Compile the kernel, apart from its launch; None where nothing is compiled.
 
         Raises:
             CompileError: it can't be had on the device.
@@ -114,10 +135,25 @@ class Launcher:
         if reason is not None:
             raise CompileError(device, reason)
         warmup = getattr(self.kernel, "warmup", None)
-        if warmup is None:  # the interpreter before Triton 3.9: nothing is compiled
-            return
+        if warmup is None:  # the interpreter before Triton 3.9
+            return None
         try:
-            compiled = warmup(*args, grid=(programs,), **self._options)
+            return warmup(*args, grid=(programs,), **self._options)
+        except Exception as error:
+            raise CompileError(
+                device, f"{self._failed('compiled', error)}; mend what it says (a C compiler?), or {SWITCH_OFF}"
+            ) from error
+
+    def _compile(self, device: torch.device, programs: int, args: tuple[Any, ...]) -> None:
+        """Compile and load the kernel, apart from its launch: where that fails, nothing has been written.
+
+        Raises:
+            CompileError: it can't be had on the device.
+        """
+        start = time.perf_counter()
+        compiled = self.compile(device, programs, args)
+        _say_slow([self], device, time.perf_counter() - start)
+        try:
             # Loaded when asked for, which fails where it takes more shared memory than there is.
             getattr(compiled, "run", None)
         except Exception as error:
@@ -128,6 +164,78 @@ class Launcher:
     def _failed(self, what: str, error: Exception) -> str:
         name = getattr(self.kernel, "__name__", type(self.kernel).__name__)
         return f"the kernel {name} can't be {what} ({type(error).__name__}: {str(error).strip()[-500:]})"
+
+
+class Launch(NamedTuple):
+    """A launch that is about to be made; see ``Launcher``."""
+
+    launcher: Launcher
+    key: tuple[Any, ...]
+    programs: int
+    args: tuple[Any, ...]
+
+
+def launch_together(launches: Sequence[Launch]) -> None:
+    """Make some launches in their order; those of them that have to be compiled are compiled at once."""
+    missing = [each for each in launches if each.key not in each.launcher.compiled]
+    if len(missing) > 1:
+        compile_together(missing)
+    for launcher, key, programs, args in launches:
+        launcher(key, programs, args)
+
+
+def compile_together(launches: Sequence[Launch]) -> None:
+    """Compile several kernels at once: most of it happens outside Python.
+
+    Raises:
+        CompileError: one of them can't be had on its device.
+    """
+    device = launches[0].key[0]
+    if device.type != "cuda" or not _RELAUNCHES:  # interpreted, or compiled by each launch
+        return
+
+    def compile_one(launch: Launch) -> None:
+        with torch.cuda.device(device):
+            launch.launcher.compile(device, launch.programs, launch.args)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(launches)) as pool:
+        for done in [pool.submit(compile_one, launch) for launch in launches]:
+            done.result()
+    _say_slow([launch.launcher for launch in launches], device, time.perf_counter() - start)
+
+
+_said_slow = False
+
+
+def _say_slow(launchers: Sequence[Launcher], device: torch.device, seconds: float) -> None:
+    """Tell that compiling took long, once in a process: the user has waited, and needn't the next time."""
+    global _said_slow
+    if seconds < _SLOW_S or _said_slow or device.type != "cuda":
+        return
+    _said_slow = True
+    names = ", ".join(getattr(each.kernel, "__name__", type(each.kernel).__name__) for each in launchers)
+    folder = os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".triton", "cache")
+    _logger.warning(
+        "compiled %s for %s in %.1f s. They are kept in %s: set TRITON_CACHE_DIR to a folder that lasts. This "
+        "is said once.",
+        names, torch.cuda.get_device_name(device), seconds, folder,
+    )  # fmt: skip
+
+
+def launch_key(scores: torch.Tensor, out: torch.Tensor | None = None) -> tuple[Any, ...]:
+    """What a kernel's variant depends on of logits ``[B, V]``, and of another tensor of that shape that it writes.
+
+    A key of launchers begins with it: the device comes first.
+    """
+    return scores.device, scores.shape[1], *_layout_key(scores), *(() if out is None else _layout_key(out))
+
+
+def _layout_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    stride_row, stride_token = tensor.stride()
+    return (
+        tensor.dtype, tensor.data_ptr() % 16, stride_row == 1, stride_row % 16, stride_row >> 31, stride_token
+    )  # fmt: skip
 
 
 def _has_hooks() -> bool:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 
 from fastlogits_kernels._library import register
-from fastlogits_kernels.truncate import row_tails
+from fastlogits_kernels.truncate.cpu import row_tails
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -32,8 +32,9 @@ _PUBLIC = {
     "draw": ("draw",),
     "mask_tokens": ("Bans", "mask_tokens", "mask_tokens_"),
     "pack_ids": ("pack_ids",),
-    "select": ("Selection", "select", "select_tokens", "takes_rules", "takes_scores"),
-    "truncate": ("Rule", "truncate"),
+    "selection.launch": ("Selection", "select", "select_tokens", "takes_rules", "takes_scores"),
+    "rules": ("Rule",),
+    "truncate.dispatch": ("truncate",),
 }
 """What the exported package offers by its own name; the rest is in its modules."""
 
@@ -121,21 +122,28 @@ def export(folder: Path) -> str:
 
 
 def _rewritten() -> dict[str, str]:
-    """The sources by file name, with relative imports, and operations in the namespace that ``_ops`` names."""
-    files = {path.name: _relative(path.read_text()) for path in sorted(_SOURCE.glob("*.py")) if path != Path(__file__)}
+    """The sources by path, with relative imports, and operations in the namespace that ``_ops`` names."""
+    paths = [path for path in sorted(_SOURCE.rglob("*.py")) if path != Path(__file__)]
+    files = {}
+    for path in paths:
+        place = path.relative_to(_SOURCE)
+        files[place.as_posix()] = _relative(path.read_text(), "." * len(place.parts))
     lines = [f"from .{module} import {', '.join(names)}" for module, names in _PUBLIC.items()]
     listed = sorted(name for names in _PUBLIC.values() for name in names)
     files["__init__.py"] += "\n" + "\n".join(lines) + f"\n\n__all__ = {listed!r}\n"
     return files
 
 
-def _relative(source: str) -> str:
-    source = re.sub(r"^(\s*from )fastlogits_kernels\.?(\S*) import ", r"\1.\2 import ", source, flags=re.MULTILINE)
+def _relative(source: str, root: str) -> str:
+    """A source whose imports go by ``root``, the dots that lead from it to the package."""
+    source = re.sub(
+        r"^(\s*from )fastlogits_kernels\.?(\S*) import ", rf"\1{root}\2 import ", source, flags=re.MULTILINE
+    )
     source = source.replace('NAMESPACE = "fastlogits"', "NAMESPACE = _hub_ops.name")
     found = source.replace("torch.ops.fastlogits.", "_hub_ops.")
     if "_hub_ops" in found:
         future = "from __future__ import annotations\n"
-        found = found.replace(future, f"{future}\nfrom ._ops import ops as _hub_ops\n", 1)
+        found = found.replace(future, f"{future}\nfrom {root}_ops import ops as _hub_ops\n", 1)
     return found
 
 

@@ -21,17 +21,32 @@ from typing import NamedTuple
 
 import torch
 
-from fastlogits_kernels import select
 from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import Launcher, row_stride, tl, triton
+from fastlogits_kernels._triton import Launcher, launch_key, row_stride, tl, triton
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.fold import NO_SETS, NOWHERE, Chain, find_sets, set_strides
-from fastlogits_kernels.select import Selection, launch_select
-from fastlogits_kernels.selection import LOWEST, ONE, TILE_W, exp, key_of, number_of, row_logits, weight_of
-from fastlogits_kernels.settle import _alive
+from fastlogits_kernels.fold import NOWHERE, Chain, find_sets
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection.launch import Selection, launch_select, maps_of
+from fastlogits_kernels.selection.row import (
+    LOWEST,
+    MAPS,
+    ONE,
+    TILE_W,
+    Maps,
+    Scores,
+    exp,
+    is_kept,
+    key_of,
+    load_kept,
+    number_of,
+    rank_of,
+    row_logits,
+    store_float,
+    weight_of,
+)
 from fastlogits_kernels.token_sets import Position, TokenSets
-from fastlogits_kernels.truncate import row_tails
+from fastlogits_kernels.truncate.cpu import row_tails
 
 MOST = 32
 """How many of the likeliest tokens the kernels look for; for more of them a sort is no slower."""
@@ -55,12 +70,12 @@ class Report(NamedTuple):
     """Theirs, float32 ``[B, n]``."""
 
 
-class Alive(NamedTuple):
-    """What a selection has left of each row, where only its result is known: see ``settle``."""
+class KeptRows(NamedTuple):
+    """What a selection keeps of each row, where only its result is known."""
 
     rows: torch.Tensor
-    """Edge, cut, centre and nearness of each row: int32 ``[B, N]``, the first four of each row, side by side."""
-    first: bool
+    """The four fields of ``Kept`` of each row, side by side: int32 ``[B, 4]`` of any row stride."""
+    lowest_ties: bool
     """Whether of tokens that tie the lowest ids are kept, rather than the largest."""
     banded: bool
     """Whether centre and nearness say anything."""
@@ -69,13 +84,11 @@ class Alive(NamedTuple):
 # -- The kernels -----------------------------------------------------------------------------------------------------
 
 _UNALIGNED = [
-    "temperature_ptr", "bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr", "numbers_ptr", "tokens_ptr",
-    "alive_ptr", "counts_ptr", "work_ptr", "logprobs_ptr", "ranks_ptr", "top_tokens_ptr", "top_logprobs_ptr",
+    *MAPS, "tokens_ptr", "kept_ptr", "counts_ptr", "work_ptr", "logprobs_ptr", "ranks_ptr", "top_tokens_ptr",
+    "top_logprobs_ptr",
 ]  # fmt: skip
-_STEPWISE = [
-    "W", "tiles", "count", "groups", "stride_of_tokens", "stride_alive", "stride_counts", "stride_work",
-    "stride_temperature", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row",
-]  # fmt: skip
+_STEPWISE = [name for name in MAPS if name.startswith("stride")]
+_STEPWISE += ["W", "tiles", "count", "groups", "stride_of_tokens", "stride_kept", "stride_counts", "stride_work"]
 
 
 @triton.jit
@@ -88,58 +101,57 @@ def _count_of_row(row, counts_ptr, stride_counts, count):
 
 
 @triton.jit
-def _living(
-    row, token, inside, V, access, alive_ptr, stride_alive, OPS: tl.constexpr, MAX: tl.constexpr,
-    FIRST: tl.constexpr, BANDED: tl.constexpr,
+def _sampled_from(
+    row, token, inside, scores, maps, kept_ptr, stride_kept, OPS: tl.constexpr, MAX: tl.constexpr,
+    LOWEST_TIES: tl.constexpr, BANDED: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a row as they are drawn from: -inf where nothing is alive."""
-    x = row_logits(row, token >> 5, token & 31, token, inside, V, access, OPS, MAX)
-    if alive_ptr is not None:
-        here = alive_ptr + row * stride_alive
-        centre = tl.load(here + 2).to(tl.float32, bitcast=True)
-        alive = (tl.load(here), tl.load(here + 1), centre, tl.load(here + 3))
-        rank = token
-        if FIRST:
-            rank = -token
-        x = tl.where(_alive(x, inside, rank, alive, BANDED), x, float("-inf"))
+    """Logits of a row as they are sampled from: -inf where nothing is kept."""
+    x = row_logits(row, token >> 5, token & 31, token, inside, scores, maps, OPS, MAX)
+    if kept_ptr is not None:
+        kept = load_kept(kept_ptr + row * stride_kept)
+        x = tl.where(is_kept(x, inside, rank_of(token, LOWEST_TIES), kept, BANDED), x, float("-inf"))
     return x
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
 def tiles_kernel(
     # inputs
-    scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-    tokens_ptr, alive_ptr, counts_ptr,
+    scores_ptr,
+    temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+    stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
+    tokens_ptr, kept_ptr, counts_ptr,
     # output
     work_ptr,
     # shapes
     V, W, tiles,
     # strides
-    stride_row, stride_token, stride_of_tokens, stride_alive, stride_counts, stride_work,
-    stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
+    stride_row, stride_token, stride_of_tokens, stride_kept, stride_counts, stride_work,
     # constants
-    OPS: tl.constexpr, MAX: tl.constexpr, FIRST: tl.constexpr, BANDED: tl.constexpr,
+    OPS: tl.constexpr, MAX: tl.constexpr, LOWEST_TIES: tl.constexpr, BANDED: tl.constexpr,
     GROUP: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """What the second launch has to know of a tile of a row."""
+    maps = Maps(
+        temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+        stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
+    )  # fmt: skip
     TILE: tl.constexpr = TILE_W * 32
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
     tile = program % tiles
-    access = (
-        scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-        W, stride_row, stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
-    )  # fmt: skip
+    scores = Scores(scores_ptr, stride_row, stride_token, V, W)
     if _count_of_row(row, counts_ptr, stride_counts, 0) >= 0:
         # [TILE // 32, 32]: a row of it is a word of each mask.
         token = (tile * TILE_W + tl.arange(0, TILE_W)[:, None]) * 32 + tl.arange(0, 32)[None, :]
         inside = token < V
-        x = _living(row, token, inside, V, access, alive_ptr, stride_alive, OPS, MAX, FIRST, BANDED)
+        x = _sampled_from(row, token, inside, scores, maps, kept_ptr, stride_kept, OPS, MAX, LOWEST_TIES, BANDED)
         # After the tile's loads, lest those wait for the id.
         own_token = tl.load(tokens_ptr + row * stride_of_tokens)
         known = (own_token >= 0) & (own_token < V)
         own_token = tl.where(known, own_token, 0).to(tl.int32)
-        own = _living(row, own_token, known, V, access, alive_ptr, stride_alive, OPS, MAX, FIRST, BANDED)
+        own = _sampled_from(
+            row, own_token, known, scores, maps, kept_ptr, stride_kept, OPS, MAX, LOWEST_TIES, BANDED
+        )  # fmt: skip
         own = tl.where(known, own, float("nan"))
         largest = tl.max(tl.reshape(tl.where(inside, key_of(x), LOWEST), [TILE // GROUP, GROUP]), 1)
         top_key = tl.max(largest)
@@ -149,10 +161,10 @@ def tiles_kernel(
         work = work_ptr + row * stride_work
         here = work + _TILES_AT + _TILE_WORDS * tile
         tl.store(here, top_key)
-        tl.store(here + 1, mass.to(tl.int32, bitcast=True))
+        store_float(here + 1, mass)
         tl.store(here + 2, tl.sum(tl.where(inside & (x >= own), 1, 0)))
         if tile == 0:
-            tl.store(work, own.to(tl.int32, bitcast=True))
+            store_float(work, own)
         if GROUPED:
             group = tl.arange(0, TILE // GROUP)
             tl.store(work + _TILES_AT + _TILE_WORDS * tiles + tile * (TILE // GROUP) + group, largest)
@@ -161,20 +173,25 @@ def tiles_kernel(
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
 def report_kernel(
     # inputs
-    scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-    alive_ptr, counts_ptr, work_ptr,
+    scores_ptr,
+    temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+    stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
+    kept_ptr, counts_ptr, work_ptr,
     # outputs
     logprobs_ptr, ranks_ptr, top_tokens_ptr, top_logprobs_ptr,
     # shapes
     V, W, tiles, count, groups,
     # strides
-    stride_row, stride_token, stride_alive, stride_counts, stride_work,
-    stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
+    stride_row, stride_token, stride_kept, stride_counts, stride_work,
     # constants
-    OPS: tl.constexpr, MAX: tl.constexpr, FIRST: tl.constexpr, BANDED: tl.constexpr,
+    OPS: tl.constexpr, MAX: tl.constexpr, LOWEST_TIES: tl.constexpr, BANDED: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The report of a row, from its tiles and the likeliest of its groups."""
+    maps = Maps(
+        temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
+        stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
+    )  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     work = work_ptr + row * stride_work
     wanted = _count_of_row(row, counts_ptr, stride_counts, count)
@@ -194,11 +211,7 @@ def report_kernel(
     tl.store(ranks_ptr + row, rank.to(tl.int64))
 
     if SLOTS > 0:
-        access = (
-            scores_ptr, temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-            W, stride_row, stride_token, stride_temperature, stride_set, stride_bits_row, stride_plane,
-            stride_values_row,
-        )  # fmt: skip
+        scores = Scores(scores_ptr, stride_row, stride_token, V, W)
         # The groups, by their largest token: between two that tie, the one of the lower ids.
         group = tl.arange(0, GROUPS)
         here = work + _TILES_AT + _TILE_WORDS * tiles + group
@@ -213,7 +226,7 @@ def report_kernel(
         token = picked[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = (picked[:, None] >= 0) & (token < V)
         token = tl.where(inside, token, 0)
-        x = _living(row, token, inside, V, access, alive_ptr, stride_alive, OPS, MAX, FIRST, BANDED)
+        x = _sampled_from(row, token, inside, scores, maps, kept_ptr, stride_kept, OPS, MAX, LOWEST_TIES, BANDED)
         keys = tl.where(inside, key_of(x), LOWEST)
         tops = tl.full([SLOTS], LOWEST, tl.int32)
         ids = tl.full([SLOTS], -1, tl.int32)
@@ -246,7 +259,7 @@ _OPERATION = Operation("report")
 
 def takes(logits: torch.Tensor, count: int) -> bool:
     """Whether the kernels report on these logits."""
-    return _OPERATION.takes(logits, select.FORCE_KERNEL) and logits.dtype in _MAX and count <= MOST
+    return _OPERATION.takes(logits, launch.FORCE_KERNEL) and logits.dtype in _MAX and count <= MOST
 
 
 def launch_report(
@@ -257,7 +270,7 @@ def launch_report(
     chain: Chain | None = None,
     found: TokenSets | None = None,
     temperature: torch.Tensor | None = None,
-    alive: Alive | None = None,
+    kept: KeptRows | None = None,
 ) -> Report:
     """A report of each row of ``logits`` ``[B, V]``: two launches, without waiting.
 
@@ -270,7 +283,7 @@ def launch_report(
         chain: what is done to the logits before; None for nothing.
         found: the sets of the chain.
         temperature: what they are divided by then, ``[B]`` or of no dimensions, as for ``select_tokens``.
-        alive: what is left of them then; None for all.
+        kept: what is kept of them then; None for all.
     """
     B, V = logits.shape
     device = logits.device
@@ -290,33 +303,22 @@ def launch_report(
     slots = 0 if not count else 8 if count <= 8 else MOST
     words_of_row = _TILES_AT.value + _TILE_WORDS.value * tiles + (groups if count else 0)
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=device)
-    stride_row, stride_token = logits.stride()
-    bits, planes, row_values, _ = found or NO_SETS
-    rows, first, banded = (None, False, False) if alive is None else alive
-    strides = (
-        0 if temperature is None or temperature.ndim == 0 else temperature.stride(0),
-        *set_strides(found, W),
-    )
+    maps = maps_of(chain, found, temperature, logits)
+    rows, lowest_ties, banded = (None, False, False) if kept is None else kept
     key = (
-        device, logits.dtype, V, chain.form, logits.data_ptr() % 16, stride_row == 1, stride_row % 16,
-        stride_row >> 31, stride_token, None if temperature is None else temperature.dtype, tokens.dtype,
-        counts is None or counts.dtype, rows is None, first, banded, slots,
+        *launch_key(logits), chain.form, None if temperature is None else temperature.dtype, tokens.dtype,
+        counts is None or counts.dtype, rows is None, lowest_ties, banded, slots,
     )  # fmt: skip
-    given = (logits, temperature, bits, planes, chain.biases, row_values, chain.kernel_numbers(device))
-    shared = (chain.flat, _FLOAT32_MAX, first, banded, group_words * 32)
-    stride_alive = 0 if rows is None else rows.stride(0)
+    shared = (chain.flat, _FLOAT32_MAX, lowest_ties, banded, group_words * 32)
+    stride_kept = 0 if rows is None else rows.stride(0)
     _tiles_launcher(key, B * tiles, (
-        *given, tokens, rows, counts,
-        work,
-        V, W, tiles,
-        stride_row, stride_token, row_stride(tokens), stride_alive, row_stride(counts), words_of_row, *strides,
+        logits, *maps, tokens, rows, counts, work, V, W, tiles,
+        *logits.stride(), row_stride(tokens), stride_kept, row_stride(counts), words_of_row,
         *shared, count > 0,
     ))  # fmt: skip
     _report_launcher(key, B, (
-        *given, rows, counts, work,
-        *report,
-        V, W, tiles, count, groups,
-        stride_row, stride_token, stride_alive, row_stride(counts), words_of_row, *strides,
+        logits, *maps, rows, counts, work, *report, V, W, tiles, count, groups,
+        *logits.stride(), stride_kept, row_stride(counts), words_of_row,
         *shared, triton.next_power_of_2(groups), triton.next_power_of_2(tiles), slots,
     ))  # fmt: skip
     return report
@@ -351,8 +353,8 @@ def select_and_report(
         allowed: see there.
         counts: see ``launch_report``.
     """
-    if not (takes(logits, count) and select.takes_scores(logits)):
-        tokens, processed = select.reference_tokens(
+    if not (takes(logits, count) and launch.takes_scores(logits)):
+        tokens, processed = launch.reference_tokens(
             logits, selection, seeds, positions, temperature, chain, input_ids, position, allowed
         )  # fmt: skip
         return tokens, report(processed, tokens, count, counts)
@@ -363,8 +365,8 @@ def select_and_report(
     rows = launch_select(
         logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
     )
-    alive = Alive(rows, selection.first, selection.banded)
-    return tokens, launch_report(logits, tokens, count, counts, chain, found, temperature, alive)
+    kept = KeptRows(rows, selection.lowest_ties, selection.banded)
+    return tokens, launch_report(logits, tokens, count, counts, chain, found, temperature, kept)
 
 
 # -- The reference, and the path of the CPU --------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from fastlogits_kernels.bits import words
 from fastlogits_kernels.draw import draw
 from fastlogits_kernels.fold import Chain, Op, popcount
 from fastlogits_kernels.keep import launch_keep
-from fastlogits_kernels.report import Alive, Report, launch_report, report, takes
-from fastlogits_kernels.select import Selection, launch_select, overlaps
-from fastlogits_kernels.selection import let_next_launch
+from fastlogits_kernels.report import KeptRows, Report, launch_report, report, takes
+from fastlogits_kernels.rules import TINY_TEMPERATURE, Rule, RuleKind, Ties
+from fastlogits_kernels.selection.launch import Selection, launch_select, overlaps
+from fastlogits_kernels.selection.row import let_next_launch
 from fastlogits_kernels.slots import (
     ACTIVE,
     BAN_MASK,
@@ -48,6 +49,7 @@ from fastlogits_kernels.slots import (
     FLAGS,
     FORCED,
     FREQUENCY,
+    INTEGERS,
     LISTS,
     LOGPROBS,
     LONGEST,
@@ -65,19 +67,19 @@ from fastlogits_kernels.slots import (
     STOPS,
     TALLIED,
     TEMPERATURE,
-    TOP_K_AT,
     WIDTH,
     WORDS,
     Numbers,
     Rows,
     Semantics,
     Slots,
+    bits_of,
     reference_append,
     reference_slots,
     reference_swap,
 )
 from fastlogits_kernels.token_sets import Listed, TokenSets
-from fastlogits_kernels.truncate import Rule, RuleKind, Ties, truncate
+from fastlogits_kernels.truncate.dispatch import truncate
 
 # Sets of a row.
 _BANNED = tl.constexpr(0)
@@ -93,8 +95,10 @@ _REPEATED = tl.constexpr(2**30)
 _CLAIMED = tl.constexpr(-(2**31))
 
 _LONGEST = tl.constexpr(LONGEST)
-_TOP_K = tl.constexpr(TOP_K_AT)
-_OFF = tl.constexpr(tuple(OFF[kind] for kind in RULE_KINDS))
+_OFF = tl.constexpr(tuple(value if INTEGERS[i] else bits_of(value) for i, value in enumerate(OFF.values())))
+"""As bits."""
+_TINY = tl.constexpr(TINY_TEMPERATURE)
+_ZERO_OR_ONE = tl.constexpr((bits_of(0.0), bits_of(1.0)))
 _N_RULES = tl.constexpr(len(RULE_KINDS))
 _BAN_PLANE = tl.constexpr(BAN_PLANE)
 _FIRST_PLANE = tl.constexpr(FIRST_PLANE)
@@ -102,7 +106,7 @@ _BREAKER_PLANE = tl.constexpr(BREAKER_PLANE)
 
 _UNALIGNED = ["scores_ptr", "slots_ptr", "cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr", "records_ptr"]
 _UNALIGNED += ["masks_ptr", "history_ptr", "lengths_ptr", "prompts_ptr", "bits_ptr", "cursors_ptr", "tallies_ptr"]
-_UNALIGNED += ["values_ptr", "listed_ptr", "spans_ptr", "floats_ptr", "top_k_ptr", "counts_ptr", "longs_ptr"]
+_UNALIGNED += ["values_ptr", "listed_ptr", "spans_ptr", "of_rows_ptr", "counts_ptr", "longs_ptr"]
 _STEPWISE = ["W", "S", "L", "M", "splits", "stride_row", "stride_slot", "stride_cache", "stride_local", "stride_draft"]
 _STEPWISE += ["stride_bitmask", "stride_record", "stride_history", "stride_length", "stride_prompt", "stride_set"]
 _STEPWISE += ["stride_span", "stride_numbers"]
@@ -265,7 +269,7 @@ def _slot_sets_kernel(
     scores_ptr, slots_ptr, cache_position_ptr, local_ptr, drafts_ptr, bitmask_ptr,
     records_ptr, masks_ptr, history_ptr, lengths_ptr, prompts_ptr,
     # outputs
-    bits_ptr, cursors_ptr, tallies_ptr, values_ptr, listed_ptr, spans_ptr, floats_ptr, top_k_ptr, counts_ptr, longs_ptr,
+    bits_ptr, cursors_ptr, tallies_ptr, values_ptr, listed_ptr, spans_ptr, of_rows_ptr, counts_ptr, longs_ptr,
     # shapes
     V, W, S, L, M, splits,
     # strides
@@ -454,16 +458,13 @@ def _slot_sets_kernel(
         )  # fmt: skip
 
     if split == 0:
-        idle: tl.constexpr = 0.0 if DRAWS else 1.0
-        temperature = tl.where(active, temperature, idle)
-        tl.store(floats_ptr + row, temperature)
-        acts = active & (temperature > 0)
+        # Temperature and parameters as bits.
+        idle: tl.constexpr = _ZERO_OR_ONE[0] if DRAWS else _ZERO_OR_ONE[1]
+        tl.store(of_rows_ptr + row, tl.where(active, tl.load(record_ptr + TEMPERATURE), idle))
+        acts = active & (temperature >= _TINY)
         for rule in tl.static_range(_N_RULES):
-            value = tl.load(record_ptr + RULES + rule)
-            if rule == _TOP_K:
-                tl.store(top_k_ptr + row, tl.where(acts, value, _OFF[rule]))
-            else:
-                tl.store(floats_ptr + (rule + 1) * stride_numbers + row, tl.where(acts, _float(value), _OFF[rule]))
+            value = tl.where(acts, tl.load(record_ptr + RULES + rule), _OFF[rule])
+            tl.store(of_rows_ptr + (rule + 1) * stride_numbers + row, value)
         tl.store(counts_ptr + row, tl.where(active, tl.load(record_ptr + LOGPROBS), -1))
         low = tl.load(record_ptr + SEED).to(tl.int64) & 0xFFFFFFFF
         high = tl.load(record_ptr + SEED + 1).to(tl.int64)
@@ -568,13 +569,13 @@ def launch_slot_sets(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) 
     _slot_sets_launcher(key, B * splits, (
         scores, rows.slots, rows.cache_position, rows.local_position, rows.draft_ids, bitmask,
         tables.records, tables.masks, tables.history, tables.lengths, tables.prompts,
-        made.bits, made.cursors, made.tallies, made.values, made.listed, made.spans, numbers.floats, numbers.top_k,
+        made.bits, made.cursors, made.tallies, made.values, made.listed, made.spans, numbers.values,
         numbers.counts, numbers.longs,
         V, W, tables.records.shape[0], tables.history.shape[1], 0 if bitmask is None else bitmask.shape[1], splits,
         scores.stride(0), scores.stride(1), rows.slots.stride(0), cache, local, drafts,
         0 if bitmask is None else bitmask.stride(0),
         tables.records.stride(0), tables.history.stride(0), tables.lengths.stride(0), tables.prompts.stride(0),
-        made.bits.stride(0), made.spans.stride(0), numbers.floats.stride(0),
+        made.bits.stride(0), made.spans.stride(0), numbers.values.stride(0),
         draws, step.semantics.bias_last, step.semantics.words_in_output, step.room, _BLOCK, _LIST_BLOCK,
         overlaps(scores.device),
     ))  # fmt: skip
@@ -595,8 +596,16 @@ def _takes(scores: torch.Tensor) -> bool:
 def _reference(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) -> tuple[torch.Tensor, Numbers]:
     """Scores after temperature and rules, float32."""
     x, numbers = reference_slots(scores, step.slots, rows, step.semantics, draws)
-    temperature = torch.where(numbers.temperature > 0, numbers.temperature, 1.0)
+    temperature = torch.where(numbers.temperature >= TINY_TEMPERATURE, numbers.temperature, 1.0)
     return truncate(x / temperature.unsqueeze(1), step.rules(numbers)), numbers
+
+
+def _fitted(processed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Logits that the dtype holds: float16 ones are scaled where a row's largest would overflow."""
+    if dtype != torch.float16:
+        return processed
+    most = processed.amax(-1, keepdim=True).abs().clamp(min=65504.0)
+    return torch.where(most.isfinite(), processed * (65504.0 / most), processed)
 
 
 @_OPERATION.falls_back
@@ -606,15 +615,15 @@ def process_rows(step: Step, scores: torch.Tensor, rows: Rows, out: torch.Tensor
         return out
     if not _takes(scores):
         processed, _ = _reference(step, scores, rows, False)
-        return out.copy_(processed)
+        return out.copy_(_fitted(processed, out.dtype))
     made = step.workspace
     found = launch_slot_sets(step, scores, rows, False)
     temperature = made.numbers.temperature
     # In place, nothing may be written before all rows are settled.
     to = None if out is scores else out
-    alive = launch_select(scores, made.selection, made.chain, found, out=to, temperature=temperature)
+    kept = launch_select(scores, made.selection, made.chain, found, out=to, temperature=temperature)
     if to is None:
-        launch_keep(scores, out, made.selection, alive, made.chain, found, temperature)
+        launch_keep(scores, out, made.selection, kept, made.chain, found, temperature)
     return out
 
 
@@ -628,7 +637,7 @@ def sample_rows(
     """
     if not _takes(scores):
         processed, numbers = _reference(step, scores, rows, True)
-        tokens = draw(processed, numbers.longs[0], numbers.longs[1], ~(numbers.temperature > 0))
+        tokens = draw(processed, numbers.longs[0], numbers.longs[1], ~(numbers.temperature >= TINY_TEMPERATURE))
         if logprobs is None:
             return tokens, None
         return tokens, report(scores if logprobs == "raw" else processed, tokens, count, numbers.counts)
@@ -638,7 +647,7 @@ def sample_rows(
     made = step.workspace
     numbers, selection = made.numbers, made.selection
     found = launch_slot_sets(step, scores, rows, True)
-    alive = launch_select(
+    kept = launch_select(
         scores, selection, made.chain, found, temperature=numbers.temperature, seeds=numbers.longs[0],
         positions=numbers.longs[1], tokens=tokens,
     )  # fmt: skip
@@ -649,9 +658,9 @@ def sample_rows(
         return tokens, report(scores, tokens, count, counts)
     if not takes(scores, count):
         processed = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        launch_keep(scores, processed, selection, alive, made.chain, found, numbers.temperature)
+        launch_keep(scores, processed, selection, kept, made.chain, found, numbers.temperature)
         return tokens, report(processed, tokens, count, counts)
-    left = Alive(alive, selection.first, selection.banded)
+    left = KeptRows(kept, selection.lowest_ties, selection.banded)
     return tokens, launch_report(scores, tokens, count, counts, made.chain, found, numbers.temperature, left)
 
 

@@ -15,7 +15,8 @@ import torch
 
 from fastlogits_kernels._triton import tl
 from fastlogits_kernels.bits import unpack_bits
-from fastlogits_kernels.truncate import RuleKind
+from fastlogits_kernels.rules import RULES as TABLE
+from fastlogits_kernels.rules import TINY_TEMPERATURE, RuleKind
 
 # -- The record of a slot, in words of 32 bits ----------------------------------------------------------------------
 
@@ -30,10 +31,11 @@ TEMPERATURE = tl.constexpr(8)  # this and what follows are float32
 REPETITION = tl.constexpr(9)
 PRESENCE = tl.constexpr(10)
 FREQUENCY = tl.constexpr(11)
-RULES = tl.constexpr(12)  # the parameter of each rule; that of top-k is an integer
-LOGPROBS = tl.constexpr(19)  # for how many of the likeliest tokens they are wanted; -1 for none, and not the token's
-LISTS = tl.constexpr(20)  # where each list begins, and how long it is
-RECORD = tl.constexpr(36)  # words before the lists
+RULES = tl.constexpr(12)  # the parameter of each rule, in the order of the table; of some an integer
+LOGPROBS = tl.constexpr(RULES.value + len(TABLE))  # for how many tokens they are wanted; -1 for none at all
+LISTS = tl.constexpr(LOGPROBS.value + 1)  # where each list begins, and how long it is
+N_LISTS = 8
+RECORD = tl.constexpr(LISTS.value + 2 * N_LISTS)  # words before the lists
 
 # Flags.
 ACTIVE = tl.constexpr(1)
@@ -63,9 +65,19 @@ BREAKER_PLANE, FIRST_PLANE, BAN_PLANE = range(MASKS)  # what is in use more ofte
 LONGEST = 50
 """Longer repetitions count as this long."""
 
-RULE_KINDS: tuple[RuleKind, ...] = ("top_n_sigma", "top_k", "top_p", "min_p", "typical", "epsilon", "eta")
+RULE_KINDS: tuple[RuleKind, ...] = tuple(TABLE)
 """The rules whose parameters a record holds, in this order, whatever the order in which they act."""
-TOP_K_AT = RULE_KINDS.index("top_k")
+INTEGERS = tuple(spec.integer for spec in TABLE.values())
+"""Which of these parameters are integers."""
+OFF: dict[RuleKind, float] = {
+    name: min(spec.range.off, 2**31 - 1) if spec.integer else spec.range.off for name, spec in TABLE.items()
+}
+"""What turns each rule off in a record."""
+
+
+def bits_of(value: float) -> int:
+    """The bits of a float32 number."""
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
 
 
 class Slots(NamedTuple):
@@ -108,12 +120,10 @@ class Semantics(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What the draw takes for each row."""
+    """What the sample takes for each row."""
 
-    floats: torch.Tensor
-    """float32 ``[1 + rules, B]``: temperatures, then the parameters of the rules, but that of top-k."""
-    top_k: torch.Tensor
-    """int32 ``[B]``."""
+    values: torch.Tensor
+    """Temperatures, then the parameters of the rules, 32 bits each: int32 ``[1 + rules, B]``."""
     counts: torch.Tensor
     """For how many of the likeliest tokens log-probabilities are wanted, int32 ``[B]``; -1 for none at all."""
     longs: torch.Tensor
@@ -122,30 +132,24 @@ class Numbers(NamedTuple):
     @property
     def temperature(self) -> torch.Tensor:
         """float32 ``[B]``; 0 for greedy rows. Rows of no request have 1, or 0 where a token is drawn."""
-        return self.floats[0]
+        return self.values[0].view(torch.float32)
 
     @property
     def rules(self) -> dict[RuleKind, torch.Tensor]:
         """The parameter of each rule, ``[B]``: what turns it off in greedy rows and in rows of no request."""
-        values = dict(zip(RULE_KINDS, self.floats[1:], strict=True))
-        values["top_k"] = self.top_k
-        return values
+        return {
+            kind: self.values[1 + i] if INTEGERS[i] else self.values[1 + i].view(torch.float32)
+            for i, kind in enumerate(RULE_KINDS)
+        }
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> Numbers:
         """Room for so many rows."""
         return cls(
-            torch.zeros(1 + len(RULE_KINDS), rows, device=device),
-            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.zeros(1 + len(RULE_KINDS), rows, dtype=torch.int32, device=device),
             torch.full((rows,), -1, dtype=torch.int32, device=device),
             torch.zeros(2, rows, dtype=torch.int64, device=device),
         )
-
-
-OFF: dict[RuleKind, float] = {
-    "top_n_sigma": float("inf"), "top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0, "typical": 1.0, "epsilon": 0.0,
-    "eta": 0.0,
-}  # fmt: skip
 
 
 # -- In torch, row by row: the reference, and the path of the CPU ------------------------------------------------------
@@ -227,10 +231,8 @@ def reference_slots(
             x[row] = x[row].to(scores.dtype)
         temperature = record.float32(TEMPERATURE)
         numbers.temperature[row] = temperature
-        if temperature > 0:
-            for i, kind in enumerate(RULE_KINDS):
-                source = record.words if kind == "top_k" else record.numbers
-                rules[kind][row] = source[RULES.value + i]
+        if temperature >= TINY_TEMPERATURE:
+            numbers.values[1:, row] = record.words[RULES.value : RULES.value + len(RULE_KINDS)]
         numbers.counts[row] = record.words[LOGPROBS.value]
         numbers.longs[0, row] = record.words[SEED.value : SEED.value + 2].clone().view(torch.int64)[0]
         numbers.longs[1, row] = length

@@ -29,6 +29,7 @@ from tests.campaign.record import RESULTS, ROOT, dated
 
 CSV = RESULTS / "mutations.csv"
 KERNELS, PACKAGE = "kernels/fastlogits_kernels", "fastlogits"
+SELECTION = f"{KERNELS}/selection"
 _COPIED = (PACKAGE, "kernels", "tests", "benchmarks", "pyproject.toml")
 _FAILED = 1  # pytest's status where tests ran and failed; a process killed by a signal has a negative one
 _LIMIT_S = 300
@@ -219,80 +220,129 @@ MUTATIONS = [
     ),
     # -- truncations --
     Mutation(
-        "a tie at the cut lost", f"{KERNELS}/settle.py",
-        "((key == edge) & (rank >= cut))", "((key == edge) & (rank > cut))",
+        "a tie at the cut lost", f"{SELECTION}/row.py",
+        "((key == kept.edge) & (rank >= kept.cut))", "((key == kept.edge) & (rank > kept.cut))",
         ("test_select.py::test_small_vocabularies", "test_select.py::test_keeps_what_the_oracle_keeps"),
     ),
     Mutation(
-        "a search that stops at either goal", f"{KERNELS}/settle.py",
-        "reached = (c >= goal) & (a >= amount_goal)", "reached = (c >= goal) | (a >= amount_goal)",
+        "a search that stops at either goal", f"{SELECTION}/refine.py",
+        "reached = (number >= goal) & (more >= amount_goal)", "reached = (number >= goal) | (more >= amount_goal)",
         ("test_select.py::test_small_vocabularies", "test_select.py::test_keeps_what_the_oracle_keeps"),
     ),
     Mutation(
-        "a bound never verified", f"{KERNELS}/settle.py",
+        "a search of whole rows that stops at either goal", f"{SELECTION}/refine_rows.py",
+        "reached = inside & (number >= goal.number) & (amount >= goal.amount)",
+        "reached = inside & ((number >= goal.number) | (amount >= goal.amount))",
+        ("test_select.py::test_many_candidates_are_refined_block_by_block[p]",),
+    ),
+    Mutation(
+        "a bound never verified", f"{SELECTION}/refine.py",
         "open_below = complete == 0  #", "open_below = complete & (complete == 0)  #",
         ("test_select.py::test_a_sample_that_misleads",),
     ),
     Mutation(
-        "what was taken for kept never doubted", f"{KERNELS}/settle.py",
-        "wrong = RANKED & (few[4] > 0) & (few[4] >= goal) & (few[5] >= mass_goal)", "wrong = wrong & RANKED",
+        "what was taken for kept never doubted", f"{SELECTION}/refine.py",
+        "wrong = (sure.number > 0) & (sure.number >= goal) & (sure.mass >= mass_goal)",
+        "wrong = wrong & (sure.number > 0)",
         ("test_select.py::test_a_sample_that_misleads",),
     ),
     Mutation(
-        "a draw takes the highest of equals", f"{KERNELS}/settle.py",
+        "what was taken for kept never taken back", f"{SELECTION}/refine_rows.py",
+        "tl.where((row_state == BRACKET) & (base.kind == ROW), 1, 0)",
+        "tl.where((row_state == BRACKET) & (base.kind == ROW), 0, 0)",
+        ("test_select.py::test_a_sample_that_misleads",),
+    ),
+    Mutation(
+        "a list that leaves a question open", f"{SELECTION}/refine_rows.py",
+        "if failed & (base.kind == LIST):", "if failed & (base.kind == ROW):",
+        ("test_select.py::test_a_sample_that_misleads",),
+    ),
+    Mutation(
+        "a pass that forgets what was taken for kept", f"{SELECTION}/refine_rows.py",
+        "beyond = Goal(sure.number, tl.where(by_mass, sure.mass, 0))", "beyond = Goal(none, nothing)",
+        ("test_select.py::test_many_candidates_are_refined_block_by_block[p]",),
+    ),
+    Mutation(
+        "a deviation of whole rows from the wrong mean", f"{SELECTION}/refine_rows.py",
+        "squares = tally.amount_3.to(tl.float64, bitcast=True) - first * first / tl.maximum(finite, 1.0)",
+        "squares = tally.amount_3.to(tl.float64, bitcast=True)",
+        ("test_rules.py::test_kernels_keep_what_the_oracle_keeps[row-top_n_sigma]",),
+    ),
+    Mutation(
+        "many tokens never taken for kept", f"{SELECTION}/bounds.py",
+        "(high <= KEY_OF_INFINITY) & (high > bound)", "(high <= KEY_OF_INFINITY) & (high < bound)",
+        ("test_select.py::test_flat_rows_keep_most_unseen",),
+    ),
+    Mutation(
+        "masses of tiles as if all had one largest logit", f"{SELECTION}/row_sums.py",
+        "mass = tl.sum(masses.to(tl.float64) * share)", "mass = tl.sum(masses.to(tl.float64))",
+        ("test_select.py::test_flat_rows_keep_most_unseen",),
+    ),
+    Mutation(
+        "a draw takes the highest of equals", f"{SELECTION}/refine.py",
         "return best, tl.min(tl.where(key == best, token, 0x7FFFFFFF))",
         "return best, tl.max(tl.where(key == best, token, -1))",
         ("test_select.py::test_rows_without_a_distribution_have_a_token",),
     ),
     Mutation(
-        "candidates at the bound dropped", f"{KERNELS}/settle.py",
-        "(test < least) == 0", "(test > least)",
+        "candidates at the bound dropped", f"{SELECTION}/row.py",
+        "return (test < least) == 0", "return test > least",
         ("test_select.py::test_rows_without_a_distribution",),
     ),
     Mutation(
-        "a search that puts by over its own list", f"{KERNELS}/settle.py",
-        "gathered = pairs + tl.where(slots > MANY_SLOTS, slots, 0)", "gathered = pairs",
-        ("test_select.py::test_many_candidates_are_settled_block_by_block[p]",),
+        "a search that collects over its own list", f"{SELECTION}/refine_rows.py",
+        "collected_pairs = pairs + tl.where(shape.slots > ROOM, shape.slots, 0)", "collected_pairs = pairs",
+        ("test_select.py::test_many_candidates_are_refined_block_by_block[p]",),
     ),
     Mutation(
-        "the reach of candidates as if nothing divided them", f"{KERNELS}/sweep.py",
+        "the reach of candidates as if nothing divided them", f"{SELECTION}/bounds.py",
         "tl.clamp(x * divisor, -FLOAT32_MAX, FLOAT32_MAX)", "tl.clamp(x, -FLOAT32_MAX, FLOAT32_MAX)",
         ("test_serving.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
-        "no candidates among the edited tokens", f"{KERNELS}/sweep.py",
-        "tl.where(tl.load(work) == FEW, count, 0)", "tl.where(tl.load(work) == FEW, 0, 0)",
+        "no candidates among the edited tokens", f"{SELECTION}/filter.py",
+        "tl.where(tl.load(work + STATE_AT) == FEW, count, 0)", "tl.where(tl.load(work + STATE_AT) == FEW, 0, 0)",
         ("test_serving.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
-        "edited tokens put by as they were", f"{KERNELS}/selection.py",
+        "edited tokens collected as they were", f"{SELECTION}/row.py",
         "held = tl.load(edited_ptr + (token >> 5), mask=candidate, other=0)",
         "held = tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)",
         ("test_serving.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
-        "random words in another order", f"{KERNELS}/selection.py",
+        "random words in another order", f"{SELECTION}/row.py",
         "tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))",
         ("test_select.py::test_tokens_are_the_reference_draw",),
     ),
     Mutation(
-        "the high half of a position ignored", f"{KERNELS}/selection.py",
+        "the high half of a position ignored", f"{SELECTION}/row.py",
         "low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)",
         "low, high = position.to(tl.uint32), (position * 0).to(tl.uint32)",
         ("test_select.py::test_tokens_are_the_reference_draw",),
     ),
     Mutation(
-        "top-k taken for off below V", f"{KERNELS}/selection.py",
-        "active = (value >= 1) & (value < V)", "active = (value >= 1) & (value < V - 1)",
+        "top-k taken for off below V", f"{SELECTION}/row.py",
+        "active = (value >= _LOW[KIND]) & (value < V)", "active = (value >= _LOW[KIND]) & (value < V - 1)",
         ("test_select.py::test_small_vocabularies", "test_select.py::test_values_by_row"),
     ),
     Mutation(
-        "the next rule sees no fill value", f"{KERNELS}/truncate.py",
+        "a row of the table with too few sums", f"{KERNELS}/rules.py",
+        "limit=reference.limit_eta, sums=2", "limit=reference.limit_eta, sums=1",
+        ("test_select.py::test_flat_rows_keep_most_unseen[eta-12000]",),
+    ),
+    Mutation(
+        "a rule that acts with its off-value", f"{KERNELS}/rules.py",
+        '_ABOVE_0 = Range(0, 1, "neither", 1,', '_ABOVE_0 = Range(0, 1, "high", 1,',
+        ("test_rules.py::test_the_off_value_turns_it_off",),
+    ),
+    Mutation(
+        "the next rule sees no fill value", f"{KERNELS}/truncate/cpu.py",
         "and rules[together].filter_value == _MINUS_INFINITY:", ":",
         ("test_truncation.py::test_a_chain_is_the_warpers_one_by_one",),
     ),
     Mutation(
-        "a nucleus one token short", f"{KERNELS}/truncate.py",
+        "a nucleus one token short", f"{KERNELS}/truncate/cpu.py",
         "drop = _spare((p.cumsum(1) - p >= value).flip(1), rule)",
         "drop = _spare((p.cumsum(1) >= value).flip(1), rule)",
         ("test_truncation.py::test_a_nucleus_holds_its_mass_and_no_token_too_many",),
@@ -337,7 +387,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a tied token kept by its last ids", f"{KERNELS}/keep.py",
-        "        rank = -token\n", "        rank = token\n",
+        "rank_of(token, LOWEST_TIES)", "rank_of(token, False)",
         ("test_serving.py::test_ties_of_the_lowest_ids_in_place",),
     ),
     # -- serving --

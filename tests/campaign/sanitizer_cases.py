@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from fastlogits_kernels import fold, report, select, slot_sets, synthid
+from fastlogits_kernels import fold, report, slot_sets, synthid
 from fastlogits_kernels._triton import HAS_TRITON
 from fastlogits_kernels.bitmask import launch_bitmask_, reference_bitmask_
 from fastlogits_kernels.bits import pack_bits, words
 from fastlogits_kernels.draw import reference_draw
 from fastlogits_kernels.mask_tokens import Bans, launch_mask_tokens, reference_mask_tokens
 from fastlogits_kernels.pack_ids import launch_pack_ids, reference_pack_ids
+from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.selection import launch
 from fastlogits_kernels.slots import RECORD
-from fastlogits_kernels.truncate import Rule, reference_truncate
+from fastlogits_kernels.truncate.reference import reference_truncate
 from torch.overrides import TorchFunctionMode
 
 from fastlogits import BatchProcessor, RequestParams
@@ -217,7 +219,7 @@ def folded(given: Given) -> list[Outcome]:
     found = launch(given.put(ids), given.scores(values), Run(given.put(lengths), _HISTORY - 1))
 
     def reference() -> torch.Tensor:
-        with _Forced(False):
+        with forced(False):
             return FoldLaunch(launch.members)(ids, values, Run(lengths, _HISTORY - 1))
 
     return [Outcome(found, reference)]
@@ -225,15 +227,15 @@ def folded(given: Given) -> list[Outcome]:
 
 def _select(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
     values = given.values()
-    selection = select.Selection(rules, given.V, given.device)
-    return [Outcome(select.select(given.scores(values), selection), lambda: values, rules)]
+    selection = launch.Selection(rules, given.V, given.device)
+    return [Outcome(launch.select(given.scores(values), selection), lambda: values, rules)]
 
 
 def _drawn(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
     values, seeds = given.values(), given.integers(-(2**62), 2**62, given.B)
     temperature = torch.full((given.B,), 0.7)
     temperature[::2] = 0.0
-    selection = select.Selection(rules, given.V, given.device)
+    selection = launch.Selection(rules, given.V, given.device)
     positions = seeds + 1
     put = [given.put(each) for each in (seeds, positions, temperature)]
     tokens, found = report.select_and_report(given.scores(values), selection, put[0], put[1], min(5, given.V), put[2])
@@ -310,11 +312,11 @@ def served(given: Given) -> list[Outcome]:
     batch.apply_(scores, put, **put_named)
 
     def reference() -> torch.Tensor:
-        with _Forced(False):
+        with forced(False):
             return alone.apply(values, slots, **named)
 
     def tokens() -> torch.Tensor:
-        with _Forced(False):
+        with forced(False):
             return alone.sample(values, slots, **named).tokens
 
     return [
@@ -343,7 +345,7 @@ def histories(given: Given) -> list[Outcome]:
         return known(batch)
 
     def reference() -> torch.Tensor:
-        with _Forced(False):
+        with forced(False):
             return change(alone, lambda tensor: tensor)
 
     return [Outcome(change(batch, given.put), reference)]
@@ -405,11 +407,11 @@ CASES = [
 ] + [Case(f"{name}-far", name, 3, 1000, far=True) for name in _FAR_OPERATIONS]
 
 
-class _Forced:
+class forced:  # noqa: N801
     """Whether tensors on the CPU go to the kernels too."""
 
     def __init__(self, kernels: bool) -> None:
-        self._kernels, self._modules = kernels, (fold, select, slot_sets)
+        self._kernels, self._modules = kernels, (fold, launch, slot_sets)
 
     def __enter__(self) -> None:
         self._before = [module.FORCE_KERNEL for module in self._modules]
@@ -434,7 +436,7 @@ def run_case(case: Case, device: torch.device, check: bool) -> None:
     """
     assert HAS_TRITON, "needs Triton"
     guards = Guards(device)
-    with _Forced(True):
+    with forced(True):
         if not check:
             OPERATIONS[case.operation].run(Given(case.B, case.V, device, case.strided, case.far))
         else:

@@ -1,28 +1,28 @@
-"""Fold, truncate and draw: find the few tokens of a row that count, then settle among them.
+"""Fold, truncate and sample: find the few tokens of a row that count, then decide among them.
 
     x = fold(scores) / temperature;  for rule in rules: drop what it drops;  out = x or the fill, or a token
 
-Three launches. The first takes from a sample of each row a bound that hardly any token below can survive. The second
-reads the logits, writes the fill value everywhere, and puts by the tokens above the bound. The third, one program a
-row, applies the rules to these few, by bisection on the bits of the logits, and writes the survivors or draws one of
-them. Where a rule that speaks of probabilities may come first, a launch before these adds up the rows that ask for it,
-and takes the sample of each, which many programs do sooner than one.
+Four to six launches:
 
-The second launch doesn't divide by the temperature: it holds the logits against a range that the first one has put
-before the division, a little too wide, and the third divides the few that pass and looks at them exactly. Of a serving
-step it passes the tokens over that have values in place of their logits, and takes these from their lists.
+    row_sums     where a rule that speaks of probabilities may come first: adds up each row, and takes its sample
+    bounds       from a sample of each row, a bound that hardly any token below can survive; of many tokens that stay
+                 also one above which all are kept
+    filter       reads the logits, writes the fill value everywhere, keeps what is kept for certain, and collects the
+                 tokens between the bounds, the candidates
+    refine       one program a row: applies the rules to the candidates, in registers; where rules may leave more than
+                 a thousand, another launch for rows with thousands
+    refine_rows  the same for rows with more candidates, or with candidates that don't suffice: block by block
 
-Where more tokens stay than can be put by, the sample gives a second bound, above which all are kept: the second launch
-writes them, or draws the best of them, and adds them up; only what lies between the bounds is put by. Of a flat row
-that may still be thousands, through which the last launch goes block by block.
+The filter doesn't divide by the temperature: it holds the logits against a range that ``bounds`` has put before the
+division, a little too wide, and ``refine`` divides the few that pass and looks at them exactly. Of a serving step it
+passes the tokens over that have values in place of their logits, and takes these from their lists.
 
-A bound is a guess that the last launch verifies: where too many tokens are above it, or a rule would keep one below,
-or drop one that was kept, its program works on the whole row instead, with the same arithmetic. So the result never
-depends on the guess, on the batch around a row, or on the order in which tokens were put by: probabilities are added up
-as integers of 2 ** -37 of the largest one, and the sums over a row, of which there is one for each tile, in the order
-of the tiles.
+A bound is a guess that the last launches verify: where too many tokens are above it, or a rule would keep one below, or
+drop one that was kept, the whole row is looked at, with the same arithmetic. So the result never depends on the guess,
+on the batch around a row, or on the order in which tokens were collected: probabilities are added up as integers of
+2 ** -37 of the largest one, and the sums over a row, of which there is one for each tile, in the order of the tiles.
 
-Bytes moved: one read and one write of the logits (no write for a token), a read more for the sums, and what is put by:
+Bytes moved: one read and one write of the logits (no write for a token), a read more for the sums, and the candidates:
 in most rows next to nothing, at most a sixth of the logits. The workspace has room for that, and a tenth besides.
 """
 
@@ -40,46 +40,63 @@ import torch
 from fastlogits_kernels._backend import Operation
 from fastlogits_kernels._library import register
 from fastlogits_kernels._recent import hold, is_capturing, recent
-from fastlogits_kernels._triton import Launcher, empty_out, form_of, row_stride, table_on, triton
+from fastlogits_kernels._triton import (
+    Launch,
+    Launcher,
+    empty_out,
+    form_of,
+    launch_key,
+    launch_together,
+    row_stride,
+    table_on,
+    triton,
+)
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.draw import draw
 from fastlogits_kernels.fold import NO_SETS, NOWHERE, Chain, chain_of, find_sets, reference_fold, set_strides
-from fastlogits_kernels.selection import (
-    ALIVE_AT,
-    FEW_SLOTS,
-    MANY_SLOTS,
+from fastlogits_kernels.rules import CODES, TINY_TEMPERATURE, Rule, is_idle
+from fastlogits_kernels.selection.bounds import bounds_kernel
+from fastlogits_kernels.selection.filter import filter_kernel
+from fastlogits_kernels.selection.refine import refine_kernel
+from fastlogits_kernels.selection.refine_rows import refine_rows_kernel
+from fastlogits_kernels.selection.row import (
+    KEPT_AT,
     PART_WORDS,
-    SOME_SLOTS,
+    RULE_WORDS,
+    RULES_AT,
     SUM_WORDS,
-    SUMS_AT,
     TILE_W,
+    Listed,
+    Maps,
+    Sample,
+    Samples,
+    Shape,
 )
-from fastlogits_kernels.settle import settle_kernel
-from fastlogits_kernels.sweep import bound_kernel, sums_kernel, sweep_kernel
+from fastlogits_kernels.selection.row_sums import sums_kernel
 from fastlogits_kernels.token_sets import Position, TokenSets
-from fastlogits_kernels.truncate import Rule, truncate
-
-_KINDS = {"top_k": 0, "top_p": 1, "min_p": 2, "typical": 3, "epsilon": 4, "eta": 5, "top_h": 6, "top_n_sigma": 7}
+from fastlogits_kernels.truncate.dispatch import truncate
 
 
 class _Launchers(NamedTuple):
-    """Of the four kernels."""
+    """Of the five kernels."""
 
     sums: Launcher
-    bound: Launcher
-    sweep: Launcher
-    settle: Launcher
+    bounds: Launcher
+    filter: Launcher
+    refine: Launcher
+    rows: Launcher
 
     @classmethod
     def of(cls, **early: bool) -> _Launchers:
         return cls(
             Launcher(sums_kernel, num_warps=4, enable_fp_fusion=False),
             # Two programs of a multiprocessor at once.
-            Launcher(bound_kernel, num_warps=16, enable_fp_fusion=False, maxnreg=64, **early),
+            Launcher(bounds_kernel, num_warps=16, enable_fp_fusion=False, maxnreg=64, **early),
             # Twelve at once: more registers are for the few rows that are kept as a whole.
-            Launcher(sweep_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=40, **early),
-            # Two programs of a multiprocessor at once: what spills then is the way of rows settled as a whole.
-            Launcher(settle_kernel, num_warps=8, enable_fp_fusion=False, maxnreg=128, **early),
+            Launcher(filter_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=40, **early),
+            Launcher(refine_kernel, num_warps=8, enable_fp_fusion=False, maxnreg=128, **early),
+            # What happens between its passes all warps do alike: more of them would take longer.
+            Launcher(refine_rows_kernel, num_warps=8, enable_fp_fusion=False, **early),
         )
 
 
@@ -98,31 +115,46 @@ def overlaps(device: torch.device) -> bool:
     return hasattr(CUDAOptions, "launch_pdl")
 
 
+def is_portable(device: torch.device) -> bool:
+    """Whether kernels for a device do without PTX."""
+    return device.type != "cuda" or torch.version.hip is not None
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs that take a multiprocessor each run at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 OPERATION = Operation("select")
 FORCE_KERNEL = False
 """Take the kernels for tensors on the CPU too; for tests, with Triton's interpreter."""
 
 _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-_MAX_RULES = 8
-_NO_ROWS = [None] * _MAX_RULES
 _SAMPLE = 8192
 _BITS = 20
 _BLOCK_W = 32
-_SUMS_OF = {"top_p": 1, "epsilon": 1, "eta": 2, "typical": 2, "top_n_sigma": 3}
+# Candidates that are refined in registers: of rules that keep few, of most, of those that keep many.
+_FEW, _SOME, _MANY = 512, 1024, 4096
+# Candidates that a search of whole rows collects at most, and tokens of a block there.
+ROOM = 4096
+ROW_BLOCK = 2048
 
 
 def takes_rules(rules: Sequence[Rule]) -> bool:
     """Whether the kernels take these rules; what they don't take is rare, and torch's."""
     return (
-        len(rules) <= _MAX_RULES
         # What a rule fills with another value counts for the next one.
-        and (len(rules) <= 1 or all(rule.filter_value == -math.inf for rule in rules))
-        and len({rule.ties for rule in rules if rule.kind in ("top_k", "top_p")}) <= 1
-        and sum(rule.kind == "typical" for rule in rules) <= 1
-        # Where next to nothing is dropped, all depends on how the smallest probabilities are rounded.
-        and not any(_is_number(rule) and rule.kind == "top_p" and rule.value > 1 - 1e-6 for rule in rules)
-        and not any(_is_number(rule) and rule.kind == "min_p" and 0 < rule.value < 1e-30 for rule in rules)
+        (len(rules) <= 1 or all(rule.filter_value == -math.inf for rule in rules))
+        and len({rule.ties for rule in rules if rule.spec.takes_ties}) <= 1
+        # One centre is kept of what distances are.
+        and sum(rule.spec.goal == "distance" for rule in rules) <= 1
+        and not any(_is_number(rule) and rule.spec.keeps_nearly_all(rule.value) for rule in rules if not _off(rule))  # type: ignore[arg-type]
     )
+
+
+def _off(rule: Rule) -> bool:
+    return _is_number(rule) and rule.spec.off_as_number and bool(rule.value == rule.spec.range.off)
 
 
 def takes_scores(scores: torch.Tensor) -> bool:
@@ -141,37 +173,35 @@ def _is_number(rule: Rule) -> bool:
 
 
 class _Layout(NamedTuple):
-    """How a row of a vocabulary is cut and sampled, and what its workspace holds, in words of 32 bits."""
+    """How a row of a vocabulary is cut and sampled, and what its workspace holds."""
 
-    W: int
-    tiles: int
-    parts: int
-    slots: int
-    """Candidates that a row may have."""
+    shape: Shape
+    words_of_row: int
     few: int
     """Candidates beyond which a rule takes what it keeps for certain for kept."""
-    runs: int
-    sampled: int
-    parts_at: int
-    pairs_at: int
-    words_of_row: int
     TILES: int
     PARTS: int
 
     @classmethod
-    def of(cls, V: int, sums: bool) -> _Layout:
+    def of(cls, V: int, rules: int, sums: bool) -> _Layout:
         W = words(V)
         tiles, parts = -(-W // TILE_W.value), -(-W // _BLOCK_W)
-        # Of a flat row a sample leaves open what becomes of a sixteenth. With room for those that a search puts by of
+        # Of a flat row a sample leaves open what becomes of a sixteenth. With room for those that a search collects of
         # them again, this is up to a quarter of what the logits of a large vocabulary take.
-        slots = max(SOME_SLOTS.value, V // 12 // 128 * 128)
-        few = min(MANY_SLOTS.value, max(SOME_SLOTS.value, V // 50 // 128 * 128))
-        parts_at = SUMS_AT.value + SUM_WORDS.value * tiles
+        slots = max(_SOME, V // 12 // 128 * 128)
+        few = min(ROOM, max(_SOME, V // 50 // 128 * 128))
+        sums_at = RULES_AT.value + RULE_WORDS.value * rules
+        parts_at = sums_at + SUM_WORDS.value * tiles
         pairs_at = parts_at + PART_WORDS.value * parts
-        pairs = slots + MANY_SLOTS.value * (slots > MANY_SLOTS.value)
+        pairs = slots + ROOM * (slots > ROOM)
+        sample = min(V, _SAMPLE)
+        shape: Any = Shape(
+            W, tiles, parts, slots, sums_at, parts_at, pairs_at, 0.95 * few, 0.95 * slots,
+            Sample(max(V, _SAMPLE) // 8, sample, sample / V),
+        )  # fmt: skip
         return cls(
-            W, tiles, parts, slots, few, max(V, _SAMPLE) // 8, min(V, _SAMPLE), parts_at, pairs_at,
-            pairs_at + max(2 * pairs, _SAMPLE * sums), triton.next_power_of_2(tiles), triton.next_power_of_2(parts),
+            shape, pairs_at + max(2 * pairs, _SAMPLE * sums), few, triton.next_power_of_2(tiles),
+            triton.next_power_of_2(parts),
         )  # fmt: skip
 
 
@@ -187,32 +217,45 @@ class Selection:
 
     def __init__(self, rules: Sequence[Rule], V: int, device: torch.device, normalise: bool = False) -> None:
         self.given = tuple(rules)
-        rules = [rule for rule in rules if not _is_idle(rule, V)]
-        self.rows = [rule.value for rule in rules if isinstance(rule.value, torch.Tensor)]
+        rules = [rule for rule in rules if not is_idle(rule, V)]
+        rows = [rule.value for rule in rules if isinstance(rule.value, torch.Tensor)]
         numbers = [1.0 if isinstance(rule.value, torch.Tensor) else float(rule.value) for rule in rules]
-        self.values = _numbers_on(device, *numbers)
-        flat: list[int] = []
+        self.rows = rows
+        self.numbers = _numbers_on(device, *numbers)
+        places: list[int] = []
         per_row = self.sums = 0
         self.may_be_free = True
         for index, rule in enumerate(rules):
-            tensor = isinstance(rule.value, torch.Tensor)
-            flat += [_KINDS[rule.kind], rule.min_tokens_to_keep, per_row if tensor else -1 - index]
-            per_row += tensor
+            by_row = isinstance(rule.value, torch.Tensor)
+            places.append(per_row if by_row else -1 - index)
+            per_row += by_row
             if self.may_be_free:  # nothing may have been dropped before it
-                self.sums = max(self.sums, _SUMS_OF.get(rule.kind, 0))
-            self.may_be_free = self.may_be_free and tensor
-        self.rules = tuple(flat)
+                self.sums = max(self.sums, rule.spec.sums)
+            self.may_be_free = self.may_be_free and by_row
+        self.kinds = tuple(CODES[rule.kind] for rule in rules)
+        self.leasts = tuple(rule.min_tokens_to_keep for rule in rules)
+        self.places = tuple(places)
         self.fill = rules[0].filter_value if rules else -math.inf
-        self.first = any(rule.ties == "lowest" for rule in rules if rule.kind in ("top_k", "top_p"))
-        self.banded = any(rule.kind == "typical" for rule in rules)
+        self.lowest_ties = any(rule.ties == "lowest" for rule in rules if rule.spec.takes_ties)
+        self.banded = any(rule.spec.goal == "distance" for rule in rules)
         self.normalise = normalise
-        counted = [rule.value for rule in rules if _is_number(rule) and rule.kind == "top_k"]
+        counted = [rule.value for rule in rules if _is_number(rule) and rule.spec.goal == "count"]
+        fewest = min(counted, default=math.inf)
         # A sample lets through some four times as many as a rule keeps, where these are few.
-        self.few = FEW_SLOTS.value if counted and min(counted) <= FEW_SLOTS.value // 6 else SOME_SLOTS.value
-        self.layout = _Layout.of(V, self.sums > 0)
-        # Where no rule keeps more than can be put by, none has to be taken for kept.
-        self.bracketed = not normalise and not (counted and min(counted) <= 0.6 * self.layout.few)
-        self.form = form_of((self.rules, self.fill, self.first, normalise, self.bracketed, self.few))
+        few = _FEW if fewest <= _FEW // 6 else _SOME
+        # How many candidates are refined in registers, launch after launch.
+        if fewest <= 0.6 * _SOME or not rules:
+            self.slots: tuple[int, ...] = (few,)
+        else:
+            self.slots = (_MANY,) if fewest <= _MANY else (_SOME, _MANY)
+        self.layout = _Layout.of(V, len(rules), self.sums > 0)
+        # Where no rule keeps more than can be collected, none has to be taken for kept.
+        self.bracketed = not normalise and not fewest <= 0.6 * self.layout.few
+        self.form = form_of((
+            self.kinds, self.leasts, self.places, self.fill, self.lowest_ties, normalise, self.bracketed, self.slots
+        ))  # fmt: skip
+        self.launches = 3 + len(self.slots) + (self.sums > 0)
+        """How many kernels a call launches."""
         self.handle = next(_handles)
         _selections[self.handle] = self
 
@@ -232,19 +275,20 @@ def _numbers_on(device: torch.device, *numbers: float) -> torch.Tensor:
     return made
 
 
-def _is_idle(rule: Rule, V: int) -> bool:
-    """Whether a rule of one parameter for all rows drops nothing."""
-    value = rule.value
-    if isinstance(value, torch.Tensor):
-        return False
-    return {"top_k": value >= V, "min_p": value <= 0, "top_p": value >= 1, "top_n_sigma": value == math.inf}.get(
-        rule.kind, False
-    )
-
-
 _handles = count()
 _selections: WeakValueDictionary[int, Selection] = WeakValueDictionary()
 _NO_CHAIN = Chain()
+
+
+def maps_of(chain: Chain, found: TokenSets | None, temperature: torch.Tensor | None, scores: torch.Tensor) -> Maps:
+    """What a chain and a temperature bring to the kernels, for scores ``[B, V]``."""
+    bits, planes, row_values, _ = found or NO_SETS
+    stride = 0 if temperature is None or temperature.ndim == 0 else temperature.stride(0)
+    values: Any = (
+        temperature, bits, planes, chain.biases, row_values, chain.kernel_numbers(scores.device),
+        stride, *set_strides(found, words(scores.shape[1])),
+    )  # fmt: skip
+    return Maps(*values)
 
 
 def launch_select(
@@ -258,79 +302,70 @@ def launch_select(
     positions: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: up to four launches.
+    """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: four to six launches.
 
-    Returns what is alive of each row, int32 ``[B, 4]``, as settle.py says it.
+    Returns what is kept of each row, int32 ``[B, 4]``: see ``Kept``.
     """
     B, V = scores.shape
     chain = chain or _NO_CHAIN
-    W, tiles, parts, slots, few, runs, sampled, parts_at, pairs_at, words_of_row, TILES, PARTS = selection.layout
+    shape, words_of_row, _few, TILES, PARTS = selection.layout
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
+    maps = maps_of(chain, found, temperature, scores)
+    cut = (*shape[:-1], *shape.sample)
+    values = (selection.numbers, *(row.contiguous() for row in selection.rows))
+    samples: Any = Samples(seeds, positions, row_stride(seeds), row_stride(positions))
+    tokens_of, spans, lists = (None if found is None else found.listed) or (None, None, 0)
+    listed: Any = Listed(tokens_of, spans, 0 if spans is None else spans.stride(0), lists, B * lists)
     stride_row, stride_token = scores.stride()
     stride_out, stride_out_token = (0, 0) if out is None else out.stride()
-    bits, planes, row_values, listed = found or NO_SETS
-    rows = [*(row.contiguous() for row in selection.rows), *_NO_ROWS][:_MAX_RULES]
-    strides = (
-        0 if temperature is None or temperature.ndim == 0 else temperature.stride(0),
-        *set_strides(found, W),
-        row_stride(seeds), row_stride(positions),
-    )  # fmt: skip
     key = (
-        scores.device, scores.dtype, V, chain.form, selection.form,
-        scores.data_ptr() % 16, stride_row == 1, stride_row % 16, stride_row >> 31, stride_token,
-        None if out is None else (
-            out.data_ptr() % 16, out.dtype, stride_out == 1, stride_out % 16, stride_out >> 31, stride_out_token
-        ),
+        *launch_key(scores, out), chain.form, selection.form,
         None if temperature is None else temperature.dtype,
         None if seeds is None or positions is None else (seeds.dtype, positions.dtype),
-        tuple(row.dtype for row in selection.rows),
+        tuple(row.dtype for row in selection.rows), lists > 0,
     )  # fmt: skip
-    given = (scores, temperature, bits, planes, chain.biases, row_values, chain.kernel_numbers(scores.device))
-    top = _MAX[scores.dtype if tokens is None else torch.float32]
+    largest = _MAX[scores.dtype if tokens is None else torch.float32]
     greedy = tokens is not None and temperature is not None
-    portable = not scores.is_cuda or torch.version.hip is not None
+    fits = out is not None and out.dtype == torch.float16 and temperature is not None
+    portable = is_portable(scores.device)
     early = overlaps(scores.device)
     launchers = _early if early else _launchers
+    launches: list[Launch] = []
     if selection.sums:
-        launchers.sums(key, B * tiles, (
-            *given, selection.values, *rows,
-            work,
-            V, W, tiles, runs, sampled, pairs_at,
-            stride_row, stride_token, words_of_row, *strides[:5],
-            chain.flat, top, selection.rules, selection.sums, greedy, _SAMPLE, early,
-        ))  # fmt: skip
+        launches.append(Launch(launchers.sums, key, B * shape.tiles, (
+            scores, values, *maps, work, V, *cut, stride_row, stride_token, words_of_row,
+            chain.flat, largest, selection.kinds, selection.places, selection.sums, greedy, _SAMPLE, early,
+        )))  # fmt: skip
     # The first launch waits for whatever was there before.
-    bound_launcher = launchers.bound if selection.sums else _launchers.bound
-    bound_launcher(key, B, (
-        *given, selection.values, *rows,
-        work,
-        V, W, tiles, runs, sampled, pairs_at, sampled / V, 0.95 * few, 0.95 * slots,
-        stride_row, stride_token, words_of_row, *strides[:5],
-        chain.flat, top, selection.rules, selection.sums, selection.normalise, selection.bracketed,
-        greedy, _SAMPLE, _BITS, TILES, early,
-    ))  # fmt: skip
-    tokens_of, spans, lists = listed or (None, None, 0)
-    launchers.sweep(key, B * (lists + parts), (
-        *given, seeds, positions, tokens_of, spans,
-        out, work,
-        V, W, slots, parts, B * lists, lists, parts_at, pairs_at,
-        stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
-        0 if spans is None else spans.stride(0),
-        chain.flat, top, selection.fill, selection.banded, selection.bracketed, selection.may_be_free, _BLOCK_W,
+    launches.append(Launch(launchers.bounds if selection.sums else _launchers.bounds, key, B, (
+        scores, values, *maps, work, V, *cut, stride_row, stride_token, words_of_row,
+        chain.flat, largest, selection.kinds, selection.leasts, selection.places, selection.sums, selection.normalise,
+        selection.bracketed, greedy, fits, _SAMPLE, _BITS, TILES, early,
+    )))  # fmt: skip
+    launches.append(Launch(launchers.filter, key, B * (lists + shape.parts), (
+        scores, *maps, *samples, *listed, out, work, V, *cut,
+        stride_row, stride_token, stride_out, stride_out_token, words_of_row,
+        chain.flat, largest, selection.fill, selection.banded, selection.bracketed, selection.may_be_free, _BLOCK_W,
         portable, early,
-    ))  # fmt: skip
-    setup = (
-        selection.first, selection.banded, top, selection.sums, selection.bracketed, portable, selection.fill,
-        selection.few,
-    )  # fmt: skip
-    launchers.settle(key, B, (
-        *given, selection.values, *rows, seeds, positions, work,
-        out, tokens,
-        V, W, slots, parts, parts_at, pairs_at,
-        stride_row, stride_token, stride_out, stride_out_token, words_of_row, *strides,
-        chain.flat, top, selection.rules, selection.normalise, selection.sums, setup, PARTS, early,
-    ))  # fmt: skip
-    return work[:, ALIVE_AT.value : ALIVE_AT.value + 4]
+    )))  # fmt: skip
+    more_than = -1
+    for slots in selection.slots:
+        # Logits of 16 bits tie a lot.
+        slots = max(slots, _SOME) if scores.dtype != torch.float32 else slots
+        launches.append(Launch(launchers.refine, (*key, slots), B, (
+            *maps, *samples, work, out, tokens, V, *cut, stride_out, stride_out_token, words_of_row,
+            selection.kinds, selection.leasts, selection.sums, selection.normalise, selection.banded,
+            selection.lowest_ties, slots, more_than, PARTS, early,
+        )))  # fmt: skip
+        more_than = slots
+    launches.append(Launch(launchers.rows, key, min(B, multiprocessors(scores.device)), (
+        scores, *maps, *samples, work, out, tokens, V, *cut, B, len(selection.kinds), more_than,
+        stride_row, stride_token, stride_out, stride_out_token, words_of_row,
+        chain.flat, largest, selection.fill, selection.normalise, selection.lowest_ties, portable, ROW_BLOCK, ROOM,
+        PARTS, early,
+    )))  # fmt: skip
+    launch_together(launches)
+    return work[:, KEPT_AT.value : KEPT_AT.value + 4]
 
 
 def select(
@@ -435,11 +470,11 @@ def reference_distribution(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What rules leave of ``x`` ``[B, V]`` divided by temperatures, and which rows are greedy, bool ``[B]``.
 
-    Those are the rows of another temperature than a positive finite one: they stay as they are.
+    Those are the rows of another temperature than a finite one of at least 1e-30: they stay as they are.
     """
-    sampled = ((temperature > 0) & (temperature < math.inf)).expand(len(x))
-    heated = x / torch.where(sampled, temperature, 1.0).unsqueeze(1)
-    return torch.where(sampled.unsqueeze(1), truncate(heated, rules) if rules else heated, x), ~sampled
+    sampled = ((temperature >= TINY_TEMPERATURE) & (temperature < math.inf)).expand(len(x))
+    scaled = x / torch.where(sampled, temperature, 1.0).unsqueeze(1)
+    return torch.where(sampled.unsqueeze(1), truncate(scaled, rules) if rules else scaled, x), ~sampled
 
 
 def _folded(

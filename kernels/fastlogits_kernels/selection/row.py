@@ -1,0 +1,565 @@
+"""What the kernels of a selection share: the logits of a row, their order, their noise, and the workspace of a row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastlogits_kernels._triton import tl, triton
+from fastlogits_kernels.fold import fold_logits
+from fastlogits_kernels.ptx import check_fours, for_four_tokens
+from fastlogits_kernels.rules import CODES, RULES
+from fastlogits_kernels.rules import TINY_TEMPERATURE as _TINY_TEMPERATURE
+from fastlogits_kernels.truncate.reference import TOP_H_TOKENS as _TOP_H_TOKENS
+
+# -- Rules: what the table says, as the kernels read it ------------------------------------------------------------
+
+TOP_K = tl.constexpr(CODES["top_k"])
+TOP_P = tl.constexpr(CODES["top_p"])
+MIN_P = tl.constexpr(CODES["min_p"])
+TOP_A = tl.constexpr(CODES["top_a"])
+TYPICAL = tl.constexpr(CODES["typical"])
+EPSILON = tl.constexpr(CODES["epsilon"])
+ETA = tl.constexpr(CODES["eta"])
+TOP_H = tl.constexpr(CODES["top_h"])
+TOP_N_SIGMA = tl.constexpr(CODES["top_n_sigma"])
+TOP_H_TOKENS = tl.constexpr(_TOP_H_TOKENS)
+N_RULES = tl.constexpr(len(RULES))
+
+# Of each rule by its code. What a rule keeps the most likely tokens up to; NO_GOAL for those with a cut-off.
+NO_GOAL, COUNT_GOAL, MASS_GOAL, DISTANCE_GOAL, ENTROPY_GOAL = (tl.constexpr(i) for i in range(5))
+_GOALS = {"none": 0, "count": 1, "mass": 2, "distance": 3, "entropy": 4}
+GOAL = tl.constexpr(tuple(_GOALS[spec.goal] for spec in RULES.values()))
+NEEDS_SUMS = tl.constexpr(tuple(spec.sums for spec in RULES.values()))
+SPARES_FEWEST = tl.constexpr(tuple(int(spec.spares_fewest) for spec in RULES.values()))
+# With which values it acts; of a count the vocabulary is the upper end. A number may act where a row's value is off.
+_LOW = tl.constexpr(tuple(float(spec.range.low) for spec in RULES.values()))
+_HIGH = tl.constexpr(tuple(float(spec.range.high) for spec in RULES.values()))
+_LOW_ACTS = tl.constexpr(tuple(spec.range.inside == "low" for spec in RULES.values()))
+_HIGH_ACTS = tl.constexpr(tuple(spec.range.inside == "high" for spec in RULES.values()))
+_OFF_ACTS = tl.constexpr(tuple(not spec.off_as_number for spec in RULES.values()))
+
+# -- The workspace of a row, in words of 32 bits --------------------------------------------------------------------
+
+# What a row is.
+FEW = tl.constexpr(0)  # its candidates were collected
+WHOLE = tl.constexpr(1)  # they would be too many
+FREE = tl.constexpr(2)  # no rule says anything of it
+BRACKET = tl.constexpr(3)  # as FEW, and tokens above the upper bound are kept for certain
+
+STATE_AT = tl.constexpr(0)
+BOUND_AT = tl.constexpr(1)  # the key below which no token is a candidate
+BANDED_AT = tl.constexpr(2)  # whether that is a key of distances
+CENTRE_AT = tl.constexpr(3)  # from this logit
+COUNT_AT = tl.constexpr(4)  # how many candidates there are
+HIGH_AT = tl.constexpr(5)  # the key from which tokens are kept for certain
+TOP_AT = tl.constexpr(6)  # the largest logit
+DONE_AT = tl.constexpr(7)  # whether the candidates were enough
+KEPT_AT = tl.constexpr(8)  # what is kept: the four fields of Kept
+REACH_AT = tl.constexpr(12)  # between which logits, before the temperature divides them, all candidates are
+ROW_SUMS_AT = tl.constexpr(14)  # the sums of the row, four of 64 bits: see RowSums
+TOP_KEY_AT = tl.constexpr(22)  # the largest key where the sums of the row are known, else LOWEST
+RULES_AT = tl.constexpr(24)
+# Of each rule: its code, how many tokens it keeps at least, and its parameter, NaN where it doesn't act.
+RULE_WORDS = tl.constexpr(4)
+# Behind the rules stand the sums of each tile, the summary of each part, and the candidates, each with its token, or
+# before them the row's sample.
+SUM_WORDS = tl.constexpr(6)
+# Of a part: the key of its best sample and that one's token; how many tokens it keeps for certain, their largest key
+# and their mass.
+PART_WORDS = tl.constexpr(6)
+PART_COUNT_AT = tl.constexpr(2)
+PART_LARGEST_AT = tl.constexpr(3)
+PART_MASS_AT = tl.constexpr(4)
+
+# -- Keys: integers in the order of float32 numbers -----------------------------------------------------------------
+
+LOWEST = tl.constexpr(-(2**31))  # below all
+HIGHEST = tl.constexpr(2**31 - 1)  # that of NaN
+MINUS_INFINITY = tl.constexpr(-8388608)  # its bits
+KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+KEY_OF_INFINITY = tl.constexpr(2139095040)
+
+FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
+LOG2_E = tl.constexpr(1.4426950408889634)
+TINY_TEMPERATURE = tl.constexpr(_TINY_TEMPERATURE)
+TILE_W = tl.constexpr(64)  # mask words of a tile, 32 logits each
+ONE = tl.constexpr(float(2**37))  # the largest probability of a row, as an integer
+
+
+class Maps(NamedTuple):
+    """What a chain reads, and what divides the logits after it: the same for all launches of a selection."""
+
+    temperature_ptr: tl.tensor
+    bits_ptr: tl.tensor
+    planes_ptr: tl.tensor
+    biases_ptr: tl.tensor
+    row_values_ptr: tl.tensor
+    numbers_ptr: tl.tensor
+    stride_temperature: tl.tensor
+    stride_set: tl.tensor
+    stride_bits_row: tl.tensor
+    stride_plane: tl.tensor
+    stride_values_row: tl.tensor
+
+
+class Scores(NamedTuple):
+    """The logits as they are given, ``[B, V]`` of any strides; W mask words a row."""
+
+    ptr: tl.tensor
+    stride_row: tl.tensor
+    stride_token: tl.tensor
+    V: tl.tensor
+    W: tl.tensor
+
+
+class Samples(NamedTuple):
+    """What a token is drawn with: None and 0 where none is."""
+
+    seeds_ptr: tl.tensor
+    positions_ptr: tl.tensor
+    stride_seed: tl.tensor
+    stride_position: tl.tensor
+
+
+class Kept(NamedTuple):
+    """What is kept of a row.
+
+    Keys above ``edge``, those at it whose rank is at least ``cut``, all no further from ``centre`` than ``near`` says.
+    Ranks order tokens that tie.
+    """
+
+    edge: tl.tensor
+    cut: tl.tensor
+    centre: tl.tensor
+    near: tl.tensor
+
+
+class Sure(NamedTuple):
+    """Tokens that are kept for certain and aren't candidates: how many, their mass, largest key, and from which key."""
+
+    number: tl.tensor
+    mass: tl.tensor
+    largest: tl.tensor
+    edge: tl.tensor
+
+
+class Sample(NamedTuple):
+    """How a row is sampled: in runs of 8, so many steps apart, ``size`` tokens, which are a ``share`` of all."""
+
+    runs: tl.tensor
+    size: tl.tensor
+    share: tl.tensor
+
+
+class Shape(NamedTuple):
+    """How a row is cut, what its workspace holds and where, in words of 32 bits.
+
+    W mask words, in tiles for the sums and in parts for the filter; ``slots`` candidates at most; of more than
+    ``capacity`` some are taken for kept, and of more than ``room`` the whole row is looked at.
+    """
+
+    W: tl.tensor
+    tiles: tl.tensor
+    parts: tl.tensor
+    slots: tl.tensor
+    sums_at: tl.tensor
+    parts_at: tl.tensor
+    pairs_at: tl.tensor
+    capacity: tl.tensor
+    room: tl.tensor
+    sample: tl.tensor
+
+
+class Listed(NamedTuple):
+    """Tokens that have values in place of their logits: lists of them, so many a row and over all rows."""
+
+    tokens_ptr: tl.tensor
+    spans_ptr: tl.tensor
+    stride_span: tl.tensor
+    lists: tl.tensor
+    all_lists: tl.tensor
+
+
+class RowSums(NamedTuple):
+    """Sums over a row, all float64: its mass, mass times distance from the top, number and squares of finite logits."""
+
+    mass: tl.tensor
+    below: tl.tensor
+    finite: tl.tensor
+    squares: tl.tensor
+
+
+@triton.jit
+def key_of(x):
+    """Integers in the order of float32 numbers: NaN is the largest, and the zeros are one."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+
+
+@triton.jit
+def number_of(key):
+    """The number of a key."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def wait_for_launch(PDL: tl.constexpr):
+    """Wait until the launch before this one has written all; what was there before it may be read earlier."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
+def let_next_launch(PDL: tl.constexpr):
+    """Let programs of the next launch take their places, as soon as all of this one have theirs."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
+def load_float(ptr):
+    """A float32 number of the workspace."""
+    return tl.load(ptr).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_float(ptr, x):
+    """Put a float32 number into the workspace."""
+    tl.store(ptr, x.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def exp(x):
+    """The exponential."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def weight_of(x, top):
+    """Probabilities relative to that of ``top``, as integers; 0 for what has none."""
+    p = exp(x - top)
+    return tl.where(p == p, p * ONE, 0.0).to(tl.int64)
+
+
+# -- The logits of a row --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def is_greedy(temperature_ptr):
+    """Whether a temperature makes its row greedy: anything but a finite number that isn't tiny."""
+    temperature = tl.load(temperature_ptr).to(tl.float32)
+    return ((temperature >= TINY_TEMPERATURE) & (temperature < float("inf"))) == 0
+
+
+@triton.jit
+def row_scores(row, token, inside, scores):
+    """Logits of a row as they are given; -inf beyond its end."""
+    here = scores.ptr + row * scores.stride_row + token.to(tl.int64) * scores.stride_token
+    return tl.load(here, mask=inside, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def folded(x, row, word, lane, token, inside, scores, maps, OPS: tl.constexpr, MAX: tl.constexpr):
+    """Given logits of a row as the chain makes them."""
+    # Between maps the logits are rounded to the dtype whose largest number is said; to float32 for a sample.
+    dtype: tl.constexpr = tl.float32 if MAX == FLOAT32_MAX else scores.ptr.dtype.element_ty
+    x = fold_logits(
+        x, row, word, lane, token, inside,
+        maps.bits_ptr, maps.planes_ptr, maps.biases_ptr, maps.row_values_ptr, maps.numbers_ptr,
+        scores.V, scores.W, maps.stride_set, maps.stride_bits_row, maps.stride_plane, maps.stride_values_row,
+        dtype, OPS, MAX,
+    )  # fmt: skip
+    if len(OPS) > 0:
+        x = tl.where(inside, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def divisor_of(row, maps):
+    """What divides the logits of a row."""
+    divisor = tl.full([], 1.0, tl.float32)
+    if maps.temperature_ptr is not None:
+        here = maps.temperature_ptr + row * maps.stride_temperature
+        divisor = tl.where(is_greedy(here), 1.0, tl.load(here).to(tl.float32))
+    return divisor
+
+
+@triton.jit
+def scaled(x, row, maps):
+    """Logits of a row, divided by the temperature."""
+    if maps.temperature_ptr is not None:
+        # What is not finite stays as it is, and would take the long way of the division.
+        divisor = divisor_of(row, maps)
+        finite = tl.abs(x) < float("inf")
+        x = tl.where(finite, tl.div_rn(tl.where(finite, x, divisor), divisor), x)
+    return x
+
+
+@triton.jit
+def inverse_of(row, maps):
+    """What the logits of a row are multiplied by, where that is exact enough."""
+    return tl.minimum(1.0 / divisor_of(row, maps), FLOAT32_MAX)
+
+
+@triton.jit
+def row_logits(row, word, lane, token, inside, scores, maps, OPS: tl.constexpr, MAX: tl.constexpr):
+    """Logits of a row as the chain and the temperature make them; -inf beyond its end."""
+    x = row_scores(row, token, inside, scores)
+    return scaled(folded(x, row, word, lane, token, inside, scores, maps, OPS, MAX), row, maps)
+
+
+# -- What is kept ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rank_of(token, LOWEST_TIES: tl.constexpr):
+    """Which of two tokens that tie comes first: the one of the larger id, or of the lower one."""
+    rank = token
+    if LOWEST_TIES:
+        rank = -token
+    return rank
+
+
+@triton.jit
+def is_kept(x, valid, rank, kept, BANDED: tl.constexpr):
+    """Which tokens of a row are kept; ``BANDED`` where centre and nearness say anything."""
+    key = key_of(x)
+    found = valid & ((key > kept.edge) | ((key == kept.edge) & (rank >= kept.cut)))
+    if BANDED:
+        found = found & (key_of(-tl.abs(x - kept.centre)) >= kept.near)
+    return found
+
+
+@triton.jit
+def all_kept():
+    """What keeps everything."""
+    lowest = tl.full([], LOWEST, tl.int32)
+    return Kept(lowest, lowest, tl.full([], 0.0, tl.float32), lowest)
+
+
+@triton.jit
+def load_kept(ptr):
+    """What is kept of a row, as its workspace has it."""
+    return Kept(tl.load(ptr), tl.load(ptr + 1), load_float(ptr + 2), tl.load(ptr + 3))
+
+
+@triton.jit
+def store_kept(work, kept):
+    """Leave what is kept of a row where other launches find it."""
+    tl.store(work + KEPT_AT, kept.edge)
+    tl.store(work + KEPT_AT + 1, kept.cut)
+    store_float(work + KEPT_AT + 2, kept.centre)
+    tl.store(work + KEPT_AT + 3, kept.near)
+
+
+# -- Rules ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rule_value(row, values, PLACE: tl.constexpr):
+    """The parameter of a rule in a row, float64: ``values`` are the numbers of all rules, then tensors by row."""
+    return tl.load(values[0] - PLACE - 1) if PLACE < 0 else tl.load(values[PLACE + 1] + row).to(tl.float64)
+
+
+@triton.jit
+def is_active(value, V, KIND: tl.constexpr, PER_ROW: tl.constexpr):
+    """Whether a rule of that parameter may drop anything; never for NaN."""
+    if GOAL[KIND] == COUNT_GOAL:
+        active = (value >= _LOW[KIND]) & (value < V)
+    else:
+        if _LOW_ACTS[KIND]:
+            above = value >= _LOW[KIND]
+        else:
+            above = value > _LOW[KIND]
+        if _HIGH_ACTS[KIND] or (_OFF_ACTS[KIND] and not PER_ROW):
+            active = above & (value <= _HIGH[KIND])
+        else:
+            active = above & (value < _HIGH[KIND])
+    return active
+
+
+@triton.jit
+def cutoff(value, top, mass, entropy, deviation, KIND: tl.constexpr):
+    """The logit below which a rule without a goal drops all, float32: the one place where such a rule is said.
+
+    ``value`` float64; ``top`` the largest logit, ``mass`` in units of the largest probability, float32; ``entropy`` and
+    the ``deviation`` of the logits float32.
+    """
+    logarithm = tl.log(value)
+    if KIND == MIN_P:
+        x = (top.to(tl.float64) + logarithm).to(tl.float32)
+    elif KIND == TOP_A:
+        # The largest probability is one over the mass.
+        x = (top.to(tl.float64) + logarithm - tl.log(mass).to(tl.float64)).to(tl.float32)
+    elif KIND == EPSILON:
+        x = (top.to(tl.float64) + logarithm + tl.log(mass).to(tl.float64)).to(tl.float32)
+    elif KIND == ETA:
+        least = tl.minimum(logarithm, logarithm * 0.5 - entropy.to(tl.float64))
+        x = (top.to(tl.float64) + least + tl.log(mass).to(tl.float64)).to(tl.float32)
+    else:
+        tl.static_assert(KIND == TOP_N_SIGMA, "a rule without a goal has no branch in cutoff()")
+        x = top - value.to(tl.float32) * deviation
+    return x
+
+
+# -- Noise ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _exponential(word):
+    """An exponential random number of a random word."""
+    v = (word.to(tl.uint32).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    v = tl.minimum(v, 0.99999994)
+    # -log1p(-v); where v is small the logarithm of 1 - v would lose it.
+    return tl.where(v < 0.001, v * (1 + v * (0.5 + v * (1.0 / 3))), -tl.log(1 - v))
+
+
+@triton.jit
+def _random_words(quad, seed, position):
+    """The four random words of four tokens, of a request's seed and position."""
+    low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
+    zero = quad * 0
+    return tl.philox(
+        seed, quad.to(tl.uint32), (zero + low).to(tl.uint32), (zero + high).to(tl.uint32), zero.to(tl.uint32)
+    )
+
+
+@triton.jit
+def noise_of(token, seed, position):
+    """An exponential random number for each token, of a request's seed and position."""
+    a, b, c, d = _random_words(token // 4, seed, position)
+    lane = token % 4
+    return _exponential(tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d))))
+
+
+@triton.jit
+def noise_of_words(word, seed, position, WORDS: tl.constexpr):
+    """The same for the tokens of so many mask words from one on, ``[WORDS, 32]``: four share their random words."""
+    quad = (word + tl.arange(0, WORDS)[:, None]) * 8 + tl.arange(0, 8)[None, :]
+    a, b, c, d = _random_words(quad, seed, position)
+    return _exponential(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [WORDS, 32]))
+
+
+@triton.jit
+def load_seed(row, samples):
+    """A request's seed and position."""
+    seed = tl.load(samples.seeds_ptr + row * samples.stride_seed).to(tl.int64)
+    return seed, tl.load(samples.positions_ptr + row * samples.stride_position).to(tl.int64)
+
+
+# -- Candidates -----------------------------------------------------------------------------------------------------
+
+# Hardly any thread has a candidate, and those that have none are done with one branch. Triton itself would make an
+# atomic addition and a store for each token, which takes longer than all the rest of the filter.
+_ARE_THERE = """
+    .reg .pred none, there;
+    .reg .b32 count, place;
+    .reg .b64 to;
+    mov.b32 $out#, 0;
+    add.s32 count, $candidate0, $candidate1; add.s32 count, count, $candidate2; add.s32 count, count, $candidate3;
+    setp.eq.s32 none, count, 0;
+    @none bra done;
+"""
+_STORE = """
+    atom.relaxed.gpu.global.add.u32 place, [$counter], count;
+    setp.ne.s32 there, $candidate#, 0; setp.lt.and.u32 there, place, $slots, there; mad.wide.u32 to, place, 8, $pairs; \
+    @there st.global.v2.b32 [to], {$x#, $token#}; add.u32 place, place, $candidate#;
+    done:
+"""
+_COLLECT, _COLLECT_OPERANDS = for_four_tokens("out candidate x token counter:l pairs:l slots", _ARE_THERE + _STORE)
+_COLLECT_PLAIN, _COLLECT_PLAIN_OPERANDS = for_four_tokens(
+    "out candidate x token edited:l banned:l counter:l pairs:l slots",
+    _ARE_THERE
+    + """
+    .reg .pred asks<4>;
+    .reg .b32 plain<4>, word, hidden;
+    .reg .b64 from;
+    setp.ne.s32 asks#, $candidate#, 0; mov.b32 plain#, 0;
+    shr.u32 word, $token#, 5; mad.wide.u32 from, word, 4, $edited; @asks# ld.global.b32 plain#, [from];
+    shr.u32 word, $token#, 5; mad.wide.u32 from, word, 4, $banned; @asks# ld.global.b32 hidden, [from]; \
+    @asks# or.b32 plain#, plain#, hidden;
+    and.b32 word, $token#, 31; shr.u32 plain#, plain#, word; \
+    not.b32 plain#, plain#; and.b32 plain#, plain#, $candidate#;
+    add.s32 count, plain0, plain1; add.s32 count, count, plain2; add.s32 count, count, plain3;
+    setp.eq.s32 none, count, 0;
+    @none bra done;
+"""
+    + _STORE.replace("$candidate", "plain"),
+)
+
+
+@triton.jit
+def collect(candidate, x, token, counter, pairs, slots, PORTABLE: tl.constexpr):
+    """Collect candidates, each as 64 bits: its token above its logit."""
+    bits = x.to(tl.int32, bitcast=True)
+    if PORTABLE:
+        place = tl.atomic_add(counter + tl.zeros_like(token), 1, mask=candidate, sem="relaxed")
+        here = pairs + 2 * place
+        tl.store(here, bits, mask=candidate & (place < slots))
+        tl.store(here + 1, token, mask=candidate & (place < slots))
+    else:
+        check_fours(x)
+        tl.inline_asm_elementwise(
+            _COLLECT, _COLLECT_OPERANDS,
+            [candidate.to(tl.int32), bits, token, counter.to(tl.int64), pairs.to(tl.int64), slots],
+            dtype=tl.int32, is_pure=False, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def collect_plain(candidate, x, token, edited_ptr, banned_ptr, counter, pairs, slots, PORTABLE: tl.constexpr):
+    """Collect those candidates that are in neither of two sets."""
+    if PORTABLE:
+        held = tl.load(edited_ptr + (token >> 5), mask=candidate, other=0)
+        held |= tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)
+        collect(candidate & (((held >> (token & 31)) & 1) == 0), x, token, counter, pairs, slots, True)
+    else:
+        check_fours(x)
+        tl.inline_asm_elementwise(
+            _COLLECT_PLAIN, _COLLECT_PLAIN_OPERANDS,
+            [
+                candidate.to(tl.int32), x.to(tl.int32, bitcast=True), token, edited_ptr.to(tl.int64),
+                banned_ptr.to(tl.int64), counter.to(tl.int64), pairs.to(tl.int64), slots,
+            ],
+            dtype=tl.int32, is_pure=False, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_candidates(pairs, found, SLOTS: tl.constexpr):
+    """Logits, whether they are there, and tokens of what was collected."""
+    slot = tl.arange(0, SLOTS)
+    valid = slot < found
+    # From L2: this multiprocessor may hold what stood there before.
+    pair = tl.load(pairs + slot, mask=valid, other=0, volatile=True)
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), valid, (pair >> 32).to(tl.int32)
+
+
+@triton.jit
+def is_near(x, least, banded, centre, BANDED: tl.constexpr):
+    """Whether logits are candidates: those that were collected are a few too many."""
+    test = x
+    if BANDED:
+        test = tl.where(banded, -tl.abs(x - centre), x)
+    return (test < least) == 0
+
+
+# Launches differ in these from step to step; no kernel is compiled for their values. They are arguments of their own,
+# and become named tuples in the kernel: Triton specialises what stands in a tuple, whatever it is told.
+MAPS = [
+    "temperature_ptr", "bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr", "numbers_ptr",
+    "stride_temperature", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row",
+]  # fmt: skip
+UNALIGNED = [*MAPS, "work_ptr", "tokens_ptr", "seeds_ptr", "positions_ptr", "listed_ptr", "spans_ptr"]
+STEPWISE = [
+    "stride_temperature", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row", "stride_work",
+    "stride_seed", "stride_position", "stride_span", "lists", "all_lists",
+    "W", "tiles", "parts", "slots", "sums_at", "parts_at", "pairs_at", "capacity", "room", "runs", "sample_size",
+    "share",
+]  # fmt: skip
