@@ -2,6 +2,7 @@
 
     python -m tests.launches keys             # two launches of one key that aren't the same to Triton
     python -m tests.launches resources 90     # registers, spills and wide accesses, compiled for sm_90
+    python -m tests.launches amd              # what compiles for gfx942
 
 In a process without Triton's interpreter, which compiles nothing. Both print JSON.
 """
@@ -35,8 +36,8 @@ _TYPES = {
 
 
 @contextmanager
-def captured(hopper: bool = True) -> Iterator[list[Launch]]:
-    """The launches that calls with tensors on the CPU would make on an NVIDIA GPU, from Hopper on or before."""
+def captured(hopper: bool = True, amd: bool = False) -> Iterator[list[Launch]]:
+    """The launches that calls with tensors on the CPU would make on an NVIDIA GPU, from Hopper on or not, or on AMD."""
     made: list[Launch] = []
 
     def note(self: Launcher, key: tuple[Any, ...], programs: int, args: tuple[Any, ...]) -> None:
@@ -44,7 +45,7 @@ def captured(hopper: bool = True) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(Launcher, "__call__", note),
-        mock.patch.object(launch, "is_portable", return_value=False),
+        mock.patch.object(launch, "is_portable", return_value=amd),
         mock.patch.object(launch, "overlaps", return_value=hopper),
         mock.patch.object(slot_sets, "overlaps", return_value=hopper),
         forced(True),
@@ -77,8 +78,8 @@ def variant(made: Launch) -> dict[str, Any]:
     }
 
 
-def compile_for(made: Launch, capability: int) -> Any:
-    """A launch compiled for a GPU that need not be there."""
+def compile_for(made: Launch, capability: int | None) -> Any:
+    """A launch compiled for a GPU that need not be there: one of NVIDIA by its capability, or AMD's gfx942."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -102,7 +103,11 @@ def compile_for(made: Launch, capability: int) -> Any:
             signature[name] = kind[0]
             walk(*kind, (index,))
     source = ASTSource(made.launcher.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=made.launcher._options)
+    options = made.launcher._options
+    if capability is None:  # which has no limit of registers to give
+        options = {name: options[name] for name in ("num_warps", "enable_fp_fusion") if name in options}
+        return triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 # -- Two launches of one key ----------------------------------------------------------------------------------------
@@ -210,5 +215,18 @@ def resources(capability: int) -> dict[str, dict[str, int]]:
     return found
 
 
+def amd() -> list[str]:
+    """Kernels of a list and of a draw that compile for gfx942; the first that doesn't raises."""
+    with captured(hopper=False, amd=True) as made:
+        _warp(torch.float32)
+        _draw(torch.bfloat16)
+    found = []
+    for each in made:
+        assert compile_for(each, None).asm["amdgcn"]
+        found.append(each.launcher.kernel.__name__)
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps(keys() if sys.argv[1] == "keys" else resources(int(sys.argv[2]))))
+    asked, *rest = sys.argv[1:]
+    print(json.dumps(resources(int(rest[0])) if asked == "resources" else {"keys": keys, "amd": amd}[asked]()))

@@ -134,16 +134,22 @@ LIMITS = {
 VERSION = tuple(int(n) for n in _triton.triton.__version__.split(".")[:2]) if _triton.HAS_TRITON else ()
 
 
-def compiled(*command):
-    """What a process that compiles has found out, with the limits of this version of Triton or none."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+def told(*command):
+    """What a process that compiles has printed."""
     command = [sys.executable, "-W", "ignore", *map(str, command)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def compiled(*command):
+    """The same, where the limits are those of this version of Triton."""
+    found = told(*command)
     if VERSION not in SPILLED:
         measured = " and ".join(".".join(map(str, version)) for version in SPILLED)
         pytest.skip(f"all compile; the limits are those of Triton {measured}")
-    return json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -170,8 +176,9 @@ def test_registers_spills_and_widths_of_a_selection(capability):
 
 def test_a_key_says_all_that_a_kernel_is_compiled_for():
     """Two launches of one key are one to Triton: else the second would run what was compiled for the first."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.launches", "keys"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == []
+    assert told("-m", "tests.launches", "keys") == []
+
+
+def test_a_selection_compiles_for_amd():
+    kernels = {"bounds_kernel", "filter_kernel", "refine_kernel", "refine_rows_kernel"}
+    assert set(told("-m", "tests.launches", "amd")) == kernels
