@@ -505,6 +505,9 @@ def test_a_tiny_temperature_takes_the_largest_logit(temperature, rules, device):
     logits = torch.cat((gauss(3, 300), torch.tensor([[3e7, 1e7] * 150]))).to(device)
     logits[3, 7] = 3.2e7
     seeds, expected = torch.arange(4, device=device), logits.argmax(1).tolist()
+    warper = fl.TemperatureLogitsWarper(temperature)
+    drawn = fl.sample(logits, [warper], seeds=seeds, positions=3, input_ids=seeds.unsqueeze(1), **rules).tokens
+    assert drawn.tolist() == expected
     rows = torch.tensor([temperature, 1.0, temperature, temperature], device=device)
     assert fl.sample(logits, seeds=seeds, positions=3, temperature=temperature, **rules).tokens.tolist() == expected
     found = fl.sample(logits, seeds=seeds, positions=3, temperature=rows, **rules).tokens.tolist()

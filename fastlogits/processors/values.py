@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from fastlogits_kernels.rules import TINY_TEMPERATURE
 from transformers.generation import logits_process as theirs
 
 from fastlogits.processors.base import StagedProcessor
@@ -13,7 +14,8 @@ class TemperatureLogitsWarper(StagedProcessor, theirs.TemperatureLogitsWarper):
     """Divide the scores by a temperature: below 1 the likely tokens become likelier, above 1 less so.
 
     Args:
-        temperature: a float above 0.
+        temperature: a float above 0. A lower one than 1e-30 counts as that: the largest logit has all the probability,
+            where transformers' quotients overflow and its draw fails.
 
     Raises:
         ValueError: not a float, or not above 0.
@@ -25,7 +27,8 @@ class TemperatureLogitsWarper(StagedProcessor, theirs.TemperatureLogitsWarper):
 
     def stage(self) -> Scale:
         """A scale."""
-        return Scale(float(self.temperature))
+        temperature = float(self.temperature)
+        return Scale(TINY_TEMPERATURE if 0 < temperature < TINY_TEMPERATURE else temperature)
 
 
 class InfNanRemoveLogitsProcessor(StagedProcessor, theirs.InfNanRemoveLogitsProcessor):
