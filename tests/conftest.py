@@ -52,6 +52,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def accelerates_nothing_after():
+    """No test leaves anything accelerated or wrapped."""
+    from transformers import GenerationMixin
+
+    from fastlogits import acceleration
+
+    methods = {name: getattr(GenerationMixin, name, None) for name in acceleration._WRAPPERS}
+    yield
+    assert not acceleration._state.everything
+    assert not len(acceleration._state.models)
+    assert methods == {name: getattr(GenerationMixin, name, None) for name in acceleration._WRAPPERS}
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -186,10 +186,27 @@ CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
 ]  # fmt: skip
 
 
-def resources(capability: int) -> dict[str, dict[str, int]]:
-    """Registers, bytes spilled and accesses of 16 bytes of each kernel of the selection, by call, kernel and dtype."""
+def taken(compiled: Any, capability: int) -> dict[str, int]:
+    """Registers, bytes spilled and accesses of 16 bytes of a compiled kernel."""
     from triton.backends.nvidia.compiler import get_ptxas
 
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(compiled.asm["ptx"])
+        ptx.flush()
+        target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]  # type: ignore[index]
+        said = subprocess.run(
+            [get_ptxas(capability).path, "-v", f"-arch={target}", ptx.name, "-o", "/dev/null"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
+        "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),  # type: ignore[index]
+        "wide": len(re.findall(r"(?:ld|st)\.global[^\s]*\.v4", compiled.asm["ptx"])),
+    }
+
+
+def resources(capability: int) -> dict[str, dict[str, int]]:
+    """What each kernel of the selection takes, by call, kernel and dtype."""
     found: dict[str, dict[str, int]] = {}
     for call, run, dtype in CALLS:
         with captured(hopper=capability >= 90) as made:
@@ -198,20 +215,7 @@ def resources(capability: int) -> dict[str, dict[str, int]]:
             name = f"{each.launcher.kernel.__name__.strip('_').removesuffix('_kernel')} {call} {_TYPES[dtype]}"
             if name in found:
                 continue
-            compiled = compile_for(each, capability)
-            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-                ptx.write(compiled.asm["ptx"])
-                ptx.flush()
-                target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]  # type: ignore[index]
-                said = subprocess.run(
-                    [get_ptxas(capability).path, "-v", f"-arch={target}", ptx.name, "-o", "/dev/null"],
-                    capture_output=True, text=True, check=True,
-                ).stderr  # fmt: skip
-            found[name] = {
-                "registers": int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
-                "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),  # type: ignore[index]
-                "wide": len(re.findall(r"(?:ld|st)\.global[^\s]*\.v4", compiled.asm["ptx"])),
-            }
+            found[name] = taken(compile_for(each, capability), capability)
     return found
 
 

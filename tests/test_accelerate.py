@@ -10,7 +10,7 @@ import torch
 import transformers
 import transformers.generation.logits_process as reference
 from conftest import VOCAB_SIZE, tiny_llama
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import fastlogits as fl
@@ -18,7 +18,7 @@ from fastlogits import acceleration, truncate_launch
 from fastlogits.fold_launch import FoldLaunch
 from fastlogits.plan import TruncateLaunch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "accelerates_nothing_after")
 
 IS_4 = transformers.__version__.startswith("4")
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61], [1, 5, 90, 33, 12, 64, 28]])
@@ -65,16 +65,6 @@ MODES = {
     "no cache": {"use_cache": False},
     "static": {"cache_implementation": "static"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _left_as_it_was():
-    """No test leaves anything accelerated or wrapped."""
-    methods = {name: getattr(GenerationMixin, name, None) for name in acceleration._WRAPPERS}
-    yield
-    assert not acceleration._state.everything
-    assert not len(acceleration._state.models)
-    assert methods == {name: getattr(GenerationMixin, name, None) for name in acceleration._WRAPPERS}
 
 
 @pytest.fixture

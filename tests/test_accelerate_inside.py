@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_llama
-from transformers import GenerationMixin, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 import fastlogits as fl
 from fastlogits import acceleration
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "accelerates_nothing_after")
 
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61]])
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -25,16 +25,6 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "n
 VISION |= {"image_size": 8, "patch_size": 4}
 PIXELS = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
 IMAGE = 63
-
-
-@pytest.fixture(autouse=True)
-def _left_as_it_was():
-    """No test leaves anything accelerated or wrapped."""
-    methods = {name: getattr(GenerationMixin, name, None) for name in acceleration._WRAPPERS}
-    yield
-    assert not acceleration._state.everything
-    assert not len(acceleration._state.models)
-    assert methods == {name: getattr(GenerationMixin, name, None) for name in acceleration._WRAPPERS}
 
 
 @contextlib.contextmanager

@@ -14,12 +14,13 @@ pytestmark = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
 
 # In a process of its own: this one may have chosen the interpreter, which compiles nothing.
 COMPILE = r"""
-import json, re, subprocess, sys, tempfile
+import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.backends.nvidia.compiler import get_ptxas
 from fastlogits_kernels import bitmask, fold, mask_tokens, pack_ids, slot_sets, synthid, token_sets
+
+from tests.launches import taken
 
 capability = int(sys.argv[1])
 STREAMED = ("scores_ptr", "logits_ptr", "out_ptr", "rounds_like_ptr")
@@ -97,22 +98,7 @@ for form, (done, more, first, wraps) in {
     step |= {"WIDTH": 8, "BLOCKS": 64, "BLOCK_V": 2048} | ({} if wraps else {"multiplier": 1})
     cases[f"synthid {form}"] = (synthid._synthid_kernel, "fp32", (), step)
 
-found = {}
-for name, case in cases.items():
-    compiled = compile_(name, *case)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(compiled.asm["ptx"])
-        ptx.flush()
-        target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-        said = subprocess.run(
-            [get_ptxas(capability).path, "-v", f"-arch={target}", ptx.name, "-o", "/dev/null"],
-            capture_output=True, text=True, check=True,
-        ).stderr
-    found[name] = {
-        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
-        "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
-        "wide": len(re.findall(r"(?:ld|st)\.global[^\s]*\.v4", compiled.asm["ptx"])),
-    }
+found = {name: taken(compile_(name, *case), capability) for name, case in cases.items()}
 print(json.dumps(found))
 """
 

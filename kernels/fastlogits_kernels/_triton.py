@@ -140,9 +140,7 @@ class Launcher:
         try:
             return warmup(*args, grid=(programs,), **self._options)
         except Exception as error:
-            raise CompileError(
-                device, f"{self._failed('compiled', error)}; mend what it says (a C compiler?), or {SWITCH_OFF}"
-            ) from error
+            raise self._not_compiled(device, error) from error
 
     def _compile(self, device: torch.device, programs: int, args: tuple[Any, ...]) -> None:
         """Compile and load the kernel, apart from its launch: where that fails, nothing has been written.
@@ -157,9 +155,11 @@ class Launcher:
             # Loaded when asked for, which fails where it takes more shared memory than there is.
             getattr(compiled, "run", None)
         except Exception as error:
-            raise CompileError(
-                device, f"{self._failed('compiled', error)}; mend what it says (a C compiler?), or {SWITCH_OFF}"
-            ) from error
+            raise self._not_compiled(device, error) from error
+
+    def _not_compiled(self, device: torch.device, error: Exception) -> CompileError:
+        said = self._failed("compiled", error)
+        return CompileError(device, f"{said}; mend what it says (a C compiler?), or {SWITCH_OFF}")
 
     def _failed(self, what: str, error: Exception) -> str:
         name = getattr(self.kernel, "__name__", type(self.kernel).__name__)

@@ -19,6 +19,7 @@ from fastlogits_kernels.selection.launch import Selection, maps_of
 from fastlogits_kernels.selection.refine import fitted
 from fastlogits_kernels.selection.row import (
     KEPT_AT,
+    MAP_STRIDES,
     MAPS,
     TOP_AT,
     Maps,
@@ -31,7 +32,7 @@ from fastlogits_kernels.selection.row import (
 )
 from fastlogits_kernels.token_sets import TokenSets
 
-_STEPWISE = ["W", "parts", "stride_kept", *[name for name in MAPS if name.startswith("stride")]]
+_STEPWISE = ["W", "parts", "stride_kept", *MAP_STRIDES]
 _UNALIGNED = [*MAPS, "kept_ptr"]
 
 

@@ -30,6 +30,7 @@ from fastlogits_kernels.selection import launch
 from fastlogits_kernels.selection.launch import Selection, launch_select, maps_of
 from fastlogits_kernels.selection.row import (
     LOWEST,
+    MAP_STRIDES,
     MAPS,
     ONE,
     TILE_W,
@@ -87,8 +88,8 @@ _UNALIGNED = [
     *MAPS, "tokens_ptr", "kept_ptr", "counts_ptr", "work_ptr", "logprobs_ptr", "ranks_ptr", "top_tokens_ptr",
     "top_logprobs_ptr",
 ]  # fmt: skip
-_STEPWISE = [name for name in MAPS if name.startswith("stride")]
-_STEPWISE += ["W", "tiles", "count", "groups", "stride_of_tokens", "stride_kept", "stride_counts", "stride_work"]
+_STEPWISE = [*MAP_STRIDES, "W", "tiles", "count", "groups"]
+_STEPWISE += ["stride_of_tokens", "stride_kept", "stride_counts", "stride_work"]
 
 
 @triton.jit

@@ -29,9 +29,9 @@ from fastlogits_kernels.draw import draw
 from fastlogits_kernels.fold import Chain, Op, popcount
 from fastlogits_kernels.keep import launch_keep
 from fastlogits_kernels.report import KeptRows, Report, launch_report, report, takes
-from fastlogits_kernels.rules import TINY_TEMPERATURE, Rule, RuleKind, Ties
-from fastlogits_kernels.selection.launch import Selection, launch_select, overlaps
-from fastlogits_kernels.selection.row import let_next_launch
+from fastlogits_kernels.rules import Rule, RuleKind, Ties
+from fastlogits_kernels.selection.launch import Selection, launch_select, overlaps, reference_distribution
+from fastlogits_kernels.selection.row import TINY_TEMPERATURE, let_next_launch
 from fastlogits_kernels.slots import (
     ACTIVE,
     BAN_MASK,
@@ -79,7 +79,6 @@ from fastlogits_kernels.slots import (
     reference_swap,
 )
 from fastlogits_kernels.token_sets import Listed, TokenSets
-from fastlogits_kernels.truncate.dispatch import truncate
 
 # Sets of a row.
 _BANNED = tl.constexpr(0)
@@ -97,7 +96,6 @@ _CLAIMED = tl.constexpr(-(2**31))
 _LONGEST = tl.constexpr(LONGEST)
 _OFF = tl.constexpr(tuple(value if INTEGERS[i] else bits_of(value) for i, value in enumerate(OFF.values())))
 """As bits."""
-_TINY = tl.constexpr(TINY_TEMPERATURE)
 _ZERO_OR_ONE = tl.constexpr((bits_of(0.0), bits_of(1.0)))
 _N_RULES = tl.constexpr(len(RULE_KINDS))
 _BAN_PLANE = tl.constexpr(BAN_PLANE)
@@ -461,7 +459,7 @@ def _slot_sets_kernel(
         # Temperature and parameters as bits.
         idle: tl.constexpr = _ZERO_OR_ONE[0] if DRAWS else _ZERO_OR_ONE[1]
         tl.store(of_rows_ptr + row, tl.where(active, tl.load(record_ptr + TEMPERATURE), idle))
-        acts = active & (temperature >= _TINY)
+        acts = active & (temperature >= TINY_TEMPERATURE)
         for rule in tl.static_range(_N_RULES):
             value = tl.where(acts, tl.load(record_ptr + RULES + rule), _OFF[rule])
             tl.store(of_rows_ptr + (rule + 1) * stride_numbers + row, value)
@@ -593,11 +591,10 @@ def _takes(scores: torch.Tensor) -> bool:
     return _OPERATION.takes(scores, FORCE_KERNEL)
 
 
-def _reference(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) -> tuple[torch.Tensor, Numbers]:
-    """Scores after temperature and rules, float32."""
+def _reference(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) -> tuple[torch.Tensor, torch.Tensor, Numbers]:
+    """Scores after temperature and rules, float32, and which rows are greedy."""
     x, numbers = reference_slots(scores, step.slots, rows, step.semantics, draws)
-    temperature = torch.where(numbers.temperature >= TINY_TEMPERATURE, numbers.temperature, 1.0)
-    return truncate(x / temperature.unsqueeze(1), step.rules(numbers)), numbers
+    return *reference_distribution(x, numbers.temperature, step.rules(numbers)), numbers
 
 
 def _fitted(processed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -614,7 +611,7 @@ def process_rows(step: Step, scores: torch.Tensor, rows: Rows, out: torch.Tensor
     if not scores.numel():
         return out
     if not _takes(scores):
-        processed, _ = _reference(step, scores, rows, False)
+        processed, _, _ = _reference(step, scores, rows, False)
         return out.copy_(_fitted(processed, out.dtype))
     made = step.workspace
     found = launch_slot_sets(step, scores, rows, False)
@@ -636,8 +633,8 @@ def sample_rows(
     There is room for ``count`` of the likeliest tokens.
     """
     if not _takes(scores):
-        processed, numbers = _reference(step, scores, rows, True)
-        tokens = draw(processed, numbers.longs[0], numbers.longs[1], ~(numbers.temperature >= TINY_TEMPERATURE))
+        processed, greedy, numbers = _reference(step, scores, rows, True)
+        tokens = draw(processed, numbers.longs[0], numbers.longs[1], greedy)
         if logprobs is None:
             return tokens, None
         return tokens, report(scores if logprobs == "raw" else processed, tokens, count, numbers.counts)

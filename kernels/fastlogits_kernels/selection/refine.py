@@ -172,6 +172,13 @@ def load_sure(work, shape, state, PARTS: tl.constexpr):
 
 
 @triton.jit
+def log_mass_of(top_key, mass):
+    """The logarithm of the mass of what is kept, NaN where its largest logit is no finite number."""
+    log_mass = number_of(top_key) + tl.log((mass.to(tl.float64) / ONE).to(tl.float32))
+    return tl.where((top_key > KEY_OF_MINUS_INFINITY) & (top_key < KEY_OF_INFINITY), log_mass, float("nan"))
+
+
+@triton.jit
 def load_sampled(work, shape, asks, PARTS: tl.constexpr):
     """The best sample of what the filter has kept for certain: its key and its token."""
     part = tl.arange(0, PARTS)
@@ -180,6 +187,14 @@ def load_sampled(work, shape, asks, PARTS: tl.constexpr):
     best = tl.load(here, mask=there, other=LOWEST)
     which = tl.load(here + 1, mask=there, other=HIGHEST)
     return tl.max(best), tl.min(tl.where(best == tl.max(best), which, HIGHEST))
+
+
+@triton.jit
+def store_token(ptr, best, which, work, shape, beside, PARTS: tl.constexpr):
+    """Write the token of a row: the best of what was looked at, or of what was kept for certain ``beside`` it."""
+    sure_best, sure_which = load_sampled(work, shape, beside, PARTS)
+    first = (sure_best > best) | ((sure_best == best) & (sure_which < which))
+    tl.store(ptr, tl.where(first, sure_which, which).to(tl.int64))
 
 
 @triton.jit
@@ -548,15 +563,11 @@ def refine_kernel(
                     top_key = _top(some, sure, kept, BANDED)
                     top = number_of(top_key)
                     _number, mass = unpacked(tl.sum(weighed(lives, weight_of(x, top))))
-                    log_mass = top + tl.log((mass.to(tl.float64) / ONE).to(tl.float32))
-                    finite = (top_key > KEY_OF_MINUS_INFINITY) & (top_key < KEY_OF_INFINITY)
-                    x = x - tl.where(finite, log_mass, float("nan"))
+                    x = x - log_mass_of(top_key, mass)
                 elif maps.temperature_ptr is not None:
                     x = fitted(x, top, out_ptr)
                 here = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
                 tl.store(here, x.to(out_ptr.dtype.element_ty), mask=lives)
             if tokens_ptr is not None:
                 best, which = sampled_of(x, lives, token, seed, position, greedy)
-                sure_best, sure_which = load_sampled(work, shape, state == BRACKET, PARTS)
-                first = (sure_best > best) | ((sure_best == best) & (sure_which < which))
-                tl.store(tokens_ptr + row, tl.where(first, sure_which, which).to(tl.int64))
+                store_token(tokens_ptr + row, best, which, work, shape, state == BRACKET, PARTS)

@@ -19,9 +19,10 @@ from fastlogits_kernels.selection.refine import (
     deviation_of,
     fitted,
     from_key,
-    load_sampled,
     load_sure,
+    log_mass_of,
     search,
+    store_token,
     surprises_kept,
     term_of,
     ties_kept,
@@ -80,6 +81,7 @@ from fastlogits_kernels.selection.row import (
     load_seed,
     noise_of,
     number_of,
+    rank_of,
     row_logits,
     scaled,
     store_kept,
@@ -202,10 +204,7 @@ def _block(
         # Collected as they were before the division, and a few too many.
         x = scaled(pair.to(tl.int32).to(tl.float32, bitcast=True), row, maps)
         valid = inside & is_near(x, near.least, near.banded, near.centre, True)
-    rank = token
-    if LOWEST_TIES:
-        rank = -token
-    return x, valid, token, rank
+    return x, valid, token, rank_of(token, LOWEST_TIES)
 
 
 @triton.jit
@@ -808,9 +807,7 @@ def refine_row(
     top = number_of(state.top_key)
     log_mass = zero
     if NORMALISE:
-        log_mass = top + tl.log((state.mass.to(tl.float64) / ONE).to(tl.float32))
-        finite = (state.top_key > KEY_OF_MINUS_INFINITY) & (state.top_key < KEY_OF_INFINITY)
-        log_mass = tl.where(finite, log_mass, float("nan"))
+        log_mass = log_mass_of(state.top_key, state.mass)
     overwrites = tl.where((row_state == BRACKET) & (base.kind == ROW), 1, 0)
     best = tl.full([BLOCK], LOWEST, tl.int32)
     which = tl.full([BLOCK], HIGHEST, tl.int32)
@@ -836,9 +833,8 @@ def refine_row(
     if tokens_ptr is not None:
         largest = tl.max(best)
         chosen = tl.min(tl.where(best == largest, which, HIGHEST))
-        sure_best, sure_which = load_sampled(work, shape, (row_state == BRACKET) & (base.kind == LIST), PARTS)
-        first_of = (sure_best > largest) | ((sure_best == largest) & (sure_which < chosen))
-        tl.store(tokens_ptr + row, tl.where(first_of, sure_which, chosen).to(tl.int64))
+        beside = (row_state == BRACKET) & (base.kind == LIST)
+        store_token(tokens_ptr + row, largest, chosen, work, shape, beside, PARTS)
 
 
 @triton.jit(do_not_specialize=[*STEPWISE, "rows", "n_rules", "tried"], do_not_specialize_on_alignment=UNALIGNED)

@@ -556,10 +556,10 @@ MAPS = [
     "temperature_ptr", "bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr", "numbers_ptr",
     "stride_temperature", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row",
 ]  # fmt: skip
+MAP_STRIDES = [name for name in MAPS if name.startswith("stride")]
 UNALIGNED = [*MAPS, "work_ptr", "tokens_ptr", "seeds_ptr", "positions_ptr", "listed_ptr", "spans_ptr"]
 STEPWISE = [
-    "stride_temperature", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row", "stride_work",
-    "stride_seed", "stride_position", "stride_span", "lists", "all_lists",
+    *MAP_STRIDES, "stride_work", "stride_seed", "stride_position", "stride_span", "lists", "all_lists",
     "W", "tiles", "parts", "slots", "sums_at", "parts_at", "pairs_at", "capacity", "room", "runs", "sample_size",
     "share",
 ]  # fmt: skip
