@@ -38,9 +38,9 @@ def scores():
 def selection(rules, path):
     """A selection that is held to one path."""
     made = launch.Selection(rules, V, torch.device(DEVICE))
-    shape = made.layout.shape
     if path == "row":
-        made.layout = made.layout._replace(shape=shape._replace(room=-1.0, capacity=-1.0))
+        for size, layout in made.layouts.items():
+            made.layouts[size] = layout._replace(shape=layout.shape._replace(room=-1.0, capacity=-1.0))
     elif path == "list":
         made.slots = (1,)
     return made

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastlogits_kernels.draw import _noise_of_rows, exponential_noise, philox, reference_draw
+from fastlogits_kernels.draw import _exponential, _noise_of_rows, exponential_noise, philox, reference_draw
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.truncate.dispatch import truncate
 
@@ -68,14 +68,28 @@ def philox_by_hand(key, counter):
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -1, -(2**63)])
 @pytest.mark.parametrize("position", [0, 7, 2**32 + 5, -3])
 def test_the_noise_is_what_the_definition_says(seed, position):
-    tokens = torch.tensor([0, 1, 2, 3, 4, 127, 128_255])
+    tokens = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 127, 128_255])
     found = exponential_noise(torch.tensor(seed), torch.tensor(position), tokens)
-    for token, noise in zip(tokens.tolist(), found, strict=True):
-        halves = [(value % 2**32, (value >> 32) % 2**32) for value in (seed, position)]
-        word = philox_by_hand(halves[0], (token // 4, *halves[1], 0))[token % 4]
-        v = (torch.tensor(word, dtype=torch.int64).float() + 0.5) * 2.0**-32
-        assert noise == -torch.log1p(-v.clamp(max=1 - 2.0**-24))
-        assert 0 < noise < 17
+    for token, noise in zip(tokens.tolist(), found.tolist(), strict=True):
+        assert noise == pytest.approx(noise_by_hand(seed, position, token), rel=3e-7)
+
+
+def noise_by_hand(seed: int, position: int, token: int) -> float:
+    """The definition in whole numbers, and one logarithm in double precision."""
+    halves = [(value % 2**32, (value >> 32) % 2**32) for value in (seed, position)]
+    coarse, fine = (
+        philox_by_hand(halves[0], (block, *halves[1], call)) for call, block in enumerate((token // 8, token // 4))
+    )
+    n = (coarse[token % 8 // 2] >> 16 * (token % 2)) % 2**16 * 2**32 + fine[token % 4]
+    # 1 - u too is a number of 49 bits, which float64 holds.
+    return -math.log1p(-(n + 0.5) * 2.0**-48)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2**24, 2**46 - 1, 2**46, 2**47 - 1, 2**47, 2**48 - 2**20, 2**48 - 2, 2**48 - 1])
+def test_the_noise_has_all_its_digits_at_both_ends(n):
+    found = _exponential(torch.tensor([n]))
+    assert found.item() == pytest.approx(-math.log1p(-(n + 0.5) * 2.0**-48), rel=3e-7)
+    assert 2.0**-49 <= found.item() < 34
 
 
 @pytest.mark.parametrize("V", [1, 6, 1003, 50_000])

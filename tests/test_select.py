@@ -199,7 +199,7 @@ def test_many_candidates_are_refined_block_by_block(monkeypatch, chain):
         found = between_bounds(scores, work)
         assert work[:, 0].tolist() == [3, 3]
         assert (found > most).all()
-        assert (found <= launch.Selection(rules, V, scores.device).layout.shape.slots).all()
+        assert (found <= launch.Selection(rules, V, scores.device).layouts[4].shape.slots).all()
     check_truncation(scores, rules, selected(scores, rules))
     if chain != "typical":  # of which an edge may be a matter of rounding
         seeds = torch.tensor([5, 6], device=DEVICE)

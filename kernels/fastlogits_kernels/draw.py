@@ -5,11 +5,17 @@
 which follows the softmax of the row (the Gumbel-max trick). The noise is a function of the request's seed, the position
 that the token will take, and the token id alone:
 
-    words = philox4x32-10(key = (seed low, seed high), counter = (v // 4, position low, position high, 0))
-    u = min((float32(words[v % 4]) + 0.5) * 2**-32, 1 - 2**-24);   E = -log1p(-u);   all in float32
+    coarse = philox4x32-10(key = (seed low, seed high), counter = (v // 8, position low, position high, 0))
+    fine   = philox4x32-10(key = (seed low, seed high), counter = (v // 4, position low, position high, 1))
+    n = (coarse[v % 8 // 2] >> 16 * (v % 2)) % 2**16 * 2**32 + fine[v % 4]
+    u = (n + 0.5) * 2**-48;   E = -log1p(-u);   E in float32
 
 where low and high are the 32-bit halves of the integers in two's complement (Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", SC 2011). A greedy row takes argmax of x itself.
+as easy as 1, 2, 3", SC 2011). E is at least 2**-49 and less than 34. A greedy row takes argmax of x itself.
+
+The noise comes in two stages because few tokens can win. One call of the generator gives the first 16 bits of eight
+tokens, so that u is known to 2**-16. A token wins only if E < exp(x - best), where best is at most the largest key of
+all; and E >= u. Only tokens whose first bits allow it ask for the other 32.
 
 Tokens of -inf are never drawn, where there is another. Rows that have no distribution get a defined token, whatever the
 noise: the lowest id of NaN where there is one, else the lowest of +inf where there is one, else 0 where all are -inf.
@@ -19,7 +25,9 @@ Bytes moved on the CPU: three reads of the logits; noise is made only for tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -30,7 +38,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_BELOW_ONE = 1 - 2**-24
+_BITS = 48
 _FEW = 64
 _CHUNK = 1 << 18
 """Tokens whose noise is made at once on the CPU, so that it stays in the cache."""
@@ -69,8 +77,14 @@ def _halves(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return value & _MASK, (value >> 32) & _MASK
 
 
-def _exponential(words: torch.Tensor) -> torch.Tensor:
-    return -torch.log1p(-((words.float() + 0.5) * 2.0**-32).clamp_(max=_BELOW_ONE))
+def _exponential(n: torch.Tensor) -> torch.Tensor:
+    """``E`` of integers of 48 bits; of 1 - u too all digits count."""
+    u, rest = ((each.float() + 0.5) * 2.0**-_BITS for each in (n, n ^ ((1 << _BITS) - 1)))
+    return -torch.where(u < 0.5, torch.log1p(-u), rest.log())
+
+
+def _counter(blocks: torch.Tensor, positions: torch.Tensor, call: int) -> tuple[torch.Tensor, ...]:
+    return (blocks, *_halves(positions), torch.full_like(blocks, call))
 
 
 def exponential_noise(seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -81,16 +95,24 @@ def exponential_noise(seeds: torch.Tensor, positions: torch.Tensor, tokens: torc
         positions: integers, broadcastable with ``tokens``.
         tokens: token ids, int64.
     """
-    words = torch.stack(philox(_halves(seeds), (tokens // 4, *_halves(positions), torch.zeros_like(tokens))))
-    return _exponential(words.gather(0, (tokens % 4).unsqueeze(0))[0])
+    coarse = torch.stack(philox(_halves(seeds), _counter(tokens // 8, positions, 0)))
+    coarse = coarse.gather(0, (tokens % 8 // 2).unsqueeze(0))[0] >> 16 * (tokens % 2) & 0xFFFF
+    fine = torch.stack(philox(_halves(seeds), _counter(tokens // 4, positions, 1)))
+    return _exponential(coarse << 32 | fine.gather(0, (tokens % 4).unsqueeze(0))[0])
+
+
+def _coarse_of_rows(seeds: torch.Tensor, positions: torch.Tensor, V: int) -> torch.Tensor:
+    """The first 16 bits of all tokens of some rows, int64 ``[B, V]``: eight from each counter."""
+    blocks = torch.arange((V + 7) // 8, device=seeds.device)
+    words = torch.stack(philox(_halves(seeds[:, None]), _counter(blocks, positions[:, None], 0)), -1)
+    return torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)[:, :V]
 
 
 def _noise_of_rows(seeds: torch.Tensor, positions: torch.Tensor, V: int) -> torch.Tensor:
-    """``E`` of all tokens of some rows, ``[B, V]``: four from each counter."""
+    """``E`` of all tokens of some rows, ``[B, V]``."""
     blocks = torch.arange((V + 3) // 4, device=seeds.device)
-    low, high = _halves(positions[:, None])
-    words = philox(_halves(seeds[:, None]), (blocks, low, high, torch.zeros_like(blocks)))
-    return _exponential(torch.stack(words, -1).flatten(1)[:, :V])
+    fine = torch.stack(philox(_halves(seeds[:, None]), _counter(blocks, positions[:, None], 1)), -1).flatten(1)[:, :V]
+    return _exponential(_coarse_of_rows(seeds, positions, V) << 32 | fine)
 
 
 # -- The draw --------------------------------------------------------------------------------------------------------
@@ -142,15 +164,30 @@ def _draw_rows(scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tenso
 
 
 def _draw_from_many(scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rows of which more than a few tokens are kept."""
     V = scores.shape[1]
-    kept = scores > float("-inf")
-    if int(kept.sum()) * 4 > scores.numel():
+    if V < 8 * _FEW:
         return (scores - _noise_of_rows(seeds, positions, V).log()).argmax(-1)
-    rows, ids = kept.nonzero(as_tuple=True)
+    coarse = _coarse_of_rows(seeds, positions, V)
+    # With all that its noise may come to, a token's key is at least that; the best of these bounds the noise of others.
+    best = (scores - _largest_log()[coarse]).amax(-1, keepdim=True)
+    limit = (scores - best).mul_(_LOG2_E).add_(_MARGIN).exp2_()
+    rows, ids = (coarse < limit).nonzero(as_tuple=True)
     keys = scores[rows, ids] - exponential_noise(seeds[rows], positions[rows], ids).log()
     best = scores.new_full(seeds.shape, float("-inf")).scatter_reduce(0, rows, keys, "amax")
     winners = torch.where(keys == best[rows], ids, V)
     return ids.new_full(seeds.shape, V).scatter_reduce(0, rows, winners, "amin")
+
+
+_LOG2_E = math.log2(math.e)
+_MARGIN = 16.001
+"""The first 16 bits as a number, and what exp2 is rounded by."""
+
+
+@cache
+def _largest_log() -> torch.Tensor:
+    """The logarithm of the largest noise that tokens of some first 16 bits may have; infinite for the last."""
+    return (-torch.log1p(-torch.arange(1, 65537, dtype=torch.float64) / 65536)).log().float()
 
 
 def _fake_draw(scores: torch.Tensor, *_: object) -> torch.Tensor:

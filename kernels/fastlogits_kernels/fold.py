@@ -21,7 +21,7 @@ from fastlogits_kernels._library import register
 from fastlogits_kernels._rows import check_rows
 from fastlogits_kernels._triton import Launcher, empty_out, form_of, table_on, tl, triton
 from fastlogits_kernels.bits import words
-from fastlogits_kernels.ptx import for_four_tokens
+from fastlogits_kernels.ptx import for_tokens
 from fastlogits_kernels.token_places import find_places, find_row_value
 from fastlogits_kernels.token_sets import (
     Position,
@@ -119,7 +119,7 @@ def fold_logits(
 
 
 # Most threads have no token with a value of its own, and are done with one branch.
-_REPLACED, _REPLACED_OPERANDS = for_four_tokens(
+_REPLACED, _REPLACED_OPERANDS = for_tokens(
     "out x held bit rank values:l last",
     """
     .reg .pred none, there;
@@ -135,6 +135,7 @@ _REPLACED, _REPLACED_OPERANDS = for_four_tokens(
     setp.ne.s32 there, own#, 0; @there ld.global.b32 $out#, [from];
     done:
     """,
+    4,
 )
 
 

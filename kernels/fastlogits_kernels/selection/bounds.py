@@ -17,39 +17,46 @@ from fastlogits_kernels.selection.row import (
     FLOAT32_MAX,
     FREE,
     GOAL,
-    HIGH_AT,
     HIGHEST,
+    HIGH_AT,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
+    LOG2_E,
     LOWEST,
     MASS_GOAL,
     MINUS_INFINITY,
+    Maps,
     NEEDS_SUMS,
     NO_GOAL,
+    OFFSET_AT,
     REACH_AT,
     ROW_SUMS_AT,
-    RULE_WORDS,
     RULES_AT,
+    RULE_WORDS,
+    RowSums,
+    SCALE_AT,
     STATE_AT,
     STEPWISE,
+    Sample,
+    Samples,
+    Scores,
+    Shape,
     TOP_AT,
     TOP_H_TOKENS,
     TOP_KEY_AT,
     UNALIGNED,
     WHOLE,
-    Maps,
-    RowSums,
-    Sample,
-    Scores,
-    Shape,
+    coarse_words,
     cutoff,
     divisor_of,
     exp,
+    exponential_of,
     inverse_of,
     is_active,
     is_greedy,
     key_of,
     let_next_launch,
+    load_seed,
     number_of,
     rule_value,
     store_float,
@@ -254,6 +261,29 @@ def _bounds(
 
 
 @triton.jit
+def _draw_from_sample(row, x, counts, shape, samples, SAMPLE: tl.constexpr):
+    """No more than the best sample of some tokens: what these have with all that their noise may come to."""
+    seed, position = load_seed(row, samples)
+    # A sample is taken in octets.
+    run = tl.arange(0, SAMPLE // _GROUPS)[:, None] * (_GROUPS // 8) + tl.arange(0, _GROUPS // 8)[None, :]
+    a, b, c, d = coarse_words(run * shape.sample.runs // (SAMPLE // 8), seed, position)
+    pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [SAMPLE // _GROUPS, _GROUPS // 2])
+    coarse = tl.reshape(tl.join(pairs & 0xFFFF, pairs >> 16), [SAMPLE // _GROUPS, _GROUPS])
+    most = (coarse.to(tl.float32) + 1) * (2.0**-16)
+    sampled = x - tl.log(exponential_of(most, 1 - most))
+    return tl.max(tl.where(counts, sampled, float("-inf")))
+
+
+@triton.jit
+def _scale_and_offset(best, inverse):
+    """What ``may_win`` asks for, where a sample of ``best`` is known."""
+    offset = 16.001 - best * LOG2_E + tl.abs(best) * 1e-6
+    # Beside NaN or infinity only such tokens may win, and where nothing is known all but -inf.
+    offset = tl.where(best < float("inf"), offset, float("-inf"))
+    return inverse * LOG2_E, tl.where(best > float("-inf"), offset, tl.where(best == best, 1e30, offset))
+
+
+@triton.jit
 def _undivided(x, divisor, margin):
     """About the logit that becomes ``x`` once it is divided, moved by more than all roundings in the way of a sign."""
     before = tl.clamp(x * divisor, -FLOAT32_MAX, FLOAT32_MAX)
@@ -277,6 +307,7 @@ def bounds_kernel(
     scores_ptr, values,
     temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
     stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
+    seeds_ptr, positions_ptr, stride_seed, stride_position,
     # output
     work_ptr,
     # shapes
@@ -296,6 +327,7 @@ def bounds_kernel(
     shape = Shape(
         W, tiles, parts, slots, sums_at, parts_at, pairs_at, capacity, room, Sample(runs, sample_size, share)
     )  # fmt: skip
+    samples = Samples(seeds_ptr, positions_ptr, stride_seed, stride_position)
     let_next_launch(PDL)
     row = tl.program_id(0).to(tl.int64)
     work = work_ptr + row * stride_work
@@ -332,6 +364,14 @@ def bounds_kernel(
             banded = tl.full([], False, tl.int1)
     if NORMALISE:
         state = tl.where(state == FREE, WHOLE, state)
+    if seeds_ptr is not None:
+        # Greedy rows have no sample, and their state is another.
+        if (state == FREE) | (state == BRACKET):
+            counts = (flat < shape.sample.size) & ((state == FREE) | (key_of(sample) >= high))
+            best = _draw_from_sample(row, sample, counts, shape, samples, SAMPLE)
+            scale, offset = _scale_and_offset(best, inverse_of(row, maps))
+            store_float(work + SCALE_AT, scale)
+            store_float(work + OFFSET_AT, offset)
     if FITS:
         # Its largest logit may be beyond float16: what is kept for certain is written before it is known.
         risky = (divisor_of(row, maps) < _LEAST_SAFE) & ((state == FREE) | (state == BRACKET))

@@ -9,13 +9,14 @@ from fastlogits_kernels.selection.row import (
     FEW,
     FREE,
     HIGH_AT,
-    HIGHEST,
     LOWEST,
+    OFFSET_AT,
     PART_COUNT_AT,
     PART_LARGEST_AT,
     PART_MASS_AT,
     PART_WORDS,
     REACH_AT,
+    SCALE_AT,
     STATE_AT,
     STEPWISE,
     TOP_AT,
@@ -26,47 +27,51 @@ from fastlogits_kernels.selection.row import (
     Samples,
     Scores,
     Shape,
+    coarse_of,
+    coarse_words,
     collect,
-    collect_plain,
+    collect_near,
+    collect_winners,
     folded,
     key_of,
+    least_coarse,
     let_next_launch,
     load_float,
     load_seed,
-    noise_of_words,
+    may_win,
     number_of,
-    row_scores,
+    raw_scores,
     scaled,
     wait_for_launch,
     weight_of,
 )
 
-_KEPT_W = tl.constexpr(16)  # so many words of a part are looked at at a time where rows are kept
+OCTET = tl.constexpr(8)  # tokens that have their noise together
+_KEPT = tl.constexpr(64)  # so many octets of a part are looked at at a time where rows are kept
 _LISTED = tl.constexpr(512)  # so many tokens of a list are looked at at a time
 
 
 @triton.jit
 def _keep_for_certain(
-    row, part, state, low, out_ptr, stride_out, stride_out_token, scores, maps, samples, work, shape,
+    row, part, state, low, up, out_ptr, stride_out, stride_out_token, scores, maps, samples, work, shape,
     OPS: tl.constexpr, MAX: tl.constexpr, FILL: tl.constexpr, MAY_BE_FREE: tl.constexpr, BRACKETED: tl.constexpr,
-    BLOCK_W: tl.constexpr, PORTABLE: tl.constexpr,
+    BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Keep what is kept for certain of a part of a row, all of it or what is above its candidates, and sum it up.
 
-    Few tokens at a time: most rows don't come here, and what this takes of registers all programs have to spare.
+    To sample, those of it that may win are collected with the candidates. Few tokens at a time: most rows don't come
+    here, and what this takes of registers all programs have to spare.
     """
-    lane = tl.arange(0, 32)[None, :]
     high = number_of(tl.load(work + HIGH_AT))
-    count = tl.zeros([_KEPT_W, 32], tl.int32)
-    largest, best = count + LOWEST, count + LOWEST
-    which = count + HIGHEST
+    count = tl.zeros([_KEPT, OCTET], tl.int32)
+    largest = count + LOWEST
     mass = count.to(tl.int64)
-    for start in range(0, BLOCK_W, _KEPT_W):
-        word = part * BLOCK_W + start + tl.arange(0, _KEPT_W)[:, None]
-        token = word * 32 + lane
+    for start in range(0, BLOCK // OCTET, _KEPT):
+        octet = part * (BLOCK // OCTET) + start + tl.arange(0, _KEPT)[:, None]
+        token = octet * OCTET + tl.arange(0, OCTET)[None, :]
         inside = token < scores.V
-        x = row_scores(row, token, inside, scores)
-        x = folded(x, row, word, lane, token, inside, scores, maps, OPS, MAX)
+        x = raw_scores(row, token, inside, scores).to(tl.float32)
+        x = folded(x, row, token >> 5, token & 31, token, inside, scores, maps, OPS, MAX)
         divided = scaled(x, row, maps)
         sure = inside & (divided >= high)
         if MAY_BE_FREE:
@@ -76,47 +81,74 @@ def _keep_for_certain(
             tl.store(here, tl.where(sure, divided, FILL).to(out_ptr.dtype.element_ty), mask=inside)
         if BRACKETED:
             if state == BRACKET:
-                near = inside & ((x < low) == 0) & (sure == 0)
-                collect(near, x, token, work + COUNT_AT, work + shape.pairs_at, shape.slots, PORTABLE)
+                chosen = inside & ((x < low) == 0) & (sure == 0)
+                if samples.seeds_ptr is not None:
+                    seed, position = load_seed(row, samples)
+                    coarse = coarse_of(token, coarse_words(octet, seed, position))
+                    scale, offset = load_float(work + SCALE_AT), load_float(work + OFFSET_AT)
+                    chosen = chosen | (sure & may_win(coarse, x, scale, offset))
+                collect(chosen, x, token, work + COUNT_AT, work + shape.pairs_at, shape.slots, PORTABLE)
                 count += sure.to(tl.int32)
                 largest = tl.maximum(largest, tl.where(sure, key_of(divided), LOWEST))
                 mass += tl.where(sure, weight_of(divided, load_float(work + TOP_AT)), 0)
-        if samples.seeds_ptr is not None:
-            seed, position = load_seed(row, samples)
-            key = key_of(divided - tl.log(noise_of_words(part * BLOCK_W + start, seed, position, _KEPT_W)))
-            better = sure & (key > best)
-            best = tl.where(better, key, best)
-            which = tl.where(better, token, which)
-    summary = work + shape.parts_at + PART_WORDS * part
     if BRACKETED:
         if state == BRACKET:
+            summary = work + shape.parts_at + PART_WORDS * part
             tl.store(summary + PART_COUNT_AT, tl.sum(count))
             tl.store(summary + PART_LARGEST_AT, tl.max(largest))
             tl.store((summary + PART_MASS_AT).to(tl.pointer_type(tl.int64)), tl.sum(mass))
-    if samples.seeds_ptr is not None:
-        key = tl.max(best)
-        tl.store(summary, key)
-        tl.store(summary + 1, tl.min(tl.where(best == key, which, HIGHEST)))
 
 
 @triton.jit
 def _filter_list(
-    row, index, listed, values_ptr, banned_ptr, work, shape,
+    row, index, listed, values_ptr, banned_ptr, samples, work, shape,
     ROOM: tl.constexpr, PORTABLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Collect the candidates of a list of tokens that have values in place of their logits."""
     span_ptr = listed.spans_ptr + row * listed.stride_span + 2 * index
     first, count = tl.load(span_ptr), tl.load(span_ptr + 1)
     wait_for_launch(PDL)
+    state = tl.load(work + STATE_AT)
+    asks = state == FEW
+    if samples.seeds_ptr is not None:
+        asks = asks | (state == FREE)
     low, up = load_float(work + REACH_AT), load_float(work + REACH_AT + 1)
-    for start in range(0, tl.where(tl.load(work + STATE_AT) == FEW, count, 0), _LISTED):
+    for start in range(0, tl.where(asks, count, 0), _LISTED):
         entry = start + tl.arange(0, _LISTED)
         place = row * ROOM + ((first + entry) & (ROOM - 1))
         token = tl.load(listed.tokens_ptr + place, mask=entry < count, other=0)
         x = tl.load(values_ptr + place, mask=entry < count, other=0.0)
         banned = (tl.load(banned_ptr + (token >> 5), mask=entry < count, other=0) >> (token & 31)) & 1
-        candidate = (entry < count) & (banned == 0) & ((x < low) == 0) & ((x > up) == 0)
+        candidate = ((x < low) == 0) & ((x > up) == 0)
+        if samples.seeds_ptr is not None:
+            if state == FREE:
+                seed, position = load_seed(row, samples)
+                coarse = coarse_of(token, coarse_words(token >> 3, seed, position))
+                candidate = may_win(coarse, x, load_float(work + SCALE_AT), load_float(work + OFFSET_AT))
+        candidate = candidate & (entry < count) & (banned == 0)
         collect(candidate, x, token, work + COUNT_AT, work + shape.pairs_at, shape.slots, PORTABLE)
+
+
+@triton.jit
+def _tokens_of(part, half, BLOCK: tl.constexpr, HALVES: tl.constexpr):
+    """The tokens of a part of a row, by octets: all of them, or half of each."""
+    each: tl.constexpr = OCTET // HALVES
+    octet = part * (BLOCK // OCTET) + tl.arange(0, BLOCK // OCTET)[:, None]
+    return octet, octet * OCTET + half * each + tl.arange(0, each)[None, :]
+
+
+@triton.jit
+def _raw_or_folded(
+    row, octet, token, scores, maps, OPS: tl.constexpr, MAX: tl.constexpr, RAW: tl.constexpr
+):  # fmt: skip
+    """Logits as they are given, or folded."""
+    inside = token < scores.V
+    x = raw_scores(row, token, inside, scores)
+    if not RAW:
+        x = folded(
+            x.to(tl.float32), row, octet >> 2, token & 31, token, inside, scores, maps, OPS, MAX
+        )  # fmt: skip
+    return x
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -134,8 +166,9 @@ def filter_kernel(
     # strides
     stride_row, stride_token, stride_out, stride_out_token, stride_work,
     # constants
-    OPS: tl.constexpr, MAX: tl.constexpr, FILL: tl.constexpr, BANDED: tl.constexpr, BRACKETED: tl.constexpr,
-    MAY_BE_FREE: tl.constexpr, BLOCK_W: tl.constexpr, PORTABLE: tl.constexpr, PDL: tl.constexpr,
+    OPS: tl.constexpr, MAX: tl.constexpr, FILL: tl.constexpr, BRACKETED: tl.constexpr,
+    MAY_BE_FREE: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, RAW: tl.constexpr,
+    PORTABLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The fill value for a part of a row, what is kept for certain, and its candidates collected.
 
@@ -161,44 +194,66 @@ def filter_kernel(
         row = (program // listed.lists).to(tl.int64)
         _filter_list(
             row, program % listed.lists, listed, maps.planes_ptr,
-            maps.bits_ptr + OPS[5] * maps.stride_set + row * maps.stride_bits_row, work_ptr + row * stride_work, shape,
-            OPS[2] + 1, PORTABLE, PDL,
+            maps.bits_ptr + OPS[5] * maps.stride_set + row * maps.stride_bits_row, samples, work_ptr + row * stride_work,
+            shape, OPS[2] + 1, PORTABLE, PDL,
         )  # fmt: skip
     else:
         program -= listed.all_lists
         row = (program // shape.parts).to(tl.int64)
         part = program % shape.parts
         work = work_ptr + row * stride_work
-        word = part * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
-        lane = tl.arange(0, 32)[None, :]
-        token = word * 32 + lane
-        inside = token < V
-        x = row_scores(row, token, inside, scores)
-        if not LISTED:
-            x = folded(x, row, word, lane, token, inside, scores, maps, OPS, MAX)
+        edited_ptr, banned_ptr = None, None
+        if LISTED:
+            sets_ptr = maps.bits_ptr + row * maps.stride_bits_row
+            edited_ptr, banned_ptr = sets_ptr + OPS[1] * maps.stride_set, sets_ptr + OPS[5] * maps.stride_set
+        elif RAW and len(OPS) > 0:
+            # A chain that only bans tokens: the few that pass are held against its set.
+            edited_ptr = maps.bits_ptr + row * maps.stride_bits_row + OPS[1] * maps.stride_set
+            banned_ptr = edited_ptr
+        octet, token = _tokens_of(part, 0, BLOCK, HALVES)
+        x = _raw_or_folded(row, octet, token, scores, maps, OPS, MAX, RAW)
+        other = token + OCTET // 2
+        y = x
+        if HALVES == 2:
+            y = _raw_or_folded(row, octet, other, scores, maps, OPS, MAX, RAW)
         wait_for_launch(PDL)
         state = tl.load(work + STATE_AT)
         low, up = load_float(work + REACH_AT), load_float(work + REACH_AT + 1)
-        if (MAY_BE_FREE and (state == FREE)) or (BRACKETED and (state == BRACKET)):
+        KEEPS_ALL: tl.constexpr = MAY_BE_FREE and out_ptr is not None
+        SAMPLES: tl.constexpr = MAY_BE_FREE and samples.seeds_ptr is not None
+        if (KEEPS_ALL and (state == FREE)) or (BRACKETED and (state == BRACKET)):
             _keep_for_certain(
-                row, part, state, low, out_ptr, stride_out, stride_out_token, scores, maps, samples, work, shape,
-                OPS, MAX, FILL, MAY_BE_FREE, BRACKETED, BLOCK_W, PORTABLE,
+                row, part, state, low, up, out_ptr, stride_out, stride_out_token, scores, maps, samples, work, shape,
+                OPS, MAX, FILL, MAY_BE_FREE, BRACKETED, BLOCK, PORTABLE,
             )  # fmt: skip
         else:
             if out_ptr is not None:
                 here = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
                 # Not of that dtype at once: the interpreter of Triton before 3.9 has no constants of bfloat16.
                 fill = tl.full(token.shape, FILL, tl.float32).to(out_ptr.dtype.element_ty)
-                tl.store(here, fill, mask=inside)
+                tl.store(here, fill, mask=token < V)
             if state == FEW:
-                near = inside & ((x < low) == 0)
-                if BANDED:
-                    near = near & ((x > up) == 0)
-                if LISTED:
-                    sets_ptr = maps.bits_ptr + row * maps.stride_bits_row
-                    collect_plain(
-                        near, x, token, sets_ptr + OPS[1] * maps.stride_set, sets_ptr + OPS[5] * maps.stride_set,
-                        work + COUNT_AT, work + shape.pairs_at, shape.slots, PORTABLE,
+                collect_near(
+                    x, token, low, up, edited_ptr, banned_ptr, V, work + COUNT_AT, work + shape.pairs_at, shape.slots,
+                    PORTABLE,
+                )  # fmt: skip
+                if HALVES == 2:
+                    collect_near(
+                        y, other, low, up, edited_ptr, banned_ptr, V, work + COUNT_AT, work + shape.pairs_at,
+                        shape.slots, PORTABLE,
                     )  # fmt: skip
-                else:
-                    collect(near, x, token, work + COUNT_AT, work + shape.pairs_at, shape.slots, PORTABLE)
+            if SAMPLES:
+                if state == FREE:
+                    seed, position = load_seed(row, samples)
+                    words = coarse_words(octet, seed, position)
+                    least = least_coarse(words)
+                    scale, offset = load_float(work + SCALE_AT), load_float(work + OFFSET_AT)
+                    collect_winners(
+                        x, token, words, least, scale, offset, edited_ptr, banned_ptr, V, work + COUNT_AT,
+                        work + shape.pairs_at, shape.slots, PORTABLE,
+                    )  # fmt: skip
+                    if HALVES == 2:
+                        collect_winners(
+                            y, other, words, least, scale, offset, edited_ptr, banned_ptr, V, work + COUNT_AT,
+                            work + shape.pairs_at, shape.slots, PORTABLE,
+                        )  # fmt: skip

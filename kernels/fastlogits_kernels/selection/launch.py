@@ -53,7 +53,7 @@ from fastlogits_kernels._triton import (
 )
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.draw import draw
-from fastlogits_kernels.fold import NO_SETS, NOWHERE, Chain, chain_of, find_sets, reference_fold, set_strides
+from fastlogits_kernels.fold import BAN, NO_SETS, NOWHERE, Chain, chain_of, find_sets, reference_fold, set_strides
 from fastlogits_kernels.rules import CODES, TINY_TEMPERATURE, Rule, is_idle
 from fastlogits_kernels.selection.bounds import bounds_kernel
 from fastlogits_kernels.selection.filter import filter_kernel
@@ -61,6 +61,7 @@ from fastlogits_kernels.selection.refine import refine_kernel
 from fastlogits_kernels.selection.refine_rows import refine_rows_kernel
 from fastlogits_kernels.selection.row import (
     KEPT_AT,
+    LINE,
     PART_WORDS,
     RULE_WORDS,
     RULES_AT,
@@ -133,7 +134,7 @@ FORCE_KERNEL = False
 _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 _SAMPLE = 8192
 _BITS = 20
-_BLOCK_W = 32
+_BLOCK_BYTES = 4096
 # Candidates that are refined in registers: of rules that keep few, of most, of those that keep many.
 _FEW, _SOME, _MANY = 512, 1024, 4096
 # Candidates that a search of whole rows collects at most, and tokens of a block there.
@@ -172,6 +173,10 @@ def _is_number(rule: Rule) -> bool:
     return not isinstance(rule.value, torch.Tensor)
 
 
+def _whole_lines(words: int) -> int:
+    return -(-words // LINE.value) * LINE.value
+
+
 class _Layout(NamedTuple):
     """How a row of a vocabulary is cut and sampled, and what its workspace holds."""
 
@@ -183,9 +188,9 @@ class _Layout(NamedTuple):
     PARTS: int
 
     @classmethod
-    def of(cls, V: int, rules: int, sums: bool) -> _Layout:
+    def of(cls, V: int, rules: int, sums: bool, block: int) -> _Layout:
         W = words(V)
-        tiles, parts = -(-W // TILE_W.value), -(-W // _BLOCK_W)
+        tiles, parts = -(-W // TILE_W.value), -(-V // block)
         # Of a flat row a sample leaves open what becomes of a sixteenth. With room for those that a search collects of
         # them again, this is up to a quarter of what the logits of a large vocabulary take.
         slots = max(_SOME, V // 12 // 128 * 128)
@@ -200,7 +205,7 @@ class _Layout(NamedTuple):
             Sample(max(V, _SAMPLE) // 8, sample, sample / V),
         )  # fmt: skip
         return cls(
-            shape, pairs_at + max(2 * pairs, _SAMPLE * sums), few, triton.next_power_of_2(tiles),
+            shape, _whole_lines(pairs_at + max(2 * pairs, _SAMPLE * sums)), few, triton.next_power_of_2(tiles),
             triton.next_power_of_2(parts),
         )  # fmt: skip
 
@@ -248,9 +253,10 @@ class Selection:
             self.slots: tuple[int, ...] = (few,)
         else:
             self.slots = (_MANY,) if fewest <= _MANY else (_SOME, _MANY)
-        self.layout = _Layout.of(V, len(rules), self.sums > 0)
+        # Programs of the filter look at as many bytes each, whatever the logits are.
+        self.layouts = {size: _Layout.of(V, len(rules), self.sums > 0, _BLOCK_BYTES // size) for size in (2, 4)}
         # Where no rule keeps more than can be collected, none has to be taken for kept.
-        self.bracketed = not normalise and not fewest <= 0.6 * self.layout.few
+        self.bracketed = not normalise and not fewest <= 0.6 * self.layouts[4].few
         self.form = form_of((
             self.kinds, self.leasts, self.places, self.fill, self.lowest_ties, normalise, self.bracketed, self.slots
         ))  # fmt: skip
@@ -308,7 +314,8 @@ def launch_select(
     """
     B, V = scores.shape
     chain = chain or _NO_CHAIN
-    shape, words_of_row, _few, TILES, PARTS = selection.layout
+    itemsize = scores.element_size()
+    shape, words_of_row, _few, TILES, PARTS = selection.layouts[itemsize]
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
     maps = maps_of(chain, found, temperature, scores)
     cut = (*shape[:-1], *shape.sample)
@@ -330,6 +337,10 @@ def launch_select(
     portable = is_portable(scores.device)
     early = overlaps(scores.device)
     launchers = _early if early else _launchers
+    # A thread that draws has all tokens of an octet: of float32 logits, or such as are folded, two times 16 bytes.
+    # Logits are looked at as they are given, where a chain does nothing, only bans tokens, or comes as lists.
+    raw = lists > 0 or not chain.flat or (len(chain.flat) == 4 and chain.flat[0] == BAN.value)
+    halves = 2 if tokens is not None and selection.may_be_free and not (raw and itemsize == 2) else 1
     launches: list[Launch] = []
     if selection.sums:
         launches.append(Launch(launchers.sums, key, B * shape.tiles, (
@@ -338,15 +349,15 @@ def launch_select(
         )))  # fmt: skip
     # The first launch waits for whatever was there before.
     launches.append(Launch(launchers.bounds if selection.sums else _launchers.bounds, key, B, (
-        scores, values, *maps, work, V, *cut, stride_row, stride_token, words_of_row,
+        scores, values, *maps, *samples, work, V, *cut, stride_row, stride_token, words_of_row,
         chain.flat, largest, selection.kinds, selection.leasts, selection.places, selection.sums, selection.normalise,
         selection.bracketed, greedy, fits, _SAMPLE, _BITS, TILES, early,
     )))  # fmt: skip
     launches.append(Launch(launchers.filter, key, B * (lists + shape.parts), (
         scores, *maps, *samples, *listed, out, work, V, *cut,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row,
-        chain.flat, largest, selection.fill, selection.banded, selection.bracketed, selection.may_be_free, _BLOCK_W,
-        portable, early,
+        chain.flat, largest, selection.fill, selection.bracketed, selection.may_be_free, _BLOCK_BYTES // itemsize, halves,
+        raw, portable, early,
     )))  # fmt: skip
     more_than = -1
     for slots in selection.slots:

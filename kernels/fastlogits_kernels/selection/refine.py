@@ -18,14 +18,17 @@ from fastlogits_kernels.selection.row import (
     DISTANCE_GOAL,
     DONE_AT,
     ENTROPY_GOAL,
+    FEW,
     FREE,
     GOAL,
-    HIGH_AT,
     HIGHEST,
+    HIGH_AT,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
+    Kept,
     LOWEST,
     MASS_GOAL,
+    Maps,
     NEEDS_SUMS,
     NO_GOAL,
     ONE,
@@ -34,21 +37,18 @@ from fastlogits_kernels.selection.row import (
     PART_MASS_AT,
     PART_WORDS,
     ROW_SUMS_AT,
-    RULE_WORDS,
     RULES_AT,
+    RULE_WORDS,
     SPARES_FEWEST,
     STATE_AT,
     STEPWISE,
-    TOP_H_TOKENS,
-    TOP_KEY_AT,
-    UNALIGNED,
-    WHOLE,
-    Kept,
-    Maps,
     Sample,
     Samples,
     Shape,
     Sure,
+    TOP_H_TOKENS,
+    TOP_KEY_AT,
+    UNALIGNED,
     all_kept,
     cutoff,
     exp,
@@ -179,33 +179,19 @@ def log_mass_of(top_key, mass):
 
 
 @triton.jit
-def load_sampled(work, shape, asks, PARTS: tl.constexpr):
-    """The best sample of what the filter has kept for certain: its key and its token."""
-    part = tl.arange(0, PARTS)
-    there = part < tl.where(asks, shape.parts, 0)
-    here = work + shape.parts_at + PART_WORDS * part
-    best = tl.load(here, mask=there, other=LOWEST)
-    which = tl.load(here + 1, mask=there, other=HIGHEST)
-    return tl.max(best), tl.min(tl.where(best == tl.max(best), which, HIGHEST))
-
-
-@triton.jit
-def store_token(ptr, best, which, work, shape, beside, PARTS: tl.constexpr):
-    """Write the token of a row: the best of what was looked at, or of what was kept for certain ``beside`` it."""
-    sure_best, sure_which = load_sampled(work, shape, beside, PARTS)
-    first = (sure_best > best) | ((sure_best == best) & (sure_which < which))
-    tl.store(ptr, tl.where(first, sure_which, which).to(tl.int64))
-
-
-@triton.jit
 def sampled_of(x, lives, token, seed, position, greedy):
-    """The key of the best of some tokens, and the lowest token that has it."""
+    """The lowest of the tokens that have the best sample; HIGHEST where there is none."""
     key = key_of(x)
     if greedy == 0:
         key = key_of(x - tl.log(noise_of(token, seed, position)))
     key = tl.where(lives, key, LOWEST)
-    best = tl.max(key)
-    return best, tl.min(tl.where(key == best, token, 0x7FFFFFFF))
+    return tl.min(tl.where(lives & (key == tl.max(key)), token, HIGHEST))
+
+
+@triton.jit
+def store_token(ptr, which):
+    """Write the token of a row: 0 where nothing was above -inf."""
+    tl.store(ptr, tl.where(which == HIGHEST, 0, which).to(tl.int64))
 
 
 @triton.jit
@@ -523,27 +509,30 @@ def refine_kernel(
     wait_for_launch(PDL)
     state = tl.load(work + STATE_AT)
     found = tl.load(work + COUNT_AT)
-    if (state == FREE) & (MORE_THAN < 0):
+    listed = (state == FEW) | (state == BRACKET)
+    free = state == FREE
+    if tokens_ptr is not None:
+        # Of a row that is drawn from as it is, the candidates are those that may be drawn.
+        listed = listed | free
+    elif free & (MORE_THAN < 0):
         store_kept(work, all_kept())
         tl.store(work + DONE_AT, 1)
-        if tokens_ptr is not None:
-            _best, which = load_sampled(work, shape, state == FREE, PARTS)
-            tl.store(tokens_ptr + row, which.to(tl.int64))
-    elif (state != WHOLE) & (state != FREE) & (found <= SLOTS) & (found > MORE_THAN):
+    if listed & (found <= SLOTS) & (found > MORE_THAN):
         banded = tl.load(work + BANDED_AT) != 0
         least = number_of(tl.load(work + BOUND_AT))
         centre = load_float(work + CENTRE_AT)
         x, valid, token = load_candidates((work + shape.pairs_at).to(tl.pointer_type(tl.int64)), found, SLOTS)
         # They were collected as they were before the division.
         x = scaled(x, row, maps)
-        valid = valid & is_near(x, least, banded, centre, BANDED)
-        some = Candidates(x, valid, token, rank_of(token, LOWEST_TIES))
         sure = load_sure(work, shape, state, PARTS)
+        beside = valid & (x >= number_of(sure.edge))
+        valid = valid & is_near(x, least, banded, centre, BANDED) & (beside == 0)
+        some = Candidates(x, valid, token, rank_of(token, LOWEST_TIES))
         top_key = tl.load(work + TOP_KEY_AT)
         row_sums = load_row_sums(work + ROW_SUMS_AT, top_key > LOWEST)
         kept = all_kept()
-        settled = greedy
-        if greedy == 0:
+        settled = greedy | free
+        if settled == 0:
             # A bound of distances says nothing of keys.
             bound = tl.where(banded, KEY_OF_MINUS_INFINITY, tl.load(work + BOUND_AT))
             kept, top_key, settled = _apply_all(
@@ -569,5 +558,5 @@ def refine_kernel(
                 here = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
                 tl.store(here, x.to(out_ptr.dtype.element_ty), mask=lives)
             if tokens_ptr is not None:
-                best, which = sampled_of(x, lives, token, seed, position, greedy)
-                store_token(tokens_ptr + row, best, which, work, shape, state == BRACKET, PARTS)
+                which = sampled_of(x, lives | beside, token, seed, position, greedy)
+                store_token(tokens_ptr + row, which)

@@ -40,34 +40,35 @@ from fastlogits_kernels.selection.row import (
     DISTANCE_GOAL,
     DONE_AT,
     ENTROPY_GOAL,
+    FREE,
     GOAL,
-    HIGH_AT,
     HIGHEST,
+    HIGH_AT,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
+    Kept,
     LOWEST,
     MASS_GOAL,
-    N_RULES,
+    Maps,
     NEEDS_SUMS,
     NO_GOAL,
+    N_RULES,
     ONE,
     ROW_SUMS_AT,
-    RULE_WORDS,
     RULES_AT,
+    RULE_WORDS,
     SPARES_FEWEST,
     STATE_AT,
     STEPWISE,
-    TOP_H_TOKENS,
-    TOP_KEY_AT,
-    UNALIGNED,
-    WHOLE,
-    Kept,
-    Maps,
     Sample,
     Samples,
     Scores,
     Shape,
     Sure,
+    TOP_H_TOKENS,
+    TOP_KEY_AT,
+    UNALIGNED,
+    WHOLE,
     all_kept,
     collect,
     cutoff,
@@ -113,11 +114,12 @@ class Source(NamedTuple):
 
 
 class Near(NamedTuple):
-    """Which logits are candidates; see ``is_near``."""
+    """Which logits are candidates, see ``is_near``; of a list those of at least ``sure`` are not, but may be drawn."""
 
     least: tl.tensor
     banded: tl.tensor
     centre: tl.tensor
+    sure: tl.tensor
 
 
 class Measure(NamedTuple):
@@ -203,7 +205,7 @@ def _block(
         token = (pair >> 32).to(tl.int32)
         # Collected as they were before the division, and a few too many.
         x = scaled(pair.to(tl.int32).to(tl.float32, bitcast=True), row, maps)
-        valid = inside & is_near(x, near.least, near.banded, near.centre, True)
+        valid = inside & is_near(x, near.least, near.banded, near.centre, True) & ((x >= near.sure) == 0)
     return x, valid, token, rank_of(token, LOWEST_TIES)
 
 
@@ -489,9 +491,6 @@ def refine_row(
             greedy = is_greedy(maps.temperature_ptr + row * maps.stride_temperature)
     row_state = tl.load(work + STATE_AT)
     found_number = tl.load(work + COUNT_AT)
-    near = Near(
-        number_of(tl.load(work + BOUND_AT)), tl.load(work + BANDED_AT) != 0, load_float(work + CENTRE_AT)
-    )  # fmt: skip
     pairs = (work + shape.pairs_at).to(tl.pointer_type(tl.int64))
     # Where a search collects: not over the candidates, where there may be so many that they come as a list.
     collected_pairs = pairs + tl.where(shape.slots > ROOM, shape.slots, 0)
@@ -499,6 +498,10 @@ def refine_row(
     listed = (row_state != WHOLE) & (found_number > tried) & (found_number <= shape.slots)
     base = Source(tl.where(listed, LIST, ROW), pairs, tl.where(listed, found_number, V))
     sure = load_sure(work, shape, tl.where(listed, row_state, WHOLE), PARTS)
+    near = Near(
+        number_of(tl.load(work + BOUND_AT)), tl.load(work + BANDED_AT) != 0, load_float(work + CENTRE_AT),
+        number_of(sure.edge),
+    )  # fmt: skip
     # All tokens that aren't in the list are below the bound; one of distances says nothing of keys.
     bound = tl.where(listed & (near.banded == 0), tl.load(work + BOUND_AT), KEY_OF_MINUS_INFINITY)
     row_top_key = tl.load(work + TOP_KEY_AT)
@@ -534,7 +537,7 @@ def refine_row(
     )
     kind, least, value = _load_rule(work + RULES_AT, first_rule, n_rules)
     state = State(
-        tl.where(greedy, _DONE, first_phase), none + _OF_RULE, first_rule, row_top_key, none, nothing, nothing,
+        tl.where(greedy | (row_state == FREE), _DONE, first_phase), none + _OF_RULE, first_rule, row_top_key, none, nothing, nothing,
         tl.full([], LOWEST, tl.int32), nothing, nothing, none, listed, yes, no,
     )  # fmt: skip
 
@@ -593,7 +596,7 @@ def refine_row(
             )  # fmt: skip
             if of_list:
                 x = scaled(x, row, maps)
-                valid = valid & is_near(x, near.least, near.banded, near.centre, True)
+                valid = valid & is_near(x, near.least, near.banded, near.centre, True) & ((x >= near.sure) == 0)
             rank = token
             if LOWEST_TIES:
                 rank = -token
@@ -822,6 +825,8 @@ def refine_row(
             written = lives | (tl.where(valid, overwrites, 0) != 0)
             tl.store(there, tl.where(lives, y, FILL).to(out_ptr.dtype.element_ty), mask=written)
         if tokens_ptr is not None:
+            if base.kind == LIST:
+                lives = lives | ((start + tl.arange(0, BLOCK) < base.size) & (x >= near.sure))
             key = key_of(x)
             if greedy == 0:
                 key = key_of(x - tl.log(noise_of(token, seed, position)))
@@ -832,9 +837,7 @@ def refine_row(
     store_kept(work, kept)
     if tokens_ptr is not None:
         largest = tl.max(best)
-        chosen = tl.min(tl.where(best == largest, which, HIGHEST))
-        beside = (row_state == BRACKET) & (base.kind == LIST)
-        store_token(tokens_ptr + row, largest, chosen, work, shape, beside, PARTS)
+        store_token(tokens_ptr + row, tl.min(tl.where(best == largest, which, HIGHEST)))
 
 
 @triton.jit(do_not_specialize=[*STEPWISE, "rows", "n_rules", "tried"], do_not_specialize_on_alignment=UNALIGNED)

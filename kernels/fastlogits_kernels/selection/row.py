@@ -8,7 +8,7 @@ import torch
 
 from fastlogits_kernels._triton import tl, triton
 from fastlogits_kernels.fold import fold_logits
-from fastlogits_kernels.ptx import check_fours, for_four_tokens
+from fastlogits_kernels.ptx import check_tokens, for_tokens, logits_of
 from fastlogits_kernels.rules import CODES, RULES
 from fastlogits_kernels.rules import TINY_TEMPERATURE as _TINY_TEMPERATURE
 from fastlogits_kernels.truncate.reference import TOP_H_TOKENS as _TOP_H_TOKENS
@@ -52,26 +52,28 @@ STATE_AT = tl.constexpr(0)
 BOUND_AT = tl.constexpr(1)  # the key below which no token is a candidate
 BANDED_AT = tl.constexpr(2)  # whether that is a key of distances
 CENTRE_AT = tl.constexpr(3)  # from this logit
-COUNT_AT = tl.constexpr(4)  # how many candidates there are
-HIGH_AT = tl.constexpr(5)  # the key from which tokens are kept for certain
-TOP_AT = tl.constexpr(6)  # the largest logit
-DONE_AT = tl.constexpr(7)  # whether the candidates were enough
+HIGH_AT = tl.constexpr(4)  # the key from which tokens are kept for certain
+TOP_AT = tl.constexpr(5)  # the largest logit
+DONE_AT = tl.constexpr(6)  # whether the candidates were enough
 KEPT_AT = tl.constexpr(8)  # what is kept: the four fields of Kept
 REACH_AT = tl.constexpr(12)  # between which logits, before the temperature divides them, all candidates are
 ROW_SUMS_AT = tl.constexpr(14)  # the sums of the row, four of 64 bits: see RowSums
 TOP_KEY_AT = tl.constexpr(22)  # the largest key where the sums of the row are known, else LOWEST
-RULES_AT = tl.constexpr(24)
+SCALE_AT = tl.constexpr(24)  # which tokens may be drawn, where a row is drawn from before all is known: see may_win
+OFFSET_AT = tl.constexpr(25)
+COUNT_AT = tl.constexpr(32)  # how many candidates there are; on a cache line that holds nothing else
+RULES_AT = tl.constexpr(64)
+LINE = tl.constexpr(32)  # words of a cache line, at whose start a row's workspace begins
 # Of each rule: its code, how many tokens it keeps at least, and its parameter, NaN where it doesn't act.
 RULE_WORDS = tl.constexpr(4)
 # Behind the rules stand the sums of each tile, the summary of each part, and the candidates, each with its token, or
 # before them the row's sample.
 SUM_WORDS = tl.constexpr(6)
-# Of a part: the key of its best sample and that one's token; how many tokens it keeps for certain, their largest key
-# and their mass.
-PART_WORDS = tl.constexpr(6)
-PART_COUNT_AT = tl.constexpr(2)
-PART_LARGEST_AT = tl.constexpr(3)
-PART_MASS_AT = tl.constexpr(4)
+# Of a part: how many tokens it keeps for certain, their largest key and their mass.
+PART_WORDS = tl.constexpr(4)
+PART_COUNT_AT = tl.constexpr(0)
+PART_LARGEST_AT = tl.constexpr(1)
+PART_MASS_AT = tl.constexpr(2)
 
 # -- Keys: integers in the order of float32 numbers -----------------------------------------------------------------
 
@@ -258,10 +260,16 @@ def is_greedy(temperature_ptr):
 
 
 @triton.jit
-def row_scores(row, token, inside, scores):
-    """Logits of a row as they are given; -inf beyond its end."""
+def raw_scores(row, token, inside, scores):
+    """Logits of a row as they are given, of their dtype; -inf beyond its end."""
     here = scores.ptr + row * scores.stride_row + token.to(tl.int64) * scores.stride_token
-    return tl.load(here, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.load(here, mask=inside, other=float("-inf"))
+
+
+@triton.jit
+def row_scores(row, token, inside, scores):
+    """The same in float32."""
+    return raw_scores(row, token, inside, scores).to(tl.float32)
 
 
 @triton.jit
@@ -408,42 +416,73 @@ def cutoff(value, top, mass, entropy, deviation, KIND: tl.constexpr):
     return x
 
 
-# -- Noise ----------------------------------------------------------------------------------------------------------
+# -- Noise: see fastlogits_kernels.draw for its definition ------------------------------------------------------------
+
+_COARSE, _FINE = (tl.constexpr(i) for i in range(2))  # the two calls of the generator
 
 
 @triton.jit
-def _exponential(word):
-    """An exponential random number of a random word."""
-    v = (word.to(tl.uint32).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
-    v = tl.minimum(v, 0.99999994)
-    # -log1p(-v); where v is small the logarithm of 1 - v would lose it.
-    return tl.where(v < 0.001, v * (1 + v * (0.5 + v * (1.0 / 3))), -tl.log(1 - v))
-
-
-@triton.jit
-def _random_words(quad, seed, position):
-    """The four random words of four tokens, of a request's seed and position."""
+def _random_words(block, seed, position, CALL: tl.constexpr):
+    """Four random words of a block of tokens, of a request's seed and position."""
     low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
-    zero = quad * 0
+    zero = block * 0
     return tl.philox(
-        seed, quad.to(tl.uint32), (zero + low).to(tl.uint32), (zero + high).to(tl.uint32), zero.to(tl.uint32)
+        seed, block.to(tl.uint32), (zero + low).to(tl.uint32), (zero + high).to(tl.uint32), (zero + CALL).to(tl.uint32)
     )
+
+
+@triton.jit
+def coarse_words(octet, seed, position):
+    """The first 16 bits of eight tokens each, two in a word, the lower token in the lower half."""
+    return _random_words(octet, seed, position, _COARSE)
+
+
+@triton.jit
+def coarse_of(token, words):
+    """The first 16 bits of tokens, of the words of their octets."""
+    pair = (token >> 1) & 3
+    word = tl.where(pair == 0, words[0], tl.where(pair == 1, words[1], tl.where(pair == 2, words[2], words[3])))
+    return (word >> (16 * (token & 1)).to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
+def least_coarse(words):
+    """The least 16 bits of the tokens of an octet."""
+    low = tl.minimum(tl.minimum(words[0] << 16, words[1] << 16), tl.minimum(words[2] << 16, words[3] << 16))
+    high = tl.minimum(tl.minimum(words[0], words[1]), tl.minimum(words[2], words[3]))
+    return tl.minimum(low, high) >> 16
+
+
+@triton.jit
+def exponential_of(u, rest):
+    """-log(1 - u), where ``rest`` is 1 - u to all its digits."""
+    z = u / (2 - u)
+    y = z * z
+    series = 2 * z * (1 + y * (1.0 / 3 + y * (0.2 + y * (1.0 / 7 + y * (1.0 / 9)))))
+    return tl.where(u < 0.25, series, -tl.log(rest))
 
 
 @triton.jit
 def noise_of(token, seed, position):
     """An exponential random number for each token, of a request's seed and position."""
-    a, b, c, d = _random_words(token // 4, seed, position)
-    lane = token % 4
-    return _exponential(tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d))))
+    coarse = coarse_of(token, coarse_words(token >> 3, seed, position))
+    words = _random_words(token >> 2, seed, position, _FINE)
+    lane = token & 3
+    fine = tl.where(lane == 0, words[0], tl.where(lane == 1, words[1], tl.where(lane == 2, words[2], words[3])))
+    n = (coarse.to(tl.int64) << 32) | fine.to(tl.int64)
+    u = (n.to(tl.float32) + 0.5) * (2.0**-48)
+    rest = ((n ^ 0xFFFFFFFFFFFF).to(tl.float32) + 0.5) * (2.0**-48)
+    return exponential_of(u, rest)
 
 
 @triton.jit
-def noise_of_words(word, seed, position, WORDS: tl.constexpr):
-    """The same for the tokens of so many mask words from one on, ``[WORDS, 32]``: four share their random words."""
-    quad = (word + tl.arange(0, WORDS)[:, None]) * 8 + tl.arange(0, 8)[None, :]
-    a, b, c, d = _random_words(quad, seed, position)
-    return _exponential(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [WORDS, 32]))
+def may_win(coarse, x, scale, offset):
+    """Whether tokens of undivided logits may be drawn; ``scale`` and ``offset`` are those of ``bounds``.
+
+    A token wins only if its noise is less than exp(x - best), where best is no more than the best sample of all; and its
+    noise is at least its first 16 bits as a number between 0 and 1. NaN may always.
+    """
+    return (coarse.to(tl.float32) >= tl.exp2(x * scale + offset)) == 0
 
 
 @triton.jit
@@ -455,79 +494,159 @@ def load_seed(row, samples):
 
 # -- Candidates -----------------------------------------------------------------------------------------------------
 
-# Hardly any thread has a candidate, and those that have none are done with one branch. Triton itself would make an
-# atomic addition and a store for each token, which takes longer than all the rest of the filter.
-_ARE_THERE = """
-    .reg .pred none, there;
-    .reg .b32 count, place;
-    .reg .b64 to;
-    mov.b32 $out#, 0;
-    add.s32 count, $candidate0, $candidate1; add.s32 count, count, $candidate2; add.s32 count, count, $candidate3;
-    setp.eq.s32 none, count, 0;
+# Hardly any thread has a candidate: one test tells for all tokens of its 16 bytes, and those that have none are done
+# with one branch. Triton itself would make an atomic addition and a store for each token, which takes longer than all
+# the rest of the filter.
+_NEAR = """
+    setp.lt.f32 none, largest, $low;
     @none bra done;
+    setp.geu.f32 asks#, value#, $low; setp.leu.and.f32 asks#, value#, $up, asks#; \
+    setp.lt.and.s32 asks#, $token#, $end, asks#;
+"""
+# Of an octet the largest logit and the least noise tell for all.
+_MAY_WIN = """
+    .reg .f32 limit, coarse;
+    .reg .b32 least, lane, word;
+    .reg .pred is;
+    mov.b32 least, $least0;
+    min.u32 least, least, $least#;
+    fma.rn.f32 limit, largest, $scale, $offset; ex2.approx.f32 limit, limit; cvt.rn.f32.u32 coarse, least;
+    setp.ge.f32 none, coarse, limit;
+    @none bra done;
+    and.b32 lane, $token#, 6; setp.eq.b32 is, lane, 0; selp.b32 word, $aa#, $bb#, is; \
+    setp.eq.b32 is, lane, 4; selp.b32 word, $cc#, word, is; setp.eq.b32 is, lane, 6; selp.b32 word, $dd#, word, is; \
+    and.b32 lane, $token#, 1; shl.b32 lane, lane, 4; shr.u32 word, word, lane; and.b32 word, word, 65535; \
+    cvt.rn.f32.u32 coarse, word; fma.rn.f32 limit, value#, $scale, $offset; ex2.approx.f32 limit, limit; \
+    setp.ltu.f32 asks#, coarse, limit; setp.lt.and.s32 asks#, $token#, $end, asks#;
+"""
+# Those that were chosen already.
+_CHOSEN = """
+    .reg .f32 value<4>;
+    setp.ne.s32 asks#, $candidate#, 0; mov.f32 value#, $x#;
+"""
+# What is in neither of two sets.
+_PLAIN = """
+    .reg .b32 place, plain, hidden;
+    .reg .b64 from;
+    mov.b32 plain, 0; mov.b32 hidden, 0; shr.u32 place, $token#, 5; mad.wide.u32 from, place, 4, $edited; \
+    @asks# ld.global.b32 plain, [from]; mad.wide.u32 from, place, 4, $banned; @asks# ld.global.b32 hidden, [from]; \
+    or.b32 plain, plain, hidden; and.b32 place, $token#, 31; shr.u32 plain, plain, place; and.b32 plain, plain, 1; \
+    setp.eq.and.b32 asks#, plain, 0, asks#;
 """
 _STORE = """
-    atom.relaxed.gpu.global.add.u32 place, [$counter], count;
-    setp.ne.s32 there, $candidate#, 0; setp.lt.and.u32 there, place, $slots, there; mad.wide.u32 to, place, 8, $pairs; \
-    @there st.global.v2.b32 [to], {$x#, $token#}; add.u32 place, place, $candidate#;
-    done:
-"""
-_COLLECT, _COLLECT_OPERANDS = for_four_tokens("out candidate x token counter:l pairs:l slots", _ARE_THERE + _STORE)
-_COLLECT_PLAIN, _COLLECT_PLAIN_OPERANDS = for_four_tokens(
-    "out candidate x token edited:l banned:l counter:l pairs:l slots",
-    _ARE_THERE
-    + """
-    .reg .pred asks<4>;
-    .reg .b32 plain<4>, word, hidden;
-    .reg .b64 from;
-    setp.ne.s32 asks#, $candidate#, 0; mov.b32 plain#, 0;
-    shr.u32 word, $token#, 5; mad.wide.u32 from, word, 4, $edited; @asks# ld.global.b32 plain#, [from];
-    shr.u32 word, $token#, 5; mad.wide.u32 from, word, 4, $banned; @asks# ld.global.b32 hidden, [from]; \
-    @asks# or.b32 plain#, plain#, hidden;
-    and.b32 word, $token#, 31; shr.u32 plain#, plain#, word; \
-    not.b32 plain#, plain#; and.b32 plain#, plain#, $candidate#;
-    add.s32 count, plain0, plain1; add.s32 count, count, plain2; add.s32 count, count, plain3;
+    .reg .b32 count, free, one<8>;
+    .reg .b64 to;
+    selp.b32 one#, 1, 0, asks#;
+    mov.b32 count, 0;
+    add.u32 count, count, one#;
     setp.eq.s32 none, count, 0;
     @none bra done;
+    atom.relaxed.gpu.global.add.u32 free, [$counter], count;
+    setp.lt.and.u32 asks#, free, $slots, asks#; mad.wide.u32 to, free, 8, $pairs; \
+    @asks# st.global.v2.b32 [to], {value#, $token#}; add.u32 free, free, one#;
+    done:
 """
-    + _STORE.replace("$candidate", "plain"),
+
+
+_START = ".reg .pred none, asks<8>;"
+_COLLECT, _COLLECT_OPERANDS = for_tokens(
+    "out:b candidate x token counter:l pairs:l slots", f"{_START}\nmov.b32 $out0, 0;\n" + _CHOSEN + _STORE, 4
 )
+
+
+def _collecting(dtype: str, wins: bool, listed: bool) -> tuple[tl.constexpr, tl.constexpr]:
+    """PTX that collects of 16 bytes the tokens that are near enough, or may win; ``listed``: those of no list."""
+    wide = dtype != "fp32"
+    operands = f"out:b x{':h' if wide else ''} token end counter:l pairs:l slots"
+    operands += " least aa bb cc dd scale offset" if wins else " low up"
+    operands += " edited:l banned:l" if listed else ""
+    outputs = "mov.b32 $out0, 0;" + " mov.b32 $out1, 0;" * wide
+    body = f"{_START}\n{outputs}\n" + logits_of(dtype) + (_MAY_WIN if wins else _NEAR) + (_PLAIN if listed else "")
+    return for_tokens(operands, body + _STORE, 8 if wide else 4)
+
+
+_DTYPES = ("fp32", "bf16", "fp16")
+_MADE = [_collecting(dtype, wins, listed) for dtype in _DTYPES for wins in (False, True) for listed in (False, True)]
+_COLLECTING = tl.constexpr(tuple(text.value for text, _ in _MADE))
+_COLLECTING_OPERANDS = tl.constexpr(tuple(operands.value for _, operands in _MADE))
+_BF16, _FP16 = tl.constexpr(_DTYPES.index("bf16")), tl.constexpr(_DTYPES.index("fp16"))
 
 
 @triton.jit
 def collect(candidate, x, token, counter, pairs, slots, PORTABLE: tl.constexpr):
-    """Collect candidates, each as 64 bits: its token above its logit."""
-    bits = x.to(tl.int32, bitcast=True)
+    """Collect candidates of float32 logits, each as 64 bits: its token above its logit."""
     if PORTABLE:
         place = tl.atomic_add(counter + tl.zeros_like(token), 1, mask=candidate, sem="relaxed")
         here = pairs + 2 * place
-        tl.store(here, bits, mask=candidate & (place < slots))
+        tl.store(here, x.to(tl.int32, bitcast=True), mask=candidate & (place < slots))
         tl.store(here + 1, token, mask=candidate & (place < slots))
     else:
-        check_fours(x)
+        check_tokens(x, 4)
         tl.inline_asm_elementwise(
             _COLLECT, _COLLECT_OPERANDS,
-            [candidate.to(tl.int32), bits, token, counter.to(tl.int64), pairs.to(tl.int64), slots],
-            dtype=tl.int32, is_pure=False, pack=4,
+            [candidate.to(tl.int32), x, token, counter.to(tl.int64), pairs.to(tl.int64), slots],
+            dtype=tl.int8, is_pure=False, pack=4,
         )  # fmt: skip
 
 
 @triton.jit
-def collect_plain(candidate, x, token, edited_ptr, banned_ptr, counter, pairs, slots, PORTABLE: tl.constexpr):
-    """Collect those candidates that are in neither of two sets."""
+def _is_plain(candidate, token, edited_ptr, banned_ptr):
+    """Those of some candidates that are in neither of two sets."""
+    held = tl.load(edited_ptr + (token >> 5), mask=candidate, other=0)
+    held |= tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)
+    return candidate & (((held >> (token & 31)) & 1) == 0)
+
+
+@triton.jit
+def collect_near(
+    x, token, low, up, edited_ptr, banned_ptr, end, counter, pairs, slots, PORTABLE: tl.constexpr
+):  # fmt: skip
+    """Collect tokens before ``end`` of logits between two, of any dtype, and NaN; of no set where there are sets."""
+    LISTED: tl.constexpr = edited_ptr is not None
     if PORTABLE:
-        held = tl.load(edited_ptr + (token >> 5), mask=candidate, other=0)
-        held |= tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)
-        collect(candidate & (((held >> (token & 31)) & 1) == 0), x, token, counter, pairs, slots, True)
+        x = x.to(tl.float32)
+        candidate = ((x < low) == 0) & ((x > up) == 0) & (token < end)
+        if LISTED:
+            candidate = _is_plain(candidate, token, edited_ptr, banned_ptr)
+        collect(candidate, x, token, counter, pairs, slots, True)
     else:
-        check_fours(x)
+        KIND: tl.constexpr = _BF16 if x.dtype == tl.bfloat16 else (_FP16 if x.dtype == tl.float16 else 0)
+        TOKENS: tl.constexpr = 4 if KIND == 0 else 8
+        check_tokens(x, TOKENS)
+        sets = () if edited_ptr is None else (edited_ptr.to(tl.int64), banned_ptr.to(tl.int64))
         tl.inline_asm_elementwise(
-            _COLLECT_PLAIN, _COLLECT_PLAIN_OPERANDS,
-            [
-                candidate.to(tl.int32), x.to(tl.int32, bitcast=True), token, edited_ptr.to(tl.int64),
-                banned_ptr.to(tl.int64), counter.to(tl.int64), pairs.to(tl.int64), slots,
-            ],
-            dtype=tl.int32, is_pure=False, pack=4,
+            _COLLECTING[4 * KIND + LISTED], _COLLECTING_OPERANDS[4 * KIND + LISTED],
+            (x, token, end, counter.to(tl.int64), pairs.to(tl.int64), slots, low, up) + sets,
+            dtype=tl.int8, is_pure=False, pack=TOKENS,
+        )  # fmt: skip
+
+
+@triton.jit
+def collect_winners(
+    x, token, words, least, scale, offset, edited_ptr, banned_ptr, end, counter, pairs, slots, PORTABLE: tl.constexpr
+):  # fmt: skip
+    """The same of tokens that may be drawn: see ``may_win``; ``words`` and ``least`` are the noise of their octets."""
+    LISTED: tl.constexpr = edited_ptr is not None
+    if PORTABLE:
+        x = x.to(tl.float32)
+        candidate = may_win(coarse_of(token, words), x, scale, offset) & (token < end)
+        if LISTED:
+            candidate = _is_plain(candidate, token, edited_ptr, banned_ptr)
+        collect(candidate, x, token, counter, pairs, slots, True)
+    else:
+        KIND: tl.constexpr = _BF16 if x.dtype == tl.bfloat16 else (_FP16 if x.dtype == tl.float16 else 0)
+        TOKENS: tl.constexpr = 4 if KIND == 0 else 8
+        check_tokens(x, TOKENS)
+        sets = () if edited_ptr is None else (edited_ptr.to(tl.int64), banned_ptr.to(tl.int64))
+        tl.inline_asm_elementwise(
+            _COLLECTING[4 * KIND + 2 + LISTED], _COLLECTING_OPERANDS[4 * KIND + 2 + LISTED],
+            (
+                x, token, end, counter.to(tl.int64), pairs.to(tl.int64), slots,
+                least.to(tl.int32, bitcast=True), words[0].to(tl.int32, bitcast=True),
+                words[1].to(tl.int32, bitcast=True), words[2].to(tl.int32, bitcast=True),
+                words[3].to(tl.int32, bitcast=True), scale, offset,
+            ) + sets,
+            dtype=tl.int8, is_pure=False, pack=TOKENS,
         )  # fmt: skip
 
 
