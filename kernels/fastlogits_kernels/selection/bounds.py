@@ -37,6 +37,7 @@ from fastlogits_kernels.selection.row import (
     SCALE_AT,
     STATE_AT,
     STEPWISE,
+    SURE_AT,
     Sample,
     Samples,
     Scores,
@@ -59,6 +60,7 @@ from fastlogits_kernels.selection.row import (
     load_seed,
     number_of,
     rule_value,
+    scaled,
     store_float,
     wait_for_launch,
 )
@@ -97,20 +99,6 @@ def _bound_of_count(keys, count, BITS: tl.constexpr):
 
 
 @triton.jit
-def _bound_of_mass(keys, p, goal, BITS: tl.constexpr):
-    """A key which probabilities ``p`` of a mass of ``goal`` are not below, less what the sample may have by chance."""
-    low = tl.full([], KEY_OF_MINUS_INFINITY, tl.int64)
-    high = tl.max(keys).to(tl.int64) + 1
-    for _ in range(BITS):
-        middle = (low + high) >> 1
-        near = tl.where(keys >= middle.to(tl.int32), p, 0.0)
-        enough = tl.sum(near) - 3 * tl.sqrt(tl.sum(near * near)) >= goal
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    return low.to(tl.int32)
-
-
-@triton.jit
 def _bounds_of_nucleus(x, top, mass, p, share, V):
     """A key below which the nucleus hardly reaches, and one from which it holds all, as good as always.
 
@@ -131,6 +119,45 @@ def _bounds_of_nucleus(x, top, mass, p, share, V):
     low = tl.where(edge < _STEPS, key_of(top - step * edge.to(tl.float32)), KEY_OF_MINUS_INFINITY)
     last = tl.max(tl.where(tl.cumsum(counts * least, 0, reverse=True) - unsure > spare, j, -1))
     return low, tl.where(last > 0, key_of(top - step * last.to(tl.float32)), HIGHEST)
+
+
+@triton.jit
+def _bounds_of_band(x, top, centre, mass, p, share, V):
+    """Keys of distances from a centre: one below which no token of a band of mass ``p`` is, one from which it holds all.
+
+    As good as always. The sample is counted in steps of the distance, on both sides. What is within a distance is known
+    from the sample there, or from all that there is and the sample beyond, whichever says more.
+    """
+    goal = p.to(tl.float32) * mass.to(tl.float32) * share
+    # Below that not even all tokens together would count.
+    depth = tl.log(V / tl.maximum((1 - p).to(tl.float32) * mass.to(tl.float32), 1e-30)) + 2
+    above = top - centre
+    step = tl.maximum(tl.maximum(above, depth - above) / (_STEPS // 2 - 2), 1e-6)
+    at = tl.minimum(tl.abs(x - centre) / step, _STEPS // 2 - 1.0).to(tl.int32)
+    at = tl.where(x > centre, at + _STEPS // 2, at)
+    counts = tl.histogram(tl.reshape(at, [x.shape[0] * x.shape[1]]), _STEPS).to(tl.float32)
+    j = tl.arange(0, _STEPS)
+    i = j % (_STEPS // 2)
+    away = (i.to(tl.float32) + 0.5) * step
+    likely = exp(tl.where(j < _STEPS // 2, -away, away) - above)
+    likely = tl.where(i < _STEPS // 2 - 1, tl.minimum(likely, 1.0), 0.0)
+    amount = tl.sum(tl.reshape(counts * likely, [2, _STEPS // 2]), 0)
+    spread = tl.sum(tl.reshape(counts * likely * likely, [2, _STEPS // 2]), 0)
+    reached = (tl.arange(0, _STEPS // 2) + 1).to(tl.float32) * step
+    within, spread_within = tl.cumsum(amount, 0), tl.cumsum(spread, 0)
+    beyond, spread_beyond = tl.sum(amount) - within, tl.sum(spread) - spread_within
+    # A sample misses some, and steps are a little wide.
+    misses = tl.maximum(1 - share, 0.0) + 0.1 * step * step
+    unsure_within = _SURE * tl.sqrt(spread_within * misses) + 5 * exp(tl.minimum(reached - above, 0.0))
+    unsure_beyond = _SURE * tl.sqrt(tl.maximum(spread_beyond, 0.0) * misses)
+    unsure_beyond += 5 * tl.where(reached < above, 1.0, exp(-reached - above))
+    rest = mass.to(tl.float32) * share - beyond
+    least = tl.maximum(within - unsure_within, rest - unsure_beyond)
+    most = tl.minimum(within + unsure_within, rest + unsure_beyond)
+    far = tl.min(tl.where(least >= goal, reached, float("inf")))
+    near = tl.max(tl.where(most < goal, reached, -1.0))
+    low = tl.where(far < float("inf"), key_of(-far), KEY_OF_MINUS_INFINITY)
+    return low, tl.where(near > 0, key_of(-near), HIGHEST)
 
 
 @triton.jit
@@ -166,7 +193,7 @@ def _bounds_of_rule(
 ):  # fmt: skip
     """A key below which a rule hardly keeps anything, and one from which it keeps all, from a sample and row's sums.
 
-    Where a rule keeps what is near a centre the lower one is one of distances from it, and there is no other.
+    Where a rule keeps what is near a centre they are keys of distances from it.
     """
     share = shape.sample.share
     centre = top
@@ -185,9 +212,7 @@ def _bounds_of_rule(
         bound = _bound_of_count(keys, most, BITS)
     elif GOAL[KIND] == DISTANCE_GOAL:
         centre = top - (sums.below / sums.mass).to(tl.float32)
-        # Of the likeliest a sample has too many or too few; where the others are not enough, it is no guide.
-        p = tl.where(x < centre + 2.5, exp(x - top), 0.0)
-        bound = _bound_of_mass(key_of(-tl.abs(x - centre)), p, (value * sums.mass * share).to(tl.float32), BITS)
+        bound, high = _bounds_of_band(x, top, centre, sums.mass, value, share, V)
     else:
         tl.static_assert(GOAL[KIND] == MASS_GOAL, "a goal has no branch in _bounds_of_rule()")
         bound, high = _bounds_of_nucleus(x, top, sums.mass, value, share, V)
@@ -214,6 +239,7 @@ def _bounds(
     centre = top
     banded = tl.full([], False, tl.int1)
     cut = banded  # whether a rule may have dropped something
+    acting = tl.full([], 0, tl.int32)
     sealed = banded  # whether a later rule needs all that its predecessors leave
     for i in tl.static_range(len(KINDS)):
         value = rule_value(row, values, PLACES[i])
@@ -240,17 +266,20 @@ def _bounds(
         if GOAL[KINDS[i]] == ENTROPY_GOAL:
             sealed = sealed | active
         cut = cut | active
+        acting += active.to(tl.int32)
     test = keys
     if banded:
         test = key_of(-tl.abs(x - centre))
     # Both counts at once: the sample has fewer than 2 ** 16 tokens.
-    counts = tl.sum((test >= bound).to(tl.int32) + ((keys >= high).to(tl.int32) << 16))
+    counts = tl.sum((test >= bound).to(tl.int32) + ((test >= high).to(tl.int32) << 16))
     expected = (counts & 0xFFFF).to(tl.float32) / shape.sample.share
     state = tl.where(expected > shape.room, WHOLE, FEW)
     if BRACKETED:
         # Of many tokens most are kept for certain: only those at the edge are collected.
         sure = (counts >> 16).to(tl.float32) / shape.sample.share
-        several = (expected > shape.capacity) & (banded == 0) & (high <= KEY_OF_INFINITY) & (high > bound)
+        several = (expected > shape.capacity) & (high <= KEY_OF_INFINITY) & (high > bound)
+        # What is kept for certain in a band is not the likeliest, of which other rules speak.
+        several = several & ((banded == 0) | (acting == 1)) & (tl.abs(centre) < float("inf"))
         state = tl.where(several & (expected - sure <= shape.room), BRACKET, state)
     # The sample was divided roughly.
     spare = (tl.abs(number_of(bound)) + tl.abs(centre)) * 1e-6
@@ -299,6 +328,28 @@ def _reach(least, banded, centre, divisor):
         spare = (tl.abs(centre) - least) * 1e-6
         low, up = centre + least - spare, centre - least + spare
     return _undivided(low, divisor, -1.0), _undivided(up, divisor, 1.0)
+
+
+@triton.jit
+def _sure_between(high, banded, centre, row, maps):
+    """Between which undivided logits those are that come to a key of at least ``high``, and whether that is certain.
+
+    The division never changes the order, so that these are the first and the last of which it says so.
+    """
+    divisor = divisor_of(row, maps)
+    near = tl.arange(0, 32) - 16
+    distance = -number_of(high)
+    from_here = tl.where(banded, centre - distance, number_of(high)) * divisor
+    to_here = tl.where(banded, (centre + distance) * divisor, 0.0)
+    first = key_of(from_here) + near
+    last = key_of(to_here) + near
+    x, y = scaled(number_of(first), row, maps), scaled(number_of(last), row, maps)
+    test = tl.where(banded, -tl.abs(x - centre), x)
+    least = tl.min(tl.where(key_of(test) >= high, first, HIGHEST))
+    most = tl.max(tl.where(key_of(-tl.abs(y - centre)) >= high, last, LOWEST))
+    certain = (tl.abs(from_here) < 1e38) & (tl.abs(to_here) < 1e38) & (least > tl.min(first)) & (least < HIGHEST)
+    certain = certain & ((banded == 0) | ((most > LOWEST) & (most < tl.max(last))))
+    return number_of(least), tl.where(banded, number_of(most), float("inf")), certain
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -362,12 +413,20 @@ def bounds_kernel(
             state = tl.full([], FEW, tl.int32)
             bound = tl.max(key_of(sample))
             banded = tl.full([], False, tl.int1)
+    if BRACKETED:
+        first, last, certain = _sure_between(high, banded, centre, row, maps)
+        state = tl.where((state == BRACKET) & (certain == 0), WHOLE, state)
+        store_float(work + SURE_AT, tl.where(state == BRACKET, first, float("nan")))
+        store_float(work + SURE_AT + 1, last)
+    else:
+        store_float(work + SURE_AT, tl.full([], float("nan"), tl.float32))
     if NORMALISE:
         state = tl.where(state == FREE, WHOLE, state)
     if seeds_ptr is not None:
         # Greedy rows have no sample, and their state is another.
         if (state == FREE) | (state == BRACKET):
-            counts = (flat < shape.sample.size) & ((state == FREE) | (key_of(sample) >= high))
+            test = tl.where(banded, -tl.abs(sample - centre), sample)
+            counts = (flat < shape.sample.size) & ((state == FREE) | (key_of(test) >= high))
             best = _draw_from_sample(row, sample, counts, shape, samples, SAMPLE)
             scale, offset = _scale_and_offset(best, inverse_of(row, maps))
             store_float(work + SCALE_AT, scale)

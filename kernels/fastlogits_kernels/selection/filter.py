@@ -8,8 +8,9 @@ from fastlogits_kernels.selection.row import (
     COUNT_AT,
     FEW,
     FREE,
-    HIGH_AT,
     LOWEST,
+    Listed,
+    Maps,
     OFFSET_AT,
     PART_COUNT_AT,
     PART_LARGEST_AT,
@@ -19,14 +20,13 @@ from fastlogits_kernels.selection.row import (
     SCALE_AT,
     STATE_AT,
     STEPWISE,
-    TOP_AT,
-    UNALIGNED,
-    Listed,
-    Maps,
+    SURE_AT,
     Sample,
     Samples,
     Scores,
     Shape,
+    TOP_AT,
+    UNALIGNED,
     coarse_of,
     coarse_words,
     collect,
@@ -39,7 +39,6 @@ from fastlogits_kernels.selection.row import (
     load_float,
     load_seed,
     may_win,
-    number_of,
     raw_scores,
     scaled,
     wait_for_launch,
@@ -55,16 +54,17 @@ _LISTED = tl.constexpr(512)  # so many tokens of a list are looked at at a time
 def _keep_for_certain(
     row, part, state, low, up, out_ptr, stride_out, stride_out_token, scores, maps, samples, work, shape,
     OPS: tl.constexpr, MAX: tl.constexpr, FILL: tl.constexpr, MAY_BE_FREE: tl.constexpr, BRACKETED: tl.constexpr,
-    BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
+    WEIGHED: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Keep what is kept for certain of a part of a row, all of it or what is above its candidates, and sum it up.
 
     To sample, those of it that may win are collected with the candidates. Few tokens at a time: most rows don't come
     here, and what this takes of registers all programs have to spare.
     """
-    high = number_of(tl.load(work + HIGH_AT))
+    first, last = load_float(work + SURE_AT), load_float(work + SURE_AT + 1)
+    top = load_float(work + TOP_AT)
     count = tl.zeros([_KEPT, OCTET], tl.int32)
-    largest = count + LOWEST
+    largest = tl.full([_KEPT, OCTET], float("-inf"), tl.float32)
     mass = count.to(tl.int64)
     for start in range(0, BLOCK // OCTET, _KEPT):
         octet = part * (BLOCK // OCTET) + start + tl.arange(0, _KEPT)[:, None]
@@ -72,16 +72,18 @@ def _keep_for_certain(
         inside = token < scores.V
         x = raw_scores(row, token, inside, scores).to(tl.float32)
         x = folded(x, row, token >> 5, token & 31, token, inside, scores, maps, OPS, MAX)
-        divided = scaled(x, row, maps)
-        sure = inside & (divided >= high)
+        sure = inside & (x >= first) & (x <= last)
         if MAY_BE_FREE:
             sure = inside & (sure | (state == FREE))
+        divided = x
+        if out_ptr is not None or WEIGHED:
+            divided = scaled(x, row, maps)
         if out_ptr is not None:
             here = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
             tl.store(here, tl.where(sure, divided, FILL).to(out_ptr.dtype.element_ty), mask=inside)
         if BRACKETED:
             if state == BRACKET:
-                chosen = inside & ((x < low) == 0) & (sure == 0)
+                chosen = inside & ((x < low) == 0) & ((x > up) == 0) & (sure == 0)
                 if samples.seeds_ptr is not None:
                     seed, position = load_seed(row, samples)
                     coarse = coarse_of(token, coarse_words(octet, seed, position))
@@ -89,14 +91,18 @@ def _keep_for_certain(
                     chosen = chosen | (sure & may_win(coarse, x, scale, offset))
                 collect(chosen, x, token, work + COUNT_AT, work + shape.pairs_at, shape.slots, PORTABLE)
                 count += sure.to(tl.int32)
-                largest = tl.maximum(largest, tl.where(sure, key_of(divided), LOWEST))
-                mass += tl.where(sure, weight_of(divided, load_float(work + TOP_AT)), 0)
+                largest = tl.maximum(largest, tl.where(sure, x, float("-inf")))
+                if WEIGHED:
+                    mass += tl.where(sure, weight_of(divided, top), 0)
     if BRACKETED:
         if state == BRACKET:
             summary = work + shape.parts_at + PART_WORDS * part
-            tl.store(summary + PART_COUNT_AT, tl.sum(count))
-            tl.store(summary + PART_LARGEST_AT, tl.max(largest))
-            tl.store((summary + PART_MASS_AT).to(tl.pointer_type(tl.int64)), tl.sum(mass))
+            number = tl.sum(count)
+            tl.store(summary + PART_COUNT_AT, number)
+            most = key_of(scaled(tl.max(largest), row, maps))
+            tl.store(summary + PART_LARGEST_AT, tl.where(number > 0, most, LOWEST))
+            weight = tl.sum(mass) if WEIGHED else tl.full([], 0, tl.int64)
+            tl.store((summary + PART_MASS_AT).to(tl.pointer_type(tl.int64)), weight)
 
 
 @triton.jit
@@ -167,7 +173,7 @@ def filter_kernel(
     stride_row, stride_token, stride_out, stride_out_token, stride_work,
     # constants
     OPS: tl.constexpr, MAX: tl.constexpr, FILL: tl.constexpr, BRACKETED: tl.constexpr,
-    MAY_BE_FREE: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, RAW: tl.constexpr,
+    WEIGHED: tl.constexpr, MAY_BE_FREE: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, RAW: tl.constexpr,
     PORTABLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The fill value for a part of a row, what is kept for certain, and its candidates collected.
@@ -224,7 +230,7 @@ def filter_kernel(
         if (KEEPS_ALL and (state == FREE)) or (BRACKETED and (state == BRACKET)):
             _keep_for_certain(
                 row, part, state, low, up, out_ptr, stride_out, stride_out_token, scores, maps, samples, work, shape,
-                OPS, MAX, FILL, MAY_BE_FREE, BRACKETED, BLOCK, PORTABLE,
+                OPS, MAX, FILL, MAY_BE_FREE, BRACKETED, WEIGHED, BLOCK, PORTABLE,
             )  # fmt: skip
         else:
             if out_ptr is not None:

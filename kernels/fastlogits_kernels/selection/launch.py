@@ -244,6 +244,8 @@ class Selection:
         self.lowest_ties = any(rule.ties == "lowest" for rule in rules if rule.spec.takes_ties)
         self.banded = any(rule.spec.goal == "distance" for rule in rules)
         self.normalise = normalise
+        # Whether what is kept for certain has to be weighed.
+        self.weighed = any(1 <= rule.spec.sums < 3 for rule in rules)
         counted = [rule.value for rule in rules if _is_number(rule) and rule.spec.goal == "count"]
         fewest = min(counted, default=math.inf)
         # A sample lets through some four times as many as a rule keeps, where these are few.
@@ -356,7 +358,7 @@ def launch_select(
     launches.append(Launch(launchers.filter, key, B * (lists + shape.parts), (
         scores, *maps, *samples, *listed, out, work, V, *cut,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row,
-        chain.flat, largest, selection.fill, selection.bracketed, selection.may_be_free, _BLOCK_BYTES // itemsize, halves,
+        chain.flat, largest, selection.fill, selection.bracketed, selection.weighed, selection.may_be_free, _BLOCK_BYTES // itemsize, halves,
         raw, portable, early,
     )))  # fmt: skip
     more_than = -1

@@ -55,6 +55,7 @@ from fastlogits_kernels.selection.row import (
     is_greedy,
     is_kept,
     is_near,
+    is_sure,
     key_of,
     let_next_launch,
     load_candidates,
@@ -72,6 +73,11 @@ from fastlogits_kernels.selection.row_sums import load_row_sums
 
 COUNTED = tl.constexpr(50)  # sums of weights hold a count from this bit on
 LEAST_TERM = tl.constexpr(1.2e-38)  # of an entropy: the least normal float32 number, about
+
+
+# Keys that a search looks at in a turn: many where these are few, and the turns are what takes time.
+MANY_PIVOTS, FEW_PIVOTS = tl.constexpr(8), tl.constexpr(2)
+FEW_KEYS = tl.constexpr(1024)
 
 
 class Candidates(NamedTuple):
@@ -224,31 +230,40 @@ def _top(some, sure, kept, BANDED: tl.constexpr):
 
 @triton.jit
 def search(
-    key, lives, amount, low, high, goal, amount_goal, count, all_amount, above, amount_above, WEIGHS: tl.constexpr
-):
+    key, lives, amount, low, high, goal, amount_goal, count, all_amount, above, amount_above,
+    WEIGHS: tl.constexpr,
+):  # fmt: skip
     """The largest key at or above which there are ``goal`` tokens with an amount of ``amount_goal``.
 
     ``low`` and ``high`` enclose it; ``count`` and ``all_amount`` are what is at or above ``low``, which reaches both,
-    ``above`` and ``amount_above`` what is above ``high`` and not among the tokens.
+    ``above`` and ``amount_above`` what is above ``high`` and not among the tokens. Each turn looks at several pivots.
     """
     low, high = low.to(tl.int64), high.to(tl.int64) + 1
-    each = weighed(lives, amount)
+    each = weighed(lives, amount)[:, None]
+    alive = lives[:, None]
+    keys = key[:, None]
+    PIVOTS: tl.constexpr = MANY_PIVOTS if key.shape[0] <= FEW_KEYS else FEW_PIVOTS
+    share = tl.arange(0, PIVOTS) + 1
     beyond, amount_beyond = above, amount_above
     # Until one token is left between the two, or one key. What costs time is each sum over all threads.
     while (high - low > 1) & (count - above > 1):
-        pivot = (low + high) >> 1
+        pivot = low + (high - low) * share // (PIVOTS + 1)
+        at = keys >= pivot.to(tl.int32)[None, :]
         if WEIGHS:
-            number, more = unpacked(tl.sum(tl.where(key >= pivot.to(tl.int32), each, 0)))
+            number, more = unpacked(tl.sum(tl.where(at, each, 0), 0))
         else:
-            number = tl.sum((lives & (key >= pivot.to(tl.int32))).to(tl.int32))
-            more = tl.full([], 0, tl.int64)
+            number = tl.sum((alive & at).to(tl.int32), 0)
+            more = tl.zeros([PIVOTS], tl.int64)
         number += beyond
         more += amount_beyond
-        stuck = (number == count) | (number == above)
         reached = (number >= goal) & (more >= amount_goal)
-        low, high = tl.where(reached, pivot, low), tl.where(reached, high, pivot)
-        count, all_amount = tl.where(reached, number, count), tl.where(reached, more, all_amount)
-        above, amount_above = tl.where(reached, above, number), tl.where(reached, amount_above, more)
+        left = tl.min(tl.where(reached, number, count))
+        gone = tl.max(tl.where(reached, above, number))
+        stuck = (left == count) & (gone == above)
+        all_amount = tl.min(tl.where(reached, more, all_amount))
+        amount_above = tl.max(tl.where(reached, amount_above, more))
+        low, high = tl.max(tl.where(reached, pivot, low)), tl.min(tl.where(reached, high, pivot))
+        count, above = left, gone
         if stuck:
             # A gap between keys, or keys that many share: go on from those that are there.
             between = lives & (key >= low.to(tl.int32)) & (key.to(tl.int64) < high)
@@ -372,19 +387,20 @@ def _apply(
             centre = top - distance
             if KIND_GOAL == DISTANCE_GOAL:
                 key = key_of(-tl.abs(some.x - centre))
-                low, high = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32), tl.full([], 0, tl.int32)
+                low = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32)
+                high = tl.where(sure.number > 0, sure.edge - 1, 0)
             else:
                 key = key_of(some.x)
                 low = tl.maximum(tl.full([], KEY_OF_MINUS_INFINITY, tl.int32), bound)
                 high = tl.where(sure.number > 0, sure.edge - 1, top_key)
             if MASS:
                 found = search(
-                    key, lives, amount, low, high, goal, mass_goal, count, mass, sure.number, sure.mass, True
+                    key, lives, amount, low, high, goal, mass_goal, count, mass, sure.number, sure.mass, True,
                 )
             else:
                 none = tl.zeros_like(amount)
                 found = search(
-                    key, lives, none, low, high, goal, mass_goal, count, nothing, sure.number, nothing, False
+                    key, lives, none, low, high, goal, mass_goal, count, nothing, sure.number, nothing, False,
                 )
             if KIND_GOAL == DISTANCE_GOAL:
                 kept = Kept(kept.edge, kept.cut, centre, found.key)
@@ -523,9 +539,10 @@ def refine_kernel(
         centre = load_float(work + CENTRE_AT)
         x, valid, token = load_candidates((work + shape.pairs_at).to(tl.pointer_type(tl.int64)), found, SLOTS)
         # They were collected as they were before the division.
+        raw = x
         x = scaled(x, row, maps)
         sure = load_sure(work, shape, state, PARTS)
-        beside = valid & (x >= number_of(sure.edge))
+        beside = valid & is_sure(raw, work)
         valid = valid & is_near(x, least, banded, centre, BANDED) & (beside == 0)
         some = Candidates(x, valid, token, rank_of(token, LOWEST_TIES))
         top_key = tl.load(work + TOP_KEY_AT)
@@ -541,7 +558,7 @@ def refine_kernel(
             )  # fmt: skip
             # NaN is no candidate beside tokens that were kept for certain.
             largest = tl.max(tl.where(valid, key_of(x), LOWEST))
-            settled = settled & ((sure.number == 0) | (largest < sure.edge))
+            settled = settled & ((sure.number == 0) | (largest <= KEY_OF_INFINITY))
         if settled:
             store_kept(work, kept)
             tl.store(work + DONE_AT, 1)

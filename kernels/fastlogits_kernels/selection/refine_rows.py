@@ -60,6 +60,7 @@ from fastlogits_kernels.selection.row import (
     SPARES_FEWEST,
     STATE_AT,
     STEPWISE,
+    SURE_AT,
     Sample,
     Samples,
     Scores,
@@ -114,12 +115,13 @@ class Source(NamedTuple):
 
 
 class Near(NamedTuple):
-    """Which logits are candidates, see ``is_near``; of a list those of at least ``sure`` are not, but may be drawn."""
+    """Which logits are candidates, see ``is_near``; of a list those that are sure are not, but may be drawn."""
 
     least: tl.tensor
     banded: tl.tensor
     centre: tl.tensor
-    sure: tl.tensor
+    sure_low: tl.tensor
+    sure_high: tl.tensor
 
 
 class Measure(NamedTuple):
@@ -189,6 +191,13 @@ class State(NamedTuple):
 
 
 @triton.jit
+def _is_candidate(x, raw, near):
+    """Which tokens of a list are candidates: of those that were collected, a few too many."""
+    sure = (raw >= near.sure_low) & (raw <= near.sure_high)
+    return is_near(x, near.least, near.banded, near.centre, True) & (sure == 0)
+
+
+@triton.jit
 def _block(
     start, source, near, row, scores, maps,
     OPS: tl.constexpr, MAX: tl.constexpr, LOWEST_TIES: tl.constexpr, BLOCK: tl.constexpr,
@@ -203,9 +212,10 @@ def _block(
     else:
         pair = tl.load(source.pairs + place, mask=inside, other=0)
         token = (pair >> 32).to(tl.int32)
-        # Collected as they were before the division, and a few too many.
-        x = scaled(pair.to(tl.int32).to(tl.float32, bitcast=True), row, maps)
-        valid = inside & is_near(x, near.least, near.banded, near.centre, True) & ((x >= near.sure) == 0)
+        # Collected as they were before the division.
+        raw = pair.to(tl.int32).to(tl.float32, bitcast=True)
+        x = scaled(raw, row, maps)
+        valid = inside & _is_candidate(x, raw, near)
     return x, valid, token, rank_of(token, LOWEST_TIES)
 
 
@@ -500,7 +510,7 @@ def refine_row(
     sure = load_sure(work, shape, tl.where(listed, row_state, WHOLE), PARTS)
     near = Near(
         number_of(tl.load(work + BOUND_AT)), tl.load(work + BANDED_AT) != 0, load_float(work + CENTRE_AT),
-        number_of(sure.edge),
+        load_float(work + SURE_AT), load_float(work + SURE_AT + 1),
     )  # fmt: skip
     # All tokens that aren't in the list are below the bound; one of distances says nothing of keys.
     bound = tl.where(listed & (near.banded == 0), tl.load(work + BOUND_AT), KEY_OF_MINUS_INFINITY)
@@ -595,8 +605,9 @@ def refine_row(
                 tl.where(of_list, base.pairs, collected_pairs), tl.where(of_list, base.size, collected_number), ROOM
             )  # fmt: skip
             if of_list:
-                x = scaled(x, row, maps)
-                valid = valid & is_near(x, near.least, near.banded, near.centre, True) & ((x >= near.sure) == 0)
+                raw = x
+                x = scaled(raw, row, maps)
+                valid = valid & _is_candidate(x, raw, near)
             rank = token
             if LOWEST_TIES:
                 rank = -token
@@ -620,7 +631,7 @@ def refine_row(
         starts_ties = no
         normalises = rule > n_rules
         # NaN is no candidate beside tokens that were kept for certain.
-        is_wrong = (sure.number > 0) & (tally.most >= sure.edge)
+        is_wrong = (sure.number > 0) & (tally.most > KEY_OF_INFINITY)
         tied = found.number - found.above
         if phase == _FIND_TOP:
             top_key = tl.maximum(tally.most, sure.largest)
@@ -736,10 +747,10 @@ def refine_row(
             by_distance = kind_goal == DISTANCE_GOAL
             goal = Goal(number, amount_goal)
             beyond = Goal(sure.number, tl.where(by_mass, sure.mass, 0))
-            highest = tl.where(sure.number > 0, sure.edge - 1, top_key)
+            highest = tl.where(sure.number > 0, sure.edge - 1, tl.where(by_distance, 0, top_key))
             bounds = Bounds(
                 tl.where(by_distance, KEY_OF_MINUS_INFINITY, bound).to(tl.int64),
-                tl.where(by_distance, 0, highest).to(tl.int64) + 1,
+                highest.to(tl.int64) + 1,
                 count, tl.where(by_mass, mass, 0), beyond.number, beyond.amount,
             )  # fmt: skip
             measure = Measure(
@@ -826,7 +837,12 @@ def refine_row(
             tl.store(there, tl.where(lives, y, FILL).to(out_ptr.dtype.element_ty), mask=written)
         if tokens_ptr is not None:
             if base.kind == LIST:
-                lives = lives | ((start + tl.arange(0, BLOCK) < base.size) & (x >= near.sure))
+                # What is kept for certain and was collected, as it may be drawn.
+                place = start + tl.arange(0, BLOCK)
+                pair = tl.load(base.pairs + place, mask=place < base.size, other=0)
+                raw = pair.to(tl.int32).to(tl.float32, bitcast=True)
+                sure_here = (raw >= near.sure_low) & (raw <= near.sure_high)
+                lives = lives | (sure_here & (place < base.size))
             key = key_of(x)
             if greedy == 0:
                 key = key_of(x - tl.log(noise_of(token, seed, position)))

@@ -59,6 +59,7 @@ KEPT_AT = tl.constexpr(8)  # what is kept: the four fields of Kept
 REACH_AT = tl.constexpr(12)  # between which logits, before the temperature divides them, all candidates are
 ROW_SUMS_AT = tl.constexpr(14)  # the sums of the row, four of 64 bits: see RowSums
 TOP_KEY_AT = tl.constexpr(22)  # the largest key where the sums of the row are known, else LOWEST
+SURE_AT = tl.constexpr(26)  # between which logits, before the division, tokens are kept for certain
 SCALE_AT = tl.constexpr(24)  # which tokens may be drawn, where a row is drawn from before all is known: see may_win
 OFFSET_AT = tl.constexpr(25)
 COUNT_AT = tl.constexpr(32)  # how many candidates there are; on a cache line that holds nothing else
@@ -494,28 +495,28 @@ def load_seed(row, samples):
 
 # -- Candidates -----------------------------------------------------------------------------------------------------
 
-# Hardly any thread has a candidate: one test tells for all tokens of its 16 bytes, and those that have none are done
-# with one branch. Triton itself would make an atomic addition and a store for each token, which takes longer than all
+# Hardly any thread has a candidate: one test tells for all tokens of its 16 bytes, and warps that have none are done with
+# one branch. Triton itself would make an atomic addition and a store for each token, which takes longer than all
 # the rest of the filter.
 _NEAR = """
-    setp.lt.f32 none, largest, $low;
-    @none bra done;
+    setp.geu.f32 some, largest, $low; vote.sync.any.pred some, some, 0xffffffff;
+    @!some bra done;
     setp.geu.f32 asks#, value#, $low; setp.leu.and.f32 asks#, value#, $up, asks#; \
     setp.lt.and.s32 asks#, $token#, $end, asks#;
 """
 # Of an octet the largest logit and the least noise tell for all.
 _MAY_WIN = """
     .reg .f32 limit, coarse;
-    .reg .b32 least, lane, word;
+    .reg .b32 least, pair, word;
     .reg .pred is;
     mov.b32 least, $least0;
     min.u32 least, least, $least#;
     fma.rn.f32 limit, largest, $scale, $offset; ex2.approx.f32 limit, limit; cvt.rn.f32.u32 coarse, least;
-    setp.ge.f32 none, coarse, limit;
-    @none bra done;
-    and.b32 lane, $token#, 6; setp.eq.b32 is, lane, 0; selp.b32 word, $aa#, $bb#, is; \
-    setp.eq.b32 is, lane, 4; selp.b32 word, $cc#, word, is; setp.eq.b32 is, lane, 6; selp.b32 word, $dd#, word, is; \
-    and.b32 lane, $token#, 1; shl.b32 lane, lane, 4; shr.u32 word, word, lane; and.b32 word, word, 65535; \
+    setp.ltu.f32 some, coarse, limit; vote.sync.any.pred some, some, 0xffffffff;
+    @!some bra done;
+    and.b32 pair, $token#, 6; setp.eq.b32 is, pair, 0; selp.b32 word, $aa#, $bb#, is; \
+    setp.eq.b32 is, pair, 4; selp.b32 word, $cc#, word, is; setp.eq.b32 is, pair, 6; selp.b32 word, $dd#, word, is; \
+    and.b32 pair, $token#, 1; shl.b32 pair, pair, 4; shr.u32 word, word, pair; and.b32 word, word, 65535; \
     cvt.rn.f32.u32 coarse, word; fma.rn.f32 limit, value#, $scale, $offset; ex2.approx.f32 limit, limit; \
     setp.ltu.f32 asks#, coarse, limit; setp.lt.and.s32 asks#, $token#, $end, asks#;
 """
@@ -533,22 +534,27 @@ _PLAIN = """
     or.b32 plain, plain, hidden; and.b32 place, $token#, 31; shr.u32 plain, plain, place; and.b32 plain, plain, 1; \
     setp.eq.and.b32 asks#, plain, 0, asks#;
 """
+# A warp asks for room once.
 _STORE = """
-    .reg .b32 count, free, one<8>;
+    .reg .b32 count, free, lane, below, votes<8>, mine<8>;
     .reg .b64 to;
-    selp.b32 one#, 1, 0, asks#;
+    .reg .pred first;
+    vote.sync.ballot.b32 votes#, asks#, 0xffffffff;
     mov.b32 count, 0;
-    add.u32 count, count, one#;
-    setp.eq.s32 none, count, 0;
-    @none bra done;
-    atom.relaxed.gpu.global.add.u32 free, [$counter], count;
-    setp.lt.and.u32 asks#, free, $slots, asks#; mad.wide.u32 to, free, 8, $pairs; \
-    @asks# st.global.v2.b32 [to], {value#, $token#}; add.u32 free, free, one#;
+    popc.b32 mine#, votes#; add.u32 count, count, mine#;
+    setp.eq.s32 first, count, 0;
+    @first bra done;
+    mov.u32 lane, %laneid; mov.u32 below, %lanemask_lt; mov.b32 free, 0; setp.eq.u32 first, lane, 0;
+    @first atom.relaxed.gpu.global.add.u32 free, [$counter], count;
+    shfl.sync.idx.b32 free, free, 0, 31, 0xffffffff;
+    and.b32 lane, votes#, below; popc.b32 lane, lane; add.u32 lane, lane, free; \
+    setp.lt.and.u32 asks#, lane, $slots, asks#; mad.wide.u32 to, lane, 8, $pairs; \
+    @asks# st.global.v2.b32 [to], {value#, $token#}; add.u32 free, free, mine#;
     done:
 """
 
 
-_START = ".reg .pred none, asks<8>;"
+_START = ".reg .pred some, asks<8>;"
 _COLLECT, _COLLECT_OPERANDS = for_tokens(
     "out:b candidate x token counter:l pairs:l slots", f"{_START}\nmov.b32 $out0, 0;\n" + _CHOSEN + _STORE, 4
 )
@@ -667,6 +673,12 @@ def is_near(x, least, banded, centre, BANDED: tl.constexpr):
     if BANDED:
         test = tl.where(banded, -tl.abs(x - centre), x)
     return (test < least) == 0
+
+
+@triton.jit
+def is_sure(x, work):
+    """Whether undivided logits of a row are kept for certain."""
+    return (x >= load_float(work + SURE_AT)) & (x <= load_float(work + SURE_AT + 1))
 
 
 # Launches differ in these from step to step; no kernel is compiled for their values. They are arguments of their own,
