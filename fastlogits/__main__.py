@@ -29,9 +29,9 @@ examples:
 
 The status is 1 where a kernel can't be compiled, and 2 where an argument is wrong."""
 _SERVING = """\
-a JSON file, or JSON itself, with arguments of BatchProcessor (max_requests, max_length, semantics, max_rows,
-max_listed, max_logprobs) and of its warm_up (calls, logprobs, bitmask, cache_position, draft_ids, slots, row_stride; dtypes as
-"int32" or "int64")"""
+a JSON file, or JSON itself, with arguments of BatchProcessor (max_requests, vocab_size, max_length, semantics,
+max_rows, max_listed, max_logprobs) and of its warm_up (calls, logprobs, bitmask, cache_position, draft_ids, slots,
+row_stride; dtypes as "int32" or "int64")"""
 
 
 class _Parser(argparse.ArgumentParser):
