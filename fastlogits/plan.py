@@ -86,7 +86,7 @@ class Barrier(Step):
     ) -> torch.Tensor:
         """Run the processor as ``LogitsProcessorList`` of transformers does."""
         if is_collecting():
-            return empty_out(scores)
+            return empty_out(scores) if self.inner is None else self.inner(input_ids, scores, run, kwargs)
         if self._extra:
             if not all(argument in kwargs for argument in self._extra):
                 raise ValueError(
@@ -95,6 +95,12 @@ class Barrier(Step):
                 )
             return self.processor(input_ids, scores, **{name: kwargs[name] for name in self._extra})  # type: ignore[no-any-return]
         return self.processor(input_ids, scores)  # type: ignore[no-any-return]
+
+    @property
+    def inner(self) -> Plan | None:
+        """The plan of what ``for_run`` has made, which may stand in any list."""
+        plan = None if self.may_write else getattr(self.processor, "plan", None)
+        return plan if isinstance(plan, Plan) else None
 
     def describe(self) -> str:
         """The barrier in a word, for ``explain()``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from fastlogits_kernels._recent import is_capturing
 from fastlogits_kernels._triton import Launch, Launcher, collected, prepare
 
 from fastlogits.checks import device_of, whole_number
-from fastlogits.stages import Member, When
+from fastlogits.stages import When
 
 if TYPE_CHECKING:
     from fastlogits.plan import Plan
@@ -177,21 +177,25 @@ def dummy_ids(input_ids: torch.Tensor | None, rows: int, device: torch.device) -
 
 def host_positions(plan: Plan | None) -> list[tuple[int, int]]:
     """``cache_position`` and ``prompt_length`` of calls between which all gates of a plan open and close."""
-    members = [] if plan is None else [member for step in plan.steps for member in step.members]
     found = {0}
-    for member in members:
-        for when in _gates(member):
-            for index in (when.start, when.stop, when.phase):
-                if index is not None:
-                    # A prompt of one token: step s is that of position s, and length n that of n - 1.
-                    at = index if when.of == "step" else index - 1
-                    found |= {at - 1, at, at + 1}
+    for when in () if plan is None else _gates(plan):
+        for index in (when.start, when.stop, when.phase):
+            if index is not None:
+                # A prompt of one token: step s is that of position s, and length n that of n - 1.
+                at = index if when.of == "step" else index - 1
+                found |= {at - 1, at, at + 1}
     return [(at, _PROMPT) for at in sorted(found) if 0 <= at <= _FARTHEST]
 
 
-def _gates(member: Member) -> list[When]:
-    when = getattr(member.stage, "when", None)
-    return [when] if isinstance(when, When) else []
+def _gates(plan: Plan) -> Iterator[When]:
+    for step in plan.steps:
+        inner: Plan | None = getattr(step, "inner", None)
+        if inner is not None:
+            yield from _gates(inner)
+        for member in step.members:
+            when = getattr(member.stage, "when", None)
+            if isinstance(when, When):
+                yield when
 
 
 def not_rehearsed(plan: Plan | None) -> list[str]:
@@ -200,7 +204,9 @@ def not_rehearsed(plan: Plan | None) -> list[str]:
 
     found = []
     for step in () if plan is None else plan.gpu_steps:
-        if isinstance(step, Barrier):
+        if isinstance(step, Barrier) and step.inner is not None:
+            found += not_rehearsed(step.inner)
+        elif isinstance(step, Barrier):
             found.append(f"{step.members[0].name}, which fastlogits doesn't know")
         elif isinstance(step, RowsLaunch) and not step.launches:
             found.append(f"{step.members[0].name}, which is some operations of torch")

@@ -120,6 +120,9 @@ LISTS = {
     "around what is unknown": lambda: [
         fl.RepetitionPenaltyLogitsProcessor(1.2), Unknown(), fl.TemperatureLogitsWarper(0.5), fl.TopKLogitsWarper(5)
     ],
+    "made for a run": lambda: [
+        fl.SuppressFirstTokens([1], window=2).for_run(1), fl.TopKLogitsWarper(5)
+    ],
     "around torch": lambda: [fl.DRYLogitsProcessor(0.8), fl.TopKLogitsWarper(5), fl.TemperatureLogitsWarper(0.5)],
 }  # fmt: skip
 
@@ -178,6 +181,46 @@ def test_positions_on_the_device_and_other_ids_are_those_that_are_given(kernels,
         processors(ids[:, :2], wide[:, :V], **given)
         processors.apply_(ids, wide[:, :V], **given)
     assert keys(made) == there
+
+
+def test_what_was_made_for_a_run_is_looked_into(kernels, gpu_plans):
+    inner = fl.LogitsProcessorList([fl.DRYLogitsProcessor(0.8), Unknown()]).for_run()
+    done = fl.LogitsProcessorList([inner, fl.TopKLogitsWarper(5)]).warm_up(V)
+    assert done.needed
+    assert done.skipped == (
+        "DRYLogitsProcessor, which is some operations of torch",
+        "Unknown, which fastlogits doesn't know",
+    )
+    assert not inner._run._first_lengths
+
+
+def of_list(*processors):
+    """The keys of a call of a list."""
+    with captured() as made:
+        many_calls(fl.LogitsProcessorList(processors), torch.float32, rows=(2,))
+    return keys(made)
+
+
+def chain(temperature=0.7, k=50, p=0.9, penalty=1.2, banned=(1, 2), bias=1.5, word=(5, 6), window=2):
+    return of_list(
+        fl.RepetitionPenaltyLogitsProcessor(penalty), fl.SequenceBiasLogitsProcessor([[[3, 4], bias]]),
+        fl.NoBadWordsLogitsProcessor([list(word)]), fl.SuppressTokensLogitsProcessor(banned),
+        fl.SuppressFirstTokens([4], window=window), fl.TemperatureLogitsWarper(temperature), fl.TopKLogitsWarper(k),
+        fl.TopPLogitsWarper(p),
+    )  # fmt: skip
+
+
+@needs_triton
+def test_values_compile_nothing_as_the_page_says(kernels, gpu_plans):
+    same = chain()
+    for change in (
+        {"temperature": 1.3}, {"k": 2}, {"k": 85}, {"p": 0.5}, {"penalty": 0.8}, {"banned": range(700)}, {"bias": -2.0},
+        {"word": (9, 8, 7)}, {"window": 9},
+    ):  # fmt: skip
+        assert chain(**change) == same, change
+    for change in ({"k": 86}, {"k": 620}, {"p": 1.0}):
+        assert chain(**change) != same, change
+    assert of_list(fl.NoRepeatNGramLogitsProcessor(2)) != of_list(fl.NoRepeatNGramLogitsProcessor(3))
 
 
 SAMPLERS = {

@@ -64,6 +64,11 @@ class RunProcessor(LogitsProcessor):
     def __init__(self, planned: _HasPlan, run: Run) -> None:
         self._planned, self._run = planned, run
 
+    @property
+    def plan(self) -> Plan:
+        """The plan that it runs."""
+        return self._planned.plan
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Processed scores ``[B, V]``, see ``StagedProcessor``."""
         return self._planned.plan(input_ids, scores, self._run)
