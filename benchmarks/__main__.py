@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] in (["plots"], ["report"], ["readme"]):
         return _documents(arguments)
+    if arguments[:1] == ["compile"]:
+        from benchmarks.compiling import main as compiling
+
+        return compiling(arguments[1:])
     options = _parse(arguments)
     console = Console()
     if not console.is_terminal:
@@ -171,7 +175,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     whole = partial(_at_least_1, "must be an integer of at least 1")
     parser = argparse.ArgumentParser(
         "python -m benchmarks",
-        description="Measure fastlogits beside what people use. Other commands: plots, report, readme.",
+        description="Measure fastlogits beside what people use. Other commands: plots, report, readme, compile.",
     )
     parser.add_argument("--device", nargs="+", choices=present, default=present, help="default: all present")
     parser.add_argument("--batch", nargs="+", type=whole, help=f"batch sizes; default: {_BATCHES}")

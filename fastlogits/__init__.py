@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     from fastlogits.serving import BatchProcessor as BatchProcessor
     from fastlogits.serving import RequestParams as RequestParams
     from fastlogits.token_mask import TokenMask as TokenMask
+    from fastlogits.warming import WarmUp as WarmUp
 
 __version__ = "0.1.0"
 
@@ -164,6 +165,7 @@ _HOME = {
     "TriggerPhraseLogitsProcessor": "processors.zoo",
     "TypicalLogitsWarper": "processors.truncation",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
+    "WarmUp": "warming",
     "WatermarkLogitsProcessor": "processors.watermark",
     "WhisperNoSpeechDetection": "processors.audio",
     "WhisperTimeStampLogitsProcessor": "processors.audio",

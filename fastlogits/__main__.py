@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastlogits demo``, ``explain``, ``check`` and ``doctor``."""
+"""The command line: ``python -m fastlogits demo``, ``explain``, ``check``, ``doctor`` and ``warm-up``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from typing import Any, NoReturn
 _PROCESSORS = """\
 a Python expression with the names of fastlogits, such as 'TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)', or
 module:name, a list of processors or a function that returns one"""
+_WARM_UP = """\
+Compile the kernels of a list, a sampler or a serving batch now, several at once, into Triton's cache on disk
+(TRITON_CACHE_DIR, else ~/.triton/cache), so that no first call waits for them. Give what your program will run, for the
+same vocabulary and dtype: these decide what is compiled, and so does which processors or options there are. Their
+numbers, the number of rows and the requests that come don't. It needs the GPU that the kernels are for; without one it
+says so, and there is nothing to do."""
+_WARM_UP_EXAMPLES = """\
+examples:
+  python -m fastlogits warm-up 'TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)' --vocab 128256 --dtype bfloat16
+  python -m fastlogits warm-up my_module:processors --vocab 128256
+  python -m fastlogits warm-up --sampler 'temperature=0.7, top_p=0.9, logprobs="raw"' --vocab 151936
+  python -m fastlogits warm-up --serving '{"max_requests": 256, "max_length": 4096, "semantics": "vllm"}' --vocab 151936
+
+The status is 1 where a kernel can't be compiled, and 2 where an argument is wrong."""
+_SERVING = """\
+a JSON file, or JSON itself, with arguments of BatchProcessor (max_requests, vocab_size, max_length, semantics,
+max_rows, max_listed, max_logprobs) and of its warm_up (calls, logprobs, bitmask, cache_position, draft_ids, slots,
+row_stride; dtypes as "int32" or "int64")"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,9 +80,33 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     doctor = commands.add_parser("doctor", help="versions, devices, the path that will run, and a self-test")
     doctor.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    warm_up = commands.add_parser(
+        "warm-up",
+        help="compile the kernels of a list, a sampler or a serving batch before the first call",
+        description=_WARM_UP,
+        epilog=_WARM_UP_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = warm_up.add_argument_group("what will run: one of these")
+    what.add_argument("processors", nargs="?", help=_PROCESSORS)
+    what.add_argument("--list", metavar="PROCESSORS", help="the same, by name")
+    what.add_argument(
+        "--sampler",
+        metavar="ARGUMENTS",
+        help="those of Sampler(...), a Python expression with the names of fastlogits, torch among them",
+    )
+    what.add_argument("--serving", metavar="CONFIG", help=_SERVING)
+    logits = warm_up.add_argument_group("the logits that it will get")
+    logits.add_argument("--vocab", type=_whole(1), help="tokens of the vocabulary; needed unless CONFIG has vocab_size")
+    logits.add_argument(
+        "--dtype", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16"], help="default: float32"
+    )
+    logits.add_argument("--batch", type=_whole(1), help="rows, where tensors among the arguments fix them; default: 1")
+    logits.add_argument("--row-stride", type=_whole(1), help="logits.stride(0); default: that of contiguous logits")
+    logits.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     options = parser.parse_args(arguments)
     # What a command needs is imported for it alone.
-    run = {"demo": _demo, "explain": _explain, "check": _check, "doctor": _doctor}[options.command]
+    run = {"demo": _demo, "explain": _explain, "check": _check, "doctor": _doctor, "warm-up": _warm_up}[options.command]
     return run(parser, options)
 
 
@@ -182,6 +224,123 @@ def _doctor(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int
     return 0 if good else 1
 
 
+def _warm_up(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    given = [each for each in (options.processors, options.list, options.sampler, options.serving) if each is not None]
+    if len(given) != 1:
+        parser.error(
+            "warm-up needs one thing that will run, and only one: processors, --sampler or --serving, got "
+            f"{len(given) or 'none'}; see python -m fastlogits warm-up --help"
+        )
+    device = _device(parser, options.device)
+    import torch
+    from fastlogits_kernels._triton import cache_folder
+
+    config = None if options.serving is None else _serving_config(parser, options)
+    vocab = options.vocab if config is None else config[0]["vocab_size"]
+    if vocab is None:
+        parser.error("--vocab must be the size of the vocabulary, the last dimension of the logits, got none")
+    text = options.processors or options.list
+    processors = None if text is None else _processors(parser, text)
+    good = True
+    for name in options.dtype:
+        dtype = getattr(torch, name)
+        try:
+            if config is not None:
+                from fastlogits import BatchProcessor
+
+                made, calls = config
+                done = BatchProcessor(**made, device=device).warm_up(dtype, **calls)
+            else:
+                warm_up = _sampler(parser, options.sampler) if processors is None else _list_of(processors)
+                rows = {} if options.batch is None else {"batch": options.batch}
+                done = warm_up(vocab, dtype, device=device, row_stride=options.row_stride, **rows)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:  # what constructors and processors refuse
+            parser.error(f"{error} (while warming up {given[0]!r} for {name})")
+        print(f"{name}: {done}", flush=True)
+        good = good and not done.failed
+    if not done.reason:
+        print(f"cache: {cache_folder()}")
+    return 0 if good else 1
+
+
+def _list_of(processors: list[Any]) -> Callable[..., Any]:
+    from fastlogits import LogitsProcessorList
+
+    return LogitsProcessorList(processors).warm_up
+
+
+def _sampler(parser: argparse.ArgumentParser, text: str) -> Callable[..., Any]:
+    """The warm-up of a sampler of these arguments."""
+    import torch
+
+    names = {**_names(text), "Sampler": _public("Sampler"), "torch": torch}
+    try:
+        return eval(f"Sampler({text})", names).warm_up  # type: ignore[no-any-return]
+    except Exception as error:
+        parser.error(
+            f"--sampler must be arguments of Sampler, got {text!r}: {type(error).__name__}: {error}; such as "
+            "'temperature=0.7, top_k=50'"
+        )
+
+
+_OF_WARM_UP = ("calls", "logprobs", "bitmask", "cache_position", "draft_ids", "slots", "row_stride")
+_OF_BATCH = ("max_requests", "vocab_size", "max_length", "semantics", "max_rows", "max_listed", "max_logprobs")
+
+
+def _serving_config(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a ``BatchProcessor``, and those of its warm-up."""
+    import json
+
+    import torch
+
+    text, wanted = options.serving, "--serving must be a JSON file or a JSON object"
+    try:
+        config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"{wanted}, got {text!r}: {error}")
+    if not isinstance(config, dict):
+        parser.error(f"{wanted}, got {text!r} with {type(config).__name__}")
+    unknown = [name for name in config if name not in (*_OF_BATCH, *_OF_WARM_UP)]
+    if unknown:
+        parser.error(
+            f"--serving knows {', '.join((*_OF_BATCH, *_OF_WARM_UP))}, got {unknown[0]!r}: what has no form in "
+            "JSON, as a history of the engine's own, needs BatchProcessor.warm_up() in the program"
+        )
+    if options.vocab is not None and config.setdefault("vocab_size", options.vocab) != options.vocab:
+        parser.error(
+            f"--vocab must be the vocab_size of --serving, {config['vocab_size']!r}, or left out, got {options.vocab}"
+        )
+    if options.batch is not None:
+        parser.error(f"--batch is for processors and samplers, got {options.batch}: --serving has max_rows")
+    for name in ("max_requests", "vocab_size", "max_length"):
+        if config.get(name) is None:
+            also = " (or --vocab)" if name == "vocab_size" else ""
+            parser.error(f"--serving must have {name}{also}, got {text!r} without it")
+    if options.row_stride is not None:
+        config.setdefault("row_stride", options.row_stride)
+    for name in ("cache_position", "draft_ids", "slots"):
+        if name in config and config[name] is not None:
+            if config[name] not in ("int32", "int64"):
+                parser.error(f'--serving must have "int32" or "int64" as {name}, got {config[name]!r}')
+            config[name] = getattr(torch, config[name])
+    return tuple({name: config[name] for name in names if name in config} for names in (_OF_BATCH, _OF_WARM_UP))  # type: ignore[return-value]
+
+
+def _public(name: str) -> Any:
+    import fastlogits
+
+    return getattr(fastlogits, name)
+
+
+def _names(text: str) -> dict[str, Any]:
+    """The public names of fastlogits that stand in an expression."""
+    import fastlogits
+
+    return {public: getattr(fastlogits, public) for public in dir(fastlogits) if public in text}
+
+
 def _device(parser: argparse.ArgumentParser, name: str | None) -> Any:
     """The device that an option names, if torch can use it."""
     import torch
@@ -196,7 +355,6 @@ def _device(parser: argparse.ArgumentParser, name: str | None) -> Any:
 
 def _processors(parser: argparse.ArgumentParser, text: str) -> list[Any]:
     """The processors that an argument names."""
-    import fastlogits
     from fastlogits.causes import checked_processors
 
     module, colon, name = text.partition(":")
@@ -205,8 +363,7 @@ def _processors(parser: argparse.ArgumentParser, text: str) -> list[Any]:
             found = getattr(import_module(module), name)
             found = found() if isroutine(found) else found
         else:
-            names = {public: getattr(fastlogits, public) for public in dir(fastlogits) if public in text}
-            found = eval(text, names)
+            found = eval(text, _names(text))
     except Exception as error:
         parser.error(
             f"processors must be an expression or module:name, got {text!r}: {type(error).__name__}: {error}; an "

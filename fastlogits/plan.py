@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from fastlogits_kernels._backend import has_gradient
+from fastlogits_kernels._triton import empty_out, is_collecting
 
 from fastlogits.causes import explain_failure
 from fastlogits.fold_launch import FOLDED, FoldLaunch
@@ -33,11 +34,18 @@ class RowsLaunch(Step):
         self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """Process the scores of one call."""
+        if is_collecting():
+            return empty_out(scores) if self._stage.rehearse is None else self._stage.rehearse(scores)
         if not self._stage.positioned:
             return self._stage.function(input_ids, scores)
         run = known(run, self.members)
         own = (run,) if self._stage.keeps_notes else ()
         return self._stage.function(input_ids, scores, *run.locate(input_ids, scores), *own)
+
+    @property
+    def launches(self) -> bool:
+        """Whether it launches kernels of ours."""
+        return self._stage.rehearse is not None
 
     def describe(self) -> str:
         """The function in a word, for ``explain()``."""
@@ -77,6 +85,8 @@ class Barrier(Step):
         self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """Run the processor as ``LogitsProcessorList`` of transformers does."""
+        if is_collecting():
+            return empty_out(scores) if self.inner is None else self.inner(input_ids, scores, run, kwargs)
         if self._extra:
             if not all(argument in kwargs for argument in self._extra):
                 raise ValueError(
@@ -85,6 +95,12 @@ class Barrier(Step):
                 )
             return self.processor(input_ids, scores, **{name: kwargs[name] for name in self._extra})  # type: ignore[no-any-return]
         return self.processor(input_ids, scores)  # type: ignore[no-any-return]
+
+    @property
+    def inner(self) -> Plan | None:
+        """The plan of what ``for_run`` has made, which may stand in any list."""
+        plan = None if self.may_write else getattr(self.processor, "plan", None)
+        return plan if isinstance(plan, Plan) else None
 
     def describe(self) -> str:
         """The barrier in a word, for ``explain()``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args
 
 import torch
 from fastlogits_kernels.draw import draw
@@ -35,6 +35,9 @@ from fastlogits.run import Run
 from fastlogits.stages import Member, Scale
 from fastlogits.step import NO_ARGUMENTS
 from fastlogits.truncate_launch import TruncateLaunch
+
+if TYPE_CHECKING:
+    from fastlogits.warming import WarmUp
 
 Distribution: TypeAlias = Literal["processed", "raw"]
 
@@ -215,6 +218,72 @@ class Sampler:
             steps = () if self._processors is None else self._processors.plan.steps
             explain_failure(error, [member for step in steps for member in step.members], input_ids, logits)
             raise
+
+    def warm_up(
+        self,
+        vocab_size: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        batch: int | None = None,
+        device: torch.device | str | None = None,
+        row_stride: int | None = None,
+        seeds: Index = 0,
+        positions: Index = 0,
+        input_ids: torch.Tensor | None = None,
+        prompt_length: Index | None = None,
+        cache_position: Index | None = None,
+    ) -> WarmUp:
+        """Compile now, and at once, what calls with such logits launch; else the first of them does it, and waits.
+
+        A call is rehearsed: its launches are collected, compiled side by side and loaded, and none is made. See
+        ``LogitsProcessorList.warm_up`` for what that leaves alone, and what changes nothing of what is compiled.
+
+        Args:
+            vocab_size: tokens of the vocabulary, V.
+            dtype: of the logits: float32, float16 or bfloat16.
+            batch: rows of the logits; None for the length of a parameter that is a tensor, else 1.
+            device: where the logits are; None for that of a parameter that is a tensor, else the current GPU where
+                there is one, else the CPU.
+            row_stride: ``logits.stride(0)``, where logits are a part of wider ones; None for contiguous ones.
+            seeds: as calls have them. Of a tensor the dtype is what counts; an integer stands for int64.
+            positions: likewise.
+            input_ids: likewise, for processors that read them; None for int64.
+            prompt_length: as calls have it, where that is a tensor on the device; None for integers, or none at all.
+            cache_position: likewise.
+
+        Returns:
+            What was compiled, in how many seconds, and what was not rehearsed: see ``WarmUp``.
+
+        Raises:
+            ValueError: an argument out of range or of a wrong type, or what a call refuses.
+            RuntimeError: a CUDA graph is being captured.
+
+        Example:
+            >>> Sampler(temperature=0.7, top_k=50).warm_up(128256, torch.bfloat16, device="cpu").kernels
+            ()
+        """
+        from fastlogits import warming
+
+        own = [each for each in (self._temperature, *(rule.value for rule in self._rules)) if _is_tensor(each)]
+        where = own[0].device if device is None and own else warming.checked_device(device)
+        rows = len(own[0]) if batch is None and own else whole_number("batch", 1 if batch is None else batch, 1)
+        logits = warming.dummy_logits(rows, vocab_size, dtype, where, row_stride)
+        ids = warming.dummy_ids(input_ids, rows, where)
+        for argument, value in (("seeds", seeds), ("positions", positions)):
+            _for_rows(argument, value, logits)
+        if isinstance(self._temperature, torch.Tensor):
+            _check_rows("temperature", self._temperature, logits)
+        check_rules(logits, self._rules)
+        plan = None if self._processors is None else self._processors.plan
+
+        def rehearse() -> None:
+            if prompt_length is not None or cache_position is not None:
+                self(logits, seeds, positions, ids, prompt_length=prompt_length, cache_position=cache_position)
+                return
+            for at, start in warming.host_positions(plan):
+                self(logits, seeds, positions, ids, prompt_length=start, cache_position=at)
+
+        return warming.warmed(where, rehearse, warming.not_rehearsed(plan))
 
     def _draw(
         self,
@@ -447,6 +516,10 @@ def _acting(kind: RuleKind, value: float | torch.Tensor | None) -> float | torch
     if not is_number(value) or not (bounds.has(value) or value == bounds.off):
         raise ValueError(f"{argument_of(kind)} must be a number {bounds.words}, got {value!r}")
     return float(value) if bounds.has(value) else None
+
+
+def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor)
 
 
 def _check_temperatures(temperature: torch.Tensor) -> None:

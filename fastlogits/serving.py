@@ -25,9 +25,11 @@ from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
 
 if TYPE_CHECKING:
     from fastlogits.sampling import Distribution, Sample
+    from fastlogits.warming import WarmUp
 
 Scope: TypeAlias = Literal["all", "output"]
 Preset: TypeAlias = Literal["transformers", "vllm", "sglang"]
+Call: TypeAlias = Literal["sample", "apply_", "apply", "append", "swap"]
 Ids: TypeAlias = "Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
 _Index: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None] | tuple[None, None]"
 """Integers on the device, and on the host where they are known there; None for an argument that is not given."""
@@ -587,6 +589,86 @@ class BatchProcessor:
             self._check_logprobs(known, logprobs)
         tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs)
         return Sample.of(tokens, asked, self.max_logprobs)
+
+    # -- Before the first step -------------------------------------------------------------------------------------
+
+    def warm_up(
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        calls: Call | Sequence[Call] = ("sample", "apply_", "apply", "append", "swap"),
+        logprobs: Distribution | Sequence[Distribution] = (),
+        bitmask: bool | None = None,
+        cache_position: torch.dtype | None = None,
+        draft_ids: torch.dtype | None = None,
+        slots: torch.dtype = torch.int64,
+        row_stride: int | None = None,
+    ) -> WarmUp:
+        """Compile now, and at once, what steps with such logits launch; else the first of them does it, and waits.
+
+        A step of a row of no request is rehearsed: its launches are collected, compiled side by side and loaded, and
+        none is made. So requests may be there already, and nothing of them changes; a step in flight isn't disturbed.
+        Which requests there are, what they ask for, and the number of rows change nothing of what is compiled.
+
+        Args:
+            dtype: of the logits: float32, float16 or bfloat16.
+            calls: which methods will be called; ``"swap"`` stands for ``move`` too. Fewer compile sooner: ``sample``
+                and each of the two ``apply`` have kernels of their own.
+            logprobs: whose log-probabilities ``sample`` will be asked for: ``"raw"``, ``"processed"``, both or none.
+            bitmask: whether steps have a bitmask; None for steps with one and steps without.
+            cache_position: the dtype of the ``cache_position`` of steps, int32 or int64 (lists count as int64); None
+                where they have none.
+            draft_ids: likewise of ``draft_ids`` and ``local_position``.
+            slots: likewise of ``slots``, which all steps have.
+            row_stride: ``logits.stride(0)``, where logits are a part of wider ones; None for contiguous ones.
+
+        Returns:
+            What was compiled, in how many seconds: see ``WarmUp``.
+
+        Raises:
+            ValueError: an argument of another form than is said here.
+            RuntimeError: a CUDA graph is being captured.
+
+        Example:
+            >>> batch = BatchProcessor(4, vocab_size=8, device="cpu", max_length=32)
+            >>> batch.warm_up(torch.bfloat16, calls="sample")
+            <WarmUp: nothing to compile on cpu: the kernels are for GPUs, and torch runs here>
+        """
+        from fastlogits import warming
+
+        asked = warming.checked_choices("calls", calls, get_args(Call))
+        reports = warming.checked_choices("logprobs", logprobs, ("raw", "processed"))
+        one_of("bitmask", bitmask, (None, False, True))
+        integers = (torch.int32, torch.int64)
+        one_of("cache_position", cache_position, (None, *integers))
+        one_of("draft_ids", draft_ids, (None, *integers))
+        one_of("slots", slots, integers)
+        logits = warming.dummy_logits(1, self.vocab_size, dtype, self.device, row_stride)
+
+        def whole(value: int, of: torch.dtype | None) -> torch.Tensor | None:
+            return None if of is None else torch.full((1,), value, dtype=of, device=self.device)
+
+        def rehearse() -> None:
+            nobody: Any = whole(-1, slots)
+            mask = torch.zeros(1, words(self.vocab_size), dtype=torch.int32, device=self.device)
+            for each in (None, mask) if bitmask is None else (mask if bitmask else None,):
+                step: Any = {
+                    "cache_position": whole(-1, cache_position), "draft_ids": whole(0, draft_ids),
+                    "local_position": whole(0, draft_ids), "bitmask": each,
+                }  # fmt: skip
+                if "sample" in asked:
+                    for distribution in (None, *reports):
+                        self.sample(logits, nobody, **step, logprobs=cast("Distribution | None", distribution))
+                if "apply_" in asked:
+                    self.apply_(logits, nobody, **step)
+                if "apply" in asked:
+                    self.apply(logits, nobody, **step)
+            if "append" in asked and self._owns_history:
+                append_tokens(self._slots, nobody, torch.zeros(1, dtype=torch.int64, device=self.device))
+            if "swap" in asked:
+                swap_slots(self._table, 0, 0)
+
+        return warming.warmed(self.device, rehearse)
 
     # -- What calls have in common ---------------------------------------------------------------------------------
 

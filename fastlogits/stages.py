@@ -388,6 +388,8 @@ class Rows(Stage):
         positioned: whether it asks which step of the run it is in.
         reads_history: whether it reads ``input_ids``.
         keeps_notes: whether it carries something from call to call; of functions that are ``positioned``.
+        rehearse: what launches the kernels that the function launches for ``scores``, and touches nothing that the
+            function carries on; None where it launches none of ours.
     """
 
     kind = "normalise"
@@ -397,6 +399,7 @@ class Rows(Stage):
     positioned: bool = False
     reads_history: bool = True
     keeps_notes: bool = False
+    rehearse: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def needs_position(self) -> bool:

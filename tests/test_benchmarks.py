@@ -498,3 +498,38 @@ def test_a_replayed_call_keeps_what_its_graph_reads():
     replays = ReplayBunch([partial(call, torch.full((1 << 16,), 3.0, device="cuda"))])
     others = [torch.zeros(1 << 16, device="cuda") for _ in range(64)]
     assert torch.equal(replays.once(), torch.full_like(others[0], 6.0))
+
+
+def test_what_a_first_call_waits_for_is_kept_with_what_it_was_measured_on(tmp_path, capsys, monkeypatch):
+    from benchmarks import compiling
+
+    chosen = ["--workload", "draw T", "--device", "cpu", "--batch", "1", "--vocab", "64", "--out", str(tmp_path)]
+    assert main(["compile", *chosen]) == 0
+    monkeypatch.setattr(compiling, "first_calls", lambda *_: {FAST: compiling.First(12.25, 0.5, 6)})
+    assert main(["compile", *chosen]) == 0
+    measured, made_up = _rows(tmp_path)
+    assert (measured["workload"], measured["contender"], measured["vocab"]) == ("draw T", FAST, "64")
+    assert all(0 < float(measured[seconds]) < 60 for seconds in ("cold_s", "cached_s"))
+    assert measured["kernels"] == "0"  # a CPU compiles nothing
+    assert (made_up["kernels"], made_up["cold_s"], made_up["cached_s"]) == ("6", "12.250", "0.500")
+    assert {"commit", "torch", "triton", "device", "cores", "dtype"} < set(measured)
+    assert "12.25 s   0.50 s" in capsys.readouterr().out
+
+
+def test_a_first_call_that_fails_and_what_is_not_there(tmp_path, capsys, monkeypatch):
+    from benchmarks import compiling
+
+    def fails(*arguments):
+        raise RuntimeError("draw T: the process of a first call failed: no ptxas")
+
+    monkeypatch.setattr(compiling, "first_calls", fails)
+    assert main(["compile", "--workload", "draw T", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "no ptxas" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        main(["compile", "--workload", "draw X", "--device", "cpu"])
+    assert "nothing is called ['draw X']" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            main(["compile"])
+        assert "nothing is compiled here" in capsys.readouterr().err

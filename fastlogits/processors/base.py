@@ -17,6 +17,7 @@ from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
 from fastlogits.causes import checked_processors
+from fastlogits.checks import whole_number
 from fastlogits.compilers import constant
 from fastlogits.plan import Barrier, Plan
 from fastlogits.run import Run
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fastlogits.inside.explanation import Explanation
     from fastlogits.inside.tracing import Trace
     from fastlogits.position import Index
+    from fastlogits.warming import WarmUp
 
 __all__ = ["LogitsProcessor", "LogitsProcessorList", "StagedProcessor"]
 
@@ -61,6 +63,11 @@ class RunProcessor(LogitsProcessor):
 
     def __init__(self, planned: _HasPlan, run: Run) -> None:
         self._planned, self._run = planned, run
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that it runs."""
+        return self._planned.plan
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Processed scores ``[B, V]``, see ``StagedProcessor``."""
@@ -137,6 +144,68 @@ class _Planned:
 
         positions: Any = {"prompt_length": prompt_length, "cache_position": cache_position}
         return trace(self, input_ids, scores, tokenizer, **positions, top=top)
+
+    def warm_up(
+        self,
+        vocab_size: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        batch: int = 1,
+        device: torch.device | str | None = None,
+        row_stride: int | None = None,
+        input_ids: torch.Tensor | None = None,
+        prompt_length: Index | None = None,
+        cache_position: Index | None = None,
+    ) -> WarmUp:
+        """Compile now, and at once, what calls with such logits launch; else the first of them does it, and waits.
+
+        A call and one in place are rehearsed: their launches are collected, compiled side by side and loaded, and none
+        is made. No processor is called that fastlogits doesn't know, no model and no function of yours; no run begins,
+        nothing counts as a step, and no random number is drawn. The number of rows, the length of the text, and the
+        numbers and token ids of the processors change nothing of what is compiled; the vocabulary, the dtypes and which
+        processors there are do. Where the kernels don't run, as on a CPU, this returns at once and says so.
+
+        Args:
+            vocab_size: tokens of the vocabulary, V.
+            dtype: of the logits: float32, as ``generate`` has them, float16 or bfloat16.
+            batch: rows of the logits; of importance only where a processor has something of its own for each row, as
+                with ``encoder_input_ids``.
+            device: where the logits are; None for the current GPU where there is one, else the CPU.
+            row_stride: ``logits.stride(0)``, where logits are a part of wider ones; None for contiguous ones.
+            input_ids: tokens as calls have them; None for int64.
+            prompt_length: as calls have it, where that is a tensor on the device; None for integers, or none at all.
+            cache_position: likewise.
+
+        Returns:
+            What was compiled, in how many seconds, and what was not rehearsed: see ``WarmUp``.
+
+        Raises:
+            ValueError: an argument out of range or of a wrong type; what a processor refuses of such logits.
+            RuntimeError: a CUDA graph is being captured.
+
+        Example:
+            >>> from fastlogits import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+            >>> processors = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)])
+            >>> processors.warm_up(128256, torch.bfloat16, device="cpu").kernels
+            ()
+        """
+        from fastlogits import warming
+
+        where = warming.checked_device(device)
+        rows = whole_number("batch", batch, 1)
+        logits = warming.dummy_logits(rows, vocab_size, dtype, where, row_stride)
+        ids = warming.dummy_ids(input_ids, rows, where)
+        plan = self.plan
+
+        def rehearse() -> None:
+            for in_place in (False, True):
+                if prompt_length is not None or cache_position is not None:
+                    plan(ids, logits, Run.of(prompt_length, cache_position), in_place=in_place)
+                    continue
+                for at, start in warming.host_positions(plan):
+                    plan(ids, logits, Run(start, at), in_place=in_place)
+
+        return warming.warmed(where, rehearse, warming.not_rehearsed(plan))
 
 
 class StagedProcessor(_Planned, LogitsProcessor):

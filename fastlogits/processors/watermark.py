@@ -257,7 +257,20 @@ class SynthIDTextWatermarkLogitsProcessor(StagedProcessor, _SynthIDTextWatermark
         """A function of whole rows that also reads what earlier calls left in ``state``."""
         hashes: dict[tuple[int, torch.device], _Hash] = {}
         description = f"SynthID tournament of {len(self.keys)} depths over {self.ngram_len}-grams"
-        return Rows("mix", partial(SynthIDTextWatermarkLogitsProcessor._rows, self, hashes), description)
+        rehearse = partial(SynthIDTextWatermarkLogitsProcessor._rehearsed, self, hashes)
+        function = partial(SynthIDTextWatermarkLogitsProcessor._rows, self, hashes)
+        return Rows("mix", function, description, rehearse=rehearse)
+
+    def _rehearsed(self, hashes: dict[tuple[int, torch.device], _Hash], scores: torch.Tensor) -> torch.Tensor:
+        """The launches of a call, without its state."""
+        B, V = scores.shape
+        key = V, scores.device
+        if key not in hashes:
+            hashes[key] = _Hash.of(self, *key)
+        hashed = hashes[key]
+        offsets = torch.zeros(B, len(self.keys), dtype=torch.int64, device=scores.device)
+        skip = torch.zeros(B, 1, dtype=torch.bool, device=scores.device)
+        return synthid(scores, hashed.table, offsets, skip, hashed.multiplier)
 
     def _rows(
         self, hashes: dict[tuple[int, torch.device], _Hash], input_ids: torch.Tensor, scores: torch.Tensor

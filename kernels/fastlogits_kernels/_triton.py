@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -51,10 +53,14 @@ __all__ = [
     "HAS_TRITON",
     "Launch",
     "Launcher",
+    "cache_folder",
+    "collected",
     "empty_out",
     "form_of",
+    "is_collecting",
     "launch_key",
     "launch_together",
+    "prepare",
     "row_stride",
     "table_on",
     "tl",
@@ -88,13 +94,19 @@ class Launcher:
 
     Args:
         kernel: a ``triton.jit`` function whose last parameters are its constants.
+        fills_tables: whether it writes what is kept for later calls: it is launched while launches are collected too.
         options: ``num_warps`` and the like.
     """
 
-    def __init__(self, kernel: Any, **options: int) -> None:
+    def __init__(self, kernel: Any, fills_tables: bool = False, **options: int) -> None:
         self.kernel = kernel
         self.compiled: dict[tuple[Any, ...], Any] = {}
-        self._options = options
+        self._fills_tables, self._options = fills_tables, options
+
+    @property
+    def name(self) -> str:
+        """That of the kernel."""
+        return getattr(self.kernel, "__name__", type(self.kernel).__name__)
 
     def __call__(self, key: tuple[Any, ...], programs: int, args: tuple[Any, ...]) -> None:
         """Launch ``programs`` programs on the device that ``key`` begins with.
@@ -102,6 +114,9 @@ class Launcher:
         The rest of ``key`` is all of ``args`` that a variant of the kernel depends on: constants, dtypes, absent
         arguments, alignments, specialised integers.
         """
+        if _collectors and _collection.launches is not None and not self._fills_tables:
+            _collection.launches.append(Launch(self, key, programs, args))
+            return
         device = key[0]
         if _MANY_DEVICES and device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -151,6 +166,19 @@ class Launcher:
         start = time.perf_counter()
         compiled = self.compile(device, programs, args)
         _say_slow([self], device, time.perf_counter() - start)
+        self._load(device, compiled)
+
+    def keep(self, key: tuple[Any, ...], compiled: Any) -> None:
+        """Load what ``compile`` has returned, and relaunch it from now on for ``key``.
+
+        Raises:
+            CompileError: the device can't take it.
+        """
+        self._load(key[0], compiled)
+        if _RELAUNCHES and compiled is not None:
+            self.compiled.setdefault(key, compiled)
+
+    def _load(self, device: torch.device, compiled: Any) -> None:
         try:
             # Loaded when asked for, which fails where it takes more shared memory than there is.
             getattr(compiled, "run", None)
@@ -162,8 +190,7 @@ class Launcher:
         return CompileError(device, f"{said}; mend what it says (a C compiler?), or {SWITCH_OFF}")
 
     def _failed(self, what: str, error: Exception) -> str:
-        name = getattr(self.kernel, "__name__", type(self.kernel).__name__)
-        return f"the kernel {name} can't be {what} ({type(error).__name__}: {str(error).strip()[-500:]})"
+        return f"the kernel {self.name} can't be {what} ({type(error).__name__}: {str(error).strip()[-500:]})"
 
 
 class Launch(NamedTuple):
@@ -175,34 +202,127 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
 
 
+# -- Several at once -------------------------------------------------------------------------------------------------
+
+
+class _Collection(threading.local):
+    """What this thread collects; None where it launches."""
+
+    launches: list[Launch] | None = None
+
+
+_collection = _Collection()
+_collectors = 0
+"""How many threads collect: where none does, a launch looks no further."""
+_collectors_lock = threading.Lock()
+
+
+@contextmanager
+def collected() -> Iterator[list[Launch]]:
+    """Collect the launches of this thread instead of making them, so that nothing is compiled or written.
+
+    What they would have written holds anything then, and must not be read. Kernels that fill tables for later calls are
+    launched all the same.
+    """
+    global _collectors
+    before = _collection.launches
+    launches: list[Launch] = []
+    with _collectors_lock:
+        _collectors += 1
+    _collection.launches = launches
+    try:
+        yield launches
+    finally:
+        _collection.launches = before
+        with _collectors_lock:
+            _collectors -= 1
+
+
+def is_collecting() -> bool:
+    """Whether this thread's launches are collected: what is no kernel needn't run then either."""
+    # A compiler that traces needn't guard what it never meets.
+    return not torch.compiler.is_compiling() and _collectors > 0 and _collection.launches is not None
+
+
 def launch_together(launches: Sequence[Launch]) -> None:
     """Make some launches in their order; those of them that have to be compiled are compiled at once."""
     missing = [each for each in launches if each.key not in each.launcher.compiled]
-    if len(missing) > 1:
+    if len(missing) > 1 and not is_collecting():
         compile_together(missing)
     for launcher, key, programs, args in launches:
         launcher(key, programs, args)
 
 
 def compile_together(launches: Sequence[Launch]) -> None:
-    """Compile several kernels at once: most of it happens outside Python.
+    """Compile several kernels at once.
 
     Raises:
         CompileError: one of them can't be had on its device.
     """
-    device = launches[0].key[0]
-    if device.type != "cuda" or not _RELAUNCHES:  # interpreted, or compiled by each launch
+    if launches[0].key[0].type != "cuda" or not _RELAUNCHES:  # interpreted, or compiled by each launch
         return
+    for compiled in _compiled(launches):
+        if isinstance(compiled, CompileError):
+            raise compiled
 
-    def compile_one(launch: Launch) -> None:
-        with torch.cuda.device(device):
-            launch.launcher.compile(device, launch.programs, launch.args)
+
+def prepare(launches: Sequence[Launch]) -> list[tuple[Launch, CompileError | None]]:
+    """Compile and load what some launches on one device need, several kernels at once, and launch nothing.
+
+    Returns:
+        One launch of each variant that wasn't there yet, with the reason where it can't be had.
+    """
+    missing: dict[tuple[int, Any], Launch] = {}
+    for each in launches:
+        if each.key not in each.launcher.compiled:
+            missing.setdefault((id(each.launcher), each.key), each)
+    found = list(missing.values())
+    outcomes: list[tuple[Launch, CompileError | None]] = []
+    for launch, compiled in zip(found, _compiled(found), strict=True):
+        error = compiled if isinstance(compiled, CompileError) else None
+        if error is None:
+            try:
+                with _current(launch.key[0]):
+                    launch.launcher.keep(launch.key, compiled)
+            except CompileError as refused:
+                error = refused
+        outcomes.append((launch, error))
+    return outcomes
+
+
+def _compiled(launches: Sequence[Launch]) -> list[Any]:
+    """What the launches need, compiled in threads, since most of it happens outside Python; or why it can't be had."""
+    if not launches:
+        return []
+    device = launches[0].key[0]
+
+    def compile_one(launch: Launch) -> Any:
+        try:
+            with _current(device):
+                return launch.launcher.compile(device, launch.programs, launch.args)
+        except CompileError as error:
+            return error
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(len(launches)) as pool:
-        for done in [pool.submit(compile_one, launch) for launch in launches]:
-            done.result()
+    # A call's kernels all at once; of the dozens of a warm-up no more than there are cores for, which all take memory.
+    with ThreadPoolExecutor(min(len(launches), max(_CALL, _cores()))) as pool:
+        compiled = list(pool.map(compile_one, launches))
     _say_slow([launch.launcher for launch in launches], device, time.perf_counter() - start)
+    return compiled
+
+
+_CALL = 8
+"""At least as many kernels as one call has."""
+
+
+def _cores() -> int:
+    """How many cores the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _current(device: torch.device) -> Any:
+    """Within it a GPU is the current one of the thread: Triton compiles for that, and loads onto it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 _said_slow = False
@@ -214,13 +334,19 @@ def _say_slow(launchers: Sequence[Launcher], device: torch.device, seconds: floa
     if seconds < _SLOW_S or _said_slow or device.type != "cuda":
         return
     _said_slow = True
-    names = ", ".join(getattr(each.kernel, "__name__", type(each.kernel).__name__) for each in launchers)
-    folder = os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".triton", "cache")
+    names = ", ".join(dict.fromkeys(each.name for each in launchers))
     _logger.warning(
         "compiled %s for %s in %.1f s. They are kept in %s: set TRITON_CACHE_DIR to a folder that lasts. This "
         "is said once.",
-        names, torch.cuda.get_device_name(device), seconds, folder,
+        names, torch.cuda.get_device_name(device), seconds, cache_folder(),
     )  # fmt: skip
+
+
+def cache_folder() -> str:
+    """Where Triton keeps what it has compiled."""
+    if hasattr(triton, "knobs"):
+        return str(triton.knobs.cache.dir)
+    return os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".triton", "cache")
 
 
 def launch_key(scores: torch.Tensor, out: torch.Tensor | None = None) -> tuple[Any, ...]:

@@ -43,7 +43,8 @@ def _pack_ids_kernel(
     tl.atomic_or(bits_ptr + row * W + token // 32, bit, mask=known, sem="relaxed")
 
 
-_pack_ids_launcher = Launcher(_pack_ids_kernel, num_warps=4)
+# Its bits become tables of a chain, or the allowed rows of a processor.
+_pack_ids_launcher = Launcher(_pack_ids_kernel, fills_tables=True, num_warps=4)
 
 
 def launch_pack_ids(ids: torch.Tensor, bits: torch.Tensor, vocab_size: int) -> None:

@@ -77,7 +77,7 @@ class Position(NamedTuple):
     prompt_length: torch.Tensor | None = None
 
 
-_STEPWISE = ["B", "W", "L", "source_length", "stride_ids_row", "stride_id", "stride_allowed", "stride_cache"]
+_STEPWISE = ["B", "W", "L", "source_length", "splits", "stride_ids_row", "stride_id", "stride_allowed", "stride_cache"]
 _STEPWISE += ["stride_prompt", "cache_offset", "prompt_offset"]
 _UNALIGNED = ["ids_ptr", "masks_ptr", "rows_ptr", "sources_ptr", "starts_ptr", "gates_ptr", "table_ptr", "numbers_ptr"]
 _UNALIGNED += ["allowed_ptr", "cache_position_ptr", "prompt_length_ptr", "bits_ptr", "planes_ptr", "row_values_ptr"]
@@ -244,18 +244,18 @@ def _token_sets_kernel(
     # outputs
     bits_ptr, planes_ptr, row_values_ptr, rounds_like_ptr,
     # shapes
-    B, V, W, L, source_length,
+    B, V, W, L, source_length, splits,
     # strides
     stride_ids_row, stride_id, stride_allowed, stride_cache, stride_prompt,
     # position
     cache_offset, prompt_offset,
     # constants
-    TASKS: tl.constexpr, SETS: tl.constexpr, ROW_VALUES: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    TASKS: tl.constexpr, SETS: tl.constexpr, ROW_VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    split = program % SPLITS
-    which = (program // SPLITS) % SETS
-    row = (program // (SPLITS * SETS)).to(tl.int64)
+    split = program % splits
+    which = (program // splits) % SETS
+    row = (program // (splits * SETS)).to(tl.int64)
 
     length = cache_offset + 1
     if cache_position_ptr is not None:
@@ -267,7 +267,7 @@ def _token_sets_kernel(
     seen = tl.minimum(length, L)  # of what is in the history
 
     lane = tl.arange(0, BLOCK)
-    range_words = (W + SPLITS - 1) // SPLITS
+    range_words = (W + splits - 1) // splits
     first = split * range_words
     last = tl.minimum(first + range_words, W)
     if ids_ptr is not None:
@@ -561,16 +561,16 @@ def launch_token_sets(
     masks, rows, sources, starts, gates, table, numbers = search.operands
     splits = max(1, min(W // _BLOCK, _PROGRAMS // (B * sets)))
     key = (
-        device, scores.dtype, V, search.form, splits, ids_dtype, allowed is None,
+        device, scores.dtype, V, search.form, ids_dtype, allowed is None,
         cache_position is None or cache_position.dtype, prompt_length is None or prompt_length.dtype,
     )  # fmt: skip
     _token_sets_launcher(key, B * sets * splits, (
         input_ids, masks, rows, sources, starts, gates, table, numbers, allowed, cache_position, prompt_length,
         found, planes, row_values, scores,
-        B, V, W, L, 0 if sources is None else sources.shape[2],
+        B, V, W, L, 0 if sources is None else sources.shape[2], splits,
         stride_ids_row, stride_id, 0 if allowed is None or allowed.shape[0] == 1 else allowed.stride(0),
         row_stride(cache_position), row_stride(prompt_length),
         cache_offset, prompt_offset,
-        search.flat, sets, search.row_values, splits, _BLOCK,
+        search.flat, sets, search.row_values, _BLOCK,
     ))  # fmt: skip
     return TokenSets(found, planes, row_values)
