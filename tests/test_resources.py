@@ -166,6 +166,12 @@ def test_a_key_says_all_that_a_kernel_is_compiled_for():
     assert told("-m", "tests.launches", "keys") == []
 
 
+def test_one_row_of_one_token_compiles():
+    """Of an integer that is 1 Triton makes a constant, and no tensor."""
+    found = told("-m", "tests.launches", "smallest", 90)
+    assert {"refine_kernel", "refine_rows_kernel", "report_kernel", "_slot_sets_kernel", "_fold_kernel"} <= set(found)
+
+
 def test_a_selection_compiles_for_amd():
     kernels = {"bounds_kernel", "filter_kernel", "refine_kernel", "refine_rows_kernel"}
     assert set(told("-m", "tests.launches", "amd")) == kernels

@@ -277,6 +277,7 @@ def _cut_ties(some, kept, edge, keep, tied, V, BANDED: tl.constexpr):
     """``kept`` without what is below a key, and of the ``tied`` tokens at it with only ``keep``."""
     nothing = tl.full([], 0, tl.int64)
     none = tl.full([], 0, tl.int32)
+    V = none + V  # a constant, and no tensor, where it is 1
     lives = _lives(some, kept, BANDED) & (key_of(some.x) == edge)
     # Where all stay there is nothing to search; a branch around it is what Triton 3.6 can't compile.
     some_go = keep < tied
