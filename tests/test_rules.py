@@ -12,7 +12,7 @@ from fastlogits_kernels.slots import OFF
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
-from tests.oracle import check_truncation, hard_rows
+from tests.oracle import broken_rows, check_truncation, hard_rows
 
 needs_triton = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +79,18 @@ def test_kernels_keep_what_the_oracle_keeps(monkeypatch, kind, path):
         seeds = torch.arange(3, device=DEVICE)
         tokens = launch.select_tokens(given, selection(rules, path), seeds, seeds)
         assert torch.equal(tokens, draw.reference_draw(found, seeds, seeds))
+
+
+@needs_triton
+@PATHS
+@pytest.mark.parametrize("others", [("eta",), ("top_a",), ("typical",), ("min_p", "top_k"), ("top_k",), ()], ids=str)
+def test_a_deviation_behind_what_cannot_act(monkeypatch, others, path):
+    """Nothing is likely beside an infinity, but a deviation is: its sums are not those that another rule asked for."""
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
+    monkeypatch.setattr(launch, "ROW_BLOCK", 256 if DEVICE == "cpu" else launch.ROW_BLOCK)
+    given = torch.stack(list(broken_rows(V).values())).to(DEVICE)
+    rules = (*(Rule(kind, VALUES[kind]) for kind in others), Rule("top_n_sigma", 1.0), Rule("top_p", 0.8))
+    check_truncation(given, rules, launch.select(given, selection(rules, path)))
 
 
 @KINDS

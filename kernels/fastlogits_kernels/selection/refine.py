@@ -134,6 +134,12 @@ def unpacked(total):
 
 
 @triton.jit
+def centre_of(top):
+    """From where the finite logits of a row of that largest one are measured, so that squares stay small."""
+    return tl.where(tl.abs(top) < float("inf"), top, 0.0)
+
+
+@triton.jit
 def deviation_of(finite, squares):
     """The standard deviation of so many finite logits, float32; NaN where nothing is known of it."""
     deviation = tl.sqrt(tl.where(squares > 0, squares, 0.0) / tl.maximum(finite - 1, 1.0)).to(tl.float32)
@@ -359,7 +365,7 @@ def _apply(
     if KIND_GOAL == NO_GOAL:
         deviation = top
         if NEEDS >= 3:
-            off = tl.where(lives & (tl.abs(some.x) < float("inf")), some.x - top, 0.0).to(tl.float64)
+            off = tl.where(lives & (tl.abs(some.x) < float("inf")), some.x - centre_of(top), 0.0).to(tl.float64)
             finite = tl.sum((lives & (tl.abs(some.x) < float("inf"))).to(tl.float64))
             first = tl.sum(off)
             squares = tl.sum(off * off) - first * first / tl.maximum(finite, 1.0)
@@ -467,9 +473,10 @@ def _apply_all(
                 KINDS[i], LEASTS[i], SUMS, BANDED, LOWEST_TIES,
             )  # fmt: skip
             failed = failed | wrong
-            uncut = uncut & False
             if GOAL[KINDS[i]] == ENTROPY_GOAL:
                 failed = failed | open_below
+        # The row's sums are those that its first rule asks for, whether that can act or not.
+        uncut = uncut & (value != value)
     return kept, top_key, (failed == 0) & (open_below == 0)
 
 
@@ -502,7 +509,8 @@ def refine_kernel(
 ):  # fmt: skip
     """What the rules leave of a row's candidates, or a token of it; a row that is left open is for the next launch.
 
-    Rows with more candidates than the slots, or not ``MORE_THAN`` those of a launch before, are left to others.
+    Rows with more candidates than the slots, here or where they were collected, or not ``MORE_THAN`` those of a launch
+    before, are left to others.
     """
     maps = Maps(
         temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
@@ -530,7 +538,7 @@ def refine_kernel(
         if tokens_ptr is not None:
             _best, which = load_sampled(work, shape, state == FREE, PARTS)
             tl.store(tokens_ptr + row, which.to(tl.int64))
-    elif (state != WHOLE) & (state != FREE) & (found <= SLOTS) & (found > MORE_THAN):
+    elif (state != WHOLE) & (state != FREE) & (found <= tl.minimum(shape.slots, SLOTS)) & (found > MORE_THAN):
         banded = tl.load(work + BANDED_AT) != 0
         least = number_of(tl.load(work + BOUND_AT))
         centre = load_float(work + CENTRE_AT)
