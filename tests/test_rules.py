@@ -2,6 +2,9 @@
 
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -127,16 +130,29 @@ def test_any_number_of_rules():
     check_truncation(scores(), rules, launch.select(scores(), launch.Selection(rules, V, torch.device("cpu"))))
 
 
-@needs_triton
-def test_a_rule_that_no_branch_knows_fails(monkeypatch):
-    """A rule with a cut-off that ``cutoff`` doesn't know is an error of the compiler, and no other token set."""
-    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
-    from fastlogits_kernels._backend import KernelError
-    from fastlogits_kernels.selection import bounds, row
+# In a process of its own: a kernel is compiled for what its constants were when it was first asked for.
+A_RULE_WITHOUT_BRANCH = """
+import sys
+import torch
+from fastlogits_kernels import _triton
+from fastlogits_kernels.rules import CODES, Rule
+from fastlogits_kernels.selection import bounds, launch, row
 
-    goals = list(row.GOAL.value)
-    goals[CODES["top_h"]] = row.NO_GOAL.value
-    for module in (row, bounds):
-        monkeypatch.setattr(module, "GOAL", _triton.tl.constexpr(tuple(goals)))
-    with pytest.raises(KernelError, match="no branch in cutoff"):
-        launch.select(scores().to(DEVICE), launch.Selection((Rule("top_h", 0.5),), V, torch.device(DEVICE)))
+goals = list(row.GOAL.value)
+goals[CODES["top_h"]] = row.NO_GOAL.value
+for module in (row, bounds):
+    module.GOAL = _triton.tl.constexpr(tuple(goals))
+scores = torch.zeros(1, 700, device=sys.argv[1])
+launch.select(scores, launch.Selection((Rule("top_h", 0.5),), 700, scores.device))
+"""
+
+
+@needs_triton
+def test_a_rule_that_no_branch_knows_fails():
+    """A rule with a cut-off that ``cutoff`` doesn't know is an error of the compiler, and no other token set."""
+    command = [sys.executable, "-W", "ignore", "-c", A_RULE_WITHOUT_BRANCH, DEVICE]
+    environment = {**os.environ, "FASTLOGITS_BACKEND": "triton"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "KernelError: the kernel bounds_kernel can't be" in done.stderr
+    assert "a rule without a goal has no branch in cutoff()" in done.stderr.splitlines()[-1]

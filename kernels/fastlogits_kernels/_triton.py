@@ -161,8 +161,10 @@ class Launcher:
         said = self._failed("compiled", error)
         return CompileError(device, f"{said}; mend what it says (a C compiler?), or {SWITCH_OFF}")
 
-    def _failed(self, what: str, error: Exception) -> str:
+    def _failed(self, what: str, error: BaseException) -> str:
         name = getattr(self.kernel, "__name__", type(self.kernel).__name__)
+        while error.__cause__ is not None:  # a compiler says last in which call of which call it was
+            error = error.__cause__
         return f"the kernel {name} can't be {what} ({type(error).__name__}: {str(error).strip()[-500:]})"
 
 
