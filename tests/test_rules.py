@@ -64,8 +64,10 @@ def test_the_table_is_whole():
 def test_reference_and_cpu_keep_what_the_oracle_keeps(kind):
     rules = (Rule(kind, VALUES[kind]),)
     check_truncation(scores(), rules, reference_truncate(scores(), rules))
-    warper = getattr(fl, f"{WARPERS[kind]}LogitsWarper")(VALUES[kind])
-    check_truncation(scores(), rules, warper(None, scores()))
+    warper = getattr(fl, f"{WARPERS[kind]}LogitsWarper", None)
+    if warper is None:
+        pytest.skip("transformers 4 has no such class")
+    check_truncation(scores(), rules, warper(VALUES[kind])(None, scores()))
 
 
 @needs_triton

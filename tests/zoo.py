@@ -143,10 +143,11 @@ def was_corrected(name: str, arguments: dict[str, Any], ids: torch.Tensor, score
         return any(len(each) == ids.shape[1] + 1 for each in sequences) or len(set(ends)) < len(ends)
     if not DECAYS_NO_BAN and name == "ExponentialDecayLengthPenalty":  # -inf grew to NaN
         return not bool(scores.isfinite().all())
-    if (
-        not FORCES_WHAT_IS_BANNED and name == "PrefixConstrainedLogitsProcessor"
-    ):  # nothing was forced where nothing was allowed
-        return not bool(scores.isfinite().all())
+    if not FORCES_WHAT_IS_BANNED and name == "PrefixConstrainedLogitsProcessor":
+        # Nothing was forced where nothing was allowed, and rows that are no multiple of the beams were taken.
+        return not bool(scores.isfinite().all()) or len(scores) % arguments["num_beams"] != 0
+    if not PENALISES_COPIES and name == "EncoderRepetitionPenaltyLogitsProcessor":  # other rows stayed as they were
+        return len(arguments["encoder_input_ids"]) != len(scores)
     return False
 
 
