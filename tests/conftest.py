@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from fastlogits_kernels import _backend
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -41,6 +42,15 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_again():
+    """A test in which a kernel fails leaves the kernels to the others, and each that falls back says so."""
+    yield
+    for operation in _backend._operations:
+        operation.lost.clear()
+    _backend._warned = False
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 
     python -m tests.launches keys             # two launches of one key that aren't the same to Triton
     python -m tests.launches resources 90     # registers, spills and wide accesses, compiled for sm_90
+    python -m tests.launches smallest 90      # what compiles for one row of one token, where Triton makes constants
     python -m tests.launches amd              # what compiles for gfx942
 
-In a process without Triton's interpreter, which compiles nothing. Both print JSON.
+In a process without Triton's interpreter, which compiles nothing. All print JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from unittest import mock
 import torch
 from fastlogits_kernels import slot_sets
 from fastlogits_kernels._triton import Launch, Launcher, triton
-from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.rules import RULES, Rule, argument_of
 from fastlogits_kernels.selection import launch
 
 import fastlogits as fl
@@ -219,6 +220,41 @@ def resources(capability: int) -> dict[str, dict[str, int]]:
     return found
 
 
+def _smallest() -> None:
+    """One of everything: a row, a token, a rule of each kind, a request that asks for all."""
+    cpu = torch.device("cpu")
+    for operation in OPERATIONS.values():
+        if operation.least_vocab <= 1:
+            operation.run(Given(1, 1, cpu))
+    one, seeds = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+    values = {kind: 1 if spec.integer else 0.5 for kind, spec in RULES.items()}
+    for ties in ("all", "lowest"):
+        rules = tuple(Rule(kind, value, ties=ties if kind == "top_k" else "all") for kind, value in values.items())
+        launch.select(one, launch.Selection(rules, 1, cpu))
+        launch.select_tokens(one, launch.Selection(rules, 1, cpu), seeds, seeds)
+    asked = {argument_of(kind): value for kind, value in values.items()}
+    asked |= {"temperature": 0.7, "repetition_penalty": 2.0, "dry_multiplier": 1.0, "no_repeat_ngram_size": 2}
+    asked |= {"logit_bias": {0: 1.0}, "forced_tokens": [0], "logprobs": 1}
+    batch = fl.BatchProcessor(1, 1, cpu, max_length=8, max_logprobs=1)
+    slots = [batch.add(fl.RequestParams(**asked), [0, 0])]
+    for logprobs in ("raw", "processed"):
+        batch.sample(one, slots, logprobs=logprobs)
+    batch.apply_(one, slots, bitmask=torch.ones(1, 1, dtype=torch.int32))
+    batch.append(slots, [0])
+
+
+def smallest(capability: int) -> list[str]:
+    """Kernels that compile where sizes and strides are 1; the first that doesn't raises."""
+    with captured(hopper=capability >= 90) as made:
+        _smallest()
+    found: dict[str, Launch] = {}
+    for each in made:
+        found.setdefault(f"{each.launcher.kernel.__name__} {variant(each)} {each.launcher._options}", each)
+    for each in found.values():
+        compile_for(each, capability)
+    return sorted({name.split()[0] for name in found})
+
+
 def amd() -> list[str]:
     """Kernels of a list and of a draw that compile for gfx942; the first that doesn't raises."""
     with captured(hopper=False, amd=True) as made:
@@ -233,4 +269,5 @@ def amd() -> list[str]:
 
 if __name__ == "__main__":
     asked, *rest = sys.argv[1:]
-    print(json.dumps(resources(int(rest[0])) if asked == "resources" else {"keys": keys, "amd": amd}[asked]()))
+    run = {"keys": keys, "amd": amd, "resources": resources, "smallest": smallest}[asked]
+    print(json.dumps(run(*map(int, rest))))

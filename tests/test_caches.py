@@ -16,16 +16,17 @@ import fastlogits as fl
 from fastlogits import allowed, fold_launch, mask_launch, token_mask, token_text, truncate_launch
 
 V = 40
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def sizes(B, V):
-    ids = torch.arange(3 * B).view(B, 3) % 7
-    return ids, torch.arange(float(B * V)).view(B, V).cos()
+    ids = torch.arange(3 * B, device=DEVICE).view(B, 3) % 7
+    return ids, torch.arange(float(B * V), device=DEVICE).view(B, V).cos()
 
 
 # Each: processors, and the batch sizes or vocabularies that make something new of them.
 BY_ROWS = {
-    "fold": lambda: [fl.EncoderRepetitionPenaltyLogitsProcessor(1.5, torch.tensor([[1, 2, 3]]))],
+    "fold": lambda: [fl.EncoderRepetitionPenaltyLogitsProcessor(1.5, torch.tensor([[1, 2, 3]], device=DEVICE))],
     "ignored": lambda: [fl.RepetitionPenaltyLogitsProcessor(1.5, 1)],
     "allowed": lambda: [fl.OnlyTokensFrom([1, 2, 3], eos_token_id=0)],
 }

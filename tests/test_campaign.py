@@ -133,11 +133,14 @@ def test_guards_see_what_is_written_beside_an_allocation(device):
 def test_new_examples_round_after_round():
     """In one process, of a test that is a method: each round makes its class anew."""
     test = "tests/test_special.py::TestAudio::test_timestamps"
-    command = [sys.executable, "tests/fuzz.py", "0.3", test]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
-    told = re.search(r"([\d,]+) examples in (\d+) rounds", done.stdout)
-    assert done.returncode == 0, done.stdout
-    assert told is not None
+    for minutes in ("0.3", "2"):  # more where the first round takes long to begin
+        command = [sys.executable, "tests/fuzz.py", minutes, test]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+        told = re.search(r"([\d,]+) examples in (\d+) round", done.stdout)
+        assert done.returncode == 0, done.stdout
+        assert told is not None
+        if int(told[2]) > 1:
+            break
     assert int(told[2]) > 1
     assert int(told[1].replace(",", "")) > int(told[2])
 

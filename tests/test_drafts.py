@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from conftest import VOCAB_SIZE, tiny_llama
+from installed import IS_4, TAKES_LENGTHS_OF_ROWS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,7 +14,6 @@ from fastlogits.stages import Rows
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*generation_config")]
 
-IS_4 = transformers.__version__.startswith("4")
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61, 17, 45, 8]])
 L = PROMPT.shape[1]
 
@@ -188,8 +188,6 @@ def of_vocabulary(size, seed):
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=str)
 def test_a_draft_of_another_tokenizer(options):
-    if IS_4 and options:
-        pytest.skip("transformers 4, plain too, now and then draws from a row of NaN there")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = of_vocabulary(len(tokenizer_of(alphabet)), 0)
 
@@ -198,10 +196,16 @@ def test_a_draft_of_another_tokenizer(options):
         draft = of_vocabulary(len(second), 1)
         return {"assistant_model": draft, "tokenizer": first, "assistant_tokenizer": second}
 
+    def said(**flags):
+        try:
+            return generate(model, **flags, **options, **draft()).tolist()
+        except RuntimeError as error:  # transformers, plain too, now and then draws from a row of NaN there
+            return str(error)
+
     for flags in ({"suppress_tokens": []}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}):
-        wanted = generate(model, **flags, **options, **draft())
+        wanted = said(**flags)
         with fl.accelerate(model):
-            assert torch.equal(generate(model, **flags, **options, **draft()), wanted)
+            assert said(**flags) == wanted
 
 
 # -- Values that belong to a row ----------------------------------------------------------------------------------
@@ -219,11 +223,12 @@ OF_A_ROW = {
     "encoder n-grams": lambda: fl.EncoderNoRepeatNGramLogitsProcessor(2, PROMPT),
     "prompt length": lambda: fl.SuppressFirstTokens(list(range(3, 90)), window=3).for_run(torch.tensor([L])),
 }
-if not IS_4:  # which has neither
-    OF_A_ROW |= {
-        "top_h": lambda: fl.TopHLogitsWarper(torch.tensor([0.4])),
-        "ignored prompt": lambda: fl.RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=torch.tensor([3])),
-    }
+if not IS_4:  # which doesn't have it
+    OF_A_ROW["top_h"] = lambda: fl.TopHLogitsWarper(torch.tensor([0.4]))
+if TAKES_LENGTHS_OF_ROWS:
+    OF_A_ROW["ignored prompt"] = lambda: fl.RepetitionPenaltyLogitsProcessor(
+        1.7, prompt_ignore_length=torch.tensor([3])
+    )
 
 
 @pytest.mark.parametrize("draft", ["itself", "alike", "prompt lookup"])
@@ -245,7 +250,7 @@ OF_TWO_ROWS = {
     "encoder n-grams": lambda: fl.EncoderNoRepeatNGramLogitsProcessor(2, PROMPT.repeat(2, 1)),
     "guidance": lambda: fl.ClassifierFreeGuidanceLogitsProcessor(2.0),
 }
-if not IS_4:
+if TAKES_LENGTHS_OF_ROWS:
     ignored = torch.tensor([3, 1])
     OF_TWO_ROWS["ignored"] = lambda: fl.RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=ignored)
 

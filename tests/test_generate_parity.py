@@ -5,12 +5,12 @@ import torch
 import transformers
 import transformers.generation.logits_process as reference
 from conftest import VOCAB_SIZE, tiny_llama
+from installed import IS_4, PENALISES_COPIES, TAKES_LENGTHS_OF_ROWS
 
 import fastlogits as fl
 
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61], [1, 5, 90, 33, 12, 64, 28]])
 L = PROMPT.shape[1]
-IS_4 = transformers.__version__.startswith("4")
 
 
 def only_even(batch_id, sent):
@@ -94,7 +94,7 @@ LISTS = [(fl.LogitsProcessorList, fl), (fl.LogitsProcessorList, reference), (tra
 # ``generate`` compares types exactly, so what stands in a list of its own acts beside the same flag, not in its place.
 OUR_LISTS = LISTS[:2]
 # The rows that they were made for are those of the prompt: beams and several samples have more.
-ONE_ROW_EACH = ("a penalty on a source",) if IS_4 else ()
+ONE_ROW_EACH = () if PENALISES_COPIES else ("a penalty on a source",)
 
 
 def generate(model, processors, inputs=None, **options):
@@ -163,7 +163,7 @@ def test_left_padding(llama, name, options):
     check(llama, CHAINS[name], inputs, lists=OUR_LISTS, repetition_penalty=1.3, no_repeat_ngram_size=2, **options)
 
 
-@pytest.mark.skipif(IS_4, reason="transformers 4 knew no tensor of ignored lengths")
+@pytest.mark.skipif(not TAKES_LENGTHS_OF_ROWS, reason="this transformers knows no tensor of ignored lengths")
 def test_padding_that_the_penalty_ignores(llama):
     ids = torch.cat([torch.zeros(2, 3, dtype=torch.int64), PROMPT], 1)
     ids[1, :3] = torch.tensor([44, 45, 46])
@@ -179,7 +179,7 @@ def test_padding_that_the_penalty_ignores(llama):
     "name", ["nine", "repetition", "2-grams", "bias", "bad words", "least length", "decay", "top-k"]
 )
 def test_assisted_decoding(llama, name):
-    if name == "least length" and transformers.__version__.startswith("4."):
+    if name == "least length" and IS_4:
         pytest.skip("transformers 4 refuses it")
     draft = tiny_llama(seed=1)
     for options in ({}, {"do_sample": True}):

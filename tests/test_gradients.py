@@ -14,14 +14,15 @@ import fastlogits as fl
 from benchmarks.catalogue import _EXTRAS, _tokenizer
 
 V, START = 41, 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = {name: (lambda make=make: make(_tokenizer())) for name, make in _EXTRAS.items()}
 OURS |= {
     "blank": lambda: fl.SuppressFirstTokens([1, 2], 2, blank=[3]),
     "many bans": lambda: fl.SuppressFirstTokens(range(35), 9),
     "prompt": lambda: fl.OnlyTokensFrom("prompt", eos_token_id=2),
-    "rows of top-p": lambda: fl.TopPLogitsWarper(torch.tensor([0.5, 0.9])),
-    "rows of top-k": lambda: fl.TopKLogitsWarper(torch.tensor([3, 9])),
-    "selfhash": lambda: fl.WatermarkLogitsProcessor(V, "cpu", seeding_scheme="selfhash", context_width=2),
+    "rows of top-p": lambda: fl.TopPLogitsWarper(torch.tensor([0.5, 0.9], device=DEVICE)),
+    "rows of top-k": lambda: fl.TopKLogitsWarper(torch.tensor([3, 9], device=DEVICE)),
+    "selfhash": lambda: fl.WatermarkLogitsProcessor(V, DEVICE, seeding_scheme="selfhash", context_width=2),
 }
 
 

@@ -221,7 +221,7 @@ def test_positions_and_lengths_compile_nothing_new():
     processor.for_run(1)(torch.zeros(4, 1, dtype=torch.int64, device="cuda"), scores)
     known = len(launcher.compiled)
     for length in (1, 2, 15, 16, 17, 32, 48):
-        for start in (1, 2, 16, 17):
+        for start in (start for start in (1, 2, 16, 17) if start <= length):
             ids = torch.zeros(4, length, dtype=torch.int64, device="cuda")
             processor.for_run(start)(ids, scores)
             torch.cuda.synchronize()

@@ -101,8 +101,12 @@ def draw_scores(draw, rows, V, dtype, special=True, nan=True) -> torch.Tensor:
 
 
 def draw_ids(draw, B, V, L, beyond=True, dtype=torch.int64) -> torch.Tensor:
-    """A history of few or many different tokens, some of them perhaps outside the vocabulary."""
-    alphabet = draw(st.sampled_from([min(2, V), min(4, V), V] + ([V + 3] if beyond else [])))
+    """A history of few or many different tokens, some of them perhaps outside the vocabulary.
+
+    Not on a GPU: where transformers has no such token, that ends what the process may do there.
+    """
+    outside = [V + 3] if beyond and DEVICE == "cpu" else []
+    alphabet = draw(st.sampled_from([min(2, V), min(4, V), V, *outside]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     ids = torch.randint(0, alphabet, (B, L), generator=generator).to(dtype).to(DEVICE)
     return draw_layout(draw, ids, 0)
@@ -149,7 +153,7 @@ def rounding(dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
 
 
-def undecided(name, arguments, case, ids, scores) -> torch.Tensor:
+def undecided(name, arguments, ids, scores) -> torch.Tensor:
     """Which tokens transformers' own class keeps or drops as rounding will have it, bool ``[B, V]``.
 
     Those whose fate changes in float64 when the boundary moves by a rounding error either way, or the scores do.
@@ -235,7 +239,7 @@ def check(name, arguments, case, ids, scores, found, expected, path):
     if not right.all() and law == "truncation":
         right |= but_for_ties(found, expected, scores, right)
     if not right.all() and law == "truncation":
-        right |= undecided(name, arguments, case, ids, scores)
+        right |= undecided(name, arguments, ids, scores)
     assert right.all(), (
         f"{int((~right).sum())} wrong, at {(~right).nonzero()[:5].tolist()}: "
         f"{found[~right][:5].tolist()} instead of {expected[~right][:5].tolist()}"
@@ -287,7 +291,7 @@ def run_one(data, name, path, steps, dtype=None, beyond=True):
     ours, theirs = (prepared(build(module, name, arguments), case) for module in (fl, reference))
     for ids, scores in zip(inputs.ids, inputs.scores, strict=True):
         expected, error = call(theirs, ids.clone(), scores.clone())
-        assume(error is None and not zoo.differs_in_4(name, arguments, ids, scores))
+        assume(error is None and not zoo.was_corrected(name, arguments, ids, scores))
         before = ids.clone(), scores.clone()
         found = ours(ids, scores)
         check(name, arguments, case, ids, scores, found, expected, path)
@@ -326,7 +330,7 @@ def test_int32_ids_where_transformers_takes_them(name, data):
     scores = draw_scores(draw, case.B * entry.rows, case.V, torch.float32, nan=entry.nan)
     ours, theirs = (prepared(build(module, name, arguments), case) for module in (fl, reference))
     expected, error = call(theirs, ids.clone(), scores.clone())
-    assume(error is None and not zoo.differs_in_4(name, arguments, ids, scores))
+    assume(error is None and not zoo.was_corrected(name, arguments, ids, scores))
     check(name, arguments, case, ids, scores, ours(ids, scores), expected, PATH)
 
 
@@ -346,7 +350,7 @@ def test_a_copy_and_a_pickle_of_a_used_one(name, data):
     if name not in ("WatermarkLogitsProcessor",):  # holds a generator, which torch can neither copy nor pickle
         copies += [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))] if _pickles(theirs) else []
     expected, error = call(theirs, inputs.ids[1].clone(), inputs.scores[1].clone())
-    assume(error is None and not zoo.differs_in_4(name, arguments, inputs.ids[1], inputs.scores[1]))
+    assume(error is None and not zoo.was_corrected(name, arguments, inputs.ids[1], inputs.scores[1]))
     for each in copies:
         found = each(inputs.ids[1], inputs.scores[1])
         check(name, arguments, case, inputs.ids[1], inputs.scores[1], found, expected, "kernels")
@@ -375,11 +379,11 @@ def draw_chain(draw, case, most=6, chosen=None):
 
 
 def one_by_one(chain, theirs, ids, scores) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-    """What transformers' objects are given and make of it, each in turn; None where they refuse or 5 corrects it."""
+    """What transformers' objects are given and make of it, each in turn; None where they refuse or were corrected."""
     given, stages = scores.clone(), []
     for link, processor in zip(chain, theirs, strict=True):
         made, error = call(processor, ids.clone(), given.clone())
-        if error is not None or zoo.differs_in_4(*link, ids, given):
+        if error is not None or zoo.was_corrected(*link, ids, given):
             return None
         stages.append((given, made))
         given = made.clone()
@@ -403,7 +407,7 @@ def check_chain(chain, case, stages, ids, scores, ours, path) -> bool:
         # A token within rounding of a boundary may fall on either side of it, and then all that follows differs.
         for (name, arguments), (given, made) in zip(chain, stages, strict=True):
             if ZOO[name].law == "truncation" and (
-                splits_ties(name, given, made) or undecided(name, arguments, case, ids, given).any()
+                splits_ties(name, given, made) or undecided(name, arguments, ids, given).any()
             ):
                 return False
     assert right.all(), (

@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_llama
+from installed import IS_4
 
 import fastlogits as fl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IS_4 = transformers.__version__.startswith("4")
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61, 17, 45, 8]])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastlogits_kernels import _triton, draw
 from fastlogits_kernels.rules import Rule
-from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import launch, row
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
@@ -87,6 +87,32 @@ def test_rows_without_a_distribution(chain):
     torch.testing.assert_close(
         selected(scores, CHAINS[chain]), reference_truncate(scores, CHAINS[chain]), rtol=0, atol=0, equal_nan=True
     )
+
+
+def test_more_candidates_than_were_collected(monkeypatch):
+    """Of what the sample didn't see there may be more than there is room for, and less than the registers take."""
+    # What is read beyond the room shows where it is no NaN.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    V, seeds = 12000, torch.arange(2, device=DEVICE)
+    runs = torch.arange(1024) * (V // 8) // 1024
+    unseen = torch.ones(V // 8, dtype=torch.bool)
+    unseen[runs] = False
+    scores = torch.full((2, V), -5.0) + torch.randn(2, V, generator=torch.Generator().manual_seed(0)) * 0.01
+    scores[:, unseen.repeat_interleave(8).nonzero().flatten()[:2000]] += 8.0
+    scores[:, 3] = 3.0
+    scores, rules = scores.to(DEVICE), (Rule("min_p", 0.1),)
+    check_truncation(scores, rules, selected(scores, rules))
+    tokens = drawn(scores, rules, seeds, seeds)
+    assert torch.equal(tokens, draw.reference_draw(reference_truncate(scores, rules), seeds, seeds))
+
+
+@pytest.mark.parametrize("chain", ["p", "typical", "sigma", "h", "min of 4"])
+def test_greedy_rows_of_many_that_tie(chain):
+    """Rows that their own temperature makes greedy, with more of the largest logit than there is room for."""
+    seeds = torch.arange(2, device=DEVICE)
+    scores = torch.randint(0, 4, (2, 5000), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
+    tokens = drawn(scores, CHAINS[chain], seeds, seeds, torch.zeros(2, device=DEVICE))
+    assert tokens.tolist() == [row.index(3.0) for row in scores.tolist()]
 
 
 @pytest.mark.parametrize("V", [2, 31, 32, 33])
@@ -176,12 +202,11 @@ LISTED = {
 
 
 def between_bounds(scores, work):
-    """How many tokens of each row lie between the bounds in its workspace."""
-    low, high = (
-        torch.where(key < 0, key ^ 0x7FFFFFFF, key).view(torch.float32) for key in (work[:, 1:2], work[:, 5:6])
+    """How many tokens of each row, which no temperature divides, lie between the bounds in its workspace."""
+    low, up, first, last = (
+        work[:, at.value + i].view(torch.float32)[:, None] for at in (row.REACH_AT, row.SURE_AT) for i in (0, 1)
     )
-    test = torch.where(work[:, 2:3] != 0, -(scores - work[:, 3:4].view(torch.float32)).abs(), scores)
-    return ((test >= low) & ~(test >= high)).sum(1)
+    return ((scores >= low) & (scores <= up) & ~((scores >= first) & (scores <= last))).sum(1)
 
 
 @pytest.mark.parametrize("chain", LISTED)

@@ -155,7 +155,8 @@ def test_one_option_that_cannot_be_honoured_leaves_the_others(kind, runner, devi
         steps = runner(given, device)
     expected = [1, 2] if kind == "banned_token_ids" else [1, 2, 3]  # which are its own two, and what is left of it
     assert steps == [[expected, [9]]] * 2
-    assert [message in record.getMessage() for record in caplog.records] == [True]
+    said = [record.getMessage() for record in caplog.records if "compiled" not in record.getMessage()]
+    assert [message in each for each in said] == [True]
 
 
 @pytest.mark.parametrize("runner", [older, newer])

@@ -12,11 +12,17 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-import transformers
 import transformers.generation.logits_process as reference
 from hypothesis import strategies as st
+from installed import (
+    COMPLETES_FROM_ALL_OF_A_TEXT,
+    DECAYS_NO_BAN,
+    FORCES_WHAT_IS_BANNED,
+    IS_4,
+    PENALISES_COPIES,
+    TAKES_LENGTHS_OF_ROWS,
+)
 
-IS_4 = transformers.__version__.startswith("4.")
 NEGATIVE_INFINITY = -float("inf")
 
 
@@ -124,23 +130,24 @@ def kinds(chosen: Callable[[Entry], bool]) -> list[str]:
     return [name for name in names() if name in ZOO and chosen(ZOO[name])]
 
 
-def differs_in_4(name: str, arguments: dict[str, Any], ids: torch.Tensor, scores: torch.Tensor) -> bool:
-    """Whether transformers 4 is the one installed and 5 has corrected what it makes of these; we follow 5."""
-    if not IS_4:
-        return False
+def was_corrected(name: str, arguments: dict[str, Any], ids: torch.Tensor, scores: torch.Tensor) -> bool:
+    """Whether a newer transformers than the one installed makes something else of these; we follow the newest."""
     if name == "MinPLogitsWarper":  # the tokens to keep: those of the largest scores, not probabilities
-        return arguments["min_tokens_to_keep"] > 1
-    if name in ("SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"):
+        return IS_4 and arguments["min_tokens_to_keep"] > 1
+    if not COMPLETES_FROM_ALL_OF_A_TEXT and name in ("SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"):
         # No sequence was matched against a history one token shorter; biases were added in another order.
         key = "sequence_bias" if name.startswith("Sequence") else "bad_words_ids"
         pairs = arguments[key]
         sequences = [pair[0] for pair in pairs] if key == "sequence_bias" and isinstance(pairs, list) else list(pairs)
         ends = [sequence[-1] for sequence in sequences]
         return any(len(each) == ids.shape[1] + 1 for each in sequences) or len(set(ends)) < len(ends)
-    if name == "ExponentialDecayLengthPenalty":  # -inf grew to NaN
+    if not DECAYS_NO_BAN and name == "ExponentialDecayLengthPenalty":  # -inf grew to NaN
         return not bool(scores.isfinite().all())
-    if name == "PrefixConstrainedLogitsProcessor":  # nothing was forced where nothing was allowed
-        return not bool(scores.isfinite().all())
+    if not FORCES_WHAT_IS_BANNED and name == "PrefixConstrainedLogitsProcessor":
+        # Nothing was forced where nothing was allowed, and rows that are no multiple of the beams were taken.
+        return not bool(scores.isfinite().all()) or len(scores) % arguments["num_beams"] != 0
+    if not PENALISES_COPIES and name == "EncoderRepetitionPenaltyLogitsProcessor":  # other rows stayed as they were
+        return len(arguments["encoder_input_ids"]) != len(scores)
     return False
 
 
@@ -209,15 +216,14 @@ def _repetition(draw, case):
     arguments = {"penalty": draw(st.sampled_from([1.1, 1.0, 0.8, 2.0]) | st.floats(0.1, 10))}
     if ignore == "int":
         arguments["prompt_ignore_length"] = draw(st.integers(0, case.L))
-    if ignore == "tensor" and not IS_4:  # which knew no tensor here
+    if ignore == "tensor" and TAKES_LENGTHS_OF_ROWS:
         ignored = draw(st.lists(st.integers(0, case.L), min_size=case.B, max_size=case.B))
         arguments["prompt_ignore_length"] = torch.tensor(ignored, device=case.device)
     return arguments
 
 
 def _encoder_repetition(draw, case):
-    # transformers 4 wants a row of the source for each row of the scores.
-    return {"penalty": draw(st.floats(0.1, 10)), "encoder_input_ids": _source(draw, case, shared=not IS_4)}
+    return {"penalty": draw(st.floats(0.1, 10)), "encoder_input_ids": _source(draw, case, shared=PENALISES_COPIES)}
 
 
 def _top_p(draw, case):

@@ -189,7 +189,9 @@ class Launcher:
         said = self._failed("compiled", error)
         return CompileError(device, f"{said}; mend what it says (a C compiler?), or {SWITCH_OFF}")
 
-    def _failed(self, what: str, error: Exception) -> str:
+    def _failed(self, what: str, error: BaseException) -> str:
+        while error.__cause__ is not None:  # a compiler says last in which call of which call it was
+            error = error.__cause__
         return f"the kernel {self.name} can't be {what} ({type(error).__name__}: {str(error).strip()[-500:]})"
 
 

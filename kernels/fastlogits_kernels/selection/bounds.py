@@ -17,36 +17,36 @@ from fastlogits_kernels.selection.row import (
     FLOAT32_MAX,
     FREE,
     GOAL,
-    HIGHEST,
     HIGH_AT,
+    HIGHEST,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
     LOG2_E,
     LOWEST,
     MASS_GOAL,
     MINUS_INFINITY,
-    Maps,
     NEEDS_SUMS,
     NO_GOAL,
     OFFSET_AT,
     REACH_AT,
     ROW_SUMS_AT,
-    RULES_AT,
     RULE_WORDS,
-    RowSums,
+    RULES_AT,
     SCALE_AT,
     STATE_AT,
     STEPWISE,
     SURE_AT,
-    Sample,
-    Samples,
-    Scores,
-    Shape,
     TOP_AT,
     TOP_H_TOKENS,
     TOP_KEY_AT,
     UNALIGNED,
     WHOLE,
+    Maps,
+    RowSums,
+    Sample,
+    Samples,
+    Scores,
+    Shape,
     coarse_words,
     cutoff,
     divisor_of,
@@ -123,7 +123,7 @@ def _bounds_of_nucleus(x, top, mass, p, share, V):
 
 @triton.jit
 def _bounds_of_band(x, top, centre, mass, p, share, V):
-    """Keys of distances from a centre: one below which no token of a band of mass ``p`` is, one from which it holds all.
+    """Keys of distances from a centre: below one no token of a band of mass ``p`` is, from another it holds all.
 
     As good as always. The sample is counted in steps of the distance, on both sides. What is within a distance is known
     from the sample there, or from all that there is and the sample beyond, whichever says more.

@@ -9,8 +9,6 @@ from fastlogits_kernels.selection.row import (
     FEW,
     FREE,
     LOWEST,
-    Listed,
-    Maps,
     OFFSET_AT,
     PART_COUNT_AT,
     PART_LARGEST_AT,
@@ -21,12 +19,14 @@ from fastlogits_kernels.selection.row import (
     STATE_AT,
     STEPWISE,
     SURE_AT,
+    TOP_AT,
+    UNALIGNED,
+    Listed,
+    Maps,
     Sample,
     Samples,
     Scores,
     Shape,
-    TOP_AT,
-    UNALIGNED,
     coarse_of,
     coarse_words,
     collect,
@@ -200,8 +200,8 @@ def filter_kernel(
         row = (program // listed.lists).to(tl.int64)
         _filter_list(
             row, program % listed.lists, listed, maps.planes_ptr,
-            maps.bits_ptr + OPS[5] * maps.stride_set + row * maps.stride_bits_row, samples, work_ptr + row * stride_work,
-            shape, OPS[2] + 1, PORTABLE, PDL,
+            maps.bits_ptr + OPS[5] * maps.stride_set + row * maps.stride_bits_row, samples,
+            work_ptr + row * stride_work, shape, OPS[2] + 1, PORTABLE, PDL,
         )  # fmt: skip
     else:
         program -= listed.all_lists

@@ -79,13 +79,17 @@ from fastlogits_kernels.truncate.dispatch import truncate
 
 
 class _Launchers(NamedTuple):
-    """Of the five kernels."""
+    """Of the five kernels; of one for each number of slots."""
 
     sums: Launcher
     bounds: Launcher
     filter: Launcher
-    refine: Launcher
+    refine: dict[int, Launcher]
     rows: Launcher
+
+    def refining(self, slots: int) -> Launcher:
+        """The launcher for so many slots."""
+        return next(launcher for most, launcher in self.refine.items() if slots <= most)
 
     @classmethod
     def of(cls, **early: bool) -> _Launchers:
@@ -95,11 +99,19 @@ class _Launchers(NamedTuple):
             Launcher(bounds_kernel, num_warps=16, enable_fp_fusion=False, maxnreg=64, **early),
             # Twelve at once: more registers are for the few rows that are kept as a whole.
             Launcher(filter_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=40, **early),
-            Launcher(refine_kernel, num_warps=8, enable_fp_fusion=False, maxnreg=128, **early),
+            {
+                slots: Launcher(refine_kernel, num_warps=warps, enable_fp_fusion=False, maxnreg=128, **early)
+                for slots, warps in _WARPS.items()
+            },
             # What happens between its passes all warps do alike: more of them would take longer.
             Launcher(refine_rows_kernel, num_warps=8, enable_fp_fusion=False, **early),
         )
 
+
+# Candidates that are refined in registers: of rules that keep few, of most, of those that keep many; by as many warps.
+# A turn of a search is a sum over all threads, which takes longer the more warps there are.
+_FEW, _SOME, _MANY = 512, 1024, 4096
+_WARPS = {_FEW: 4, _SOME: 8, _MANY: 16}
 
 _launchers = _Launchers.of()
 # From Hopper on a launch begins while the one before it still runs, and waits where it reads what that has written.
@@ -135,8 +147,6 @@ _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16
 _SAMPLE = 8192
 _BITS = 20
 _BLOCK_BYTES = 4096
-# Candidates that are refined in registers: of rules that keep few, of most, of those that keep many.
-_FEW, _SOME, _MANY = 512, 1024, 4096
 # Candidates that a search of whole rows collects at most, and tokens of a block there.
 ROOM = 4096
 ROW_BLOCK = 2048
@@ -358,14 +368,14 @@ def launch_select(
     launches.append(Launch(launchers.filter, key, B * (lists + shape.parts), (
         scores, *maps, *samples, *listed, out, work, V, *cut,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row,
-        chain.flat, largest, selection.fill, selection.bracketed, selection.weighed, selection.may_be_free, _BLOCK_BYTES // itemsize, halves,
-        raw, portable, early,
+        chain.flat, largest, selection.fill, selection.bracketed, selection.weighed, selection.may_be_free,
+        _BLOCK_BYTES // itemsize, halves, raw, portable, early,
     )))  # fmt: skip
     more_than = -1
     for slots in selection.slots:
         # Logits of 16 bits tie a lot.
         slots = max(slots, _SOME) if scores.dtype != torch.float32 else slots
-        launches.append(Launch(launchers.refine, (*key, slots), B, (
+        launches.append(Launch(launchers.refining(slots), (*key, slots), B, (
             *maps, *samples, work, out, tokens, V, *cut, stride_out, stride_out_token, words_of_row,
             selection.kinds, selection.leasts, selection.sums, selection.normalise, selection.banded,
             selection.lowest_ties, slots, more_than, PARTS, early,

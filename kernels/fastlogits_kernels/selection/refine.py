@@ -21,14 +21,12 @@ from fastlogits_kernels.selection.row import (
     FEW,
     FREE,
     GOAL,
-    HIGHEST,
     HIGH_AT,
+    HIGHEST,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
-    Kept,
     LOWEST,
     MASS_GOAL,
-    Maps,
     NEEDS_SUMS,
     NO_GOAL,
     ONE,
@@ -37,18 +35,20 @@ from fastlogits_kernels.selection.row import (
     PART_MASS_AT,
     PART_WORDS,
     ROW_SUMS_AT,
-    RULES_AT,
     RULE_WORDS,
+    RULES_AT,
     SPARES_FEWEST,
     STATE_AT,
     STEPWISE,
+    TOP_H_TOKENS,
+    TOP_KEY_AT,
+    UNALIGNED,
+    Kept,
+    Maps,
     Sample,
     Samples,
     Shape,
     Sure,
-    TOP_H_TOKENS,
-    TOP_KEY_AT,
-    UNALIGNED,
     all_kept,
     cutoff,
     exp,
@@ -73,11 +73,6 @@ from fastlogits_kernels.selection.row_sums import load_row_sums
 
 COUNTED = tl.constexpr(50)  # sums of weights hold a count from this bit on
 LEAST_TERM = tl.constexpr(1.2e-38)  # of an entropy: the least normal float32 number, about
-
-
-# Keys that a search looks at in a turn: many where these are few, and the turns are what takes time.
-MANY_PIVOTS, FEW_PIVOTS = tl.constexpr(8), tl.constexpr(2)
-FEW_KEYS = tl.constexpr(1024)
 
 
 class Candidates(NamedTuple):
@@ -137,6 +132,12 @@ def weighed(lives, amount):
 def unpacked(total):
     """The number and the amount of a sum."""
     return (total >> COUNTED).to(tl.int32), total & ((tl.full([], 1, tl.int64) << COUNTED) - 1)
+
+
+@triton.jit
+def centre_of(top):
+    """From where the finite logits of a row of that largest one are measured, so that squares stay small."""
+    return tl.where(tl.abs(top) < float("inf"), top, 0.0)
 
 
 @triton.jit
@@ -230,40 +231,31 @@ def _top(some, sure, kept, BANDED: tl.constexpr):
 
 @triton.jit
 def search(
-    key, lives, amount, low, high, goal, amount_goal, count, all_amount, above, amount_above,
-    WEIGHS: tl.constexpr,
-):  # fmt: skip
+    key, lives, amount, low, high, goal, amount_goal, count, all_amount, above, amount_above, WEIGHS: tl.constexpr
+):
     """The largest key at or above which there are ``goal`` tokens with an amount of ``amount_goal``.
 
     ``low`` and ``high`` enclose it; ``count`` and ``all_amount`` are what is at or above ``low``, which reaches both,
-    ``above`` and ``amount_above`` what is above ``high`` and not among the tokens. Each turn looks at several pivots.
+    ``above`` and ``amount_above`` what is above ``high`` and not among the tokens.
     """
     low, high = low.to(tl.int64), high.to(tl.int64) + 1
-    each = weighed(lives, amount)[:, None]
-    alive = lives[:, None]
-    keys = key[:, None]
-    PIVOTS: tl.constexpr = MANY_PIVOTS if key.shape[0] <= FEW_KEYS else FEW_PIVOTS
-    share = tl.arange(0, PIVOTS) + 1
+    each = weighed(lives, amount)
     beyond, amount_beyond = above, amount_above
     # Until one token is left between the two, or one key. What costs time is each sum over all threads.
     while (high - low > 1) & (count - above > 1):
-        pivot = low + (high - low) * share // (PIVOTS + 1)
-        at = keys >= pivot.to(tl.int32)[None, :]
+        pivot = (low + high) >> 1
         if WEIGHS:
-            number, more = unpacked(tl.sum(tl.where(at, each, 0), 0))
+            number, more = unpacked(tl.sum(tl.where(key >= pivot.to(tl.int32), each, 0)))
         else:
-            number = tl.sum((alive & at).to(tl.int32), 0)
-            more = tl.zeros([PIVOTS], tl.int64)
+            number = tl.sum((lives & (key >= pivot.to(tl.int32))).to(tl.int32))
+            more = tl.full([], 0, tl.int64)
         number += beyond
         more += amount_beyond
+        stuck = (number == count) | (number == above)
         reached = (number >= goal) & (more >= amount_goal)
-        left = tl.min(tl.where(reached, number, count))
-        gone = tl.max(tl.where(reached, above, number))
-        stuck = (left == count) & (gone == above)
-        all_amount = tl.min(tl.where(reached, more, all_amount))
-        amount_above = tl.max(tl.where(reached, amount_above, more))
-        low, high = tl.max(tl.where(reached, pivot, low)), tl.min(tl.where(reached, high, pivot))
-        count, above = left, gone
+        low, high = tl.where(reached, pivot, low), tl.where(reached, high, pivot)
+        count, all_amount = tl.where(reached, number, count), tl.where(reached, more, all_amount)
+        above, amount_above = tl.where(reached, above, number), tl.where(reached, amount_above, more)
         if stuck:
             # A gap between keys, or keys that many share: go on from those that are there.
             between = lives & (key >= low.to(tl.int32)) & (key.to(tl.int64) < high)
@@ -278,6 +270,7 @@ def _cut_ties(some, kept, edge, keep, tied, V, BANDED: tl.constexpr):
     """``kept`` without what is below a key, and of the ``tied`` tokens at it with only ``keep``."""
     nothing = tl.full([], 0, tl.int64)
     none = tl.full([], 0, tl.int32)
+    V = none + V  # a constant, and no tensor, where it is 1
     lives = _lives(some, kept, BANDED) & (key_of(some.x) == edge)
     # Where all stay there is nothing to search; a branch around it is what Triton 3.6 can't compile.
     some_go = keep < tied
@@ -359,7 +352,7 @@ def _apply(
     if KIND_GOAL == NO_GOAL:
         deviation = top
         if NEEDS >= 3:
-            off = tl.where(lives & (tl.abs(some.x) < float("inf")), some.x - top, 0.0).to(tl.float64)
+            off = tl.where(lives & (tl.abs(some.x) < float("inf")), some.x - centre_of(top), 0.0).to(tl.float64)
             finite = tl.sum((lives & (tl.abs(some.x) < float("inf"))).to(tl.float64))
             first = tl.sum(off)
             squares = tl.sum(off * off) - first * first / tl.maximum(finite, 1.0)
@@ -395,12 +388,34 @@ def _apply(
                 high = tl.where(sure.number > 0, sure.edge - 1, top_key)
             if MASS:
                 found = search(
-                    key, lives, amount, low, high, goal, mass_goal, count, mass, sure.number, sure.mass, True,
+                    key,
+                    lives,
+                    amount,
+                    low,
+                    high,
+                    goal,
+                    mass_goal,
+                    count,
+                    mass,
+                    sure.number,
+                    sure.mass,
+                    True,
                 )
             else:
                 none = tl.zeros_like(amount)
                 found = search(
-                    key, lives, none, low, high, goal, mass_goal, count, nothing, sure.number, nothing, False,
+                    key,
+                    lives,
+                    none,
+                    low,
+                    high,
+                    goal,
+                    mass_goal,
+                    count,
+                    nothing,
+                    sure.number,
+                    nothing,
+                    False,
                 )
             if KIND_GOAL == DISTANCE_GOAL:
                 kept = Kept(kept.edge, kept.cut, centre, found.key)
@@ -468,9 +483,10 @@ def _apply_all(
                 KINDS[i], LEASTS[i], SUMS, BANDED, LOWEST_TIES,
             )  # fmt: skip
             failed = failed | wrong
-            uncut = uncut & False
             if GOAL[KINDS[i]] == ENTROPY_GOAL:
                 failed = failed | open_below
+        # The row's sums are those that its first rule asks for, whether that can act or not.
+        uncut = uncut & (value != value)
     return kept, top_key, (failed == 0) & (open_below == 0)
 
 
@@ -503,7 +519,8 @@ def refine_kernel(
 ):  # fmt: skip
     """What the rules leave of a row's candidates, or a token of it; a row that is left open is for the next launch.
 
-    Rows with more candidates than the slots, or not ``MORE_THAN`` those of a launch before, are left to others.
+    Rows with more candidates than the slots, here or where they were collected, or not ``MORE_THAN`` those of a launch
+    before, are left to others.
     """
     maps = Maps(
         temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
@@ -533,7 +550,7 @@ def refine_kernel(
     elif free & (MORE_THAN < 0):
         store_kept(work, all_kept())
         tl.store(work + DONE_AT, 1)
-    if listed & (found <= SLOTS) & (found > MORE_THAN):
+    if listed & (found <= tl.minimum(shape.slots, SLOTS)) & (found > MORE_THAN):
         banded = tl.load(work + BANDED_AT) != 0
         least = number_of(tl.load(work + BOUND_AT))
         centre = load_float(work + CENTRE_AT)

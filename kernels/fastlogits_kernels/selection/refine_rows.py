@@ -16,6 +16,7 @@ from fastlogits_kernels.selection.refine import (
     LEAST_TERM,
     Found,
     below_of,
+    centre_of,
     deviation_of,
     fitted,
     from_key,
@@ -42,34 +43,34 @@ from fastlogits_kernels.selection.row import (
     ENTROPY_GOAL,
     FREE,
     GOAL,
-    HIGHEST,
     HIGH_AT,
+    HIGHEST,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
-    Kept,
     LOWEST,
     MASS_GOAL,
-    Maps,
+    N_RULES,
     NEEDS_SUMS,
     NO_GOAL,
-    N_RULES,
     ONE,
     ROW_SUMS_AT,
-    RULES_AT,
     RULE_WORDS,
+    RULES_AT,
     SPARES_FEWEST,
     STATE_AT,
     STEPWISE,
     SURE_AT,
+    TOP_H_TOKENS,
+    TOP_KEY_AT,
+    UNALIGNED,
+    WHOLE,
+    Kept,
+    Maps,
     Sample,
     Samples,
     Scores,
     Shape,
     Sure,
-    TOP_H_TOKENS,
-    TOP_KEY_AT,
-    UNALIGNED,
-    WHOLE,
     all_kept,
     collect,
     cutoff,
@@ -290,7 +291,7 @@ def _pass(
         key, lives, amount = _measured(x, valid, rank, kept, measure)
         if measure.amount == _SQUARES:
             lives = lives & (tl.abs(x) < float("inf"))
-            off = tl.where(lives, x - measure.top, 0.0).to(tl.float64)
+            off = tl.where(lives, x - centre_of(measure.top), 0.0).to(tl.float64)
             sums = (
                 (sums[0].to(tl.float64, bitcast=True) + lives.to(tl.float64)).to(tl.int64, bitcast=True),
                 (sums[1].to(tl.float64, bitcast=True) + off).to(tl.int64, bitcast=True),
@@ -442,11 +443,14 @@ def _begin(
 ):  # fmt: skip
     """The next rule that drops anything, its first pass, whether a question is left open, and what that pass adds up.
 
-    The largest logit is looked for first where it is ``stale``.
+    The largest logit is looked for first where it is ``stale``. Last, whether that rule is the first of all: the row's
+    sums are those that the first one asks for, whether that can act or not.
     """
     for _ in range(n_rules):
         kind, _least, value = _load_rule(rules_ptr, rule, n_rules)
-        rule += ((rule < n_rules) & _is_idle(kind, value, top_key)).to(tl.int32)
+        idle = (rule < n_rules) & _is_idle(kind, value, top_key)
+        uncut = uncut & ((idle == 0) | (value != value))
+        rule += idle.to(tl.int32)
     kind, _least, value = _load_rule(rules_ptr, rule, n_rules)
     needs = _of_kind(kind, NEEDS_SUMS)
     summed = uncut & (row_top_key > LOWEST)
@@ -458,7 +462,7 @@ def _begin(
         phase = tl.where(ends, _FIND_TOP, phase)
         rule = tl.where(ends, n_rules + 1, rule)
     counts = ends | stale | (needs == 0) | (needs >= 3)
-    return rule, phase, failed, tl.where(counts, _NOTHING, _MASS)
+    return rule, phase, failed, tl.where(counts, _NOTHING, _MASS), uncut
 
 
 @triton.jit
@@ -506,6 +510,18 @@ def refine_row(
     collected_pairs = pairs + tl.where(shape.slots > ROOM, shape.slots, 0)
     room = tl.minimum(shape.slots, ROOM)
     listed = (row_state != WHOLE) & (found_number > tried) & (found_number <= shape.slots)
+    none, nothing = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
+    yes, no = tl.full([], True, tl.int1), tl.full([], False, tl.int1)
+    # The largest logit may be known from the sums of the row.
+    row_top_key = tl.load(work + TOP_KEY_AT)
+    first_rule, first_phase, first_failed, first_amount, uncut = _begin(
+        none, yes, row_top_key == LOWEST, row_top_key, listed, no, row_top_key, n_rules, work + RULES_AT, NORMALISE
+    )  # fmt: skip
+    # A list that leaves a question open from the start is none.
+    is_drawn_as_is = greedy
+    if tokens_ptr is not None:
+        is_drawn_as_is = greedy | (row_state == FREE)
+    listed = listed & (is_drawn_as_is | (first_failed == 0) | (row_top_key == LOWEST))
     base = Source(tl.where(listed, LIST, ROW), pairs, tl.where(listed, found_number, V))
     sure = load_sure(work, shape, tl.where(listed, row_state, WHOLE), PARTS)
     near = Near(
@@ -514,15 +530,12 @@ def refine_row(
     )  # fmt: skip
     # All tokens that aren't in the list are below the bound; one of distances says nothing of keys.
     bound = tl.where(listed & (near.banded == 0), tl.load(work + BOUND_AT), KEY_OF_MINUS_INFINITY)
-    row_top_key = tl.load(work + TOP_KEY_AT)
     row_sums = load_row_sums(work + ROW_SUMS_AT, row_top_key > LOWEST)
     likely_low, likely_high = tl.load(work + BOUND_AT).to(tl.int64), tl.load(work + HIGH_AT).to(tl.int64)
     # Of distances the sample makes one likely, which is a little too far.
     likely_high = tl.where(near.banded, key_of(0.9 * near.least).to(tl.int64), likely_high)
 
-    none, nothing = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
     zero = tl.full([], 0.0, tl.float32)
-    yes, no = tl.full([], True, tl.int1), tl.full([], False, tl.int1)
     lowest = tl.full([], LOWEST, tl.int64)
     kept = all_kept()
     bounds = Bounds(lowest, lowest, none, nothing, none, nothing)
@@ -530,12 +543,9 @@ def refine_row(
     beyond = Goal(none, nothing)
     # Whether a search has collected the tokens that it is about, and so many.
     collected, collected_number = no, none
-    # The largest logit may be known from the sums of the row.
-    first_rule, first_phase, _blind, first_amount = _begin(
-        none, yes, row_top_key == LOWEST, row_top_key, listed, no, row_top_key, n_rules, work + RULES_AT, NORMALISE
-    )  # fmt: skip
     first_phase = tl.where(row_top_key == LOWEST, _FIND_TOP, first_phase)
     first_rule = tl.where(row_top_key == LOWEST, 0, first_rule)
+    uncut = uncut | (row_top_key == LOWEST)
     measure = Measure(
         none,
         tl.where(row_top_key == LOWEST, _NOTHING, first_amount),
@@ -547,8 +557,8 @@ def refine_row(
     )
     kind, least, value = _load_rule(work + RULES_AT, first_rule, n_rules)
     state = State(
-        tl.where(greedy | (row_state == FREE), _DONE, first_phase), none + _OF_RULE, first_rule, row_top_key, none, nothing, nothing,
-        tl.full([], LOWEST, tl.int32), nothing, nothing, none, listed, yes, no,
+        tl.where(is_drawn_as_is, _DONE, first_phase), none + _OF_RULE, first_rule, row_top_key, none, nothing, nothing,
+        tl.full([], LOWEST, tl.int32), nothing, nothing, none, listed, uncut, no,
     )  # fmt: skip
 
     while state.phase != _DONE:
@@ -795,7 +805,7 @@ def refine_row(
             rule += begins.to(tl.int32)
 
         if begins:
-            rule, phase, failed, amount = _begin(
+            rule, phase, failed, amount, uncut = _begin(
                 rule, uncut, stale, top_key, open_below, failed, row_top_key, n_rules, work + RULES_AT, NORMALISE
             )  # fmt: skip
             task = none + _OF_RULE

@@ -480,8 +480,8 @@ def noise_of(token, seed, position):
 def may_win(coarse, x, scale, offset):
     """Whether tokens of undivided logits may be drawn; ``scale`` and ``offset`` are those of ``bounds``.
 
-    A token wins only if its noise is less than exp(x - best), where best is no more than the best sample of all; and its
-    noise is at least its first 16 bits as a number between 0 and 1. NaN may always.
+    A token wins only if its noise is less than exp(x - best), where best is no more than the best sample of all; and
+    its noise is at least its first 16 bits as a number between 0 and 1. NaN may always.
     """
     return (coarse.to(tl.float32) >= tl.exp2(x * scale + offset)) == 0
 
@@ -495,8 +495,8 @@ def load_seed(row, samples):
 
 # -- Candidates -----------------------------------------------------------------------------------------------------
 
-# Hardly any thread has a candidate: one test tells for all tokens of its 16 bytes, and warps that have none are done with
-# one branch. Triton itself would make an atomic addition and a store for each token, which takes longer than all
+# Hardly any thread has a candidate: one test tells for all tokens of its 16 bytes, and warps that have none are done
+# with one branch. Triton itself would make an atomic addition and a store for each token, which takes longer than all
 # the rest of the filter.
 _NEAR = """
     setp.geu.f32 some, largest, $low; vote.sync.any.pred some, some, 0xffffffff;
@@ -622,7 +622,7 @@ def collect_near(
         sets = () if edited_ptr is None else (edited_ptr.to(tl.int64), banned_ptr.to(tl.int64))
         tl.inline_asm_elementwise(
             _COLLECTING[4 * KIND + LISTED], _COLLECTING_OPERANDS[4 * KIND + LISTED],
-            (x, token, end, counter.to(tl.int64), pairs.to(tl.int64), slots, low, up) + sets,
+            (x, token, end, counter.to(tl.int64), pairs.to(tl.int64), slots, low, up) + sets,  # noqa: RUF005
             dtype=tl.int8, is_pure=False, pack=TOKENS,
         )  # fmt: skip
 
@@ -646,7 +646,7 @@ def collect_winners(
         sets = () if edited_ptr is None else (edited_ptr.to(tl.int64), banned_ptr.to(tl.int64))
         tl.inline_asm_elementwise(
             _COLLECTING[4 * KIND + 2 + LISTED], _COLLECTING_OPERANDS[4 * KIND + 2 + LISTED],
-            (
+            (  # noqa: RUF005
                 x, token, end, counter.to(tl.int64), pairs.to(tl.int64), slots,
                 least.to(tl.int32, bitcast=True), words[0].to(tl.int32, bitcast=True),
                 words[1].to(tl.int32, bitcast=True), words[2].to(tl.int32, bitcast=True),
