@@ -184,7 +184,8 @@ def _is_number(rule: Rule) -> bool:
 
 
 def _whole_lines(words: int) -> int:
-    return -(-words // LINE.value) * LINE.value
+    line: int = LINE.value
+    return -(-words // line) * line
 
 
 class _Layout(NamedTuple):
