@@ -89,16 +89,23 @@ def test_rows_without_a_distribution(chain):
     )
 
 
+def is_sampled(V):
+    """Which tokens of a large vocabulary the bounds of a row are guessed from."""
+    run, runs = row.RUN.value, launch._SAMPLE // row.RUN.value
+    sampled = torch.zeros(V, dtype=torch.bool)
+    first = torch.arange(runs) * (V // run) // runs * run
+    sampled[(first.unsqueeze(1) + torch.arange(run)).flatten()] = True
+    return sampled
+
+
 def test_more_candidates_than_were_collected(monkeypatch):
     """Of what the sample didn't see there may be more than there is room for, and less than the registers take."""
     # What is read beyond the room shows where it is no NaN.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     V, seeds = 12000, torch.arange(2, device=DEVICE)
-    runs = torch.arange(1024) * (V // 8) // 1024
-    unseen = torch.ones(V // 8, dtype=torch.bool)
-    unseen[runs] = False
+    unseen = ~is_sampled(V)
     scores = torch.full((2, V), -5.0) + torch.randn(2, V, generator=torch.Generator().manual_seed(0)) * 0.01
-    scores[:, unseen.repeat_interleave(8).nonzero().flatten()[:2000]] += 8.0
+    scores[:, unseen.nonzero().flatten()[:2000]] += 8.0
     scores[:, 3] = 3.0
     scores, rules = scores.to(DEVICE), (Rule("min_p", 0.1),)
     check_truncation(scores, rules, selected(scores, rules))
@@ -237,9 +244,7 @@ def test_a_sample_that_misleads(slots):
     """Tokens that no sample sees: the whole row is looked at, and what the filter took for kept is taken back."""
     V = 12_000
     scores = torch.randn(3, V, generator=torch.Generator().manual_seed(2))
-    sampled = torch.zeros(V, dtype=torch.bool)
-    run = torch.arange(1024) * (V // 8) // 1024
-    sampled[(8 * run.unsqueeze(1) + torch.arange(8)).flatten()] = True
+    sampled = is_sampled(V)
     scores[0, ~sampled] += 3
     scores[1, ~sampled] -= 3
     scores[2, torch.arange(V)[~sampled][0]] = 40

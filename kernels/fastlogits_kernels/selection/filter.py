@@ -9,6 +9,7 @@ from fastlogits_kernels.selection.row import (
     FEW,
     FREE,
     LOWEST,
+    OCTET,
     OFFSET_AT,
     PART_COUNT_AT,
     PART_LARGEST_AT,
@@ -45,7 +46,6 @@ from fastlogits_kernels.selection.row import (
     weight_of,
 )
 
-OCTET = tl.constexpr(8)  # tokens that have their noise together
 _KEPT = tl.constexpr(64)  # so many octets of a part are looked at at a time where rows are kept
 _LISTED = tl.constexpr(512)  # so many tokens of a list are looked at at a time
 

@@ -65,6 +65,7 @@ from fastlogits_kernels.selection.row import (
     PART_WORDS,
     RULE_WORDS,
     RULES_AT,
+    RUN,
     SUM_WORDS,
     TILE_W,
     Listed,
@@ -97,8 +98,8 @@ class _Launchers(NamedTuple):
             Launcher(sums_kernel, num_warps=4, enable_fp_fusion=False),
             # Two programs of a multiprocessor at once.
             Launcher(bounds_kernel, num_warps=16, enable_fp_fusion=False, maxnreg=64, **early),
-            # Twelve at once: more registers are for the few rows that are kept as a whole.
-            Launcher(filter_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=40, **early),
+            # Ten at once: more registers are for the few rows that are kept as a whole.
+            Launcher(filter_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=48, **early),
             {
                 slots: Launcher(refine_kernel, num_warps=warps, enable_fp_fusion=False, maxnreg=128, **early)
                 for slots, warps in _WARPS.items()
@@ -147,6 +148,9 @@ _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16
 _SAMPLE = 8192
 _BITS = 20
 _BLOCK_BYTES = 4096
+# Of so many rows what is kept for certain is told apart sooner: multiprocessors are idle, and a search of many
+# candidates would take longer.
+_FEW_ROWS = 16
 # Candidates that a search of whole rows collects at most, and tokens of a block there.
 ROOM = 4096
 ROW_BLOCK = 2048
@@ -213,7 +217,7 @@ class _Layout(NamedTuple):
         sample = min(V, _SAMPLE)
         shape: Any = Shape(
             W, tiles, parts, slots, sums_at, parts_at, pairs_at, 0.95 * few, 0.95 * slots,
-            Sample(max(V, _SAMPLE) // 8, sample, sample / V),
+            Sample(max(V, _SAMPLE) // RUN.value, sample, sample / V),
         )  # fmt: skip
         return cls(
             shape, _whole_lines(pairs_at + max(2 * pairs, _SAMPLE * sums)), few, triton.next_power_of_2(tiles),
@@ -331,6 +335,8 @@ def launch_select(
     shape, words_of_row, _few, TILES, PARTS = selection.layouts[itemsize]
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
     maps = maps_of(chain, found, temperature, scores)
+    if B <= _FEW_ROWS:
+        shape = shape._replace(capacity=min(shape.capacity, 0.85 * _SOME))
     cut = (*shape[:-1], *shape.sample)
     values = (selection.numbers, *(row.contiguous() for row in selection.rows))
     samples: Any = Samples(seeds, positions, row_stride(seeds), row_stride(positions))
