@@ -184,6 +184,31 @@ def workspace(scores, rules):
     return launch.launch_select(scores, selection, out=torch.empty_like(scores))._base
 
 
+@pytest.mark.parametrize(
+    ("V", "deviation", "mass", "temperature"),
+    [(12_000, 1.0, 0.5, None), (30_000, 2.0, 0.9, 0.7), (30_000, 1.4, 0.3, 1.3), (12_000, 0.5, 0.6, 1e-4)],
+)
+def test_of_a_band_only_the_edges_are_collected(V, deviation, mass, temperature):
+    """What is typical lies between two edges; a temperature is no part of what the filter compares."""
+    scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1)).to(DEVICE) * deviation
+    divisor = None
+    if temperature is not None:
+        divisor = torch.tensor(temperature, device=DEVICE)
+        scores = scores * (temperature / 0.7)  # of the same shape, once divided
+    scaled = scores if divisor is None else scores / divisor
+    rules = (Rule("typical", mass),)
+    selection = launch.Selection(rules, V, scores.device)
+    out = torch.empty_like(scores)
+    work = launch.launch_select(scores, selection, out=out, temperature=divisor)._base
+    assert work[:, row.STATE_AT.value].tolist() == [row.BRACKET.value] * 2
+    check_truncation(scaled, rules, out)
+    kept = (out > -math.inf).sum(1)
+    assert (work[:, row.COUNT_AT.value] < kept).all()
+    seeds = torch.tensor([5, 6], device=DEVICE)
+    wanted = draw.reference_draw(reference_truncate(scaled, rules), seeds, seeds)
+    assert torch.equal(drawn(scores, rules, seeds, seeds, divisor), wanted)
+
+
 @pytest.mark.parametrize("V", [12_000, 120_000] if GPU else [12_000])
 @pytest.mark.parametrize("chain", FLAT)
 def test_flat_rows_keep_most_unseen(chain, V):
