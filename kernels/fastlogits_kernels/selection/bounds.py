@@ -308,7 +308,7 @@ def _draw_from_sample(row, x, counts, shape, samples, SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _scale_and_offset(best, inverse):
+def scale_and_offset(best, inverse):
     """What ``may_win`` asks for, where a sample of ``best`` is known."""
     offset = 16.001 - best * LOG2_E + tl.abs(best) * 1e-6
     # Beside NaN or infinity only such tokens may win, and where nothing is known all but -inf.
@@ -432,7 +432,7 @@ def bounds_kernel(
             test = tl.where(banded, -tl.abs(sample - centre), sample)
             counts = (flat < shape.sample.size) & ((state == FREE) | (key_of(test) >= high))
             best = _draw_from_sample(row, sample, counts, shape, samples, SAMPLE)
-            scale, offset = _scale_and_offset(best, inverse_of(row, maps))
+            scale, offset = scale_and_offset(best, inverse_of(row, maps))
             store_float(work + SCALE_AT, scale)
             store_float(work + OFFSET_AT, offset)
     if FITS:

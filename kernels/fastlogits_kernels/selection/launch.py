@@ -75,18 +75,22 @@ from fastlogits_kernels.selection.row import (
     Shape,
 )
 from fastlogits_kernels.selection.row_sums import sums_kernel
+from fastlogits_kernels.selection.sample_rows import PART_WORDS as SAMPLE_PART_WORDS
+from fastlogits_kernels.selection.sample_rows import sample_parts_kernel, sample_rows_kernel
 from fastlogits_kernels.token_sets import Position, TokenSets
 from fastlogits_kernels.truncate.dispatch import truncate
 
 
 class _Launchers(NamedTuple):
-    """Of the five kernels; of one for each number of slots."""
+    """Of the kernels; of one for each number of slots."""
 
     sums: Launcher
     bounds: Launcher
     filter: Launcher
     refine: dict[int, Launcher]
     rows: Launcher
+    sample_parts: Launcher
+    sample_rows: Launcher
 
     def refining(self, slots: int) -> Launcher:
         """The launcher for so many slots."""
@@ -106,6 +110,8 @@ class _Launchers(NamedTuple):
             },
             # What happens between its passes all warps do alike: more of them would take longer.
             Launcher(refine_rows_kernel, num_warps=8, enable_fp_fusion=False, **early),
+            Launcher(sample_parts_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=64),
+            Launcher(sample_rows_kernel, num_warps=4, enable_fp_fusion=False, **early),
         )
 
 
@@ -148,6 +154,8 @@ _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16
 _SAMPLE = 8192
 _BITS = 20
 _BLOCK_BYTES = 4096
+# Tokens of a part of a row that is sampled from as it is.
+_SAMPLE_BLOCK = 2048
 # Of so many rows what is kept for certain is told apart sooner: multiprocessors are idle, and a search of many
 # candidates would take longer.
 _FEW_ROWS = 16
@@ -329,8 +337,11 @@ def launch_select(
 
     Returns what is kept of each row, int32 ``[B, 4]``: see ``Kept``.
     """
-    B, V = scores.shape
     chain = chain or _NO_CHAIN
+    lists = 0 if found is None or found.listed is None else found.listed[2]
+    if tokens is not None and seeds is not None and positions is not None and not selection.kinds and not lists:
+        return _launch_samples(scores, chain, found, temperature, seeds, positions, tokens)
+    B, V = scores.shape
     itemsize = scores.element_size()
     shape, words_of_row, _few, TILES, PARTS = selection.layouts[itemsize]
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
@@ -395,6 +406,40 @@ def launch_select(
         PARTS, early,
     )))  # fmt: skip
     launch_together(launches)
+    return work[:, KEPT_AT.value : KEPT_AT.value + 4]
+
+
+def _launch_samples(
+    scores: torch.Tensor,
+    chain: Chain,
+    found: TokenSets | None,
+    temperature: torch.Tensor | None,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """The same where no rule drops anything: two launches."""
+    B, V = scores.shape
+    parts = -(-V // _SAMPLE_BLOCK)
+    words_of_row = _whole_lines(LINE.value + SAMPLE_PART_WORDS.value * parts)
+    work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
+    raw16 = scores.element_size() == 2 and not chain.flat
+    early = overlaps(scores.device)
+    launchers = _early if early else _launchers
+    key = (
+        *launch_key(scores), chain.form, None if temperature is None else temperature.dtype, seeds.dtype,
+        positions.dtype,
+    )  # fmt: skip
+    launch_together([
+        Launch(launchers.sample_parts, key, B * parts, (
+            scores, *maps_of(chain, found, temperature, scores), seeds, positions, row_stride(seeds),
+            row_stride(positions), work, V, words(V), parts, *scores.stride(), words_of_row,
+            chain.flat, _MAX[torch.float32], _SAMPLE_BLOCK, 1 if raw16 else 2, is_portable(scores.device), early,
+        )),
+        Launch(launchers.sample_rows, (scores.device, triton.next_power_of_2(parts)), B, (
+            work, tokens, parts, words_of_row, triton.next_power_of_2(parts), early,
+        )),
+    ])  # fmt: skip
     return work[:, KEPT_AT.value : KEPT_AT.value + 4]
 
 
