@@ -71,7 +71,8 @@ class Sampler:
     A row's token depends on its own logits, parameters, seed and position, and on nothing else: not on the batch, its
     place there, or the step before. It is ``argmax(x - log(E))`` over the kept tokens, the lowest id on ties, with the
     processed logits ``x`` in float32 and exponential noise ``E`` from Philox4x32-10, a counter-based generator (Salmon
-    et al., SC 2011), keyed by the seed and counted by token id and position: a draw from their softmax.
+    et al., SC 2011), keyed by the seed and counted by token id and position: a draw from their softmax. The noise has
+    48 bits; ``fastlogits_kernels.draw`` has its definition.
 
     The logits become float32, then pass the processors, the temperature and the truncations. Each parameter is a number
     for all rows, or a tensor ``(B,)`` on the device of the logits: float32, or int32 or int64 for ``top_k``. Such a

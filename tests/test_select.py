@@ -184,6 +184,60 @@ def workspace(scores, rules):
     return launch.launch_select(scores, selection, out=torch.empty_like(scores))._base
 
 
+def sampled_rows(V, dtype):
+    """Rows to be drawn from as they are: all sorts of them."""
+    gauss = torch.randn(9, V, generator=torch.Generator().manual_seed(V)) * 3
+    gauss[1] *= 0.03  # many may win
+    gauss[2] = gauss[2].round()
+    gauss[3] = 0.0
+    gauss[4, torch.rand(V, generator=torch.Generator().manual_seed(1)) < 0.95] = -math.inf
+    gauss[4, V // 2] = 0.0
+    gauss[5, V // 2 :] = math.nan
+    gauss[6, V // 3] = math.inf
+    gauss[7] = -math.inf
+    gauss[8] = -math.inf
+    gauss[8, V - 1] = -5.0
+    return gauss.to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("V", "dtype"), [(2, torch.float32), (300, torch.float16), (5000, torch.float32), (9000, torch.bfloat16)]
+)
+def test_rows_that_nothing_is_dropped_of(V, dtype):
+    """By themselves in two launches, and beside rows that lose most of theirs: with the tokens of the reference."""
+    scores, seeds = sampled_rows(V, dtype), torch.arange(9, device=DEVICE) * 2**33
+    by_row = torch.linspace(0.5, 2.0, 9, device=DEVICE)
+    by_row[1], by_row[3] = 0.0, 1e-20
+    ordinary = torch.randn(1, V, generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE)
+    off = torch.tensor([1.0] * 9 + [0.5], device=DEVICE)
+    for temperature in (None, torch.tensor(0.7, device=DEVICE), by_row):
+        given = (scores, launch.Selection((), V, scores.device), seeds, seeds, temperature)
+        wanted, _ = launch.reference_tokens(*given, None, None, launch.NOWHERE, None)
+        assert torch.equal(launch.select_tokens(*given), wanted)
+        more = temperature if temperature is None or not temperature.ndim else temperature.repeat(2)[:10]
+        both, last = launch.Selection((Rule("top_p", off),), V, scores.device), seeds.repeat(2)[:10]
+        found = launch.select_tokens(torch.cat((scores, ordinary)), both, last, last, more)
+        assert torch.equal(found[:9], wanted)
+
+
+@pytest.mark.parametrize("chain", ["penalty", "ban"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chain_before_a_draw_of_all(chain, dtype):
+    """What a chain changes or bans counts before anything is ruled out."""
+    V, seeds = 5000, torch.arange(4, device=DEVICE)
+    scores = torch.randn(4, V, generator=torch.Generator().manual_seed(2)).to(dtype).to(DEVICE)
+    ids = scores.topk(500).indices
+    processors = {
+        "penalty": [fl.RepetitionPenaltyLogitsProcessor(50.0)],
+        "ban": [fl.SuppressTokensLogitsProcessor(ids[0].tolist())],
+    }[chain]
+    found = fl.Sampler(processors)(scores, seeds, seeds, input_ids=ids).tokens
+    plain = scores.float()
+    for processor in processors:
+        plain = processor(ids, plain)
+    assert torch.equal(found, draw.reference_draw(plain, seeds, seeds))
+
+
 @pytest.mark.parametrize(
     ("V", "deviation", "mass", "temperature"),
     [(12_000, 1.0, 0.5, None), (30_000, 2.0, 0.9, 0.7), (30_000, 1.4, 0.3, 1.3), (12_000, 0.5, 0.6, 1e-4)],

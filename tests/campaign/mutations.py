@@ -280,8 +280,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a draw takes the highest of equals", f"{SELECTION}/refine.py",
-        "return best, tl.min(tl.where(key == best, token, 0x7FFFFFFF))",
-        "return best, tl.max(tl.where(key == best, token, -1))",
+        "return tl.min(tl.where(lives & (key == tl.max(key)), token, HIGHEST))",
+        "return tl.max(tl.where(lives & (key == tl.max(key)), token, -1))",
         ("test_select.py::test_rows_without_a_distribution_have_a_token",),
     ),
     Mutation(
@@ -301,7 +301,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no candidates among the edited tokens", f"{SELECTION}/filter.py",
-        "tl.where(tl.load(work + STATE_AT) == FEW, count, 0)", "tl.where(tl.load(work + STATE_AT) == FEW, 0, 0)",
+        "tl.where(asks, count, 0)", "tl.where(asks, 0, 0)",
         ("test_serving.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
@@ -311,9 +311,60 @@ MUTATIONS = [
         ("test_serving.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
-        "random words in another order", f"{SELECTION}/row.py",
-        "tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))",
+        "the first bits of a pair exchanged", f"{SELECTION}/row.py",
+        "(word >> (16 * (token & 1)).to(tl.uint32))", "(word >> (16 - 16 * (token & 1)).to(tl.uint32))",
         ("test_select.py::test_tokens_are_the_reference_draw",),
+    ),
+    Mutation(
+        "the second call of the generator is the first", f"{SELECTION}/row.py",
+        "_random_words(token >> 2, seed, position, _FINE)", "_random_words(token >> 2, seed, position, _COARSE)",
+        ("test_select.py::test_rows_that_nothing_is_dropped_of",),
+    ),
+    Mutation(
+        "the noise of a sample taken for less than it may be", f"{SELECTION}/sample_rows.py",
+        "(coarse.to(tl.float32) + 1) * (2.0**-16)", "(coarse.to(tl.float32) * 0.1) * (2.0**-16)",
+        ("test_select.py::test_rows_that_nothing_is_dropped_of",),
+    ),
+    Mutation(
+        "a part where many may win left out", f"{SELECTION}/sample_rows.py",
+        "tl.where(found > _COLLECTED, BLOCK, 0)", "tl.where(found > BLOCK, BLOCK, 0)",
+        ("test_select.py::test_rows_that_nothing_is_dropped_of",),
+    ),
+    Mutation(
+        "a row drawn from as it is takes another's noise", f"{SELECTION}/filter.py",
+        "words = coarse_words(octet, seed, position)", "words = coarse_words(octet + 1, seed, position)",
+        ("test_select.py::test_rows_that_nothing_is_dropped_of",),
+    ),
+    Mutation(
+        "the best of a sample that the bounds know is too good", f"{SELECTION}/bounds.py",
+        "offset = 16.001 - best * LOG2_E", "offset = 8.0 - best * LOG2_E",
+        ("test_select.py::test_rows_that_nothing_is_dropped_of",),
+    ),
+    Mutation(
+        "a band told apart on one side only", f"{SELECTION}/bounds.py",
+        "tl.where(banded, number_of(most), float(\"inf\")), certain", "float(\"inf\"), certain",
+        ("test_select.py::test_of_a_band_only_the_edges_are_collected",),
+    ),
+    Mutation(
+        "what is kept for certain counted as a candidate too", f"{SELECTION}/refine.py",
+        "beside = valid & is_sure(raw, work)", "beside = valid & False",
+        ("test_select.py::test_flat_rows_keep_most_unseen",),
+    ),
+    Mutation(
+        "a division that the edge of what is kept forgets", f"{SELECTION}/bounds.py",
+        "from_here = tl.where(banded, centre - distance, number_of(high)) * divisor",
+        "from_here = tl.where(banded, centre - distance, number_of(high))",
+        ("test_select.py::test_of_a_band_only_the_edges_are_collected",),
+    ),
+    Mutation(
+        "the upper half of the noise cut off", f"{KERNELS}/draw.py",
+        "torch.where(u < 0.5, torch.log1p(-u), rest.log())", "torch.log1p(-u.clamp(max=1 - 2**-24))",
+        ("test_sampling.py::test_the_noise_has_all_its_digits_at_both_ends",),
+    ),
+    Mutation(
+        "the CPU rules tokens out that may win", f"{KERNELS}/draw.py",
+        "_MARGIN = 16.001", "_MARGIN = 12.0",
+        ("test_sampling.py::test_the_token_is_the_argmax_of_the_definition",),
     ),
     Mutation(
         "the high half of a position ignored", f"{SELECTION}/row.py",

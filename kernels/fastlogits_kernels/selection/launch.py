@@ -6,16 +6,20 @@ Four to six launches:
 
     row_sums     where a rule that speaks of probabilities may come first: adds up each row, and takes its sample
     bounds       from a sample of each row, a bound that hardly any token below can survive; of many tokens that stay
-                 also one above which all are kept
+                 also one above which all are kept, or of a band its two edges
     filter       reads the logits, writes the fill value everywhere, keeps what is kept for certain, and collects the
                  tokens between the bounds, the candidates
     refine       one program a row: applies the rules to the candidates, in registers; where rules may leave more than
                  a thousand, another launch for rows with thousands
     refine_rows  the same for rows with more candidates, or with candidates that don't suffice: block by block
 
-The filter doesn't divide by the temperature: it holds the logits against a range that ``bounds`` has put before the
-division, a little too wide, and ``refine`` divides the few that pass and looks at them exactly. Of a serving step it
-passes the tokens over that have values in place of their logits, and takes these from their lists.
+Where no rule drops anything and a token is drawn, two launches do: see ``sample_rows``.
+
+The filter makes one test for the 16 bytes of a row that a thread holds, and hardly any thread passes it. It doesn't
+divide by the temperature: it holds the logits against a range that ``bounds`` has put before the division, a little too
+wide, and ``refine`` divides the few that pass and looks at them exactly. Of a serving step it passes the tokens over
+that have values in place of their logits, and takes these from their lists. A row that is drawn from as it is, beside
+others that are not, has for candidates the tokens whose noise lets them win: see ``may_win``.
 
 A bound is a guess that the last launches verify: where too many tokens are above it, or a rule would keep one below, or
 drop one that was kept, the whole row is looked at, with the same arithmetic. So the result never depends on the guess,
@@ -333,7 +337,7 @@ def launch_select(
     positions: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: four to six launches.
+    """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: two to six launches.
 
     Returns what is kept of each row, int32 ``[B, 4]``: see ``Kept``.
     """

@@ -584,6 +584,8 @@ _BF16, _FP16 = tl.constexpr(_DTYPES.index("bf16")), tl.constexpr(_DTYPES.index("
 def collect(candidate, x, token, counter, pairs, slots, PORTABLE: tl.constexpr):
     """Collect candidates of float32 logits, each as 64 bits: its token above its logit."""
     if PORTABLE:
+        # The interpreter may hold what was combined as something else than booleans.
+        candidate = candidate.to(tl.int32) != 0
         place = tl.atomic_add(counter + tl.zeros_like(token), 1, mask=candidate, sem="relaxed")
         here = pairs + 2 * place
         tl.store(here, x.to(tl.int32, bitcast=True), mask=candidate & (place < slots))
