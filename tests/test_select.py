@@ -174,7 +174,7 @@ FLAT = {
 def workspace(scores, rules):
     """What the kernels leave in the workspace of each row; first what the sample took it for."""
     selection = launch.Selection(rules, scores.shape[1], scores.device)
-    return launch.launch_select(scores, selection, out=torch.empty_like(scores))._base
+    return launch.launch_select(scores, selection, out=torch.empty_like(scores))
 
 
 @pytest.mark.parametrize("V", [12_000, 120_000] if GPU else [12_000])
