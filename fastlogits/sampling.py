@@ -551,10 +551,16 @@ def _check_rows(argument: str, value: torch.Tensor, logits: torch.Tensor) -> Non
         )
 
 
+_INTEGERS = (torch.int64, torch.int32)
+"""What integers mostly are."""
+
+
 def _for_rows(argument: str, value: Index, logits: torch.Tensor) -> torch.Tensor:
     """An integer for each row."""
     if isinstance(value, torch.Tensor):
-        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        if value.dtype not in _INTEGERS and (
+            value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+        ):
             raise ValueError(f"{argument} must be an integer or a tensor of integers, got a tensor of {value.dtype}")
         _check_rows(argument, value, logits)
         return value

@@ -89,11 +89,12 @@ class SelectLaunch(Step):
             selection = last[2]
         else:
             selection = self._selection(scores.shape[1], device)
-        if is_capturing(device):
+        capturing = is_capturing(device)
+        if capturing:
             hold(self._captured, selection)
         if self._fold is None:
             return launch.select(scores, selection)
-        return launch.select(scores, selection, *self._fold.inputs(input_ids, scores, run))
+        return launch.select(scores, selection, *self._fold.inputs(input_ids, scores, run, capturing))
 
     def _selection(self, V: int, device: torch.device) -> launch.Selection:
         self._make_selection(V, device)

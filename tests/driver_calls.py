@@ -29,7 +29,7 @@ from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.selection import launch
 
 import fastlogits as fl
-from tests.campaign.sanitizer_cases import forced
+from tests.campaign.sanitizer_cases import OPERATIONS, Given, forced
 from tests.launches import captured, compile_for
 
 V = 4096
@@ -75,16 +75,6 @@ def standing_in(library: Any, stream: Callable[[], int] = lambda: 7) -> Iterator
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(forced(True))
         yield
-
-
-@contextmanager
-def without_triton() -> Iterator[list[tuple[Any, ...]]]:
-    """What Triton's launcher is called with, instead of the calls."""
-    from triton.backends.nvidia.driver import CudaLauncher
-
-    made: list[tuple[Any, ...]] = []
-    with mock.patch.object(CudaLauncher, "__call__", lambda self, *args: made.append(args)):
-        yield made
 
 
 # -- A library that stands in for the driver ------------------------------------------------------------------------
@@ -200,7 +190,7 @@ class Library:
 
 
 def calls() -> list[Callable[[], Any]]:
-    """Calls of all ways into a selection, each to be made again and again; of the rest one of each."""
+    """Calls of all ways into a selection, each to be made again and again."""
     cpu = torch.device("cpu")
     ids, longs = torch.zeros(2, 8, dtype=torch.int64), torch.arange(8)
     wide = torch.zeros(2, V + 3)
@@ -253,6 +243,9 @@ def compare() -> dict[str, Any]:
     with captured() as made:
         for call in made_calls:
             call()
+        for name, operation in OPERATIONS.items():
+            if not name.startswith(("select", "draw")):
+                operation.run(Given(2, 1000, torch.device("cpu")))
     compile_all(made, linked=True)
     for compiled in {id(x): x for each in made for x in [each.launcher.compiled[each.key]]}.values():
         library.describe(compiled)

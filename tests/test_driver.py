@@ -384,7 +384,7 @@ def test_doctor_names_the_launcher(library, monkeypatch):
 def test_a_launch_that_is_refused_says_which(library, one_device):
     relaunches = laid_out(Kernel())
     library.refusals = [701, 701]
-    with pytest.raises(KernelError, match=r"_kernel can't be launched \(DriverError: Triton Error \[CUDA\]: out of"):
+    with pytest.raises(KernelError, match=r"_kernel can't be launched \(RuntimeError: Triton Error \[CUDA\]: out of"):
         relaunches(0, [1, 2])
     assert relaunches(0, [1, 2])
     launcher = launcher_of(Kernel())

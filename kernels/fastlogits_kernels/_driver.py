@@ -60,11 +60,11 @@ class UnfitError(Exception):
     """A kernel has to be launched by Triton; the message says why."""
 
 
-class DriverError(RuntimeError):
-    """The driver refused a launch."""
+class DriverError(Exception):
+    """The driver refused a launch; its cause says why, in the words of Triton's launcher."""
 
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, number: int) -> None:
+        super().__init__(f"launch {number} was refused")
         self.number = number
         """Which of the kernels of the call it was."""
 
@@ -292,7 +292,7 @@ class Call:
         for each in range(number, len(launches)):
             status = launches[each]()
             if status:
-                raise DriverError(each, f"Triton Error [CUDA]: {_described(status)}")
+                raise DriverError(each) from RuntimeError(f"Triton Error [CUDA]: {_described(status)}")
 
     def _block(self) -> _Block:
         """New memory, as it is to be before a call."""

@@ -76,6 +76,7 @@ _SLOW_S = 2.0
 
 # Relaunching relies on how Triton itself launches a compiled kernel; before 3.4 that was another way.
 _RELAUNCHES = HAS_TRITON and tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 4)
+_knobs: Any = triton.knobs.runtime if _RELAUNCHES else None
 _MANY_DEVICES = torch.cuda.device_count() > 1
 
 
@@ -447,8 +448,7 @@ def _layout_key(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _has_hooks() -> bool:
     """Whether a profiler listens to launches."""
-    knobs = triton.knobs.runtime
-    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 

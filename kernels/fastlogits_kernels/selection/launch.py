@@ -430,6 +430,10 @@ def kept_in(work: torch.Tensor) -> torch.Tensor:
 
 def _laid_out(selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors) -> Relaunches | None:
     """The launches of such a call through the driver, if they can be made so."""
+    index = tensors.scores.get_device()
+    for each in (*tensors[:-1], *tensors.rows):
+        if each is not None and each.get_device() != index:  # pinned memory, of which Triton asks whether it is
+            return None
     stand_ins, given = tensors.stand_ins()
     return Relaunches.of(_launches(selection, chain, found, tensors, stand_ins), given)
 
