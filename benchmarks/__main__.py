@@ -45,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.compiling import main as compiling
 
         return compiling(arguments[1:])
+    if arguments[:1] == ["cliffs"]:
+        from benchmarks.cliffs import main as cliffs
+
+        return cliffs(arguments[1:])
     options = _parse(arguments)
     console = Console()
     if not console.is_terminal:
@@ -175,7 +179,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     whole = partial(_at_least_1, "must be an integer of at least 1")
     parser = argparse.ArgumentParser(
         "python -m benchmarks",
-        description="Measure fastlogits beside what people use. Other commands: plots, report, readme, compile.",
+        description="Measure fastlogits beside what people use. Also: plots, report, readme, compile, cliffs.",
     )
     parser.add_argument("--device", nargs="+", choices=present, default=present, help="default: all present")
     parser.add_argument("--batch", nargs="+", type=whole, help=f"batch sizes; default: {_BATCHES}")

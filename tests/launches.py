@@ -181,9 +181,14 @@ def _serve(dtype: torch.dtype) -> None:
     batch.apply(logits, slots)
 
 
+def _sample(dtype: torch.dtype) -> None:
+    fl.Sampler(temperature=0.7)(torch.zeros(2, V, dtype=dtype), 0, 0)
+
+
 CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
     ("list", _warp, torch.float32), ("list", _warp, torch.bfloat16), ("draw", _draw, torch.float32),
-    ("typical", _typical, torch.float32), ("serving", _serve, torch.float32),
+    ("draw", _draw, torch.bfloat16), ("typical", _typical, torch.float32), ("serving", _serve, torch.float32),
+    ("sample", _sample, torch.float32), ("sample", _sample, torch.bfloat16),
 ]  # fmt: skip
 
 
@@ -232,6 +237,7 @@ def _smallest() -> None:
         rules = tuple(Rule(kind, value, ties=ties if kind == "top_k" else "all") for kind, value in values.items())
         launch.select(one, launch.Selection(rules, 1, cpu))
         launch.select_tokens(one, launch.Selection(rules, 1, cpu), seeds, seeds)
+    launch.select_tokens(one, launch.Selection((), 1, cpu), seeds, seeds)
     asked = {argument_of(kind): value for kind, value in values.items()}
     asked |= {"temperature": 0.7, "repetition_penalty": 2.0, "dry_multiplier": 1.0, "no_repeat_ngram_size": 2}
     asked |= {"logit_bias": {0: 1.0}, "forced_tokens": [0], "logprobs": 1}
@@ -260,6 +266,7 @@ def amd() -> list[str]:
     with captured(hopper=False, amd=True) as made:
         _warp(torch.float32)
         _draw(torch.bfloat16)
+        _sample(torch.bfloat16)
     found = []
     for each in made:
         assert compile_for(each, None).asm["amdgcn"]

@@ -533,3 +533,22 @@ def test_a_first_call_that_fails_and_what_is_not_there(tmp_path, capsys, monkeyp
         with pytest.raises(SystemExit):
             main(["compile"])
         assert "nothing is compiled here" in capsys.readouterr().err
+
+
+def test_cliffs_are_looked_for_everywhere():
+    """Every rule has a value that it is measured with, every kind of logits is what it says."""
+    from fastlogits_kernels.rules import RULES
+
+    from benchmarks import cliffs
+
+    assert set(cliffs.VALUES) == set(RULES)
+    sets = cliffs.rule_sets(alone=False)
+    assert len(sets) == len(set(sets)) == len(RULES) * (len(RULES) + 1) // 2
+    case = Case(torch.device("cpu"), 4, 1000)
+    made = {name: make(case) for name, make in cliffs.LOGITS.items()}
+    assert all(scores.shape == (4, 1000) and scores.dtype == torch.float32 for scores in made.values())
+    assert (made["half -inf"] == -float("inf")).sum() == 2000
+    assert (made["spike"].softmax(-1).amax(-1) > 0.9).all()
+    assert made["ties"].unique().numel() < made["gauss"].unique().numel()
+    if not torch.cuda.is_available():
+        assert cliffs.main([]) == 2

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -156,5 +157,6 @@ def test_a_rule_that_no_branch_knows_fails():
     environment = {**os.environ, "FASTLOGITS_BACKEND": "triton"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1
-    assert "KernelError: the kernel bounds_kernel can't be" in done.stderr
+    # Which of its kernels is compiled first is left open.
+    assert re.search(r"Error: the kernel \w+ can't be", done.stderr), done.stderr
     assert "a rule without a goal has no branch in cutoff()" in done.stderr.splitlines()[-1]

@@ -92,6 +92,60 @@ def test_the_noise_has_all_its_digits_at_both_ends(n):
     assert 2.0**-49 <= found.item() < 34
 
 
+def noise_in_numpy(seed: int, positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The definition once more, in numpy and in double precision, of many positions and tokens."""
+    low = np.uint64(0xFFFFFFFF)
+    key = [np.uint64(seed) & low, np.uint64(seed) >> np.uint64(32)]
+
+    def words(blocks: np.ndarray, call: int) -> np.ndarray:
+        a, b, c = (
+            blocks.astype(np.uint64),
+            positions.astype(np.uint64) & low,
+            positions.astype(np.uint64) >> np.uint64(32),
+        )
+        d = np.full_like(a, call)
+        for turn in range(10):
+            k0, k1 = (np.uint64((int(key[i]) + turn * step) % 2**32) for i, step in enumerate((0x9E3779B9, 0xBB67AE85)))
+            first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+            a, b, c, d = second >> np.uint64(32) ^ b ^ k0, second & low, first >> np.uint64(32) ^ d ^ k1, first & low
+        return np.stack((a, b, c, d))
+
+    def of(words: np.ndarray, which: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(words, which[None], 0)[0]
+
+    coarse = of(words(tokens // 8, 0), tokens % 8 // 2) >> (16 * (tokens % 2)).astype(np.uint64) & np.uint64(0xFFFF)
+    n = coarse << np.uint64(32) | of(words(tokens // 4, 1), tokens % 4)
+    return -np.log1p(-(n.astype(np.float64) + 0.5) * 2.0**-48)
+
+
+def test_ten_million_noises_are_exponential():
+    """Against numpy one by one, and by a chi-square whose last cells on both sides hold some hundred."""
+    seed, count, chunk = 2**40 + 7, 10_000_000, 1_000_000
+    inner = np.linspace(0, 1, 1001)[1:-1]
+    edges = np.concatenate(([2e-5, 1e-4], inner, [1 - 1e-4, 1 - 2e-5]))
+    cells = np.zeros(len(edges) + 1)
+    for start in range(0, count, chunk):
+        tokens = np.arange(start, start + chunk) % 1000
+        positions = np.arange(start, start + chunk) // 1000
+        found = exponential_noise(torch.tensor(seed), torch.from_numpy(positions), torch.from_numpy(tokens)).numpy()
+        if start == 0:
+            np.testing.assert_allclose(found, noise_in_numpy(seed, positions, tokens), rtol=3e-7)
+        cells += np.bincount(np.searchsorted(edges, -np.expm1(-found.astype(np.float64))), minlength=len(cells))
+    expected = np.diff(np.concatenate(([0.0], edges, [1.0]))) * count
+    statistic = torch.tensor(((cells - expected) ** 2 / expected).sum())
+    assert torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), statistic / 2) > 1e-3
+
+
+def test_ten_million_draws_fit_the_distribution(device):
+    """Without truncation, with tokens that are drawn some ten times among them."""
+    V, B, draws = (4096, 20_000, 10_000_000) if device == "cuda" else (8, 500_000, 10_000_000)
+    p = torch.logspace(0, -6, V, dtype=torch.float64)
+    logits, count = p.log().float().to(device).expand(B, V), torch.arange(B, device=device)
+    sampler = fl.Sampler()
+    tokens = [sampler(logits, 99, count + turn * B).tokens.cpu() for turn in range(draws // B)]
+    assert chi_square(torch.cat(tokens), p / p.sum()) > 1e-3
+
+
 @pytest.mark.parametrize("V", [1, 6, 1003, 50_000])
 def test_the_noise_of_some_tokens_is_that_of_whole_rows(V):
     # Or a row would depend on how many tokens its neighbours keep.

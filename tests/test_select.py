@@ -89,16 +89,23 @@ def test_rows_without_a_distribution(chain):
     )
 
 
+def is_sampled(V):
+    """Which tokens of a large vocabulary the bounds of a row are guessed from."""
+    run, runs = row.RUN.value, launch._SAMPLE // row.RUN.value
+    sampled = torch.zeros(V, dtype=torch.bool)
+    first = torch.arange(runs) * (V // run) // runs * run
+    sampled[(first.unsqueeze(1) + torch.arange(run)).flatten()] = True
+    return sampled
+
+
 def test_more_candidates_than_were_collected(monkeypatch):
     """Of what the sample didn't see there may be more than there is room for, and less than the registers take."""
     # What is read beyond the room shows where it is no NaN.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     V, seeds = 12000, torch.arange(2, device=DEVICE)
-    runs = torch.arange(1024) * (V // 8) // 1024
-    unseen = torch.ones(V // 8, dtype=torch.bool)
-    unseen[runs] = False
+    unseen = ~is_sampled(V)
     scores = torch.full((2, V), -5.0) + torch.randn(2, V, generator=torch.Generator().manual_seed(0)) * 0.01
-    scores[:, unseen.repeat_interleave(8).nonzero().flatten()[:2000]] += 8.0
+    scores[:, unseen.nonzero().flatten()[:2000]] += 8.0
     scores[:, 3] = 3.0
     scores, rules = scores.to(DEVICE), (Rule("min_p", 0.1),)
     check_truncation(scores, rules, selected(scores, rules))
@@ -177,6 +184,31 @@ def workspace(scores, rules):
     return launch.launch_select(scores, selection, out=torch.empty_like(scores))
 
 
+@pytest.mark.parametrize(
+    ("V", "deviation", "mass", "temperature"),
+    [(12_000, 1.0, 0.5, None), (30_000, 2.0, 0.9, 0.7), (30_000, 1.4, 0.3, 1.3), (12_000, 0.5, 0.6, 1e-4)],
+)
+def test_of_a_band_only_the_edges_are_collected(V, deviation, mass, temperature):
+    """What is typical lies between two edges; a temperature is no part of what the filter compares."""
+    scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1)).to(DEVICE) * deviation
+    divisor = None
+    if temperature is not None:
+        divisor = torch.tensor(temperature, device=DEVICE)
+        scores = scores * (temperature / 0.7)  # of the same shape, once divided
+    scaled = scores if divisor is None else scores / divisor
+    rules = (Rule("typical", mass),)
+    selection = launch.Selection(rules, V, scores.device)
+    out = torch.empty_like(scores)
+    work = launch.launch_select(scores, selection, out=out, temperature=divisor)._base
+    assert work[:, row.STATE_AT.value].tolist() == [row.BRACKET.value] * 2
+    check_truncation(scaled, rules, out)
+    kept = (out > -math.inf).sum(1)
+    assert (work[:, row.COUNT_AT.value] < kept).all()
+    seeds = torch.tensor([5, 6], device=DEVICE)
+    wanted = draw.reference_draw(reference_truncate(scaled, rules), seeds, seeds)
+    assert torch.equal(drawn(scores, rules, seeds, seeds, divisor), wanted)
+
+
 @pytest.mark.parametrize("V", [12_000, 120_000] if GPU else [12_000])
 @pytest.mark.parametrize("chain", FLAT)
 def test_flat_rows_keep_most_unseen(chain, V):
@@ -237,9 +269,7 @@ def test_a_sample_that_misleads(slots):
     """Tokens that no sample sees: the whole row is looked at, and what the filter took for kept is taken back."""
     V = 12_000
     scores = torch.randn(3, V, generator=torch.Generator().manual_seed(2))
-    sampled = torch.zeros(V, dtype=torch.bool)
-    run = torch.arange(1024) * (V // 8) // 1024
-    sampled[(8 * run.unsqueeze(1) + torch.arange(8)).flatten()] = True
+    sampled = is_sampled(V)
     scores[0, ~sampled] += 3
     scores[1, ~sampled] -= 3
     scores[2, torch.arange(V)[~sampled][0]] = 40

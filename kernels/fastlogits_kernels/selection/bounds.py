@@ -27,11 +27,13 @@ from fastlogits_kernels.selection.row import (
     MINUS_INFINITY,
     NEEDS_SUMS,
     NO_GOAL,
+    OCTET,
     OFFSET_AT,
     REACH_AT,
     ROW_SUMS_AT,
     RULE_WORDS,
     RULES_AT,
+    RUN,
     SCALE_AT,
     STATE_AT,
     STEPWISE,
@@ -293,9 +295,11 @@ def _bounds(
 def _draw_from_sample(row, x, counts, shape, samples, SAMPLE: tl.constexpr):
     """No more than the best sample of some tokens: what these have with all that their noise may come to."""
     seed, position = load_seed(row, samples)
-    # A sample is taken in octets.
-    run = tl.arange(0, SAMPLE // _GROUPS)[:, None] * (_GROUPS // 8) + tl.arange(0, _GROUPS // 8)[None, :]
-    a, b, c, d = coarse_words(run * shape.sample.runs // (SAMPLE // 8), seed, position)
+    # A run is some octets.
+    each: tl.constexpr = _GROUPS // OCTET
+    flat = tl.arange(0, SAMPLE // _GROUPS)[:, None] * each + tl.arange(0, each)[None, :]
+    run = flat // (RUN // OCTET) * shape.sample.runs // (SAMPLE // RUN)
+    a, b, c, d = coarse_words(run * (RUN // OCTET) + flat % (RUN // OCTET), seed, position)
     pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [SAMPLE // _GROUPS, _GROUPS // 2])
     coarse = tl.reshape(tl.join(pairs & 0xFFFF, pairs >> 16), [SAMPLE // _GROUPS, _GROUPS])
     most = (coarse.to(tl.float32) + 1) * (2.0**-16)
@@ -304,7 +308,7 @@ def _draw_from_sample(row, x, counts, shape, samples, SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _scale_and_offset(best, inverse):
+def scale_and_offset(best, inverse):
     """What ``may_win`` asks for, where a sample of ``best`` is known."""
     offset = 16.001 - best * LOG2_E + tl.abs(best) * 1e-6
     # Beside NaN or infinity only such tokens may win, and where nothing is known all but -inf.
@@ -428,7 +432,7 @@ def bounds_kernel(
             test = tl.where(banded, -tl.abs(sample - centre), sample)
             counts = (flat < shape.sample.size) & ((state == FREE) | (key_of(test) >= high))
             best = _draw_from_sample(row, sample, counts, shape, samples, SAMPLE)
-            scale, offset = _scale_and_offset(best, inverse_of(row, maps))
+            scale, offset = scale_and_offset(best, inverse_of(row, maps))
             store_float(work + SCALE_AT, scale)
             store_float(work + OFFSET_AT, offset)
     if FITS:

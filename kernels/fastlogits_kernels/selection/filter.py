@@ -9,6 +9,7 @@ from fastlogits_kernels.selection.row import (
     FEW,
     FREE,
     LOWEST,
+    OCTET,
     OFFSET_AT,
     PART_COUNT_AT,
     PART_LARGEST_AT,
@@ -45,7 +46,6 @@ from fastlogits_kernels.selection.row import (
     weight_of,
 )
 
-OCTET = tl.constexpr(8)  # tokens that have their noise together
 _KEPT = tl.constexpr(64)  # so many octets of a part are looked at at a time where rows are kept
 _LISTED = tl.constexpr(512)  # so many tokens of a list are looked at at a time
 
@@ -136,7 +136,7 @@ def _filter_list(
 
 
 @triton.jit
-def _tokens_of(part, half, BLOCK: tl.constexpr, HALVES: tl.constexpr):
+def tokens_of(part, half, BLOCK: tl.constexpr, HALVES: tl.constexpr):
     """The tokens of a part of a row, by octets: all of them, or half of each."""
     each: tl.constexpr = OCTET // HALVES
     octet = part * (BLOCK // OCTET) + tl.arange(0, BLOCK // OCTET)[:, None]
@@ -144,7 +144,7 @@ def _tokens_of(part, half, BLOCK: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def _raw_or_folded(
+def raw_or_folded(
     row, octet, token, scores, maps, OPS: tl.constexpr, MAX: tl.constexpr, RAW: tl.constexpr
 ):  # fmt: skip
     """Logits as they are given, or folded."""
@@ -216,12 +216,12 @@ def filter_kernel(
             # A chain that only bans tokens: the few that pass are held against its set.
             edited_ptr = maps.bits_ptr + row * maps.stride_bits_row + OPS[1] * maps.stride_set
             banned_ptr = edited_ptr
-        octet, token = _tokens_of(part, 0, BLOCK, HALVES)
-        x = _raw_or_folded(row, octet, token, scores, maps, OPS, MAX, RAW)
+        octet, token = tokens_of(part, 0, BLOCK, HALVES)
+        x = raw_or_folded(row, octet, token, scores, maps, OPS, MAX, RAW)
         other = token + OCTET // 2
         y = x
         if HALVES == 2:
-            y = _raw_or_folded(row, octet, other, scores, maps, OPS, MAX, RAW)
+            y = raw_or_folded(row, octet, other, scores, maps, OPS, MAX, RAW)
         wait_for_launch(PDL)
         state = tl.load(work + STATE_AT)
         low, up = load_float(work + REACH_AT), load_float(work + REACH_AT + 1)

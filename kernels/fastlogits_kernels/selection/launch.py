@@ -68,6 +68,7 @@ from fastlogits_kernels.selection.row import (
     PART_WORDS,
     RULE_WORDS,
     RULES_AT,
+    RUN,
     SUM_WORDS,
     TILE_W,
     Listed,
@@ -77,18 +78,22 @@ from fastlogits_kernels.selection.row import (
     Shape,
 )
 from fastlogits_kernels.selection.row_sums import sums_kernel
+from fastlogits_kernels.selection.sample_rows import PART_WORDS as SAMPLE_PART_WORDS
+from fastlogits_kernels.selection.sample_rows import sample_parts_kernel, sample_rows_kernel
 from fastlogits_kernels.token_sets import Position, TokenSets
 from fastlogits_kernels.truncate.dispatch import truncate
 
 
 class _Launchers(NamedTuple):
-    """Of the five kernels; of one for each number of slots."""
+    """Of the kernels; of one for each number of slots."""
 
     sums: Launcher
     bounds: Launcher
     filter: Launcher
     refine: dict[int, Launcher]
     rows: Launcher
+    sample_parts: Launcher
+    sample_rows: Launcher
 
     def refining(self, slots: int) -> Launcher:
         """The launcher for so many slots."""
@@ -100,14 +105,16 @@ class _Launchers(NamedTuple):
             Launcher(sums_kernel, num_warps=4, enable_fp_fusion=False),
             # Two programs of a multiprocessor at once.
             Launcher(bounds_kernel, num_warps=16, enable_fp_fusion=False, maxnreg=64, **early),
-            # Twelve at once: more registers are for the few rows that are kept as a whole.
-            Launcher(filter_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=40, **early),
+            # Ten at once: more registers are for the few rows that are kept as a whole.
+            Launcher(filter_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=48, **early),
             {
                 slots: Launcher(refine_kernel, num_warps=warps, enable_fp_fusion=False, maxnreg=128, **early)
                 for slots, warps in _WARPS.items()
             },
             # What happens between its passes all warps do alike: more of them would take longer.
             Launcher(refine_rows_kernel, num_warps=8, enable_fp_fusion=False, **early),
+            Launcher(sample_parts_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=64),
+            Launcher(sample_rows_kernel, num_warps=4, enable_fp_fusion=False, **early),
         )
 
 
@@ -150,6 +157,11 @@ _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16
 _SAMPLE = 8192
 _BITS = 20
 _BLOCK_BYTES = 4096
+# Tokens of a part of a row that is sampled from as it is.
+_SAMPLE_BLOCK = 2048
+# Of so many rows what is kept for certain is told apart sooner: multiprocessors are idle, and a search of many
+# candidates would take longer.
+_FEW_ROWS = 16
 # Candidates that a search of whole rows collects at most, and tokens of a block there.
 ROOM = 4096
 ROW_BLOCK = 2048
@@ -216,7 +228,7 @@ class _Layout(NamedTuple):
         sample = min(V, _SAMPLE)
         shape: Any = Shape(
             W, tiles, parts, slots, sums_at, parts_at, pairs_at, 0.95 * few, 0.95 * slots,
-            Sample(max(V, _SAMPLE) // 8, sample, sample / V),
+            Sample(max(V, _SAMPLE) // RUN.value, sample, sample / V),
         )  # fmt: skip
         return cls(
             shape, _whole_lines(pairs_at + max(2 * pairs, _SAMPLE * sums)), few, triton.next_power_of_2(tiles),
@@ -278,6 +290,8 @@ class Selection:
         ))  # fmt: skip
         self.launches = 3 + len(self.slots) + (self.sums > 0)
         """How many kernels a call launches."""
+        self.words_to_sample = _whole_lines(LINE.value + SAMPLE_PART_WORDS.value * -(-V // _SAMPLE_BLOCK))
+        """Words of a row of the workspace where tokens are drawn and no rule drops anything."""
         self.relaunches: dict[tuple[Any, ...], Relaunches] = {}
         """The launches of calls that have come more than once, laid out."""
         self._seen: set[tuple[Any, ...]] = set()
@@ -377,7 +391,10 @@ def launch_select(
     chain = chain or _NO_CHAIN
     shape = scores.shape
     index = scores.get_device()
-    words_of_row = selection.layouts[scores.element_size()].words_of_row
+    if _only_samples(selection, found, tokens, seeds):
+        words_of_row = selection.words_to_sample
+    else:
+        words_of_row = selection.layouts[scores.element_size()].words_of_row
     # One overload, which is parsed faster than torch.empty.
     work = torch.empty_strided((shape[0], words_of_row), (words_of_row, 1), dtype=torch.int32, device=scores.device)
     address = scores.data_ptr()
@@ -442,15 +459,16 @@ def _launches(
     selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tensors
 ) -> list[Launch]:
     """The launches of a call with some tensors; ``given`` is what their kernels are given of them."""
+    if _only_samples(selection, found, tensors.tokens, tensors.seeds):
+        return _sample_launches(selection, chain, found, tensors, given)
     scores, out, temperature = tensors.scores, tensors.out, tensors.temperature
     seeds, positions, drawn = tensors.seeds, tensors.positions, tensors.tokens is not None
     B, V = scores.shape
     itemsize = scores.element_size()
     shape, words_of_row, _few, TILES, PARTS = selection.layouts[itemsize]
-    maps = maps_of(chain, found, temperature, scores)._replace(
-        temperature_ptr=given.temperature, bits_ptr=given.bits, planes_ptr=given.planes,
-        row_values_ptr=given.row_values,
-    )  # fmt: skip
+    maps = _maps(chain, found, tensors, given)
+    if B <= _FEW_ROWS:
+        shape = shape._replace(capacity=min(shape.capacity, 0.85 * _SOME))
     cut = (*shape[:-1], *shape.sample)
     values = (selection.numbers, *given.rows)
     samples: Any = Samples(given.seeds, given.positions, row_stride(seeds), row_stride(positions))
@@ -509,6 +527,48 @@ def _launches(
         PARTS, early,
     )))  # fmt: skip
     return launches
+
+
+def _maps(chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tensors) -> Maps:
+    """What a chain and a temperature bring to the kernels that are given ``given``."""
+    return maps_of(chain, found, tensors.temperature, tensors.scores)._replace(
+        temperature_ptr=given.temperature, bits_ptr=given.bits, planes_ptr=given.planes,
+        row_values_ptr=given.row_values,
+    )  # fmt: skip
+
+
+def _only_samples(selection: Selection, found: TokenSets | None, tokens: Any, seeds: Any) -> bool:
+    """Whether tokens are drawn where no rule drops anything, and no token has a value from a list."""
+    if selection.kinds or tokens is None or seeds is None:
+        return False
+    return found is None or found.listed is None or not found.listed[2]
+
+
+def _sample_launches(
+    selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tensors
+) -> list[Launch]:
+    """The same where no rule drops anything: two launches."""
+    scores, temperature, seeds, positions = tensors.scores, tensors.temperature, tensors.seeds, tensors.positions
+    B, V = scores.shape
+    parts = -(-V // _SAMPLE_BLOCK)
+    words_of_row = selection.words_to_sample
+    raw16 = scores.element_size() == 2 and not chain.flat
+    early = overlaps(scores.device)
+    launchers = _early if early else _launchers
+    key = (
+        *launch_key(scores), chain.form, None if temperature is None else temperature.dtype, seeds.dtype,
+        positions.dtype,
+    )  # fmt: skip
+    return [
+        Launch(launchers.sample_parts, key, B * parts, (
+            given.scores, *_maps(chain, found, tensors, given), given.seeds, given.positions, row_stride(seeds),
+            row_stride(positions), given.work, V, words(V), parts, *scores.stride(), words_of_row,
+            chain.flat, _MAX[torch.float32], _SAMPLE_BLOCK, 1 if raw16 else 2, is_portable(scores.device), early,
+        )),
+        Launch(launchers.sample_rows, (scores.device, triton.next_power_of_2(parts)), B, (
+            given.work, given.tokens, parts, words_of_row, triton.next_power_of_2(parts), early,
+        )),
+    ]  # fmt: skip
 
 
 def select(

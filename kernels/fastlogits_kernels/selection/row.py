@@ -88,6 +88,8 @@ FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 LOG2_E = tl.constexpr(1.4426950408889634)
 TINY_TEMPERATURE = tl.constexpr(_TINY_TEMPERATURE)
 TILE_W = tl.constexpr(64)  # mask words of a tile, 32 logits each
+OCTET = tl.constexpr(8)  # tokens that have their noise together
+RUN = tl.constexpr(16)  # tokens of a sample that stand together: as many bytes as memory reads at once
 ONE = tl.constexpr(float(2**37))  # the largest probability of a row, as an integer
 
 
@@ -149,7 +151,7 @@ class Sure(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """How a row is sampled: in runs of 8, so many steps apart, ``size`` tokens, which are a ``share`` of all."""
+    """How a row is sampled: of so many ``runs`` some, evenly apart, ``size`` tokens, which are a ``share`` of all."""
 
     runs: tl.tensor
     size: tl.tensor

@@ -7,6 +7,7 @@ from fastlogits_kernels.selection.row import (
     LOG2_E,
     MINUS_INFINITY,
     NEEDS_SUMS,
+    RUN,
     STEPWISE,
     SUM_WORDS,
     TILE_W,
@@ -105,8 +106,8 @@ def store_row_sums(ptr, sums):
 
 @triton.jit
 def sampled(row, flat, sample, scores, maps, OPS: tl.constexpr, MAX: tl.constexpr, SAMPLE: tl.constexpr):
-    """Of the undivided logits of a row runs of 8, spread evenly over all of them; -inf beyond the sample's end."""
-    token = (flat // 8) * sample.runs // (SAMPLE // 8) * 8 + flat % 8
+    """Of the undivided logits of a row some runs, spread evenly over all of them; -inf beyond the sample's end."""
+    token = (flat // RUN) * sample.runs // (SAMPLE // RUN) * RUN + flat % RUN
     inside = (flat < sample.size) & (token < scores.V)
     x = row_scores(row, token, inside, scores)
     return folded(x, row, token >> 5, token & 31, token, inside, scores, maps, OPS, MAX)
