@@ -77,9 +77,12 @@ class FoldLaunch(Step):
         return fold(scores, *self.inputs(input_ids, scores, run), in_place)
 
     def inputs(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None
+        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, capturing: bool | None = None
     ) -> tuple[Chain, torch.Tensor | None, Position, torch.Tensor | None]:
-        """What the operation takes besides the scores: the chain, the ids that it reads, its position, its rows."""
+        """What the operation takes besides the scores: the chain, the ids that it reads, its position, its rows.
+
+        ``capturing`` says whether a graph captures the call, where that has been asked already.
+        """
         device = scores.device
         B, V = scores.shape
         last = None if torch.compiler.is_compiling() else self._last
@@ -87,7 +90,7 @@ class FoldLaunch(Step):
             chain = last[3]
         else:
             chain = self._chain(scores)
-        if is_capturing(device):
+        if is_capturing(device) if capturing is None else capturing:
             hold(self._captured, chain)
         position, ids = NOWHERE, None
         if self._needs_history:

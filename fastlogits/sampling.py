@@ -214,7 +214,8 @@ class Sampler:
             self._check_need_no_history(self._processors)
         rows = _for_rows("seeds", seeds, logits), _for_rows("positions", positions, logits)
         try:
-            return self._draw(logits.detach(), *rows, input_ids, prompt_length, cache_position)
+            given = logits.detach() if logits.requires_grad else logits
+            return self._draw(given, *rows, input_ids, prompt_length, cache_position)
         except Exception as error:
             steps = () if self._processors is None else self._processors.plan.steps
             explain_failure(error, [member for step in steps for member in step.members], input_ids, logits)
@@ -301,12 +302,15 @@ class Sampler:
         if fuses and not (self._logprobs == "processed" and self._top_logprobs > MOST):
             if self._fused is None:
                 self._fused = FusedDraw(self._processors, self._temperature, self._rules)
-            call = (logits, seeds, positions, input_ids, Run.of(prompt_length, cache_position))
-            kwargs = positions_for_others(prompt_length, cache_position)
-            if self._logprobs == "processed":
-                return Sample.of(*self._fused(*call, self._top_logprobs, kwargs), self._top_logprobs)
-            tokens, _ = self._fused(*call, None, kwargs)
-            return self._reported(logits, tokens)
+            run, kwargs = None, NO_ARGUMENTS
+            if prompt_length is not None or cache_position is not None:
+                run = Run.of(prompt_length, cache_position)
+                kwargs = positions_for_others(prompt_length, cache_position)
+            reported = self._top_logprobs if self._logprobs == "processed" else None
+            tokens, found = self._fused(logits, seeds, positions, input_ids, run, reported, kwargs)
+            if self._logprobs == "raw":
+                return self._reported(logits, tokens)
+            return Sample.of(tokens, found, self._top_logprobs)
         raw = logits.float()
         plain = raw
         if self._processors is not None:
@@ -352,6 +356,8 @@ class _Joined(NamedTuple):
     """What can't be taken, and runs before."""
     fold: FoldLaunch | None
     rules: tuple[Rule, ...]
+    by_row: bool
+    """Whether one of them has a value for each row."""
     kept: dict[tuple[int, torch.device], tuple[launch.Selection, torch.Tensor | None]]
     """The rules for a vocabulary and a device; with a temperature where all rows are greedy."""
 
@@ -412,7 +418,8 @@ class FusedDraw:
             kept = joined.kept[key] = (launch.Selection(joined.rules, *key), zero)
         selection, temperature = kept
         temperature = self._temperature if temperature is None else temperature
-        check_rules(logits, joined.rules)
+        if joined.by_row:
+            check_rules(logits, joined.rules)
         given: Any = input_ids
         inputs = () if joined.fold is None else joined.fold.inputs(given, logits, run)
         if top_logprobs is None:
@@ -432,7 +439,8 @@ class FusedDraw:
         if steps and isinstance(steps[-1], (FoldLaunch, MaskLaunch)):
             members = [*steps.pop().members, *members]
         fold = FoldLaunch(members) if members else None
-        return _Joined(plan, Plan(steps) if steps else None, fold, rules, {})
+        by_row = any(isinstance(rule.value, torch.Tensor) for rule in rules)
+        return _Joined(plan, Plan(steps) if steps else None, fold, rules, by_row, {})
 
 
 def sample(
@@ -532,7 +540,7 @@ def _check_temperatures(temperature: torch.Tensor) -> None:
 
 
 def _check_rows(argument: str, value: torch.Tensor, logits: torch.Tensor) -> None:
-    if value.shape != logits.shape[:1]:
+    if value.ndim != 1 or value.shape[0] != logits.shape[0]:
         raise ValueError(
             f"{argument} must be a number for all rows or a tensor of shape ({len(logits)},), one for each row of "
             f"logits, got one of {tuple(value.shape)}"
@@ -544,10 +552,16 @@ def _check_rows(argument: str, value: torch.Tensor, logits: torch.Tensor) -> Non
         )
 
 
+_INTEGERS = (torch.int64, torch.int32)
+"""What integers mostly are."""
+
+
 def _for_rows(argument: str, value: Index, logits: torch.Tensor) -> torch.Tensor:
     """An integer for each row."""
     if isinstance(value, torch.Tensor):
-        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        if value.dtype not in _INTEGERS and (
+            value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+        ):
             raise ValueError(f"{argument} must be an integer or a tensor of integers, got a tensor of {value.dtype}")
         _check_rows(argument, value, logits)
         return value

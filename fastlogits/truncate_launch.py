@@ -66,6 +66,8 @@ class SelectLaunch(Step):
         self._fold = None if before is None else FoldLaunch(before.members)
         self._kept: dict[tuple[int, torch.device], launch.Selection] = {}
         self._captured: list[launch.Selection] = []
+        self._last: tuple[int, torch.device, launch.Selection] | None = None
+        self._by_row = any(isinstance(rule.value, torch.Tensor) for rule in self._rules)
 
     def followed_by(self, after: Step) -> SelectLaunch:
         """The same with a normalisation after it."""
@@ -79,18 +81,30 @@ class SelectLaunch(Step):
             for step in self._steps:
                 scores = step(input_ids, scores, run, kwargs)
             return scores
-        check_rules(scores, self._rules)
-        key = (scores.shape[1], scores.device)
-        self._make_selection(*key)
-        selection = self._kept.get(key)
-        while selection is None:  # other threads have made many meanwhile
-            self._make_selection(*key)
-            selection = self._kept.get(key)
-        if is_capturing(scores.device):
+        if self._by_row:
+            check_rules(scores, self._rules)
+        device = scores.device
+        last = None if torch.compiler.is_compiling() else self._last
+        if last is not None and last[0] == scores.shape[1] and last[1] == device:
+            selection = last[2]
+        else:
+            selection = self._selection(scores.shape[1], device)
+        capturing = is_capturing(device)
+        if capturing:
             hold(self._captured, selection)
         if self._fold is None:
             return launch.select(scores, selection)
-        return launch.select(scores, selection, *self._fold.inputs(input_ids, scores, run))
+        return launch.select(scores, selection, *self._fold.inputs(input_ids, scores, run, capturing))
+
+    def _selection(self, V: int, device: torch.device) -> launch.Selection:
+        self._make_selection(V, device)
+        selection = self._kept.get((V, device))
+        while selection is None:  # other threads have made many meanwhile
+            self._make_selection(V, device)
+            selection = self._kept.get((V, device))
+        if not torch.compiler.is_compiling():
+            self._last = (V, device, selection)
+        return selection
 
     @constant
     def _make_selection(self, V: int, device: torch.device) -> None:

@@ -78,7 +78,9 @@ def break_kernels(monkeypatch, *launchers, at_launch=False):
 
 
 def break_selection(monkeypatch, name):
-    break_kernels(monkeypatch, *(getattr(launchers, name) for launchers in (launch._launchers, launch._early)))
+    for launchers in (launch._launchers, launch._early):
+        found = getattr(launchers, name)
+        break_kernels(monkeypatch, *(found.values() if isinstance(found, dict) else [found]))
 
 
 def processors():

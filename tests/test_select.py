@@ -181,7 +181,7 @@ FLAT = {
 def workspace(scores, rules):
     """What the kernels leave in the workspace of each row; first what the sample took it for."""
     selection = launch.Selection(rules, scores.shape[1], scores.device)
-    return launch.launch_select(scores, selection, out=torch.empty_like(scores))._base
+    return launch.launch_select(scores, selection, out=torch.empty_like(scores))
 
 
 def sampled_rows(V, dtype):
@@ -253,7 +253,7 @@ def test_of_a_band_only_the_edges_are_collected(V, deviation, mass, temperature)
     rules = (Rule("typical", mass),)
     selection = launch.Selection(rules, V, scores.device)
     out = torch.empty_like(scores)
-    work = launch.launch_select(scores, selection, out=out, temperature=divisor)._base
+    work = launch.launch_select(scores, selection, out=out, temperature=divisor)
     assert work[:, row.STATE_AT.value].tolist() == [row.BRACKET.value] * 2
     check_truncation(scaled, rules, out)
     kept = (out > -math.inf).sum(1)

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
+from fastlogits_kernels import _driver
 from fastlogits_kernels._backend import BACKEND, absence, lost_on, unsupported
 from fastlogits_kernels._triton import triton
 from fastlogits_kernels.draw import draw
@@ -47,6 +48,7 @@ def findings(device: torch.device) -> Iterator[Finding]:
             problem = f"{type(error).__name__}: {error}"
         took = f"{time.perf_counter() - start:.1f} s"
         yield Finding(f"self-test: {subject}", f"right, {took}" if problem is None else problem, problem is None)
+    yield Finding("launcher", launcher(device))
     for name, reason in lost_on(device).items():  # which the tests have found
         yield Finding(f"kernels of {name}", f"torch instead: {reason}", False)
 
@@ -64,6 +66,20 @@ def path(device: torch.device) -> str:
     if interpreted:
         return "Triton's interpreter, a thousand times slower than a GPU: TRITON_INTERPRET is set, unset it"
     return f"kernels: CUDA, and Triton {triton.__version__}; what they don't take (gradients, other shapes) is torch's"
+
+
+def launcher(device: torch.device) -> str:
+    """What launches kernels on the device from their second launch on, and why."""
+    if device.type != "cuda" or absence() or unsupported(device):
+        return "none: no kernel is launched"
+    reason = _driver.objection(device)
+    if reason is not None:
+        return f"Triton's, which takes the host longer: {reason}"
+    found = "the CUDA driver, with arguments that are laid out once; FASTLOGITS_LAUNCHER=triton switches it off"
+    if _driver.refused:
+        others = ", ".join(f"{name} ({why})" for name, why in _driver.refused.items())
+        found += f". Triton's for {others}"
+    return found
 
 
 def bandwidth(device: torch.device) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import count
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -277,6 +277,19 @@ class StagedProcessor(_Planned, LogitsProcessor):
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
 
+class _PlannedList(NamedTuple):
+    """The plan of a list, and what it was made for."""
+
+    ids: tuple[int, ...]
+    revisions: tuple[Any, ...]
+    plan: Plan
+    processors: list[Any]
+    """Kept with all that their attributes hold, so that nothing else gets their ids."""
+    values: list[Any]
+    staged: bool
+    """Whether all of them are ``StagedProcessor``, and tell themselves of a change."""
+
+
 class LogitsProcessorList(_Planned, _TransformersList):
     """``LogitsProcessorList`` of transformers that runs as one plan.
 
@@ -290,7 +303,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
         tensor([[0., 0., 0.]])
     """
 
-    _planned: tuple[tuple[int, ...], tuple[Any, ...], Plan, list[Any]] | None = None
+    _planned: _PlannedList | None = None
 
     def __init__(self, iterable: Iterable[Any] = (), /) -> None:
         """Make a list of some processors.
@@ -312,13 +325,21 @@ class LogitsProcessorList(_Planned, _TransformersList):
     def plan(self) -> Plan:
         """The compiled plan of the processors that the list holds now."""
         processors = list(super().__iter__())
-        ids = tuple(map(id, processors))
         if torch.compiler.is_compiling():
+            ids = tuple(map(id, processors))
             self._trace_plan(ids, tuple(map(_traced_revision, processors, self._attributes(ids))))
         else:
-            self._make_plan(ids, tuple(map(_revision, processors)))
+            planned = self._planned
+            # What is asked at each step: whether these are the same processors, and none of them has changed.
+            if planned is not None and planned.staged and len(processors) == len(planned.processors):
+                for processor, known, revision in zip(processors, planned.processors, planned.revisions, strict=True):
+                    if processor is not known or processor._revision is not revision:
+                        break
+                else:
+                    return planned.plan
+            self._make_plan(tuple(map(id, processors)), tuple(map(_revision, processors)))
         assert self._planned is not None
-        return self._planned[2]
+        return self._planned.plan
 
     @constant
     def _attributes(self, ids: tuple[int, ...]) -> tuple[tuple[tuple[str, float | None], ...], ...]:
@@ -331,12 +352,13 @@ class LogitsProcessorList(_Planned, _TransformersList):
         self._make_plan(ids, tuple(map(_revision, super().__iter__())))
 
     def _make_plan(self, ids: tuple[int, ...], revisions: tuple[Any, ...]) -> None:
-        if self._planned is None or self._planned[:2] != (ids, revisions):
+        planned = self._planned
+        if planned is None or (planned.ids, planned.revisions) != (ids, revisions):
             processors = list(super().__iter__())
             plan = Plan.compile(map(self._member_of, checked_processors(processors)))
-            # What has these ids is kept, so that nothing else gets them.
             values = [list(getattr(processor, "__dict__", {}).values()) for processor in processors]
-            self._planned = (ids, revisions, plan, [processors, values])
+            staged = all(isinstance(processor, StagedProcessor) for processor in processors)
+            self._planned = _PlannedList(ids, revisions, plan, processors, values, staged)
 
     def __call__(
         self,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlogits_kernels import _backend
+from fastlogits_kernels import _backend, _driver
 from fastlogits_kernels._backend import BACKEND, SWITCH_OFF, CompileError, KernelError
 
 try:
@@ -53,6 +54,7 @@ __all__ = [
     "HAS_TRITON",
     "Launch",
     "Launcher",
+    "Relaunches",
     "cache_folder",
     "collected",
     "empty_out",
@@ -74,6 +76,7 @@ _SLOW_S = 2.0
 
 # Relaunching relies on how Triton itself launches a compiled kernel; before 3.4 that was another way.
 _RELAUNCHES = HAS_TRITON and tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 4)
+_knobs: Any = triton.knobs.runtime if _RELAUNCHES else None
 _MANY_DEVICES = torch.cuda.device_count() > 1
 
 
@@ -101,6 +104,8 @@ class Launcher:
     def __init__(self, kernel: Any, fills_tables: bool = False, **options: int) -> None:
         self.kernel = kernel
         self.compiled: dict[tuple[Any, ...], Any] = {}
+        self._entries: dict[tuple[Any, ...], _driver.Entry | None] = {}
+        self._relaunches: dict[tuple[Any, ...], _driver.Relaunch | None] = {}
         self._fills_tables, self._options = fills_tables, options
 
     @property
@@ -133,12 +138,40 @@ class Launcher:
             elif _has_hooks():
                 compiled[programs, 1, 1](*args)
             else:
-                stream = triton.runtime.driver.active.get_current_stream(device.index)
-                run = compiled.run
-                # No hooks, so no metadata for them.
-                run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+                stream = current_stream(device.index)
+                relaunch = self._relaunch(key, compiled)
+                if relaunch is None or not relaunch(device.index, stream, programs, args):
+                    # No hooks, so no metadata for them.
+                    run, metadata = compiled.run, compiled.packed_metadata
+                    run(programs, 1, 1, stream, compiled.function, metadata, None, None, None, *args)
         except Exception as error:
-            raise KernelError(f"{self._failed('launched', error)}; {SWITCH_OFF}") from error
+            raise self.refused(error) from error
+
+    def entry(self, key: tuple[Any, ...]) -> _driver.Entry | None:
+        """What the driver launches for ``key``; None where that is Triton's business, or nothing is compiled yet."""
+        compiled = self.compiled.get(key)
+        if compiled is None or _driver.objection(key[0]) is not None:
+            return None
+        entry = self._entries.get(key)
+        if entry is None and key not in self._entries:
+            try:
+                entry = _driver.entry_of(compiled)
+            except _driver.UnfitError as error:
+                _driver.refused.setdefault(self.name, str(error))
+            self._entries[key] = entry
+        return entry
+
+    def _relaunch(self, key: tuple[Any, ...], compiled: Any) -> _driver.Relaunch | None:
+        """What launches ``compiled`` through the driver; None where Triton does."""
+        relaunch = self._relaunches.get(key)
+        if relaunch is None and key not in self._relaunches:
+            entry = self.entry(key)
+            relaunch = self._relaunches[key] = None if entry is None else _driver.Relaunch.of(entry)
+        return relaunch
+
+    def refused(self, error: Exception) -> KernelError:
+        """What is raised where a launch fails."""
+        return KernelError(f"{self._failed('launched', error)}; {SWITCH_OFF}")
 
     def compile(self, device: torch.device, programs: int, args: tuple[Any, ...]) -> Any:
         """Compile the kernel, apart from its launch; None where nothing is compiled.
@@ -255,6 +288,53 @@ def launch_together(launches: Sequence[Launch]) -> None:
         launcher(key, programs, args)
 
 
+class Relaunches:
+    """The launches of one call, through the driver and with arguments that were laid out once.
+
+    Args:
+        launchers: of the kernels.
+        call: what launches them.
+    """
+
+    def __init__(self, launchers: Sequence[Launcher], call: _driver.Call) -> None:
+        self._launchers, self._call = launchers, call
+
+    @classmethod
+    def of(cls, launches: Sequence[Launch], given: int) -> Relaunches | None:
+        """Those of some launches, whose arguments hold a ``Given`` in place of each tensor that a call brings.
+
+        None where one of them has to be made by Triton, or isn't compiled yet.
+        """
+        entries = [each.launcher.entry(each.key) for each in launches]
+        found = [entry for entry in entries if entry is not None]
+        if len(found) < len(entries):
+            return None
+        arguments = [entry.arguments(launch.args) for entry, launch in zip(found, launches, strict=True)]
+        try:
+            call = _driver.Call(found, [each.programs for each in launches], arguments, _driver.POINTER * given)
+        except (_driver.UnfitError, struct.error):
+            return None
+        return cls([each.launcher for each in launches], call)
+
+    def __call__(self, index: int, pointers: list[int]) -> bool:
+        """Make them on a device; False where they have to be made one by one, and none was made.
+
+        Raises:
+            KernelError: the driver refuses one.
+        """
+        if (
+            (_collectors and _collection.launches is not None)
+            or (_MANY_DEVICES and index != torch.cuda.current_device())
+            or _has_hooks()
+        ):
+            return False
+        try:
+            self._call(index, current_stream(index), pointers)
+        except _driver.DriverError as error:
+            raise self._launchers[error.number].refused(error) from error
+        return True
+
+
 def compile_together(launches: Sequence[Launch]) -> None:
     """Compile several kernels at once.
 
@@ -368,8 +448,16 @@ def _layout_key(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _has_hooks() -> bool:
     """Whether a profiler listens to launches."""
-    hook = triton.knobs.runtime.launch_enter_hook
-    return bool(getattr(hook, "calls", hook))
+    enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _current_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+"""Where torch launches on a device now."""
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

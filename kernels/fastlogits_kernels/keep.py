@@ -88,7 +88,8 @@ def launch_keep(
 ) -> None:
     """Write what is kept of ``scores`` ``[B, V]`` to ``out``, in place where the two are one tensor: one launch.
 
-    ``kept`` is what ``launch_select`` returned for the other arguments. To an ``out`` of float32 nothing is rounded.
+    ``kept`` is what ``kept_in`` says of the workspace of ``launch_select`` for the other arguments. To an ``out`` of
+    float32 nothing is rounded.
     """
     B, V = scores.shape
     W = words(V)

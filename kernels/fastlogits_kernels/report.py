@@ -27,7 +27,7 @@ from fastlogits_kernels._triton import Launcher, launch_key, row_stride, tl, tri
 from fastlogits_kernels.bits import words
 from fastlogits_kernels.fold import NOWHERE, Chain, find_sets
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.selection.launch import Selection, launch_select, maps_of
+from fastlogits_kernels.selection.launch import Selection, kept_in, launch_select, maps_of
 from fastlogits_kernels.selection.row import (
     LOWEST,
     MAP_STRIDES,
@@ -363,10 +363,10 @@ def select_and_report(
     if not logits.numel():
         return tokens, launch_report(logits, tokens, count, counts)
     found = None if chain is None else find_sets(logits, chain, input_ids, position, allowed)
-    rows = launch_select(
+    work = launch_select(
         logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
     )
-    kept = KeptRows(rows, selection.lowest_ties, selection.banded)
+    kept = KeptRows(kept_in(work), selection.lowest_ties, selection.banded)
     return tokens, launch_report(logits, tokens, count, counts, chain, found, temperature, kept)
 
 

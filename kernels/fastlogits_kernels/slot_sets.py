@@ -30,7 +30,13 @@ from fastlogits_kernels.fold import Chain, Op, popcount
 from fastlogits_kernels.keep import launch_keep
 from fastlogits_kernels.report import KeptRows, Report, launch_report, report, takes
 from fastlogits_kernels.rules import Rule, RuleKind, Ties
-from fastlogits_kernels.selection.launch import Selection, launch_select, overlaps, reference_distribution
+from fastlogits_kernels.selection.launch import (
+    Selection,
+    kept_in,
+    launch_select,
+    overlaps,
+    reference_distribution,
+)
 from fastlogits_kernels.selection.row import TINY_TEMPERATURE, let_next_launch
 from fastlogits_kernels.slots import (
     ACTIVE,
@@ -618,9 +624,9 @@ def process_rows(step: Step, scores: torch.Tensor, rows: Rows, out: torch.Tensor
     temperature = made.numbers.temperature
     # In place, nothing may be written before all rows are settled.
     to = None if out is scores else out
-    kept = launch_select(scores, made.selection, made.chain, found, out=to, temperature=temperature)
+    work = launch_select(scores, made.selection, made.chain, found, out=to, temperature=temperature)
     if to is None:
-        launch_keep(scores, out, made.selection, kept, made.chain, found, temperature)
+        launch_keep(scores, out, made.selection, kept_in(work), made.chain, found, temperature)
     return out
 
 
@@ -644,7 +650,7 @@ def sample_rows(
     made = step.workspace
     numbers, selection = made.numbers, made.selection
     found = launch_slot_sets(step, scores, rows, True)
-    kept = launch_select(
+    work = launch_select(
         scores, selection, made.chain, found, temperature=numbers.temperature, seeds=numbers.longs[0],
         positions=numbers.longs[1], tokens=tokens,
     )  # fmt: skip
@@ -655,9 +661,9 @@ def sample_rows(
         return tokens, report(scores, tokens, count, counts)
     if not takes(scores, count):
         processed = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        launch_keep(scores, processed, selection, kept, made.chain, found, numbers.temperature)
+        launch_keep(scores, processed, selection, kept_in(work), made.chain, found, numbers.temperature)
         return tokens, report(processed, tokens, count, counts)
-    left = KeptRows(kept, selection.lowest_ties, selection.banded)
+    left = KeptRows(kept_in(work), selection.lowest_ties, selection.banded)
     return tokens, launch_report(scores, tokens, count, counts, made.chain, found, numbers.temperature, left)
 
 

@@ -33,7 +33,7 @@ in most rows next to nothing, at most a sixth of the logits. The workspace has r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
 from typing import Any, NamedTuple
@@ -42,13 +42,16 @@ from weakref import WeakValueDictionary
 import torch
 
 from fastlogits_kernels._backend import Operation
+from fastlogits_kernels._driver import Given
 from fastlogits_kernels._library import register
 from fastlogits_kernels._recent import hold, is_capturing, recent
 from fastlogits_kernels._triton import (
     Launch,
     Launcher,
+    Relaunches,
     empty_out,
     form_of,
+    is_collecting,
     launch_key,
     launch_together,
     row_stride,
@@ -291,13 +294,32 @@ class Selection:
         ))  # fmt: skip
         self.launches = 3 + len(self.slots) + (self.sums > 0)
         """How many kernels a call launches."""
+        self.words_to_sample = _whole_lines(LINE.value + SAMPLE_PART_WORDS.value * -(-V // _SAMPLE_BLOCK))
+        """Words of a row of the workspace where tokens are drawn and no rule drops anything."""
+        self.relaunches: dict[tuple[Any, ...], Relaunches] = {}
+        """The launches of calls that have come more than once, laid out."""
+        self._seen: set[tuple[Any, ...]] = set()
         self.handle = next(_handles)
         _selections[self.handle] = self
+
+    def saw(self, key: tuple[Any, ...], lay_out: Callable[[], Relaunches | None]) -> None:
+        """Lay out the launches of a call that comes for the second time; of one for the first time take a note."""
+        if key not in self._seen:
+            if len(self._seen) >= _MOST_CALLS:
+                self._seen.clear()
+                self.relaunches.clear()
+            self._seen.add(key)
+            return
+        made = lay_out()
+        if made is not None:
+            self.relaunches[key] = made
 
 
 _numbers: dict[tuple[torch.device, tuple[float, ...]], torch.Tensor] = {}
 _captured_numbers: list[torch.Tensor] = []
 _MOST_NUMBERS = 256
+# Batch sizes and layouts whose calls are laid out at a time, a few kilobytes each.
+_MOST_CALLS = 256
 
 
 def _numbers_on(device: torch.device, *numbers: float) -> torch.Tensor:
@@ -313,6 +335,7 @@ def _numbers_on(device: torch.device, *numbers: float) -> torch.Tensor:
 _handles = count()
 _selections: WeakValueDictionary[int, Selection] = WeakValueDictionary()
 _NO_CHAIN = Chain()
+_NO_TENSORS = (None, None, None, None, None)
 
 
 def maps_of(chain: Chain, found: TokenSets | None, temperature: torch.Tensor | None, scores: torch.Tensor) -> Maps:
@@ -324,6 +347,34 @@ def maps_of(chain: Chain, found: TokenSets | None, temperature: torch.Tensor | N
         stride, *set_strides(found, words(scores.shape[1])),
     )  # fmt: skip
     return Maps(*values)
+
+
+class _Tensors(NamedTuple):
+    """What a call brings: tensors, or what stands for their addresses."""
+
+    scores: Any
+    work: Any
+    out: Any = None
+    tokens: Any = None
+    temperature: Any = None
+    seeds: Any = None
+    positions: Any = None
+    bits: Any = None
+    planes: Any = None
+    row_values: Any = None
+    listed: Any = None
+    spans: Any = None
+    rows: tuple[Any, ...] = ()
+    """Values of rules, one tensor for each that has one for each row."""
+
+    def stand_ins(self) -> tuple[_Tensors, int]:
+        """What stands for each of the tensors in launches that are laid out, and how many there are."""
+        numbers = count()
+        single: dict[str, Any] = {
+            name: None if each is None else Given(next(numbers))
+            for name, each in zip(self._fields[:-1], self[:-1], strict=True)
+        }
+        return _Tensors(**single, rows=tuple([Given(next(numbers)) for _ in self.rows])), next(numbers)
 
 
 def launch_select(
@@ -339,34 +390,104 @@ def launch_select(
 ) -> torch.Tensor:
     """Write what the rules keep of ``scores`` to ``out``, or a token of each row to ``tokens``: two to six launches.
 
-    Returns what is kept of each row, int32 ``[B, 4]``: see ``Kept``.
+    Returns the workspace, int32 ``[B, words]``: ``kept_in`` says what is kept of each row.
     """
     chain = chain or _NO_CHAIN
-    lists = 0 if found is None or found.listed is None else found.listed[2]
-    if tokens is not None and seeds is not None and positions is not None and not selection.kinds and not lists:
-        return _launch_samples(scores, chain, found, temperature, seeds, positions, tokens)
+    shape = scores.shape
+    index = scores.get_device()
+    if _only_samples(selection, found, tokens, seeds):
+        words_of_row = selection.words_to_sample
+    else:
+        words_of_row = selection.layouts[scores.element_size()].words_of_row
+    # One overload, which is parsed faster than torch.empty.
+    work = torch.empty_strided((shape[0], words_of_row), (words_of_row, 1), dtype=torch.int32, device=scores.device)
+    address = scores.data_ptr()
+    out_address = 0 if out is None else out.data_ptr()
+    # All that the arguments depend on but for addresses; a chain's number is never another one's.
+    key: tuple[Any, ...] = (
+        shape, scores.stride(), scores.dtype, index, address % 16, chain.handle, tokens is None,
+        None if out is None else (out.dtype, out.stride(), out_address % 16),
+        None if temperature is None else (temperature.dtype, temperature.stride(), temperature.get_device()),
+        None if seeds is None else (seeds.dtype, seeds.stride(), seeds.get_device()),
+        None if positions is None else (positions.dtype, positions.stride(), positions.get_device()),
+    )  # fmt: skip
+    pointers = [address, work.data_ptr()]
+    if out is not None:
+        pointers.append(out_address)
+    if tokens is not None:
+        pointers.append(tokens.data_ptr())
+    if temperature is not None:
+        pointers.append(temperature.data_ptr())
+    if seeds is not None:
+        pointers.append(seeds.data_ptr())
+    if positions is not None:
+        pointers.append(positions.data_ptr())
+    sets: tuple[Any, Any, Any, Any, Any] = _NO_TENSORS
+    if found is not None:
+        tokens_of, spans, lists = found.listed or (None, None, 0)
+        sets = (found.bits, found.planes, found.row_values, tokens_of, spans)
+        pointers += [each.data_ptr() for each in sets if each is not None]
+        key += (lists, *(None if each is None else (each.shape, each.stride()) for each in sets))
+    rows: tuple[torch.Tensor, ...] = ()
+    if selection.rows:
+        rows = tuple([row.contiguous() for row in selection.rows])
+        pointers += [row.data_ptr() for row in rows]
+        key += tuple([(row.dtype, row.get_device()) for row in rows])
+    relaunches = selection.relaunches.get(key)
+    if relaunches is not None and relaunches(index, pointers):
+        return work
+    tensors = _Tensors(scores, work, out, tokens, temperature, seeds, positions, *sets, rows)
+    launches = _launches(selection, chain, found, tensors, tensors)
+    launch_together(launches)
+    if relaunches is None and not is_collecting():
+        selection.saw(key, lambda: _laid_out(selection, chain, found, tensors))
+    return work
+
+
+def kept_in(work: torch.Tensor) -> torch.Tensor:
+    """What is kept of each row, int32 ``[B, 4]``, of the workspace that ``launch_select`` returned: see ``Kept``."""
+    return work[:, KEPT_AT.value : KEPT_AT.value + 4]
+
+
+def _laid_out(selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors) -> Relaunches | None:
+    """The launches of such a call through the driver, if they can be made so."""
+    index = tensors.scores.get_device()
+    for each in (*tensors[:-1], *tensors.rows):
+        if each is not None and each.get_device() != index:  # pinned memory, of which Triton asks whether it is
+            return None
+    stand_ins, given = tensors.stand_ins()
+    return Relaunches.of(_launches(selection, chain, found, tensors, stand_ins), given)
+
+
+def _launches(
+    selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tensors
+) -> list[Launch]:
+    """The launches of a call with some tensors; ``given`` is what their kernels are given of them."""
+    if _only_samples(selection, found, tensors.tokens, tensors.seeds):
+        return _sample_launches(selection, chain, found, tensors, given)
+    scores, out, temperature = tensors.scores, tensors.out, tensors.temperature
+    seeds, positions, drawn = tensors.seeds, tensors.positions, tensors.tokens is not None
     B, V = scores.shape
     itemsize = scores.element_size()
     shape, words_of_row, _few, TILES, PARTS = selection.layouts[itemsize]
-    work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
-    maps = maps_of(chain, found, temperature, scores)
+    maps = _maps(chain, found, tensors, given)
     if B <= _FEW_ROWS:
         shape = shape._replace(capacity=min(shape.capacity, 0.85 * _SOME))
     cut = (*shape[:-1], *shape.sample)
-    values = (selection.numbers, *(row.contiguous() for row in selection.rows))
-    samples: Any = Samples(seeds, positions, row_stride(seeds), row_stride(positions))
-    tokens_of, spans, lists = (None if found is None else found.listed) or (None, None, 0)
-    listed: Any = Listed(tokens_of, spans, 0 if spans is None else spans.stride(0), lists, B * lists)
+    values = (selection.numbers, *given.rows)
+    samples: Any = Samples(given.seeds, given.positions, row_stride(seeds), row_stride(positions))
+    spans, lists = tensors.spans, 0 if found is None or found.listed is None else found.listed[2]
+    listed: Any = Listed(given.listed, given.spans, 0 if spans is None else spans.stride(0), lists, B * lists)
     stride_row, stride_token = scores.stride()
     stride_out, stride_out_token = (0, 0) if out is None else out.stride()
     key = (
         *launch_key(scores, out), chain.form, selection.form,
         None if temperature is None else temperature.dtype,
         None if seeds is None or positions is None else (seeds.dtype, positions.dtype),
-        tuple(row.dtype for row in selection.rows), lists > 0,
+        tuple(row.dtype for row in tensors.rows), lists > 0,
     )  # fmt: skip
-    largest = _MAX[scores.dtype if tokens is None else torch.float32]
-    greedy = tokens is not None and temperature is not None
+    largest = _MAX[scores.dtype if not drawn else torch.float32]
+    greedy = drawn and temperature is not None
     fits = out is not None and out.dtype == torch.float16 and temperature is not None
     portable = is_portable(scores.device)
     early = overlaps(scores.device)
@@ -374,21 +495,21 @@ def launch_select(
     # A thread that draws has all tokens of an octet: of float32 logits, or such as are folded, two times 16 bytes.
     # Logits are looked at as they are given, where a chain does nothing, only bans tokens, or comes as lists.
     raw = lists > 0 or not chain.flat or (len(chain.flat) == 4 and chain.flat[0] == BAN.value)
-    halves = 2 if tokens is not None and selection.may_be_free and not (raw and itemsize == 2) else 1
+    halves = 2 if drawn and selection.may_be_free and not (raw and itemsize == 2) else 1
     launches: list[Launch] = []
     if selection.sums:
         launches.append(Launch(launchers.sums, key, B * shape.tiles, (
-            scores, values, *maps, work, V, *cut, stride_row, stride_token, words_of_row,
+            given.scores, values, *maps, given.work, V, *cut, stride_row, stride_token, words_of_row,
             chain.flat, largest, selection.kinds, selection.places, selection.sums, greedy, _SAMPLE, early,
         )))  # fmt: skip
     # The first launch waits for whatever was there before.
     launches.append(Launch(launchers.bounds if selection.sums else _launchers.bounds, key, B, (
-        scores, values, *maps, *samples, work, V, *cut, stride_row, stride_token, words_of_row,
+        given.scores, values, *maps, *samples, given.work, V, *cut, stride_row, stride_token, words_of_row,
         chain.flat, largest, selection.kinds, selection.leasts, selection.places, selection.sums, selection.normalise,
         selection.bracketed, greedy, fits, _SAMPLE, _BITS, TILES, early,
     )))  # fmt: skip
     launches.append(Launch(launchers.filter, key, B * (lists + shape.parts), (
-        scores, *maps, *samples, *listed, out, work, V, *cut,
+        given.scores, *maps, *samples, *listed, given.out, given.work, V, *cut,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row,
         chain.flat, largest, selection.fill, selection.bracketed, selection.weighed, selection.may_be_free,
         _BLOCK_BYTES // itemsize, halves, raw, portable, early,
@@ -398,35 +519,43 @@ def launch_select(
         # Logits of 16 bits tie a lot.
         slots = max(slots, _SOME) if scores.dtype != torch.float32 else slots
         launches.append(Launch(launchers.refining(slots), (*key, slots), B, (
-            *maps, *samples, work, out, tokens, V, *cut, stride_out, stride_out_token, words_of_row,
+            *maps, *samples, given.work, given.out, given.tokens, V, *cut, stride_out, stride_out_token, words_of_row,
             selection.kinds, selection.leasts, selection.sums, selection.normalise, selection.banded,
             selection.lowest_ties, slots, more_than, PARTS, early,
         )))  # fmt: skip
         more_than = slots
     launches.append(Launch(launchers.rows, key, min(B, multiprocessors(scores.device)), (
-        scores, *maps, *samples, work, out, tokens, V, *cut, B, len(selection.kinds), more_than,
+        given.scores, *maps, *samples, given.work, given.out, given.tokens, V, *cut, B, len(selection.kinds), more_than,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row,
         chain.flat, largest, selection.fill, selection.normalise, selection.lowest_ties, portable, ROW_BLOCK, ROOM,
         PARTS, early,
     )))  # fmt: skip
-    launch_together(launches)
-    return work[:, KEPT_AT.value : KEPT_AT.value + 4]
+    return launches
 
 
-def _launch_samples(
-    scores: torch.Tensor,
-    chain: Chain,
-    found: TokenSets | None,
-    temperature: torch.Tensor | None,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    tokens: torch.Tensor,
-) -> torch.Tensor:
+def _maps(chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tensors) -> Maps:
+    """What a chain and a temperature bring to the kernels that are given ``given``."""
+    return maps_of(chain, found, tensors.temperature, tensors.scores)._replace(
+        temperature_ptr=given.temperature, bits_ptr=given.bits, planes_ptr=given.planes,
+        row_values_ptr=given.row_values,
+    )  # fmt: skip
+
+
+def _only_samples(selection: Selection, found: TokenSets | None, tokens: Any, seeds: Any) -> bool:
+    """Whether tokens are drawn where no rule drops anything, and no token has a value from a list."""
+    if selection.kinds or tokens is None or seeds is None:
+        return False
+    return found is None or found.listed is None or not found.listed[2]
+
+
+def _sample_launches(
+    selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tensors
+) -> list[Launch]:
     """The same where no rule drops anything: two launches."""
+    scores, temperature, seeds, positions = tensors.scores, tensors.temperature, tensors.seeds, tensors.positions
     B, V = scores.shape
     parts = -(-V // _SAMPLE_BLOCK)
-    words_of_row = _whole_lines(LINE.value + SAMPLE_PART_WORDS.value * parts)
-    work = torch.empty((B, words_of_row), dtype=torch.int32, device=scores.device)
+    words_of_row = selection.words_to_sample
     raw16 = scores.element_size() == 2 and not chain.flat
     early = overlaps(scores.device)
     launchers = _early if early else _launchers
@@ -434,17 +563,16 @@ def _launch_samples(
         *launch_key(scores), chain.form, None if temperature is None else temperature.dtype, seeds.dtype,
         positions.dtype,
     )  # fmt: skip
-    launch_together([
+    return [
         Launch(launchers.sample_parts, key, B * parts, (
-            scores, *maps_of(chain, found, temperature, scores), seeds, positions, row_stride(seeds),
-            row_stride(positions), work, V, words(V), parts, *scores.stride(), words_of_row,
+            given.scores, *_maps(chain, found, tensors, given), given.seeds, given.positions, row_stride(seeds),
+            row_stride(positions), given.work, V, words(V), parts, *scores.stride(), words_of_row,
             chain.flat, _MAX[torch.float32], _SAMPLE_BLOCK, 1 if raw16 else 2, is_portable(scores.device), early,
         )),
         Launch(launchers.sample_rows, (scores.device, triton.next_power_of_2(parts)), B, (
-            work, tokens, parts, words_of_row, triton.next_power_of_2(parts), early,
+            given.work, given.tokens, parts, words_of_row, triton.next_power_of_2(parts), early,
         )),
-    ])  # fmt: skip
-    return work[:, KEPT_AT.value : KEPT_AT.value + 4]
+    ]  # fmt: skip
 
 
 def select(
