@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args
 
 import torch
+from fastlogits_kernels._triton import table_on
 from fastlogits_kernels.draw import draw
 from fastlogits_kernels.report import MOST, Report, report, select_and_report
 from fastlogits_kernels.rules import (
@@ -32,7 +33,7 @@ from fastlogits.plan import Plan
 from fastlogits.position import Index
 from fastlogits.processors.base import LogitsProcessorList, positions_for_others
 from fastlogits.run import Run
-from fastlogits.stages import Member, Scale
+from fastlogits.stages import Member
 from fastlogits.step import NO_ARGUMENTS
 from fastlogits.truncate_launch import TruncateLaunch
 
@@ -359,7 +360,7 @@ class _Joined(NamedTuple):
     by_row: bool
     """Whether one of them has a value for each row."""
     kept: dict[tuple[int, torch.device], tuple[launch.Selection, torch.Tensor | None]]
-    """The rules for a vocabulary and a device; with a temperature where all rows are greedy."""
+    """The rules for a vocabulary and a device; with a temperature that is a number."""
 
 
 class FusedDraw:
@@ -382,10 +383,9 @@ class FusedDraw:
     ) -> None:
         self._processors = processors
         self._temperature = temperature if isinstance(temperature, torch.Tensor) else None
-        self._is_greedy = self._temperature is None and temperature == 0
-        self._rules = () if self._is_greedy else rules
-        divides = not isinstance(temperature, torch.Tensor) and temperature not in (None, 0, 1)
-        self._scale = [Member("temperature", Scale(float(temperature or 1)))] if divides else []
+        # A number is a tensor of no dimensions to the kernels: no pass of its own, and the same tokens as by row.
+        self._number = None if isinstance(temperature, torch.Tensor) or temperature in (None, 1) else temperature
+        self._rules = () if self._number == 0 else rules
         self._joins_truncations = temperature is None and not rules
         # One object, made before it is put here: another thread may call meanwhile.
         self._joined = self._join(None)
@@ -414,8 +414,11 @@ class FusedDraw:
         key = (logits.shape[1], logits.device)
         kept = joined.kept.get(key)
         if kept is None:
-            zero = torch.zeros((), device=logits.device) if self._is_greedy else None
-            kept = joined.kept[key] = (launch.Selection(joined.rules, *key), zero)
+            number = None
+            if self._number is not None:
+                largest = torch.finfo(torch.float32).max
+                number = table_on(torch.tensor(min(self._number, largest), dtype=torch.float32), logits.device)
+            kept = joined.kept[key] = (launch.Selection(joined.rules, *key), number)
         selection, temperature = kept
         temperature = self._temperature if temperature is None else temperature
         if joined.by_row:
@@ -435,9 +438,9 @@ class FusedDraw:
             if launch.takes_rules(last) and all(rule.filter_value == -math.inf for rule in last):
                 rules = last
                 steps.pop()
-        members = self._scale
+        members: list[Member] = []
         if steps and isinstance(steps[-1], (FoldLaunch, MaskLaunch)):
-            members = [*steps.pop().members, *members]
+            members = [*steps.pop().members]
         fold = FoldLaunch(members) if members else None
         by_row = any(isinstance(rule.value, torch.Tensor) for rule in rules)
         return _Joined(plan, Plan(steps) if steps else None, fold, rules, by_row, {})

@@ -116,8 +116,8 @@ REGISTERS = {"synthid wraps": 192}
 # Of the selection, by call and kernel. Bounds and the filter are held to fewer registers, so that more programs run at
 # once: where all rules are compiled, the rare branches spill. Rows that take several passes may take all there are.
 LIMITS = {
-    "refine_rows": (255, 256), "bounds typical": (64, 256), "bounds serving": (64, 256), "filter serving": (40, 256),
-    "bounds": (64, 16), "filter": (40, 0), "refine": (128, 0), "report": (192, 8), "tiles": (136, 8),
+    "refine_rows": (255, 256), "bounds typical": (64, 256), "bounds serving": (64, 256), "filter serving": (48, 256),
+    "bounds": (64, 24), "filter": (48, 8), "refine": (128, 0), "report": (192, 8), "tiles": (136, 8),
 }  # fmt: skip
 VERSION = tuple(int(n) for n in _triton.triton.__version__.split(".")[:2]) if _triton.HAS_TRITON else ()
 
