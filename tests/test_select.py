@@ -203,8 +203,8 @@ def sampled_rows(V, dtype):
 @pytest.mark.parametrize(
     ("V", "dtype"), [(2, torch.float32), (300, torch.float16), (5000, torch.float32), (9000, torch.bfloat16)]
 )
-def test_rows_that_nothing_is_dropped_of(V, dtype):
-    """By themselves in two launches, and beside rows that lose most of theirs: with the tokens of the reference."""
+def test_rows_that_nothing_is_dropped_of(monkeypatch, V, dtype):
+    """By themselves, few or many, and beside rows that lose most of theirs: with the tokens of the reference."""
     scores, seeds = sampled_rows(V, dtype), torch.arange(9, device=DEVICE) * 2**33
     by_row = torch.linspace(0.5, 2.0, 9, device=DEVICE)
     by_row[1], by_row[3] = 0.0, 1e-20
@@ -214,6 +214,10 @@ def test_rows_that_nothing_is_dropped_of(V, dtype):
         given = (scores, launch.Selection((), V, scores.device), seeds, seeds, temperature)
         wanted, _ = launch.reference_tokens(*given, None, None, launch.NOWHERE, None)
         assert torch.equal(launch.select_tokens(*given), wanted)
+        with monkeypatch.context() as context:
+            context.setattr(launch, "_MOST_SAMPLED", 0)
+            many = (scores, launch.Selection((), V, scores.device), *given[2:])
+            assert torch.equal(launch.select_tokens(*many), wanted)
         more = temperature if temperature is None or not temperature.ndim else temperature.repeat(2)[:10]
         both, last = launch.Selection((Rule("top_p", off),), V, scores.device), seeds.repeat(2)[:10]
         found = launch.select_tokens(torch.cat((scores, ordinary)), both, last, last, more)

@@ -244,6 +244,8 @@ def test_a_sampler_launches_nothing_new(name, report, kernels, monkeypatch):
     sampler = SAMPLERS[name](**report)
     with captured() as made:
         for B in [3] if name == "by row" else [1, 3, 140]:
+            # A draw from all tokens goes another way where there are many logits.
+            monkeypatch.setattr(launch, "_MOST_SAMPLED", 0 if B == 140 else 2**24)
             for L in (1, 2, 5, 14):
                 logits, ids = torch.zeros(B, V, dtype=torch.bfloat16), torch.zeros(B, L, dtype=torch.int64)
                 for seeds in (7, torch.arange(B)):
@@ -257,7 +259,9 @@ def test_seeds_and_positions_of_a_sampler_are_those_that_are_given(kernels, monk
     short = torch.arange(2, dtype=torch.int32)
     there = rehearsed_by(monkeypatch, lambda: sampler.warm_up(V, batch=2, seeds=short, positions=short))
     with captured() as made:
-        sampler(torch.zeros(2, V), short, short)
+        for most in (launch._MOST_SAMPLED, 0):  # as of few rows, and of many
+            monkeypatch.setattr(launch, "_MOST_SAMPLED", most)
+            sampler(torch.zeros(2, V), short, short)
     assert keys(made) == there
     with captured() as made:
         sampler(torch.zeros(2, V), 3, short)

@@ -71,6 +71,7 @@ from fastlogits_kernels.selection.row_sums import load_sums, sampled, store_row_
 _STEPS = tl.constexpr(256)  # of a histogram
 _GROUPS = tl.constexpr(64)  # of a sample
 _LEAST_SAFE = tl.constexpr(2.0**-6)  # a divisor from which on float16 logits of up to 1023 stay finite
+_LIKELY_ROOM = tl.constexpr(0.7)  # of the room, what a sample is let to fill
 _SURE = tl.constexpr(4.5)  # standard deviations by which a sample is trusted
 
 
@@ -229,6 +230,17 @@ def _bounds_of_rule(
 
 
 @triton.jit
+def _within_room(keys, bound, shape, BITS: tl.constexpr):
+    """A bound that lets no more through than there is room for, as the sample tells."""
+    room = tl.floor(_LIKELY_ROOM * shape.room * shape.sample.share)
+    let_through = tl.sum((keys >= bound).to(tl.int32)).to(tl.float32)
+    if (let_through > room) & (room >= 1):
+        raised, _above = _key_of_count(keys, room, BITS)
+        bound = tl.maximum(bound, raised)
+    return bound
+
+
+@triton.jit
 def _bounds(
     x, row, top, sums, summed, shape, V, values, rules_ptr,
     KINDS: tl.constexpr, LEASTS: tl.constexpr, PLACES: tl.constexpr, SUMS: tl.constexpr, BRACKETED: tl.constexpr,
@@ -256,6 +268,10 @@ def _bounds(
             mine, above, from_here = _bounds_of_rule(
                 x, keys, top, sums, summed, shape, value, V, KINDS[i], LEASTS[i], SUMS, BRACKETED, BITS
             )  # fmt: skip
+            if GOAL[KINDS[i]] == NO_GOAL and NEEDS_SUMS[KINDS[i]] == 0:
+                # The largest logit is hardly in the sample: the true cut-off is higher.
+                if summed == 0:
+                    mine = _within_room(keys, mine, shape, BITS)
             bound = tl.maximum(bound, mine)
             high = tl.maximum(high, above)
             if GOAL[KINDS[i]] == DISTANCE_GOAL:

@@ -115,9 +115,9 @@ class _Launchers(NamedTuple):
                 slots: Launcher(refine_kernel, num_warps=warps, enable_fp_fusion=False, maxnreg=128, **early)
                 for slots, warps in _WARPS.items()
             },
-            # What happens between its passes all warps do alike: more of them would take longer.
-            Launcher(refine_rows_kernel, num_warps=8, enable_fp_fusion=False, **early),
-            Launcher(sample_parts_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=64),
+            # What happens between its passes all warps do alike, and what a pass does is shared by many.
+            Launcher(refine_rows_kernel, num_warps=16, enable_fp_fusion=False, **early),
+            Launcher(sample_parts_kernel, num_warps=4, enable_fp_fusion=False, maxnreg=128),
             Launcher(sample_rows_kernel, num_warps=4, enable_fp_fusion=False, **early),
         )
 
@@ -161,8 +161,10 @@ _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16
 _SAMPLE = 8192
 _BITS = 20
 _BLOCK_BYTES = 4096
-# Tokens of a part of a row that is sampled from as it is.
-_SAMPLE_BLOCK = 2048
+# Tokens of a part of a row that is sampled from as it is. Of more logits than that a program has too much to do for its
+# part alone: a guess for the whole row, which takes two launches more, rules more out.
+_SAMPLE_BLOCK = 4096
+_MOST_SAMPLED = 2**24
 # Of so many rows what is kept for certain is told apart sooner: multiprocessors are idle, and a search of many
 # candidates would take longer.
 _FEW_ROWS = 16
@@ -395,7 +397,7 @@ def launch_select(
     chain = chain or _NO_CHAIN
     shape = scores.shape
     index = scores.get_device()
-    if _only_samples(selection, found, tokens, seeds):
+    if _only_samples(scores, selection, found, tokens, seeds):
         words_of_row = selection.words_to_sample
     else:
         words_of_row = selection.layouts[scores.element_size()].words_of_row
@@ -437,9 +439,11 @@ def launch_select(
     if relaunches is not None and relaunches(index, pointers):
         return work
     tensors = _Tensors(scores, work, out, tokens, temperature, seeds, positions, *sets, rows)
-    launches = _launches(selection, chain, found, tensors, tensors)
-    launch_together(launches)
-    if relaunches is None and not is_collecting():
+    launch_together(_launches(selection, chain, found, tensors, tensors))
+    if is_collecting():
+        if _draws_all(selection, found, tokens, seeds):  # how depends on the number of rows: rehearse both
+            _rehearse_other(selection, chain, found, tensors)
+    elif relaunches is None:
         selection.saw(key, lambda: _laid_out(selection, chain, found, tensors))
     return work
 
@@ -463,8 +467,23 @@ def _launches(
     selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tensors
 ) -> list[Launch]:
     """The launches of a call with some tensors; ``given`` is what their kernels are given of them."""
-    if _only_samples(selection, found, tensors.tokens, tensors.seeds):
-        return _sample_launches(selection, chain, found, tensors, given)
+    samples = _only_samples(tensors.scores, selection, found, tensors.tokens, tensors.seeds)
+    return (_sample_launches if samples else _select_launches)(selection, chain, found, tensors, given)
+
+
+def _rehearse_other(selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors) -> None:
+    """Collect the launches of a draw from all tokens that another number of rows would make."""
+    scores = tensors.scores
+    samples = _only_samples(scores, selection, found, tensors.tokens, tensors.seeds)
+    words_of_row = selection.layouts[scores.element_size()].words_of_row if samples else selection.words_to_sample
+    other = tensors._replace(work=tensors.work.new_empty(len(scores), words_of_row))
+    launch_together((_select_launches if samples else _sample_launches)(selection, chain, found, other, other))
+
+
+def _select_launches(
+    selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tensors
+) -> list[Launch]:
+    """Those of a selection from candidates."""
     scores, out, temperature = tensors.scores, tensors.out, tensors.temperature
     seeds, positions, drawn = tensors.seeds, tensors.positions, tensors.tokens is not None
     B, V = scores.shape
@@ -541,7 +560,12 @@ def _maps(chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tens
     )  # fmt: skip
 
 
-def _only_samples(selection: Selection, found: TokenSets | None, tokens: Any, seeds: Any) -> bool:
+def _only_samples(scores: torch.Tensor, selection: Selection, found: TokenSets | None, tokens: Any, seeds: Any) -> bool:
+    """Whether tokens are drawn part by part."""
+    return scores.numel() <= _MOST_SAMPLED and _draws_all(selection, found, tokens, seeds)
+
+
+def _draws_all(selection: Selection, found: TokenSets | None, tokens: Any, seeds: Any) -> bool:
     """Whether tokens are drawn where no rule drops anything, and no token has a value from a list."""
     if selection.kinds or tokens is None or seeds is None:
         return False
