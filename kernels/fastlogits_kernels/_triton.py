@@ -199,7 +199,7 @@ class Launcher:
         start = time.perf_counter()
         compiled = self.compile(device, programs, args)
         _say_slow([self], device, time.perf_counter() - start)
-        self._load(device, compiled)
+        self.load(device, compiled)
 
     def keep(self, key: tuple[Any, ...], compiled: Any) -> None:
         """Load what ``compile`` has returned, and relaunch it from now on for ``key``.
@@ -207,11 +207,16 @@ class Launcher:
         Raises:
             CompileError: the device can't take it.
         """
-        self._load(key[0], compiled)
+        self.load(key[0], compiled)
         if _RELAUNCHES and compiled is not None:
             self.compiled.setdefault(key, compiled)
 
-    def _load(self, device: torch.device, compiled: Any) -> None:
+    def load(self, device: torch.device, compiled: Any) -> None:
+        """Load a kernel onto the current device.
+
+        Raises:
+            CompileError: the device can't take it.
+        """
         try:
             # Loaded when asked for, which fails where it takes more shared memory than there is.
             getattr(compiled, "run", None)
@@ -373,7 +378,7 @@ def prepare(launches: Sequence[Launch]) -> list[tuple[Launch, CompileError | Non
 
 
 def _compiled(launches: Sequence[Launch]) -> list[Any]:
-    """What the launches need, compiled in threads, since most of it happens outside Python; or why it can't be had."""
+    """What the launches need, compiled and loaded in threads, since most of it happens outside Python; or why not."""
     if not launches:
         return []
     device = launches[0].key[0]
@@ -381,7 +386,10 @@ def _compiled(launches: Sequence[Launch]) -> list[Any]:
     def compile_one(launch: Launch) -> Any:
         try:
             with _current(device):
-                return launch.launcher.compile(device, launch.programs, launch.args)
+                compiled = launch.launcher.compile(device, launch.programs, launch.args)
+                # Triton compiles the launcher in C when a kernel is loaded: some tenths of a second for each.
+                launch.launcher.load(device, compiled)
+                return compiled
         except CompileError as error:
             return error
 
