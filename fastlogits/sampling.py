@@ -113,7 +113,7 @@ class Sampler:
     Example:
         >>> sampler = Sampler(temperature=torch.tensor([0.0, 0.7]), top_k=2, logprobs="raw")
         >>> logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
-        >>> sampler(logits, seeds=torch.tensor([7, 11]), positions=5).tokens
+        >>> sampler(logits, seeds=torch.tensor([7, 10]), positions=5).tokens
         tensor([1, 2])
     """
 
