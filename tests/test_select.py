@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from fastlogits_kernels import _triton, draw
+from fastlogits_kernels._triton import tl, triton
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.selection import launch, row
+from fastlogits_kernels.selection.row import noise_of
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
@@ -184,6 +186,21 @@ def workspace(scores, rules):
     return launch.launch_select(scores, selection, out=torch.empty_like(scores))
 
 
+@triton.jit
+def _noise_kernel(out_ptr, seed, position, N: tl.constexpr):
+    token = tl.arange(0, N)
+    tl.store(out_ptr + token, noise_of(token, tl.full([], 0, tl.int64) + seed, tl.full([], 0, tl.int64) + position))
+
+
+@pytest.mark.parametrize(("seed", "position"), [(5, 7), (-3, 2**40 + 1), (2**62, -9)])
+def test_the_noise_of_the_kernels_is_that_of_the_definition(seed, position):
+    """All its bits: the first 16 alone decide nearly every draw."""
+    noise = torch.empty(4096, device=DEVICE)
+    _noise_kernel[1,](noise, seed, position, 4096)
+    wanted = draw.exponential_noise(torch.tensor(seed), torch.tensor(position), torch.arange(4096))
+    torch.testing.assert_close(noise.cpu(), wanted, rtol=2e-6, atol=0)
+
+
 def sampled_rows(V, dtype):
     """Rows to be drawn from as they are: all sorts of them."""
     gauss = torch.randn(9, V, generator=torch.Generator().manual_seed(V)) * 3
@@ -280,6 +297,10 @@ def test_flat_rows_keep_most_unseen(chain, V):
     tokens = drawn(scores, FLAT[chain], seeds, seeds)
     wanted = draw.reference_draw(reference_truncate(scores, FLAT[chain]), seeds, seeds)
     assert torch.equal(tokens, wanted)
+    # What may be drawn is collected beside the candidates, and counts for no rule.
+    selection = launch.Selection(FLAT[chain], V, scores.device)
+    sampled = launch.launch_select(scores, selection, seeds=seeds, positions=seeds, tokens=torch.empty_like(seeds))
+    assert torch.equal(launch.kept_in(sampled), launch.kept_in(workspace(scores, FLAT[chain])))
 
 
 LISTED = {

@@ -318,7 +318,7 @@ MUTATIONS = [
     Mutation(
         "the second call of the generator is the first", f"{SELECTION}/row.py",
         "_random_words(token >> 2, seed, position, _FINE)", "_random_words(token >> 2, seed, position, _COARSE)",
-        ("test_select.py::test_rows_that_nothing_is_dropped_of",),
+        ("test_select.py::test_the_noise_of_the_kernels_is_that_of_the_definition",),
     ),
     Mutation(
         "the noise of a sample taken for less than it may be", f"{SELECTION}/sample_rows.py",
