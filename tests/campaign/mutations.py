@@ -280,8 +280,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a draw takes the highest of equals", f"{SELECTION}/refine.py",
-        "return tl.min(tl.where(lives & (key == tl.max(key)), token, HIGHEST))",
-        "return tl.max(tl.where(lives & (key == tl.max(key)), token, -1))",
+        "return best, tl.min(tl.where(lives & (key == best), token, HIGHEST))",
+        "return best, tl.max(tl.where(lives & (key == best), token, -1))",
         ("test_select.py::test_rows_without_a_distribution_have_a_token",),
     ),
     Mutation(
@@ -321,7 +321,7 @@ MUTATIONS = [
         ("test_select.py::test_the_noise_of_the_kernels_is_that_of_the_definition",),
     ),
     Mutation(
-        "the noise of a sample taken for less than it may be", f"{SELECTION}/sample_rows.py",
+        "the noise of a sample taken for less than it may be", f"{SELECTION}/row.py",
         "(coarse.to(tl.float32) + 1) * (2.0**-16)", "(coarse.to(tl.float32) * 0.1) * (2.0**-16)",
         ("test_select.py::test_rows_that_nothing_is_dropped_of",),
     ),

@@ -53,11 +53,11 @@ from fastlogits_kernels.selection.row import (
     cutoff,
     divisor_of,
     exp,
-    exponential_of,
     inverse_of,
     is_active,
     is_greedy,
     key_of,
+    least_sample,
     let_next_launch,
     load_seed,
     number_of,
@@ -318,9 +318,7 @@ def _draw_from_sample(row, x, counts, shape, samples, SAMPLE: tl.constexpr):
     a, b, c, d = coarse_words(run * (RUN // OCTET) + flat % (RUN // OCTET), seed, position)
     pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [SAMPLE // _GROUPS, _GROUPS // 2])
     coarse = tl.reshape(tl.join(pairs & 0xFFFF, pairs >> 16), [SAMPLE // _GROUPS, _GROUPS])
-    most = (coarse.to(tl.float32) + 1) * (2.0**-16)
-    sampled = x - tl.log(exponential_of(most, 1 - most))
-    return tl.max(tl.where(counts, sampled, float("-inf")))
+    return tl.max(tl.where(counts, least_sample(x, coarse), float("-inf")))
 
 
 @triton.jit

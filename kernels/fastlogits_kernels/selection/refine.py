@@ -186,13 +186,17 @@ def log_mass_of(top_key, mass):
 
 
 @triton.jit
-def sampled_of(x, lives, token, seed, position, greedy):
-    """The lowest of the tokens that have the best sample; HIGHEST where there is none."""
+def best_of(x, lives, token, seed, position, greedy):
+    """The key of the best sample of some tokens, or of the largest logit, and the lowest of those that have it.
+
+    LOWEST and HIGHEST where there are none.
+    """
     key = key_of(x)
     if greedy == 0:
         key = key_of(x - tl.log(noise_of(token, seed, position)))
     key = tl.where(lives, key, LOWEST)
-    return tl.min(tl.where(lives & (key == tl.max(key)), token, HIGHEST))
+    best = tl.max(key)
+    return best, tl.min(tl.where(lives & (key == best), token, HIGHEST))
 
 
 @triton.jit
@@ -592,5 +596,5 @@ def refine_kernel(
                 here = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
                 tl.store(here, x.to(out_ptr.dtype.element_ty), mask=lives)
             if tokens_ptr is not None:
-                which = sampled_of(x, lives | beside, token, seed, position, greedy)
+                _best, which = best_of(x, lives | beside, token, seed, position, greedy)
                 store_token(tokens_ptr + row, which)

@@ -192,10 +192,14 @@ class State(NamedTuple):
 
 
 @triton.jit
+def _is_sure(raw, near):
+    return (raw >= near.sure_low) & (raw <= near.sure_high)
+
+
+@triton.jit
 def _is_candidate(x, raw, near):
     """Which tokens of a list are candidates: of those that were collected, a few too many."""
-    sure = (raw >= near.sure_low) & (raw <= near.sure_high)
-    return is_near(x, near.least, near.banded, near.centre, True) & (sure == 0)
+    return is_near(x, near.least, near.banded, near.centre, True) & (_is_sure(raw, near) == 0)
 
 
 @triton.jit
@@ -851,8 +855,7 @@ def refine_row(
                 place = start + tl.arange(0, BLOCK)
                 pair = tl.load(base.pairs + place, mask=place < base.size, other=0)
                 raw = pair.to(tl.int32).to(tl.float32, bitcast=True)
-                sure_here = (raw >= near.sure_low) & (raw <= near.sure_high)
-                lives = lives | (sure_here & (place < base.size))
+                lives = lives | (_is_sure(raw, near) & (place < base.size))
             key = key_of(x)
             if greedy == 0:
                 key = key_of(x - tl.log(noise_of(token, seed, position)))

@@ -466,6 +466,13 @@ def exponential_of(u, rest):
 
 
 @triton.jit
+def least_sample(x, coarse):
+    """No more than the samples of tokens of some first 16 bits: their noise may come to no more than that."""
+    most = (coarse.to(tl.float32) + 1) * (2.0**-16)
+    return x - tl.log(exponential_of(most, 1 - most))
+
+
+@triton.jit
 def noise_of(token, seed, position):
     """An exponential random number for each token, of a request's seed and position."""
     coarse = coarse_of(token, coarse_words(token >> 3, seed, position))
@@ -600,11 +607,31 @@ def collect(candidate, x, token, counter, pairs, slots, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def _is_plain(candidate, token, edited_ptr, banned_ptr):
-    """Those of some candidates that are in neither of two sets."""
-    held = tl.load(edited_ptr + (token >> 5), mask=candidate, other=0)
-    held |= tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)
-    return candidate & (((held >> (token & 31)) & 1) == 0)
+def _collect_tested(
+    x, token, end, counter, pairs, slots, tests, edited_ptr, banned_ptr, WINS: tl.constexpr
+):  # fmt: skip
+    """Collect tokens by PTX; ``tests`` are the operands of the test."""
+    KIND: tl.constexpr = _BF16 if x.dtype == tl.bfloat16 else (_FP16 if x.dtype == tl.float16 else 0)
+    TOKENS: tl.constexpr = 4 if KIND == 0 else 8
+    WHICH: tl.constexpr = 4 * KIND + 2 * WINS + (edited_ptr is not None)
+    check_tokens(x, TOKENS)
+    sets = () if edited_ptr is None else (edited_ptr.to(tl.int64), banned_ptr.to(tl.int64))
+    tl.inline_asm_elementwise(
+        _COLLECTING[WHICH], _COLLECTING_OPERANDS[WHICH],
+        (x, token, end, counter.to(tl.int64), pairs.to(tl.int64), slots) + tests + sets,  # noqa: RUF005
+        dtype=tl.int8, is_pure=False, pack=TOKENS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _collect_chosen(candidate, x, token, end, counter, pairs, slots, edited_ptr, banned_ptr):
+    """Collect candidates without PTX, those before ``end`` and of no set where there are sets."""
+    candidate = candidate & (token < end)
+    if edited_ptr is not None:
+        held = tl.load(edited_ptr + (token >> 5), mask=candidate, other=0)
+        held |= tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)
+        candidate = candidate & (((held >> (token & 31)) & 1) == 0)
+    collect(candidate, x, token, counter, pairs, slots, True)
 
 
 @triton.jit
@@ -612,23 +639,12 @@ def collect_near(
     x, token, low, up, edited_ptr, banned_ptr, end, counter, pairs, slots, PORTABLE: tl.constexpr
 ):  # fmt: skip
     """Collect tokens before ``end`` of logits between two, of any dtype, and NaN; of no set where there are sets."""
-    LISTED: tl.constexpr = edited_ptr is not None
     if PORTABLE:
         x = x.to(tl.float32)
-        candidate = ((x < low) == 0) & ((x > up) == 0) & (token < end)
-        if LISTED:
-            candidate = _is_plain(candidate, token, edited_ptr, banned_ptr)
-        collect(candidate, x, token, counter, pairs, slots, True)
+        candidate = ((x < low) == 0) & ((x > up) == 0)
+        _collect_chosen(candidate, x, token, end, counter, pairs, slots, edited_ptr, banned_ptr)
     else:
-        KIND: tl.constexpr = _BF16 if x.dtype == tl.bfloat16 else (_FP16 if x.dtype == tl.float16 else 0)
-        TOKENS: tl.constexpr = 4 if KIND == 0 else 8
-        check_tokens(x, TOKENS)
-        sets = () if edited_ptr is None else (edited_ptr.to(tl.int64), banned_ptr.to(tl.int64))
-        tl.inline_asm_elementwise(
-            _COLLECTING[4 * KIND + LISTED], _COLLECTING_OPERANDS[4 * KIND + LISTED],
-            (x, token, end, counter.to(tl.int64), pairs.to(tl.int64), slots, low, up) + sets,  # noqa: RUF005
-            dtype=tl.int8, is_pure=False, pack=TOKENS,
-        )  # fmt: skip
+        _collect_tested(x, token, end, counter, pairs, slots, (low, up), edited_ptr, banned_ptr, False)
 
 
 @triton.jit
@@ -636,28 +652,17 @@ def collect_winners(
     x, token, words, least, scale, offset, edited_ptr, banned_ptr, end, counter, pairs, slots, PORTABLE: tl.constexpr
 ):  # fmt: skip
     """The same of tokens that may be drawn: see ``may_win``; ``words`` and ``least`` are the noise of their octets."""
-    LISTED: tl.constexpr = edited_ptr is not None
     if PORTABLE:
         x = x.to(tl.float32)
-        candidate = may_win(coarse_of(token, words), x, scale, offset) & (token < end)
-        if LISTED:
-            candidate = _is_plain(candidate, token, edited_ptr, banned_ptr)
-        collect(candidate, x, token, counter, pairs, slots, True)
+        candidate = may_win(coarse_of(token, words), x, scale, offset)
+        _collect_chosen(candidate, x, token, end, counter, pairs, slots, edited_ptr, banned_ptr)
     else:
-        KIND: tl.constexpr = _BF16 if x.dtype == tl.bfloat16 else (_FP16 if x.dtype == tl.float16 else 0)
-        TOKENS: tl.constexpr = 4 if KIND == 0 else 8
-        check_tokens(x, TOKENS)
-        sets = () if edited_ptr is None else (edited_ptr.to(tl.int64), banned_ptr.to(tl.int64))
-        tl.inline_asm_elementwise(
-            _COLLECTING[4 * KIND + 2 + LISTED], _COLLECTING_OPERANDS[4 * KIND + 2 + LISTED],
-            (  # noqa: RUF005
-                x, token, end, counter.to(tl.int64), pairs.to(tl.int64), slots,
-                least.to(tl.int32, bitcast=True), words[0].to(tl.int32, bitcast=True),
-                words[1].to(tl.int32, bitcast=True), words[2].to(tl.int32, bitcast=True),
-                words[3].to(tl.int32, bitcast=True), scale, offset,
-            ) + sets,
-            dtype=tl.int8, is_pure=False, pack=TOKENS,
+        noise = (
+            least.to(tl.int32, bitcast=True), words[0].to(tl.int32, bitcast=True),
+            words[1].to(tl.int32, bitcast=True), words[2].to(tl.int32, bitcast=True),
+            words[3].to(tl.int32, bitcast=True), scale, offset,
         )  # fmt: skip
+        _collect_tested(x, token, end, counter, pairs, slots, noise, edited_ptr, banned_ptr, True)
 
 
 @triton.jit

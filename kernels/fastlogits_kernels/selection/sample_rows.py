@@ -14,7 +14,7 @@ from __future__ import annotations
 from fastlogits_kernels._triton import tl, triton
 from fastlogits_kernels.selection.bounds import scale_and_offset
 from fastlogits_kernels.selection.filter import raw_or_folded, tokens_of
-from fastlogits_kernels.selection.refine import store_token
+from fastlogits_kernels.selection.refine import best_of, store_token
 from fastlogits_kernels.selection.row import (
     HIGHEST,
     LINE,
@@ -29,15 +29,13 @@ from fastlogits_kernels.selection.row import (
     coarse_of,
     coarse_words,
     collect_winners,
-    exponential_of,
     inverse_of,
     is_greedy,
-    key_of,
     least_coarse,
+    least_sample,
     let_next_launch,
     load_candidates,
     load_seed,
-    noise_of,
     row_logits,
     scaled,
     store_kept,
@@ -54,17 +52,6 @@ _PAIRS_AT = tl.constexpr(4)
 _CHUNK = tl.constexpr(256)
 
 STEPWISE = [*MAP_STRIDES, "stride_seed", "stride_position", "stride_work", "W", "parts"]
-
-
-@triton.jit
-def _best_of(x, valid, token, seed, position, greedy):
-    """The key of the best sample of some tokens, or of the largest logit, and the lowest of those that have it."""
-    key = key_of(x)
-    if greedy == 0:
-        key = key_of(x - tl.log(noise_of(token, seed, position)))
-    key = tl.where(valid, key, LOWEST)
-    best = tl.max(key)
-    return best, tl.min(tl.where(valid & (key == best), token, HIGHEST))
 
 
 @triton.jit
@@ -125,8 +112,7 @@ def sample_parts_kernel(
         if HALVES == 2:
             coarse = tl.minimum(coarse, _most_noise(y.to(tl.float32), largest, other, words))
         inverse = inverse_of(row, maps)
-        most = (coarse.to(tl.float32) + 1) * (2.0**-16)
-        scale, offset = scale_and_offset(tl.max(largest * inverse - tl.log(exponential_of(most, 1 - most))), inverse)
+        scale, offset = scale_and_offset(tl.max(least_sample(largest * inverse, coarse)), inverse)
         tl.debug_barrier()
         least = least_coarse(words)
         collect_winners(
@@ -143,13 +129,13 @@ def sample_parts_kernel(
         if found <= _COLLECTED:
             pairs = (here + _PAIRS_AT).to(tl.pointer_type(tl.int64))
             some, valid, which_of = load_candidates(pairs, found, _COLLECTED)
-            best, which = _best_of(scaled(some, row, maps), valid, which_of, seed, position, greedy)
+            best, which = best_of(scaled(some, row, maps), valid, which_of, seed, position, greedy)
     # Where they were too many, and where the largest logit is asked for, all of the part.
     for start in range(0, tl.where(found > _COLLECTED, BLOCK, 0), _CHUNK):
         each = part * BLOCK + start + tl.arange(0, _CHUNK)
         inside = each < V
         z = row_logits(row, each >> 5, each & 31, each, inside, scores, maps, OPS, MAX)
-        top, first = _best_of(z, inside, each, seed, position, greedy)
+        top, first = best_of(z, inside, each, seed, position, greedy)
         which = tl.where(top > best, first, which)
         best = tl.maximum(top, best)
     tl.store(here + 1, best)
