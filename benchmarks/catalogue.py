@@ -10,11 +10,11 @@ import torch
 import fastlogits as fl
 from benchmarks.inputs import HISTORY
 from benchmarks.processors import CLASSES
-from fastlogits.fold_launch import FoldLaunch
-from fastlogits.mask_launch import MaskLaunch
-from fastlogits.plan import RowsLaunch
-from fastlogits.stages import Rows
-from fastlogits.truncate_launch import SelectLaunch
+from fastlogits.plan.masks import MaskLaunch
+from fastlogits.plan.plan import RowsLaunch
+from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.plan.selection import SelectLaunch
+from fastlogits.plan.stages import Rows
 
 _V = 1000
 _WAITS = ("WatermarkLogitsProcessor", "PrefixConstrainedLogitsProcessor", "MaxTimeLogitsProcessor")

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from fastlogits_kernels._triton import HAS_TRITON, triton
+from fastlogits_kernels.runtime.launcher import HAS_TRITON, triton
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlogits as fl

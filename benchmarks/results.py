@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from fastlogits_kernels._triton import HAS_TRITON, triton
+from fastlogits_kernels.runtime.launcher import HAS_TRITON, triton
 
 from benchmarks.inputs import Case, device_name
 from benchmarks.timing import Timing

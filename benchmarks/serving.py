@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fastlogits_kernels.bits import pack_bits
+from fastlogits_kernels.runtime.bits import pack_bits
 
 from benchmarks.inputs import HISTORY, history
 from benchmarks.processors import bad_words

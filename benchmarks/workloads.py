@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers.generation.logits_process as theirs
-from fastlogits_kernels._triton import HAS_TRITON, triton
-from fastlogits_kernels.bits import pack_bits, unpack_bits, words
+from fastlogits_kernels.runtime.bits import pack_bits, unpack_bits, words
+from fastlogits_kernels.runtime.launcher import HAS_TRITON, triton
 from transformers import SuppressTokensAtBeginLogitsProcessor
 
 import fastlogits

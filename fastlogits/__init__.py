@@ -4,16 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastlogits.acceleration import accelerate as accelerate
-    from fastlogits.acceleration import restore as restore
-    from fastlogits.decoding import decode as decode
-    from fastlogits.inside.checking import Check as Check
-    from fastlogits.inside.checking import check as check
-    from fastlogits.inside.tracing import Trace as Trace
-    from fastlogits.inside.tracing import trace as trace
+    from fastlogits.inspect.check import Check as Check
+    from fastlogits.inspect.check import check as check
+    from fastlogits.inspect.trace import Trace as Trace
+    from fastlogits.inspect.trace import trace as trace
     from fastlogits.integrations.bitmask import apply_token_bitmask_inplace as apply_token_bitmask_inplace
-    from fastlogits.plan import Plan as Plan
-    from fastlogits.position import Position as Position
+    from fastlogits.plan.plan import Plan as Plan
+    from fastlogits.plan.position import Position as Position
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
     from fastlogits.processors.audio import BarkEosPrioritizerLogitsProcessor as BarkEosPrioritizerLogitsProcessor
     from fastlogits.processors.audio import (
@@ -29,10 +26,6 @@ if TYPE_CHECKING:
     from fastlogits.processors.beams import HammingDiversityLogitsProcessor as HammingDiversityLogitsProcessor
     from fastlogits.processors.constrained import PrefixConstrainedLogitsProcessor as PrefixConstrainedLogitsProcessor
     from fastlogits.processors.dry import DRYLogitsProcessor as DRYLogitsProcessor
-    from fastlogits.processors.first_step import SuppressFirstTokens as SuppressFirstTokens
-    from fastlogits.processors.first_step import (
-        SuppressSpecificBOSTokenLogitsProcessor as SuppressSpecificBOSTokenLogitsProcessor,
-    )
     from fastlogits.processors.guidance import (
         ClassifierFreeGuidanceLogitsProcessor as ClassifierFreeGuidanceLogitsProcessor,
     )
@@ -44,12 +37,35 @@ if TYPE_CHECKING:
     from fastlogits.processors.length import ForcedEOSTokenLogitsProcessor as ForcedEOSTokenLogitsProcessor
     from fastlogits.processors.length import MinLengthLogitsProcessor as MinLengthLogitsProcessor
     from fastlogits.processors.length import MinNewTokensLengthLogitsProcessor as MinNewTokensLengthLogitsProcessor
+    from fastlogits.processors.masks import AllowedTokensLogitsProcessor as AllowedTokensLogitsProcessor
+    from fastlogits.processors.masks import MinTokensLogitsProcessor as MinTokensLogitsProcessor
+    from fastlogits.processors.masks import OnlyTokensFrom as OnlyTokensFrom
+    from fastlogits.processors.masks import SuppressFirstTokens as SuppressFirstTokens
+    from fastlogits.processors.masks import (
+        SuppressSpecificBOSTokenLogitsProcessor as SuppressSpecificBOSTokenLogitsProcessor,
+    )
+    from fastlogits.processors.masks import (
+        SuppressTokensAtBeginLogitsProcessor as SuppressTokensAtBeginLogitsProcessor,
+    )
+    from fastlogits.processors.masks import SuppressTokensLogitsProcessor as SuppressTokensLogitsProcessor
+    from fastlogits.processors.nvidia_zoo import CiteFromPromptLogitsProcessor as CiteFromPromptLogitsProcessor
+    from fastlogits.processors.nvidia_zoo import ForceLastPhraseLogitsProcessor as ForceLastPhraseLogitsProcessor
+    from fastlogits.processors.nvidia_zoo import GenLengthLogitsProcessor as GenLengthLogitsProcessor
+    from fastlogits.processors.nvidia_zoo import MaxTimeLogitsProcessor as MaxTimeLogitsProcessor
+    from fastlogits.processors.nvidia_zoo import MultipleChoiceLogitsProcessor as MultipleChoiceLogitsProcessor
+    from fastlogits.processors.nvidia_zoo import (
+        PreventHallucinationLogitsProcessor as PreventHallucinationLogitsProcessor,
+    )
+    from fastlogits.processors.nvidia_zoo import TriggerPhraseLogitsProcessor as TriggerPhraseLogitsProcessor
     from fastlogits.processors.penalties import (
         EncoderRepetitionPenaltyLogitsProcessor as EncoderRepetitionPenaltyLogitsProcessor,
     )
     from fastlogits.processors.penalties import FrequencyPenaltyLogitsProcessor as FrequencyPenaltyLogitsProcessor
     from fastlogits.processors.penalties import PresencePenaltyLogitsProcessor as PresencePenaltyLogitsProcessor
     from fastlogits.processors.penalties import RepetitionPenaltyLogitsProcessor as RepetitionPenaltyLogitsProcessor
+    from fastlogits.processors.scaling import InfNanRemoveLogitsProcessor as InfNanRemoveLogitsProcessor
+    from fastlogits.processors.scaling import LogitNormalization as LogitNormalization
+    from fastlogits.processors.scaling import TemperatureLogitsWarper as TemperatureLogitsWarper
     from fastlogits.processors.sequences import (
         EncoderNoRepeatNGramLogitsProcessor as EncoderNoRepeatNGramLogitsProcessor,
     )
@@ -57,12 +73,6 @@ if TYPE_CHECKING:
     from fastlogits.processors.sequences import NoBadWordsLogitsProcessor as NoBadWordsLogitsProcessor
     from fastlogits.processors.sequences import NoRepeatNGramLogitsProcessor as NoRepeatNGramLogitsProcessor
     from fastlogits.processors.sequences import SequenceBiasLogitsProcessor as SequenceBiasLogitsProcessor
-    from fastlogits.processors.suppress import AllowedTokensLogitsProcessor as AllowedTokensLogitsProcessor
-    from fastlogits.processors.suppress import MinTokensLogitsProcessor as MinTokensLogitsProcessor
-    from fastlogits.processors.suppress import (
-        SuppressTokensAtBeginLogitsProcessor as SuppressTokensAtBeginLogitsProcessor,
-    )
-    from fastlogits.processors.suppress import SuppressTokensLogitsProcessor as SuppressTokensLogitsProcessor
     from fastlogits.processors.truncation import EpsilonLogitsWarper as EpsilonLogitsWarper
     from fastlogits.processors.truncation import EtaLogitsWarper as EtaLogitsWarper
     from fastlogits.processors.truncation import MinPLogitsWarper as MinPLogitsWarper
@@ -73,40 +83,32 @@ if TYPE_CHECKING:
     from fastlogits.processors.truncation import TopPLogitsWarper as TopPLogitsWarper
     from fastlogits.processors.truncation import TypicalLogitsWarper as TypicalLogitsWarper
     from fastlogits.processors.truncation import XTCLogitsProcessor as XTCLogitsProcessor
-    from fastlogits.processors.values import InfNanRemoveLogitsProcessor as InfNanRemoveLogitsProcessor
-    from fastlogits.processors.values import LogitNormalization as LogitNormalization
-    from fastlogits.processors.values import TemperatureLogitsWarper as TemperatureLogitsWarper
-    from fastlogits.processors.vocabulary import OnlyTokensFrom as OnlyTokensFrom
     from fastlogits.processors.watermark import (
         SynthIDTextWatermarkLogitsProcessor as SynthIDTextWatermarkLogitsProcessor,
     )
     from fastlogits.processors.watermark import SynthIDTextWatermarkState as SynthIDTextWatermarkState
     from fastlogits.processors.watermark import WatermarkLogitsProcessor as WatermarkLogitsProcessor
-    from fastlogits.processors.zoo import CiteFromPromptLogitsProcessor as CiteFromPromptLogitsProcessor
-    from fastlogits.processors.zoo import ForceLastPhraseLogitsProcessor as ForceLastPhraseLogitsProcessor
-    from fastlogits.processors.zoo import GenLengthLogitsProcessor as GenLengthLogitsProcessor
-    from fastlogits.processors.zoo import MaxTimeLogitsProcessor as MaxTimeLogitsProcessor
-    from fastlogits.processors.zoo import MultipleChoiceLogitsProcessor as MultipleChoiceLogitsProcessor
-    from fastlogits.processors.zoo import PreventHallucinationLogitsProcessor as PreventHallucinationLogitsProcessor
-    from fastlogits.processors.zoo import TriggerPhraseLogitsProcessor as TriggerPhraseLogitsProcessor
     from fastlogits.sampling import Sample as Sample
     from fastlogits.sampling import Sampler as Sampler
     from fastlogits.sampling import sample as sample
     from fastlogits.serving import BatchProcessor as BatchProcessor
     from fastlogits.serving import RequestParams as RequestParams
     from fastlogits.token_mask import TokenMask as TokenMask
-    from fastlogits.warming import WarmUp as WarmUp
+    from fastlogits.transformers.accelerate import accelerate as accelerate
+    from fastlogits.transformers.accelerate import restore as restore
+    from fastlogits.transformers.decode import decode as decode
+    from fastlogits.warm_up import WarmUp as WarmUp
 
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported on first use: importing fastlogits must not import transformers.
 _HOME = {
-    "AllowedTokensLogitsProcessor": "processors.suppress",
+    "AllowedTokensLogitsProcessor": "processors.masks",
     "AlternatingCodebooksLogitsProcessor": "processors.audio",
     "BarkEosPrioritizerLogitsProcessor": "processors.audio",
     "BatchProcessor": "serving",
-    "Check": "inside.checking",
-    "CiteFromPromptLogitsProcessor": "processors.zoo",
+    "Check": "inspect.check",
+    "CiteFromPromptLogitsProcessor": "processors.nvidia_zoo",
     "ClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
     "DRYLogitsProcessor": "processors.dry",
     "DiaClassifierFreeGuidanceLogitsProcessor": "processors.audio",
@@ -117,66 +119,66 @@ _HOME = {
     "EpsilonLogitsWarper": "processors.truncation",
     "EtaLogitsWarper": "processors.truncation",
     "ExponentialDecayLengthPenalty": "processors.length",
-    "ForceLastPhraseLogitsProcessor": "processors.zoo",
+    "ForceLastPhraseLogitsProcessor": "processors.nvidia_zoo",
     "ForcedBOSTokenLogitsProcessor": "processors.length",
     "ForcedEOSTokenLogitsProcessor": "processors.length",
     "FrequencyPenaltyLogitsProcessor": "processors.penalties",
-    "GenLengthLogitsProcessor": "processors.zoo",
+    "GenLengthLogitsProcessor": "processors.nvidia_zoo",
     "HammingDiversityLogitsProcessor": "processors.beams",
-    "InfNanRemoveLogitsProcessor": "processors.values",
+    "InfNanRemoveLogitsProcessor": "processors.scaling",
     "LogitBiasLogitsProcessor": "processors.sequences",
-    "LogitNormalization": "processors.values",
+    "LogitNormalization": "processors.scaling",
     "LogitsProcessor": "processors.base",
     "LogitsProcessorList": "processors.base",
-    "MaxTimeLogitsProcessor": "processors.zoo",
+    "MaxTimeLogitsProcessor": "processors.nvidia_zoo",
     "MinLengthLogitsProcessor": "processors.length",
     "MinNewTokensLengthLogitsProcessor": "processors.length",
     "MinPLogitsWarper": "processors.truncation",
-    "MinTokensLogitsProcessor": "processors.suppress",
-    "MultipleChoiceLogitsProcessor": "processors.zoo",
+    "MinTokensLogitsProcessor": "processors.masks",
+    "MultipleChoiceLogitsProcessor": "processors.nvidia_zoo",
     "NoBadWordsLogitsProcessor": "processors.sequences",
     "NoRepeatNGramLogitsProcessor": "processors.sequences",
-    "OnlyTokensFrom": "processors.vocabulary",
-    "Plan": "plan",
-    "Position": "position",
+    "OnlyTokensFrom": "processors.masks",
+    "Plan": "plan.plan",
+    "Position": "plan.position",
     "PrefixConstrainedLogitsProcessor": "processors.constrained",
     "PresencePenaltyLogitsProcessor": "processors.penalties",
-    "PreventHallucinationLogitsProcessor": "processors.zoo",
+    "PreventHallucinationLogitsProcessor": "processors.nvidia_zoo",
     "RepetitionPenaltyLogitsProcessor": "processors.penalties",
     "RequestParams": "serving",
     "Sample": "sampling",
     "Sampler": "sampling",
     "SequenceBiasLogitsProcessor": "processors.sequences",
     "StagedProcessor": "processors.base",
-    "SuppressFirstTokens": "processors.first_step",
-    "SuppressSpecificBOSTokenLogitsProcessor": "processors.first_step",
-    "SuppressTokensAtBeginLogitsProcessor": "processors.suppress",
-    "SuppressTokensLogitsProcessor": "processors.suppress",
+    "SuppressFirstTokens": "processors.masks",
+    "SuppressSpecificBOSTokenLogitsProcessor": "processors.masks",
+    "SuppressTokensAtBeginLogitsProcessor": "processors.masks",
+    "SuppressTokensLogitsProcessor": "processors.masks",
     "SynthIDTextWatermarkLogitsProcessor": "processors.watermark",
     "SynthIDTextWatermarkState": "processors.watermark",
-    "TemperatureLogitsWarper": "processors.values",
+    "TemperatureLogitsWarper": "processors.scaling",
     "TokenMask": "token_mask",
     "TopALogitsWarper": "processors.truncation",
     "TopHLogitsWarper": "processors.truncation",
     "TopKLogitsWarper": "processors.truncation",
     "TopNSigmaLogitsWarper": "processors.truncation",
     "TopPLogitsWarper": "processors.truncation",
-    "Trace": "inside.tracing",
-    "TriggerPhraseLogitsProcessor": "processors.zoo",
+    "Trace": "inspect.trace",
+    "TriggerPhraseLogitsProcessor": "processors.nvidia_zoo",
     "TypicalLogitsWarper": "processors.truncation",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
-    "WarmUp": "warming",
+    "WarmUp": "warm_up",
     "WatermarkLogitsProcessor": "processors.watermark",
     "WhisperNoSpeechDetection": "processors.audio",
     "WhisperTimeStampLogitsProcessor": "processors.audio",
     "XTCLogitsProcessor": "processors.truncation",
-    "accelerate": "acceleration",
+    "accelerate": "transformers.accelerate",
     "apply_token_bitmask_inplace": "integrations.bitmask",
-    "check": "inside.checking",
-    "decode": "decoding",
-    "restore": "acceleration",
+    "check": "inspect.check",
+    "decode": "transformers.decode",
+    "restore": "transformers.accelerate",
     "sample": "sampling",
-    "trace": "inside.tracing",
+    "trace": "inspect.trace",
 }
 # Those that not every supported version of transformers has.
 _OPTIONAL = ("HammingDiversityLogitsProcessor", "TopHLogitsWarper")

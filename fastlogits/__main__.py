@@ -155,7 +155,7 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 def _explain(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     import torch
 
-    from fastlogits.plan import Plan
+    from fastlogits.plan.plan import Plan
     from fastlogits.processors.base import member_of
 
     plan = Plan.compile(map(member_of, _processors(parser, options.processors)))
@@ -174,8 +174,8 @@ def _explain(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     import torch
 
-    from fastlogits.inside.checking import check
-    from fastlogits.run import UnknownRunStartError
+    from fastlogits.inspect.check import check
+    from fastlogits.plan.run import UnknownRunStartError
 
     device = _device(parser, options.device)
     if options.inputs is not None:
@@ -215,7 +215,7 @@ def _inputs(parser: argparse.ArgumentParser, path: str, device: Any) -> tuple[An
 
 
 def _doctor(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    from fastlogits.inside.doctor import findings
+    from fastlogits.inspect.doctor import findings
 
     good = True
     for finding in findings(_device(parser, options.device)):
@@ -233,7 +233,7 @@ def _warm_up(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
         )
     device = _device(parser, options.device)
     import torch
-    from fastlogits_kernels._triton import cache_folder
+    from fastlogits_kernels.runtime.launcher import cache_folder
 
     config = None if options.serving is None else _serving_config(parser, options)
     vocab = options.vocab if config is None else config[0]["vocab_size"]
@@ -355,7 +355,7 @@ def _device(parser: argparse.ArgumentParser, name: str | None) -> Any:
 
 def _processors(parser: argparse.ArgumentParser, text: str) -> list[Any]:
     """The processors that an argument names."""
-    from fastlogits.causes import checked_processors
+    from fastlogits.plan.causes import checked_processors
 
     module, colon, name = text.partition(":")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from numbers import Integral, Real
 
 import torch
+from fastlogits_kernels.runtime.rows import HOW_TO_REPEAT
 
 _INF = float("inf")
 
@@ -75,3 +76,21 @@ def device_of(argument: str, device: torch.device | str | int) -> torch.device:
             f"{argument} must be a device that torch can use here ({usable}), got {str(device)!r}: {reason}"
         ) from error
     return found
+
+
+def check_rows(name: str, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
+    """Refuse ids of other rows than the scores, for what reads the tokens of each row.
+
+    Args:
+        name: the processor, for people.
+        input_ids: ``(R, L)``.
+        scores: ``(B, V)``.
+
+    Raises:
+        ValueError: R is not B.
+    """
+    if input_ids.shape[0] != scores.shape[0]:
+        raise ValueError(
+            f"input_ids must have as many rows as scores ({scores.shape[0]}), since {name} reads the tokens of each, "
+            f"got {input_ids.shape[0]}; {HOW_TO_REPEAT}"
+        )

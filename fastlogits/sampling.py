@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args
 
 import torch
-from fastlogits_kernels._triton import table_on
 from fastlogits_kernels.draw import draw
-from fastlogits_kernels.report import MOST, Report, report, select_and_report
 from fastlogits_kernels.rules import (
     ORDERS,
     RULES,
@@ -22,23 +20,25 @@ from fastlogits_kernels.rules import (
     check_row_values,
     check_rules,
 )
+from fastlogits_kernels.runtime.launcher import table_on
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection.logprobs import MOST, Report, report, select_and_report
 from fastlogits_kernels.truncate.dispatch import truncate
 
-from fastlogits.causes import explain_failure, kind
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
-from fastlogits.fold_launch import FoldLaunch
-from fastlogits.mask_launch import MaskLaunch
-from fastlogits.plan import Plan
-from fastlogits.position import Index
+from fastlogits.plan.causes import explain_failure, kind
+from fastlogits.plan.masks import MaskLaunch
+from fastlogits.plan.part import NO_ARGUMENTS
+from fastlogits.plan.plan import Plan
+from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.plan.position import Index
+from fastlogits.plan.run import Run
+from fastlogits.plan.selection import TruncateLaunch
+from fastlogits.plan.stages import Member
 from fastlogits.processors.base import LogitsProcessorList, positions_for_others
-from fastlogits.run import Run
-from fastlogits.stages import Member
-from fastlogits.step import NO_ARGUMENTS
-from fastlogits.truncate_launch import TruncateLaunch
 
 if TYPE_CHECKING:
-    from fastlogits.warming import WarmUp
+    from fastlogits.warm_up import WarmUp
 
 Distribution: TypeAlias = Literal["processed", "raw"]
 
@@ -265,7 +265,7 @@ class Sampler:
             >>> Sampler(temperature=0.7, top_k=50).warm_up(128256, torch.bfloat16, device="cpu").kernels
             ()
         """
-        from fastlogits import warming
+        from fastlogits import warm_up as warming
 
         own = [each for each in (self._temperature, *(rule.value for rule in self._rules)) if _is_tensor(each)]
         where = own[0].device if device is None and own else warming.checked_device(device)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from fastlogits_kernels._recent import hold, is_capturing, recent
-from fastlogits_kernels._triton import table_on
-from fastlogits_kernels.bits import pack_bits, unpack_bits, words
+from fastlogits_kernels.runtime.bits import pack_bits, unpack_bits, words
+from fastlogits_kernels.runtime.launcher import table_on
+from fastlogits_kernels.runtime.recent import hold, is_capturing, recent
 
 from fastlogits.checks import device_of
 from fastlogits.token_text import kept_with, token_texts

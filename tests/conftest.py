@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from fastlogits_kernels import _backend
+from fastlogits_kernels.runtime import backend
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -48,9 +48,9 @@ def _poisoned_memory():
 def _kernels_again():
     """A test in which a kernel fails leaves the kernels to the others, and each that falls back says so."""
     yield
-    for operation in _backend._operations:
+    for operation in backend._operations:
         operation.lost.clear()
-    _backend._warned = False
+    backend._warned = False
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def accelerates_nothing_after():
     """No test leaves anything accelerated or wrapped."""
     from transformers import GenerationMixin
 
-    from fastlogits import acceleration
+    from fastlogits.transformers import accelerate as acceleration
 
     methods = {name: getattr(GenerationMixin, name, None) for name in acceleration._WRAPPERS}
     yield

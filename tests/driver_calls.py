@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from fastlogits_kernels import _driver, _triton, slot_sets
-from fastlogits_kernels._triton import Launch, Relaunches
 from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.runtime import driver as cuda_driver
+from fastlogits_kernels.runtime import launcher as runtime
+from fastlogits_kernels.runtime.launcher import Launch, Relaunches
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.serving import steps as slot_sets
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import OPERATIONS, Given, forced
@@ -67,8 +69,8 @@ def standing_in(library: Any, stream: Callable[[], int] = lambda: 7) -> Iterator
     """Launch what is compiled through a library that stands in for the driver, for tensors on the CPU."""
     with ExitStack() as stack:
         for target, name, value in (
-            (_driver, "library", lambda: library), (_driver, "objection", lambda device: None),
-            (_triton, "current_stream", lambda index: stream()),
+            (cuda_driver, "library", lambda: library), (cuda_driver, "objection", lambda device: None),
+            (runtime, "current_stream", lambda index: stream()),
             (launch, "is_portable", lambda device: False), (launch, "overlaps", lambda device: True),
             (slot_sets, "overlaps", lambda device: True),
         ):  # fmt: skip
@@ -132,7 +134,7 @@ def build(folder: str) -> str:
     return str(target)
 
 
-_DRIVER = " ".join(f"{name}()" for name in _driver._FUNCTIONS)
+_DRIVER = " ".join(f"{name}()" for name in cuda_driver._FUNCTIONS)
 
 
 class _Config(ctypes.Structure):
@@ -256,10 +258,10 @@ def compare() -> dict[str, Any]:
         on_gpu = _on_gpu(args)
         compiled.run(programs, 1, 1, 7, compiled.function, compiled.packed_metadata, None, None, None, *on_gpu)
         theirs = library.taken()
-        entry = _driver.entry_of(compiled)
-        relaunch = _driver.Relaunch.of(entry)
+        entry = cuda_driver.entry_of(compiled)
+        relaunch = cuda_driver.Relaunch.of(entry)
         if relaunch is not None:
-            with mock.patch.object(_driver, "library", return_value=library.library):
+            with mock.patch.object(cuda_driver, "library", return_value=library.library):
                 assert relaunch(0, 7, programs, on_gpu)
             hold("one by one", library.taken(), theirs)
 
@@ -293,7 +295,7 @@ def compare() -> dict[str, Any]:
                 call()
             assert alike["laid out"] > before, "a call is laid out in the third go"
         alive = _left_alive()
-    return {"alike": alike, "different": different, "refused": _driver.refused, "alive": alive}
+    return {"alike": alike, "different": different, "refused": cuda_driver.refused, "alive": alive}
 
 
 def _left_alive() -> list[str]:

@@ -21,10 +21,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastlogits_kernels import slot_sets
-from fastlogits_kernels._triton import Launch, Launcher, triton
 from fastlogits_kernels.rules import RULES, Rule, argument_of
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.serving import steps as slot_sets
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import CASES, OPERATIONS, Given, forced

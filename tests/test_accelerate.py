@@ -15,9 +15,10 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import fastlogits as fl
-from fastlogits import acceleration, truncate_launch
-from fastlogits.fold_launch import FoldLaunch
-from fastlogits.plan import TruncateLaunch
+from fastlogits.plan import selection as truncate_launch
+from fastlogits.plan.plan import TruncateLaunch
+from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.transformers import accelerate as acceleration
 
 pytestmark = pytest.mark.usefixtures("one_thread", "accelerates_nothing_after")
 
@@ -289,7 +290,7 @@ def test_candidates_with_processors_that_need_each_position(llama):
 
     class Row(fl.StagedProcessor):
         def stage(self):
-            from fastlogits.stages import Rows
+            from fastlogits.plan.stages import Rows
 
             return Rows("bias", lambda ids, scores: scores * (1 + ids[:, -1:] % 3), "a function of the last token")
 

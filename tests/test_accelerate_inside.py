@@ -15,7 +15,7 @@ from conftest import tiny_llama
 from transformers import LogitsProcessorList
 
 import fastlogits as fl
-from fastlogits import acceleration
+from fastlogits.transformers import accelerate as acceleration
 
 pytestmark = pytest.mark.usefixtures("one_thread", "accelerates_nothing_after")
 

@@ -7,7 +7,7 @@ from fastlogits_kernels.selection import launch
 from transformers import LogitsProcessor
 
 import fastlogits as fl
-from fastlogits.step import apart
+from fastlogits.plan.part import apart
 
 V, INF = 64, float("inf")
 IDS = torch.tensor([[5, 6, 5, 6], [9, 8, 7, 9]])
@@ -160,7 +160,7 @@ def test_what_only_fastlogits_wrote_gets_no_copy(monkeypatch):
     """Its own processors never write, also where the plan can't read what they are."""
     run = fl.SuppressFirstTokens([1]).for_run(prompt_length=2)
     copies = []
-    monkeypatch.setattr("fastlogits.plan.apart", lambda *tensors: copies.append(1) or apart(*tensors))
+    monkeypatch.setattr("fastlogits.plan.plan.apart", lambda *tensors: copies.append(1) or apart(*tensors))
     scores = given()
     chain = [run, fl.MinLengthLogitsProcessor(1, 2, DEVICE), run]
     assert fl.LogitsProcessorList(chain)(IDS.to(DEVICE), scores) is scores

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from fastlogits_kernels.bits import unpack_bits
+from fastlogits_kernels.runtime.bits import unpack_bits
 
 from benchmarks import __main__ as cli
 from benchmarks import documents, inputs, results, workloads
@@ -454,7 +454,7 @@ def test_a_base_is_measured_in_turns(tmp_path):
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "first"], check=True)
-    slow = clone / "fastlogits" / "processors" / "values.py"
+    slow = clone / "fastlogits" / "processors" / "scaling.py"
     slow.write_text(
         slow.read_text().replace("        return Scale(", "        __import__('time')\n        return Scale(")
     )

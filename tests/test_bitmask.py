@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from fastlogits_kernels import _triton
-from fastlogits_kernels.bitmask import launch_bitmask_, reference_bitmask_
-from fastlogits_kernels.bits import pack_bits, words
+from fastlogits_kernels.pointwise.bitmask import launch_bitmask_, reference_bitmask_
+from fastlogits_kernels.runtime import launcher as runtime
+from fastlogits_kernels.runtime.bits import pack_bits, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +58,7 @@ def cases(draw, device):
     return odd_scores(draw, B, V, dtype, device), allowed, wide.to(device)[:, 1 : W + 1], vocab_size, index, pairs
 
 
-@pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_kernel_reference_and_definition_agree(device, data):
@@ -210,7 +210,7 @@ def test_registered_operation(device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_rows_of_the_batch_change_nothing_that_is_compiled_and_nothing_waits():
-    from fastlogits_kernels.bitmask import _bitmask_launcher as launcher
+    from fastlogits_kernels.pointwise.bitmask import _bitmask_launcher as launcher
 
     bitmask = torch.zeros(64, 32, dtype=torch.int32, device="cuda")
     logits = torch.zeros(64, 1000, device="cuda")

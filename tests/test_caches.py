@@ -6,14 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fastlogits_kernels._recent import MOST, recent
-from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
+from fastlogits_kernels.runtime.recent import MOST, recent
 from fastlogits_kernels.selection import launch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import fastlogits as fl
-from fastlogits import allowed, fold_launch, mask_launch, token_mask, token_text, truncate_launch
+from fastlogits import token_mask, token_text
+from fastlogits.plan import allowed
+from fastlogits.plan import masks as mask_launch
+from fastlogits.plan import pointwise as fold_launch
+from fastlogits.plan import selection as truncate_launch
 
 V = 40
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

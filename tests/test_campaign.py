@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 
 from benchmarks.results import read_rows
 from tests.campaign import mutations, sanitizer, sanitizer_cases, soak
@@ -168,6 +168,6 @@ def test_a_short_soak_and_one_that_swaps_wrongly(monkeypatch):
     assert found.steps >= 250
     assert found.looks
     assert found.again
-    monkeypatch.setattr("fastlogits.serving.swap_slots", lambda *arguments: None)
+    monkeypatch.setattr("fastlogits.serving.batch.swap_slots", lambda *arguments: None)
     with pytest.raises(AssertionError, match="other"):
         soak.Soak(torch.device("cpu"), size).run(1000)

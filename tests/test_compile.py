@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers.generation.logits_process as theirs
 from conftest import tiny_llama
-from fastlogits_kernels._triton import HAS_TRITON
-from fastlogits_kernels.bits import pack_bits
-from fastlogits_kernels.mask_tokens import Bans
+from fastlogits_kernels.pointwise.mask import Bans
 from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.runtime.bits import pack_bits
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from fastlogits_kernels.selection import launch
 from fastlogits_kernels.truncate.dispatch import _flattened
 
 import fastlogits as fl
-from fastlogits.plan import Plan
+from fastlogits.plan.plan import Plan
 
 V, L = 50, 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

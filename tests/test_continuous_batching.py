@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
-from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from fastlogits_kernels.selection import launch
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
@@ -23,7 +23,7 @@ import fastlogits as fl
 pytest.importorskip("accelerate")
 pytest.importorskip("psutil")
 requests = pytest.importorskip("transformers.generation.continuous_batching.cb_logits_processors")
-continuous = pytest.importorskip("fastlogits.continuous")
+continuous = pytest.importorskip("fastlogits.transformers.continuous")
 from transformers.generation import ContinuousBatchingConfig  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import VOCAB_SIZE, tiny_llama
-from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from fastlogits_kernels.selection import launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer
@@ -96,7 +96,7 @@ def test_drawn_by_the_kernels_that_process(monkeypatch, llama, flags):
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     monkeypatch.setattr("fastlogits.sampling.draw", None)
     if flags in ("all", "truncations", "fold", "nothing"):
-        monkeypatch.setattr("fastlogits.plan.Plan.__call__", None)
+        monkeypatch.setattr("fastlogits.plan.plan.Plan.__call__", None)
     assert torch.equal(generate(llama, ids, **options), wanted)
 
 
@@ -108,7 +108,7 @@ def test_greedy_tokens_of_the_kernels_that_process(monkeypatch, llama, flags):
     ids, llama = PROMPT.to(device), copy.deepcopy(llama).to(device)
     wanted = generate(llama, ids, custom_generate=None, **options)
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
-    monkeypatch.setattr("fastlogits.plan.Plan.__call__", None)
+    monkeypatch.setattr("fastlogits.plan.plan.Plan.__call__", None)
     assert torch.equal(generate(llama, ids, **options), wanted)
     kept = {"output_scores": True, "return_dict_in_generate": True}
     monkeypatch.undo()

@@ -8,20 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastlogits_kernels import (
-    _backend,
-    _triton,
-    bitmask,
-    fold,
-    mask_tokens,
-    pack_ids,
-    report,
-    slot_sets,
-    synthid,
-)
-from fastlogits_kernels._backend import CompileError, KernelError
+from fastlogits_kernels import synthid
+from fastlogits_kernels.pointwise import bitmask, fold, pack_ids
+from fastlogits_kernels.pointwise import mask as mask_tokens
 from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.runtime import backend
+from fastlogits_kernels.runtime import launcher as runtime
+from fastlogits_kernels.runtime.backend import CompileError, KernelError
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import logprobs as report
+from fastlogits_kernels.serving import steps as slot_sets
 from fastlogits_kernels.truncate.dispatch import truncate
 from fastlogits_kernels.truncate.reference import reference_truncate
 
@@ -29,7 +25,7 @@ import fastlogits as fl
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.tensor([[1, 2, 3], [4, 4, 5]])
-needs_triton = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+needs_triton = pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
 OPERATIONS = (
     bitmask._OPERATION, fold._OPERATION, mask_tokens._OPERATION, pack_ids._OPERATION, report._OPERATION,
     launch.OPERATION, slot_sets._OPERATION, synthid._OPERATION,
@@ -50,7 +46,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture
 def fresh(monkeypatch):
     """A process that has lost and said nothing, with the kernels taken on a CPU where there is no GPU."""
-    monkeypatch.setattr(_backend, "_warned", False)
+    monkeypatch.setattr(backend, "_warned", False)
     for operation in OPERATIONS:
         monkeypatch.setattr(operation, "lost", {})
     for module in (fold, launch, slot_sets):
@@ -126,7 +122,7 @@ def test_a_selection_that_cannot_be_compiled(monkeypatch, fresh, device, name):
     assert "C compiler" in message
     assert "FASTLOGITS_BACKEND=torch" in message
     assert torch.equal(scores.cpu(), inputs("cpu")[1])
-    assert "select" in _backend.lost_on(scores.device)
+    assert "select" in backend.lost_on(scores.device)
 
 
 @needs_triton
@@ -175,7 +171,7 @@ def test_a_batch_of_requests_whose_kernels_cannot_be_compiled(monkeypatch, fresh
     elif broken == "slots":
         break_kernels(monkeypatch, slot_sets._slot_sets_launcher)
     else:
-        break_kernels(monkeypatch, sys.modules["fastlogits_kernels.keep"]._keep_launcher)
+        break_kernels(monkeypatch, sys.modules["fastlogits_kernels.selection.keep"]._keep_launcher)
     with pytest.warns(RuntimeWarning, match="falls back to torch"):
         found = run()
     same(found, expected)
@@ -192,7 +188,7 @@ def test_a_launch_that_fails_says_how_to_do_without_it(monkeypatch, fresh, devic
 
 @needs_triton
 def test_who_asks_for_the_kernels_gets_them_or_an_error(monkeypatch, fresh, device):
-    monkeypatch.setattr(_backend, "BACKEND", "triton")
+    monkeypatch.setattr(backend, "BACKEND", "triton")
     break_kernels(monkeypatch, fold._fold_launcher)
     both = fl.LogitsProcessorList([fl.TemperatureLogitsWarper(0.5), fl.RepetitionPenaltyLogitsProcessor(1.3)])
     with pytest.raises(CompileError, match="C compiler"):
@@ -203,11 +199,11 @@ def test_who_asks_for_the_kernels_gets_them_or_an_error(monkeypatch, fresh, devi
 def test_an_old_gpu(monkeypatch, fresh, device):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    _backend.unsupported.cache_clear()
-    reason = _backend.unsupported(torch.device("cuda", 0))
-    _backend.unsupported.cache_clear()
+    backend.unsupported.cache_clear()
+    reason = backend.unsupported(torch.device("cuda", 0))
+    backend.unsupported.cache_clear()
     assert reason.startswith("Tesla V100 has compute capability 7.0, and Triton needs 8.0")
-    monkeypatch.setattr(_backend, "unsupported", lambda device: reason)
+    monkeypatch.setattr(backend, "unsupported", lambda device: reason)
     monkeypatch.setattr(fold._fold_launcher, "compiled", {})
     ids, scores = inputs(device)
     with pytest.warns(RuntimeWarning, match="compute capability 7"):
@@ -234,7 +230,8 @@ def test_a_graph_that_is_captured_raises(monkeypatch, fresh):
 
 CALL = """
 import torch, warnings, fastlogits as fl
-from fastlogits_kernels import _backend, fold
+from fastlogits_kernels.runtime import backend
+from fastlogits_kernels.pointwise import fold
 from fastlogits_kernels.selection import launch
 fold.FORCE_KERNEL = launch.FORCE_KERNEL = True  # as if the scores were on a GPU
 ids, scores = torch.tensor([[1, 2]]), torch.arange(9.0).unsqueeze(0)

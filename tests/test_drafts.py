@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import fastlogits as fl
-from fastlogits import acceleration
-from fastlogits.stages import Rows
+from fastlogits.plan.stages import Rows
+from fastlogits.transformers import accelerate as acceleration
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*generation_config")]
 

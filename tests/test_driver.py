@@ -14,16 +14,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastlogits_kernels import _driver, _triton
-from fastlogits_kernels._backend import KernelError
-from fastlogits_kernels._driver import Call, Given, Relaunch, UnfitError, entry_of
-from fastlogits_kernels._triton import Launch, Launcher, Relaunches, collected
 from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.runtime import driver as cuda_driver
+from fastlogits_kernels.runtime import launcher as runtime
+from fastlogits_kernels.runtime.backend import KernelError
+from fastlogits_kernels.runtime.driver import Call, Given, Relaunch, UnfitError, entry_of
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, Relaunches, collected
 from fastlogits_kernels.selection import launch
 
-from fastlogits.inside import doctor
+from fastlogits.inspect import doctor
 
-needs_relaunches = pytest.mark.skipif(not _triton._RELAUNCHES, reason="needs a Triton whose kernels are relaunched")
+needs_relaunches = pytest.mark.skipif(not runtime._RELAUNCHES, reason="needs a Triton whose kernels are relaunched")
 CPU = torch.device("cpu")
 KINDS = ("*fp32", "constexpr", "i32", "*i64", "fp32", "i64", "i1", "constexpr")
 CODE = ".u64 .ptr .global .align 1", ".u32", ".u64 .ptr .global .align 1", ".f32", ".u64", ".u8"
@@ -98,10 +99,10 @@ SIZES = (8, 4, 8, 4, 8, 1, 8, 8)
 @pytest.fixture
 def library(monkeypatch):
     made = Library(SIZES)
-    monkeypatch.setattr(_driver, "library", lambda: made)
-    monkeypatch.setattr(_driver, "objection", lambda device: None)
-    monkeypatch.setattr(_driver, "refused", {})
-    monkeypatch.setattr(_triton, "current_stream", lambda index: 7)
+    monkeypatch.setattr(cuda_driver, "library", lambda: made)
+    monkeypatch.setattr(cuda_driver, "objection", lambda device: None)
+    monkeypatch.setattr(cuda_driver, "refused", {})
+    monkeypatch.setattr(runtime, "current_stream", lambda index: 7)
     return made
 
 
@@ -260,7 +261,7 @@ ARGS = OnGPU(1), 0, 2, OnGPU(3), 0.5, 4, True, 0
 
 @pytest.fixture
 def one_device(monkeypatch):
-    monkeypatch.setattr(_triton, "_MANY_DEVICES", False)
+    monkeypatch.setattr(runtime, "_MANY_DEVICES", False)
 
 
 @needs_relaunches
@@ -279,13 +280,13 @@ def test_a_launcher_relaunches_through_the_driver(library, one_device):
 def test_a_launcher_launches_by_triton_what_is_triton_s(library, one_device, monkeypatch, why):
     changes = {"unfit": {"kinds": ("fp16",)}, "tuple": {"kinds": (("*fp32",), *KINDS[1:])}}.get(why, {})
     if why == "objection":
-        monkeypatch.setattr(_driver, "objection", lambda device: "FASTLOGITS_LAUNCHER is triton")
+        monkeypatch.setattr(cuda_driver, "objection", lambda device: "FASTLOGITS_LAUNCHER is triton")
     kernel = Kernel(**changes)
     launcher = launcher_of(kernel)
     for _ in range(2):
         launcher(KEY, 5, ARGS)
     assert (len(kernel.by_triton), library.made) == (2, [])
-    assert ("_kernel" in _driver.refused) == (why == "unfit")
+    assert ("_kernel" in cuda_driver.refused) == (why == "unfit")
 
 
 def laid_out(kernel):
@@ -308,14 +309,14 @@ def test_launches_that_are_collected_are_not_made(library, one_device):
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_profiler_gets_triton_s_launches(library, one_device, monkeypatch, hook):
     relaunches = laid_out(Kernel())
-    monkeypatch.setattr(_triton.triton.knobs.runtime, hook, print)
+    monkeypatch.setattr(runtime.triton.knobs.runtime, hook, print)
     assert not relaunches(0, [1, 2])
     assert not library.made
 
 
 @needs_relaunches
 def test_a_device_that_is_not_the_current_one_is_made_it_first(library, monkeypatch):
-    monkeypatch.setattr(_triton, "_MANY_DEVICES", True)
+    monkeypatch.setattr(runtime, "_MANY_DEVICES", True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert not laid_out(Kernel())(0, [1, 2])
     assert laid_out(Kernel())(1, [1, 2])
@@ -330,17 +331,17 @@ def test_what_is_not_compiled_yet_is_not_laid_out(library):
 
 def test_the_environment_names_the_launcher(monkeypatch):
     monkeypatch.setenv("FASTLOGITS_LAUNCHER", "triton")
-    assert _driver._chosen() == "triton"
+    assert cuda_driver._chosen() == "triton"
     monkeypatch.setenv("FASTLOGITS_LAUNCHER", "cuda")
     with pytest.raises(ValueError, match="FASTLOGITS_LAUNCHER must be one of auto, triton, got 'cuda'"):
-        _driver._chosen()
+        cuda_driver._chosen()
 
 
 @pytest.fixture
 def asked_again():
-    _driver.library.cache_clear()
+    cuda_driver.library.cache_clear()
     yield
-    _driver.library.cache_clear()
+    cuda_driver.library.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -354,8 +355,8 @@ def asked_again():
 @pytest.mark.usefixtures("asked_again")
 def test_why_there_is_no_driver(monkeypatch, name, value, reason):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(_driver, name, value)
-    assert _driver.objection(torch.device("cuda", 0)).startswith(reason)
+    monkeypatch.setattr(cuda_driver, name, value)
+    assert cuda_driver.objection(torch.device("cuda", 0)).startswith(reason)
     monkeypatch.setattr(doctor, "unsupported", lambda device: None)
     monkeypatch.setattr(doctor, "absence", lambda: None)
     assert doctor.launcher(torch.device("cuda", 0)).startswith(f"Triton's, which takes the host longer: {reason}")
@@ -364,8 +365,8 @@ def test_why_there_is_no_driver(monkeypatch, name, value, reason):
 @pytest.mark.usefixtures("asked_again")
 def test_amd_has_no_cuda_driver(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert _driver.objection(torch.device("cuda", 0)) == "the GPU is no NVIDIA GPU"
-    assert _driver.objection(CPU) == "cpu has no CUDA driver"
+    assert cuda_driver.objection(torch.device("cuda", 0)) == "the GPU is no NVIDIA GPU"
+    assert cuda_driver.objection(CPU) == "cpu has no CUDA driver"
 
 
 def test_doctor_names_the_launcher(library, monkeypatch):
@@ -373,7 +374,7 @@ def test_doctor_names_the_launcher(library, monkeypatch):
     monkeypatch.setattr(doctor, "absence", lambda: None)
     assert doctor.launcher(CPU) == "none: no kernel is launched"
     assert doctor.launcher(torch.device("cuda", 0)).startswith("the CUDA driver")
-    _driver.refused["_fold_kernel"] = "it takes scratch memory"
+    cuda_driver.refused["_fold_kernel"] = "it takes scratch memory"
     assert doctor.launcher(torch.device("cuda", 0)).endswith("Triton's for _fold_kernel (it takes scratch memory)")
 
 
@@ -406,9 +407,9 @@ def test_a_thread_without_a_context_gets_one(library, one_device):
 def test_threads_hand_over_their_own(library, one_device, monkeypatch):
     """Each with its stream, while the driver still reads what the others have handed over."""
     slow = Library(SIZES, wait=0.0005)
-    monkeypatch.setattr(_driver, "library", lambda: slow)
+    monkeypatch.setattr(cuda_driver, "library", lambda: slow)
     own = threading.local()
-    monkeypatch.setattr(_triton, "current_stream", lambda index: own.stream)
+    monkeypatch.setattr(runtime, "current_stream", lambda index: own.stream)
     relaunches = laid_out(Kernel())
 
     def call(stream):

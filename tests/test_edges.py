@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import transformers.generation.logits_process as reference
-from fastlogits_kernels import fold as fold_kernels
-from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.pointwise import fold as fold_kernels
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from installed import IS_4, TAKES_LENGTHS_OF_ROWS
 from test_extras import TOKENIZER
 
 import fastlogits as fl
-from fastlogits.processors import zoo
+from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
 
 INF = math.inf

@@ -23,7 +23,7 @@ from fastlogits import (
     PresencePenaltyLogitsProcessor,
     TokenMask,
 )
-from fastlogits.processors import zoo
+from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

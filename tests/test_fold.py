@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from fastlogits_kernels import fold as fold_kernels
-from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.pointwise import fold as fold_kernels
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastlogits as fl
-from fastlogits.plan import FoldLaunch, Plan
-from fastlogits.run import Run
-from fastlogits.stages import (
+from fastlogits.plan.plan import FoldLaunch, Plan
+from fastlogits.plan.run import Run
+from fastlogits.plan.stages import (
     AllowFrom,
     Ban,
     Bias,

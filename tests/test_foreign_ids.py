@@ -6,7 +6,7 @@ import torch
 from test_serving import V, logits_of, path  # noqa: F401
 
 from fastlogits import BatchProcessor, RequestParams
-from fastlogits.integrations.steering import CUTS, EDITS, Live, LiveBatch, read_wishes
+from fastlogits.integrations.requests import CUTS, EDITS, Live, LiveBatch, read_wishes
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 

@@ -33,8 +33,8 @@ from test_parity import (
 from test_serving import Request, alone, assert_same, bitmask_of, history_of, random_params
 
 import fastlogits as fl
+from fastlogits.plan.stages import Truncate
 from fastlogits.processors.base import member_of
-from fastlogits.stages import Truncate
 from tests.oracle import check_truncation
 
 pytestmark = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers.generation.logits_process as reference
 import zoo
-from fastlogits_kernels import fold as fold_kernels
-from fastlogits_kernels._triton import HAS_TRITON
+from fastlogits_kernels.pointwise import fold as fold_kernels
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from fastlogits_kernels.selection import launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.generation.logits_process as reference
-from fastlogits_kernels import fold
+from fastlogits_kernels.pointwise import fold
 from tokenizers import Tokenizer, models
 
 import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams, TokenMask, token_mask
-from fastlogits.integrations.steering import MAX_LISTED, read_wishes
+from fastlogits.integrations.requests import MAX_LISTED, read_wishes
 from fastlogits.token_text import token_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 import transformers
-from fastlogits_kernels import _backend
-from fastlogits_kernels._triton import Launcher
+from fastlogits_kernels.runtime import backend
+from fastlogits_kernels.runtime.launcher import Launcher
 from fastlogits_kernels.selection import launch
 
 import fastlogits as fl
 from fastlogits.__main__ import main
-from fastlogits.inside import doctor
-from fastlogits.stages import Ban, Scale
+from fastlogits.inspect import doctor
+from fastlogits.plan.stages import Ban, Scale
 
 V = 200
 INF = float("inf")
@@ -334,7 +334,7 @@ def test_doctor(capsys, device, monkeypatch):
 
 def test_doctor_says_why_a_path_is_taken(monkeypatch):
     assert doctor.path(torch.device("cpu")).startswith("torch: the kernels are for CUDA")
-    monkeypatch.setattr(_backend, "_absence", "Triton can't be imported")
+    monkeypatch.setattr(backend, "_absence", "Triton can't be imported")
     assert doctor.path(torch.device("cuda")).endswith("Triton can't be imported")
 
 

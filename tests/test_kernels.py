@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from fastlogits_kernels import _triton
-from fastlogits_kernels.bits import pack_bits, unpack_bits, words
-from fastlogits_kernels.mask_tokens import Bans, launch_mask_tokens, mask_tokens, mask_tokens_, reference_mask_tokens
-from fastlogits_kernels.pack_ids import launch_pack_ids, pack_ids, reference_pack_ids
+from fastlogits_kernels.pointwise.mask import Bans, launch_mask_tokens, mask_tokens, mask_tokens_, reference_mask_tokens
+from fastlogits_kernels.pointwise.pack_ids import launch_pack_ids, pack_ids, reference_pack_ids
+from fastlogits_kernels.runtime import launcher as runtime
+from fastlogits_kernels.runtime.bits import pack_bits, unpack_bits, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+pytestmark = pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
 
 SIZES = [1, 31, 32, 33, 64, 100, 1000, 4100]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -212,7 +212,7 @@ def test_no_call_waits_for_the_device():
 
 @needs_gpu
 def test_positions_and_lengths_compile_nothing_new():
-    from fastlogits_kernels.mask_tokens import _mask_tokens_launcher as launcher
+    from fastlogits_kernels.pointwise.mask import _mask_tokens_launcher as launcher
 
     from fastlogits import SuppressFirstTokens
 

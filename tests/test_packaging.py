@@ -125,8 +125,8 @@ def test_wheel_holds_both_packages_their_types_and_the_licence(distributions):
     assert {
         "fastlogits/__init__.py",
         "fastlogits/py.typed",
-        "fastlogits/processors/first_step.py",
-        "fastlogits_kernels/mask_tokens.py",
+        "fastlogits/processors/masks.py",
+        "fastlogits_kernels/pointwise/mask.py",
         "fastlogits_kernels/py.typed",
     } <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -60,7 +60,7 @@ def _validated_distributions():
 def kernels(monkeypatch) -> str:
     """The kernels process the scores: on the GPU as always, on the CPU in the interpreter."""
     if DEVICE == "cpu":
-        fold = pytest.importorskip("fastlogits_kernels.fold")
+        fold = pytest.importorskip("fastlogits_kernels.pointwise.fold")
         if not hasattr(fold, "FORCE_KERNEL") or os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("no way to run the kernels on the CPU")
         monkeypatch.setattr(fold, "FORCE_KERNEL", True)

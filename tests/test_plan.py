@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastlogits as fl
-from fastlogits.plan import MaskLaunch
+from fastlogits.plan.plan import MaskLaunch
 
 V = 100
 INF = float("inf")
@@ -193,7 +193,7 @@ def test_a_subclass_that_overrides_the_call_is_a_barrier():
 
 
 def test_a_users_own_stage():
-    from fastlogits.stages import Ban
+    from fastlogits.plan.stages import Ban
 
     class NoOddTokens(fl.StagedProcessor):
         def stage(self):

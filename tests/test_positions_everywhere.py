@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import fastlogits as fl
-from fastlogits.run import Run, UnknownRunStartError
+from fastlogits.plan.run import Run, UnknownRunStartError
 
 V, END = 40, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from fastlogits_kernels import _triton
-from fastlogits_kernels import report as reports
-from fastlogits_kernels.report import MOST, KeptRows, launch_report, reference_report, report
+from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import logprobs as reports
+from fastlogits_kernels.selection.logprobs import MOST, KeptRows, launch_report, reference_report, report
 from fastlogits_kernels.selection.row import LOWEST
 
 import fastlogits as fl
@@ -17,7 +17,7 @@ INF = math.inf
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-kernel = pytest.param("kernel", marks=pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton"))
+kernel = pytest.param("kernel", marks=pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton"))
 LOW = LOWEST.value
 
 
@@ -134,7 +134,7 @@ def test_more_than_the_kernels_look_for(backend):
     check(logits, tokens, MOST + 9, report(logits, tokens, MOST + 9))
 
 
-@pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
 def test_a_row_has_its_report_to_itself():
     """Bit for bit, whatever its place and its neighbours."""
     logits = torch.stack([*hard_rows(3000).values()])[:6].to(DEVICE)
@@ -159,7 +159,7 @@ def bits_of(x):
     return x.float().view(torch.int32)
 
 
-@pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("first", [False, True])
 def test_of_what_is_alive(first):
     """Tokens above an edge, some of those at it, and a band around a centre; the others are at -inf."""
@@ -191,7 +191,7 @@ def test_of_what_is_alive(first):
         check(processed, tokens, 20, found)
 
 
-@pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
 def test_of_what_a_chain_and_a_temperature_make():
     """Folded and divided while they are read, rows of no positive temperature by 1."""
     V = 900
@@ -225,7 +225,7 @@ SAMPLERS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("parameters", SAMPLERS)
 @pytest.mark.parametrize("kind", ["raw", "processed"])
 def test_a_sampler_reports_from_kernels_what_torch_says(monkeypatch, parameters, kind):

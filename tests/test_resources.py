@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fastlogits_kernels import _triton
+from fastlogits_kernels.runtime import launcher
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+pytestmark = pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
 
 # In a process of its own: this one may have chosen the interpreter, which compiles nothing.
 COMPILE = r"""
@@ -18,7 +18,13 @@ import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastlogits_kernels import bitmask, fold, mask_tokens, pack_ids, slot_sets, synthid, token_sets
+from fastlogits_kernels.pointwise import bitmask
+from fastlogits_kernels.pointwise import fold
+from fastlogits_kernels.pointwise import mask as mask_tokens
+from fastlogits_kernels.pointwise import pack_ids
+from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.pointwise import search as token_sets
+from fastlogits_kernels import synthid
 
 from tests.launches import taken
 
@@ -119,7 +125,7 @@ LIMITS = {
     "refine_rows": (128, 768), "bounds typical": (64, 256), "bounds serving": (64, 256), "filter serving": (48, 256),
     "bounds": (64, 40), "filter": (48, 8), "refine": (128, 0), "report": (192, 8), "tiles": (136, 8),
 }  # fmt: skip
-VERSION = tuple(int(n) for n in _triton.triton.__version__.split(".")[:2]) if _triton.HAS_TRITON else ()
+VERSION = tuple(int(n) for n in launcher.triton.__version__.split(".")[:2]) if launcher.HAS_TRITON else ()
 
 
 def told(*command):

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers.generation.logits_process as reference
 import zoo as entries
-from fastlogits_kernels import fold as fold_kernels
-from fastlogits_kernels._triton import HAS_TRITON
-from fastlogits_kernels.mask_tokens import Bans, mask_tokens, mask_tokens_
+from fastlogits_kernels.pointwise import fold as fold_kernels
+from fastlogits_kernels.pointwise.mask import Bans, mask_tokens, mask_tokens_
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from installed import COMPLETES_FROM_ALL_OF_A_TEXT, IS_4, PENALISES_COPIES, TAKES_LENGTHS_OF_ROWS
@@ -17,10 +17,10 @@ from test_extras import B as OTHER
 from test_parity import undecided
 
 import fastlogits as fl
-from fastlogits.fold_launch import FoldLaunch
-from fastlogits.processors import zoo
+from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.plan.stages import Ban, Member, Repeated
+from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
-from fastlogits.stages import Ban, Member, Repeated
 
 few = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 

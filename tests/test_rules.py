@@ -9,16 +9,18 @@ import sys
 
 import pytest
 import torch
-from fastlogits_kernels import _triton, draw, slot_sets
+from fastlogits_kernels import draw
 from fastlogits_kernels.rules import CODES, ORDERS, RULES, Rule, argument_of
+from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.slots import OFF
+from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving.layout import OFF
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
 from tests.oracle import broken_rows, check_truncation, hard_rows
 
-needs_triton = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+needs_triton = pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 700
 VALUES = {
@@ -101,8 +103,8 @@ def test_a_deviation_behind_what_cannot_act(monkeypatch, others, path):
 
 @KINDS
 def test_sampler_and_serving_draw_from_what_is_left(monkeypatch, kind):
-    monkeypatch.setattr(launch, "FORCE_KERNEL", _triton.HAS_TRITON)
-    monkeypatch.setattr(slot_sets, "FORCE_KERNEL", _triton.HAS_TRITON)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", launcher.HAS_TRITON)
+    monkeypatch.setattr(slot_sets, "FORCE_KERNEL", launcher.HAS_TRITON)
     given, name = scores().to(DEVICE), argument_of(kind)
     kept = reference_truncate(scores(), (Rule(kind, VALUES[kind]),)) > -torch.inf
     seeds = torch.arange(3, device=DEVICE)
@@ -137,14 +139,14 @@ def test_any_number_of_rules():
 A_RULE_WITHOUT_BRANCH = """
 import sys
 import torch
-from fastlogits_kernels import _triton
+from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.rules import CODES, Rule
 from fastlogits_kernels.selection import bounds, launch, row
 
 goals = list(row.GOAL.value)
 goals[CODES["top_h"]] = row.NO_GOAL.value
 for module in (row, bounds):
-    module.GOAL = _triton.tl.constexpr(tuple(goals))
+    module.GOAL = launcher.tl.constexpr(tuple(goals))
 scores = torch.zeros(1, 700, device=sys.argv[1])
 launch.select(scores, launch.Selection((Rule("top_h", 0.5),), 700, scores.device))
 """

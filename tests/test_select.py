@@ -4,18 +4,19 @@ import math
 
 import pytest
 import torch
-from fastlogits_kernels import _triton, draw
-from fastlogits_kernels._triton import tl, triton
+from fastlogits_kernels import draw
 from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.runtime import launcher
+from fastlogits_kernels.runtime.launcher import tl, triton
 from fastlogits_kernels.selection import launch, row
 from fastlogits_kernels.selection.row import noise_of
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
-from fastlogits.plan import Plan
+from fastlogits.plan.plan import Plan
 from tests.oracle import broken_rows, check_truncation, hard_rows
 
-pytestmark = pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+pytestmark = pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from fastlogits_kernels import _triton, slot_sets
-from fastlogits_kernels.bits import pack_bits
-from fastlogits_kernels.fold import launch_fold
-from fastlogits_kernels.slot_sets import launch_slot_sets
-from fastlogits_kernels.slots import Rows, reference_slots
+from fastlogits_kernels.pointwise.fold import launch_fold
+from fastlogits_kernels.runtime import launcher
+from fastlogits_kernels.runtime.bits import pack_bits
+from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving.layout import Rows, reference_slots
+from fastlogits_kernels.serving.steps import launch_slot_sets
 
 import fastlogits as fl
-from fastlogits import BatchProcessor, RequestParams, TokenMask, serving
+from fastlogits import BatchProcessor, RequestParams, TokenMask
+from fastlogits.serving import batch as serving
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -116,7 +118,7 @@ def path(request, monkeypatch):
         if request.param == "torch":
             pytest.skip("on a GPU the kernels run")
     elif request.param == "kernels":
-        if not _triton.HAS_TRITON:
+        if not launcher.HAS_TRITON:
             pytest.skip("needs Triton")
         monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
     return request.param
@@ -269,7 +271,7 @@ def test_draft_rows_see_the_history_and_their_own_prefix(device, path):
 
 @pytest.mark.parametrize("draws", [False, True])
 def test_kernels_find_in_many_ranges_what_torch_finds(draws, device):
-    if not _triton.HAS_TRITON:
+    if not launcher.HAS_TRITON:
         pytest.skip("needs Triton")
     vocab, rng = 70_001, random.Random(3)
     history = torch.randint(0, vocab, (1500,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -333,7 +335,7 @@ def test_edited_tokens_among_the_candidates(dtype, device, monkeypatch):
 
     expected, tokens = results(made("cpu"), "cpu")
     if device == "cpu":
-        if not _triton.HAS_TRITON:
+        if not launcher.HAS_TRITON:
             pytest.skip("needs Triton")
         monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
     found, found_tokens = results(made(device), device)

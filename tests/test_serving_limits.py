@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from fastlogits_kernels import slot_sets
-from fastlogits_kernels.slots import Rows
+from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving.layout import Rows
 from test_serving import V, logits_of, path  # noqa: F401
 
 from fastlogits import BatchProcessor, RequestParams, TokenMask

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers.generation.logits_process as theirs
 from conftest import VOCAB_SIZE
-from fastlogits_kernels import _triton, synthid
+from fastlogits_kernels import synthid
+from fastlogits_kernels.runtime import launcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -467,7 +468,7 @@ class TestSynthID:
 MULTIPLIER = watermark._MULTIPLIER**2
 
 
-@pytest.mark.skipif(not _triton.HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
 class TestSynthIDKernel:
     @settings(deadline=None, max_examples=20)
     @given(data=st.data())

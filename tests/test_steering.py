@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import fastlogits as fl
-from fastlogits.integrations import steering
-from fastlogits.integrations.steering import CUTS, EDITS, Live, LiveBatch, read_wishes
+from fastlogits.integrations import requests as steering
+from fastlogits.integrations.requests import CUTS, EDITS, Live, LiveBatch, read_wishes
 from fastlogits.integrations.vllm import FastLogitsProcessor
 
 V = 61
@@ -432,7 +432,7 @@ def test_sglangs_text_without_sglang():
 def test_nothing_is_imported_before_a_request_asks():
     code = (
         "import sys, fastlogits.integrations.vllm as v; v.FastLogitsProcessor;"
-        "print([m for m in ('transformers', 'triton', 'fastlogits.serving', 'vllm') if m in sys.modules])"
+        "print([m for m in ('transformers', 'triton', 'fastlogits.serving.batch', 'vllm') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
-from fastlogits.plan import Plan
+from fastlogits.plan.plan import Plan
+from fastlogits.plan.stages import Member, Truncate
 from fastlogits.processors import truncation as ours
 from fastlogits.processors.base import LogitsProcessorList
-from fastlogits.stages import Member, Truncate
 from tests.oracle import broken_rows, check_mass, check_truncation, hard_rows
 
 INF = float("inf")

@@ -6,7 +6,7 @@ import torch
 from test_extras import TOKENIZER
 
 import fastlogits as fl
-from fastlogits.processors import zoo
+from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
 
 V = 16

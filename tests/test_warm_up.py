@@ -6,14 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fastlogits_kernels import _backend, _triton, slot_sets
-from fastlogits_kernels._triton import HAS_TRITON, Launcher, collected, is_collecting, launch_together, prepare
+from fastlogits_kernels.runtime import backend
+from fastlogits_kernels.runtime import launcher as runtime
+from fastlogits_kernels.runtime.launcher import HAS_TRITON, Launcher, collected, is_collecting, launch_together, prepare
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.serving import steps as slot_sets
 
 import fastlogits as fl
-from fastlogits import warming
+from fastlogits import warm_up as warming
 from fastlogits.__main__ import main
-from fastlogits.plan import Plan
+from fastlogits.plan.plan import Plan
 from tests.launches import captured
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
@@ -24,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def kernels(monkeypatch):
     """Tensors on the CPU take the kernels, as those on a GPU do, and a warm-up has something to compile."""
-    for module in (_backend, _triton._backend):
+    for module in (backend, runtime.backend):
         monkeypatch.setattr(module, "wanted_on", lambda device: True)
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
@@ -405,13 +407,13 @@ def test_collecting_is_a_matter_of_one_thread_and_ends():
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(collect)
         assert inside.wait(10)
-        assert _triton._collectors == 1
+        assert runtime._collectors == 1
         assert not is_collecting()
         done.set()
         other.result()
     with pytest.raises(ZeroDivisionError), collected():
         raise ZeroDivisionError
-    assert _triton._collectors == 0
+    assert runtime._collectors == 0
     assert not is_collecting()
     with collected() as outer:
         with collected() as inner:
@@ -457,7 +459,7 @@ def test_kernels_are_compiled_side_by_side_and_each_variant_once():
     assert [len(kernel.threads) for kernel in kernels] == [1] * 6
     assert not any(kernel.launched for kernel in kernels)
     assert len({kernel.threads[0] for kernel in kernels}) > 1, time.monotonic() - start
-    if _triton._RELAUNCHES:
+    if runtime._RELAUNCHES:
         assert prepare(launches) == []
     assert prepare([]) == []
 
@@ -469,14 +471,14 @@ def test_what_cannot_be_compiled_is_told_and_the_rest_is_there(monkeypatch):
     def rehearse():
         for launcher in (bad, good):
             launcher((CPU, 2), 1, ())
-        launch_together([_triton.Launch(launcher, (CPU, 3), 1, ()) for launcher in (bad, good)])
+        launch_together([runtime.Launch(launcher, (CPU, 3), 1, ()) for launcher in (bad, good)])
 
     done = warming.warmed(CPU, rehearse)
     assert (done.kernels, done.needed, len(done.failed)) == (("good", "good"), 4, 2)
     assert "the kernel _bad_kernel can't be compiled (RuntimeError: no C compiler)" in done.failed[0]
     assert str(done).startswith("2 of 4 kernels made ready on cpu in ")
     assert "good (2); FAILED: the kernel _bad_kernel" in repr(done)
-    if _triton._RELAUNCHES:
+    if runtime._RELAUNCHES:
         again = warming.warmed(CPU, lambda: good((CPU, 2), 1, ()))
         assert str(again) == "nothing to compile on cpu: the process has all 1 already"
     nothing = warming.warmed(CPU, lambda: None, ["X, which is some operations of torch"])
@@ -569,7 +571,7 @@ def test_the_command_tells_what_it_made_ready_and_where(kernels, capsys, tmp_pat
     assert "kernels made ready on cpu in" in printed
     assert "slot_sets (2)" in printed
     assert printed.endswith(f"cache: {tmp_path / 'cache'}\n")
-    monkeypatch.setattr(warming, "prepare", lambda launches: [(launches[0], _backend.CompileError(CPU, "no ptxas"))])
+    monkeypatch.setattr(warming, "prepare", lambda launches: [(launches[0], backend.CompileError(CPU, "no ptxas"))])
     assert main(["warm-up", "TemperatureLogitsWarper(0.7)", *ON_CPU]) == 1
     assert "FAILED: no ptxas" in capsys.readouterr().out
 

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 import fastlogits as fl
-from fastlogits.causes import explain_failure
-from fastlogits.stages import Ban, Stage
+from fastlogits.plan.causes import explain_failure
+from fastlogits.plan.stages import Ban, Stage
 
 V = 40
 IDS = torch.tensor([[5, 6, 5, 6], [9, 8, 7, 9]])
@@ -205,7 +205,7 @@ def test_what_fails_while_a_list_is_made_stays_as_it_is():
 @pytest.mark.parametrize("cls", [Nothing, AnotherStage, AClass])
 def test_a_stage_that_is_none(cls):
     for call in (cls(), fl.LogitsProcessorList([fl.TemperatureLogitsWarper(0.5), cls()])):
-        with pytest.raises(TypeError, match=rf"{cls.__name__}.stage\(\) must return a stage of fastlogits.stages"):
+        with pytest.raises(TypeError, match=rf"{cls.__name__}.stage\(\) must return a stage of fastlogits.plan.stages"):
             call(IDS, given())
 
 

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from fastlogits_kernels._triton import to_device
-from fastlogits_kernels.bitmask import apply_bitmask_
-from fastlogits_kernels.bits import WORD_BITS
+from fastlogits_kernels.pointwise.bitmask import apply_bitmask_
+from fastlogits_kernels.runtime.bits import WORD_BITS
+from fastlogits_kernels.runtime.launcher import to_device
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fastlogits.integrations.steering import (
+from fastlogits.integrations.requests import (
     CUTS,
     EDITS,
     Live,

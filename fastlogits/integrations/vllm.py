@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 if TYPE_CHECKING:
-    from fastlogits.integrations.steering import Live, LiveBatch, Refuse, Wishes
-    from fastlogits.serving import BatchProcessor
+    from fastlogits.integrations.requests import Live, LiveBatch, Refuse, Wishes
+    from fastlogits.serving.batch import BatchProcessor
 
 # vLLM takes lower temperatures for greedy decoding.
 _GREEDY = 1e-5
@@ -150,7 +150,7 @@ def _wishes(sampling_params: Any, vocab_size: int | None, refuse: Refuse | None 
     given = (sampling_params.extra_args or {}).get("fastlogits")
     if given is None:
         return None
-    from fastlogits.integrations.steering import CUTS, EDITS, read_wishes
+    from fastlogits.integrations.requests import CUTS, EDITS, read_wishes
 
     temperature = sampling_params.temperature if sampling_params.temperature >= _GREEDY else 0.0
     wishes = read_wishes(given, EDITS + CUTS, _WHERE, temperature, vocab_size, refuse)
@@ -169,7 +169,7 @@ def _running(sampling_params: Any, vocab_size: int | None) -> Wishes | None:
     wishes = _wishes(sampling_params, vocab_size, left_out.append)
     if wishes is None:
         return None
-    from fastlogits.integrations.steering import say_left_out
+    from fastlogits.integrations.requests import say_left_out
 
     say_left_out(left_out)
     return None if wishes.is_nothing else wishes
@@ -204,7 +204,7 @@ class _OlderRunner:
             self._let_go(index)
             wishes = _running(sampling_params, None)
             if wishes is not None:
-                from fastlogits.integrations.steering import Live
+                from fastlogits.integrations.requests import Live
 
                 requests[index] = Live(wishes, prompt or (), outputs)
         for source, target, direction in changes.moved:
@@ -220,7 +220,7 @@ class _OlderRunner:
         if not self.requests:
             return logits
         if self._batch is None:
-            from fastlogits.integrations.steering import LiveBatch
+            from fastlogits.integrations.requests import LiveBatch
 
             self._batch = LiveBatch(logits.shape[1], logits.device, self._max_requests, self._max_length, "vllm")
         return self._batch.process_(logits, [self.requests.get(row) for row in range(logits.shape[0])])
@@ -279,8 +279,8 @@ class _Tables:
     """What the newer runner's slots ask for."""
 
     def __init__(self, states: Any, max_rows: int) -> None:
-        from fastlogits.integrations.steering import MAX_LISTED, Cutter
-        from fastlogits.serving import BatchProcessor
+        from fastlogits.integrations.requests import MAX_LISTED, Cutter
+        from fastlogits.serving.batch import BatchProcessor
 
         self.max_rows = max_rows
         tokens, lengths = states.all_token_ids.gpu, states.total_len.gpu

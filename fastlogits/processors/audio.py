@@ -13,10 +13,10 @@ from transformers.generation.logits_process import DiaEOSDelayPatternLogitsProce
 from transformers.generation.logits_process import WhisperNoSpeechDetection as _WhisperNoSpeechDetection
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor as _WhisperTimeStamp
 
+from fastlogits.checks import check_rows
+from fastlogits.plan.stages import Rows
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.processors.guidance import conditional_and_not
-from fastlogits.rows import check_rows
-from fastlogits.stages import Rows
 
 _INF = float("inf")
 

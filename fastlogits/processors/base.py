@@ -16,18 +16,18 @@ from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
-from fastlogits.causes import checked_processors
 from fastlogits.checks import whole_number
 from fastlogits.compilers import constant
-from fastlogits.plan import Barrier, Plan
-from fastlogits.run import Run
-from fastlogits.stages import Member, Opaque, Stage
+from fastlogits.plan.causes import checked_processors
+from fastlogits.plan.plan import Barrier, Plan
+from fastlogits.plan.run import Run
+from fastlogits.plan.stages import Member, Opaque, Stage
 
 if TYPE_CHECKING:
-    from fastlogits.inside.explanation import Explanation
-    from fastlogits.inside.tracing import Trace
-    from fastlogits.position import Index
-    from fastlogits.warming import WarmUp
+    from fastlogits.inspect.trace import Trace
+    from fastlogits.plan.explain import Explanation
+    from fastlogits.plan.position import Index
+    from fastlogits.warm_up import WarmUp
 
 __all__ = ["LogitsProcessor", "LogitsProcessorList", "StagedProcessor"]
 
@@ -140,7 +140,7 @@ class _Planned:
         top: int = 3,
     ) -> Trace:
         """What each processor does to the candidates of each row; see ``fastlogits.trace``."""
-        from fastlogits.inside.tracing import trace  # which reads processors
+        from fastlogits.inspect.trace import trace  # which reads processors
 
         positions: Any = {"prompt_length": prompt_length, "cache_position": cache_position}
         return trace(self, input_ids, scores, tokenizer, **positions, top=top)
@@ -189,7 +189,7 @@ class _Planned:
             >>> processors.warm_up(128256, torch.bfloat16, device="cpu").kernels
             ()
         """
-        from fastlogits import warming
+        from fastlogits import warm_up as warming
 
         where = warming.checked_device(device)
         rows = whole_number("batch", batch, 1)
@@ -211,12 +211,12 @@ class _Planned:
 class StagedProcessor(_Planned, LogitsProcessor):
     """Base of processors that say which stage they are and leave the rest to the plan.
 
-    A subclass defines ``stage()``, with a stage of ``fastlogits.stages``; calling it, fusing it with its neighbours
-    and running it in place follow. A subclass that overrides ``__call__`` is a barrier instead, as any
-    ``LogitsProcessor`` is.
+    A subclass defines ``stage()``, which returns a stage of ``fastlogits.plan.stages``. Calling the processor, fusing
+    it with its neighbours and running it in place follow from that. A subclass that overrides ``__call__`` is a
+    barrier instead, as any ``LogitsProcessor`` is.
 
     Example:
-        >>> from fastlogits.stages import Ban
+        >>> from fastlogits.plan.stages import Ban
         >>> class NoThree(StagedProcessor):
         ...     def stage(self):
         ...         return Ban((3,))

@@ -6,12 +6,12 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from fastlogits_kernels._triton import to_device
+from fastlogits_kernels.runtime.launcher import to_device
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor as _PrefixConstrained
 
+from fastlogits.checks import check_rows
+from fastlogits.plan.stages import Rows
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.rows import check_rows
-from fastlogits.stages import Rows
 
 
 class PrefixConstrainedLogitsProcessor(StagedProcessor, _PrefixConstrained):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from fastlogits_kernels._triton import to_device
+from fastlogits_kernels.runtime.launcher import to_device
 from torch.nn.functional import pad
 
-from fastlogits.checks import finite_number, whole_number
+from fastlogits.checks import check_rows, finite_number, whole_number
+from fastlogits.plan.stages import Rows
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.rows import check_rows
-from fastlogits.stages import Rows
 from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
 
 # Longer repetitions count as this long, as in the original: penalties grow exponentially.

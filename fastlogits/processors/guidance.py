@@ -10,8 +10,8 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor as _UnbatchedClassifierFreeGuidance,
 )
 
+from fastlogits.plan.stages import Rows
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.stages import Rows
 
 
 def conditional_and_not(input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers.generation import logits_process as theirs
 
+from fastlogits.plan.stages import Ban, Decay, Force, When
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.stages import Ban, Decay, Force, When
 
 
 class MinLengthLogitsProcessor(StagedProcessor, theirs.MinLengthLogitsProcessor):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers.generation import logits_process as theirs
 
 from fastlogits.checks import finite_number
+from fastlogits.plan.stages import Bias, Given, History, Penalize
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.stages import Bias, Given, History, Penalize
 
 
 class RepetitionPenaltyLogitsProcessor(StagedProcessor, theirs.RepetitionPenaltyLogitsProcessor):

@@ -11,8 +11,8 @@ import transformers
 from transformers.generation import logits_process as theirs
 
 from fastlogits.checks import is_number
+from fastlogits.plan.stages import Ban, Given, Repeated, SequenceBias
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.stages import Ban, Given, Repeated, SequenceBias
 from fastlogits.token_mask import checked_ids
 
 

@@ -17,8 +17,8 @@ from fastlogits_kernels.rules import Rule, RuleKind, check_row_values
 from transformers.generation import logits_process as theirs
 
 from fastlogits.checks import finite_number, is_number, whole_number
+from fastlogits.plan.stages import Rows, Truncate
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.stages import Rows, Truncate
 from fastlogits.token_mask import checked_ids, ids_on
 
 

@@ -15,9 +15,9 @@ from transformers.generation.logits_process import SynthIDTextWatermarkLogitsPro
 from transformers.generation.logits_process import SynthIDTextWatermarkState
 from transformers.generation.logits_process import WatermarkLogitsProcessor as _Watermark
 
+from fastlogits.checks import check_rows
+from fastlogits.plan.stages import Rows
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.rows import check_rows
-from fastlogits.stages import Rows
 
 __all__ = ["SynthIDTextWatermarkLogitsProcessor", "SynthIDTextWatermarkState", "WatermarkLogitsProcessor"]
 

@@ -31,7 +31,7 @@ from functools import cache
 
 import torch
 
-from fastlogits_kernels._library import register
+from fastlogits_kernels.runtime.library import register
 from fastlogits_kernels.truncate.cpu import row_tails
 
 _MASK = 0xFFFFFFFF

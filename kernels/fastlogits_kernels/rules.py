@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
-from fastlogits_kernels._rows import HOW_TO_REPEAT
+from fastlogits_kernels.runtime.rows import HOW_TO_REPEAT
 from fastlogits_kernels.truncate import reference
 
 RuleKind: TypeAlias = str

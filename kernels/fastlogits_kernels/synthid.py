@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import torch
 
-from fastlogits_kernels._backend import Operation, has_gradient
-from fastlogits_kernels._library import register
-from fastlogits_kernels._triton import Launcher, tl, triton
+from fastlogits_kernels.runtime.backend import Operation, has_gradient
+from fastlogits_kernels.runtime.launcher import Launcher, tl, triton
+from fastlogits_kernels.runtime.library import register
 
 # Depths of one launch: one more halves the passes left to save and doubles the sums.
 GROUP = 3

@@ -56,47 +56,47 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     # -- masks --
     Mutation(
-        "a window one step too long", f"{KERNELS}/mask_tokens.py",
+        "a window one step too long", f"{KERNELS}/pointwise/mask.py",
         "is_open = step < tl.load(window_ptr)", "is_open = step <= tl.load(window_ptr)",
         ("test_kernels.py::test_mask_tokens",),
     ),
     Mutation(
-        "the step counts from -1", f"{KERNELS}/mask_tokens.py",
+        "the step counts from -1", f"{KERNELS}/pointwise/mask.py",
         "    step = cache_position + 1 - prompt_length", "    step = cache_position - prompt_length",
         ("test_kernels.py::test_mask_tokens",),
     ),
     Mutation(
-        "a gate dropped", f"{KERNELS}/mask_tokens.py",
+        "a gate dropped", f"{KERNELS}/pointwise/mask.py",
         "mask_word = tl.where(is_open, mask_word, 0)", "mask_word = tl.where(is_open, mask_word, mask_word)",
         ("test_kernels.py::test_mask_tokens",),
     ),
     Mutation(
-        "a column stride of 1 taken for granted", f"{KERNELS}/mask_tokens.py",
+        "a column stride of 1 taken for granted", f"{KERNELS}/pointwise/mask.py",
         "here = row_ptr + token.to(tl.int64) * stride_token", "here = row_ptr + token.to(tl.int64)",
         ("test_kernels.py::test_mask_tokens",),
     ),
     Mutation(
-        "a word banned in part banned whole", f"{KERNELS}/mask_tokens.py",
+        "a word banned in part banned whole", f"{KERNELS}/pointwise/mask.py",
         "mask=inside & (banned != -1), other", "mask=inside & (banned == -1), other",
         ("test_kernels.py::test_mask_tokens",),
     ),
     Mutation(
-        "blank tokens close the gate (torch)", f"{KERNELS}/mask_tokens.py",
+        "blank tokens close the gate (torch)", f"{KERNELS}/pointwise/mask.py",
         "is_open = is_open | (blank | ~generated).all(-1).T", "is_open = is_open & (blank | ~generated).all(-1).T",
         ("test_first_step.py::test_blank_tokens_keep_the_ban",),
     ),
     Mutation(
-        "a packed id beyond the vocabulary", f"{KERNELS}/pack_ids.py",
+        "a packed id beyond the vocabulary", f"{KERNELS}/pointwise/pack_ids.py",
         "known = (token >= 0) & (token < V)", "known = (token >= 0) & (token <= V)",
         ("test_kernels.py::test_pack_ids",),
     ),
     Mutation(
-        "words that a bitmask lacks allow", f"{KERNELS}/bitmask.py",
+        "words that a bitmask lacks allow", f"{KERNELS}/pointwise/bitmask.py",
         "word, mask=word < W, other=0)", "word, mask=word < W, other=-1)",
         ("test_bitmask.py",),
     ),
     Mutation(
-        "the mask row is that of the logits (torch)", f"{KERNELS}/bitmask.py",
+        "the mask row is that of the logits (torch)", f"{KERNELS}/pointwise/bitmask.py",
         "ban_unset_(chosen, bitmask[mask_rows])", "ban_unset_(chosen, bitmask[rows])",
         ("test_bitmask.py",),
     ),
@@ -106,64 +106,64 @@ MUTATIONS = [
         ("test_token_mask.py",),
     ),
     Mutation(
-        "bans behind one gate merged with and", f"{PACKAGE}/fold_launch.py",
+        "bans behind one gate merged with and", f"{PACKAGE}/plan/pointwise.py",
         "self._static[key] | mask if", "self._static[key] & mask if",
         ("test_fold.py::test_bans_behind_one_gate_add_up",),
     ),
     Mutation(
-        "rows of a source dealt round", f"{PACKAGE}/allowed.py",
+        "rows of a source dealt round", f"{PACKAGE}/plan/allowed.py",
         "rows.repeat_interleave(copies, 0)", "rows.repeat(copies, 1)",
         ("test_extras.py::test_zoo_whatever_becomes_of_the_rows", "test_vocabulary.py"),
     ),
     # -- the fold and its search --
     Mutation(
-        "a penalty that rewards", f"{KERNELS}/fold.py",
+        "a penalty that rewards", f"{KERNELS}/pointwise/fold.py",
         "tl.where(x < 0, x * penalty, x *", "tl.where(x > 0, x * penalty, x *",
         ("test_fold.py::test_kernels_equal_torch",),
     ),
     Mutation(
-        "decay grows infinities", f"{KERNELS}/fold.py",
+        "decay grows infinities", f"{KERNELS}/pointwise/fold.py",
         'tl.where(found & (tl.abs(x) < float("inf")), x + growth', "tl.where(found, x + growth",
         ("test_fold.py::test_growth_leaves_what_is_not_finite",),
     ),
     Mutation(
-        "no rounding between maps", f"{KERNELS}/fold.py",
+        "no rounding between maps", f"{KERNELS}/pointwise/fold.py",
         "        x = x.to(dtype).to(tl.float32)\n    return x", "    return x",
         ("test_fold.py::test_each_map_rounds_as_a_kernel_of_its_own",),
     ),
     Mutation(
-        "row offsets of 32 bits", f"{KERNELS}/fold.py",
+        "row offsets of 32 bits", f"{KERNELS}/pointwise/fold.py",
         "row = (program // row_blocks).to(tl.int64)", "row = program // row_blocks",
         ("test_fold.py::test_rows_far_apart",),
     ),
     Mutation(
-        "the prompt counts as generated", f"{KERNELS}/token_sets.py",
+        "the prompt counts as generated", f"{KERNELS}/pointwise/search.py",
         "start = tl.maximum(prompt_length, 0)", "start = 0",
         ("test_fold.py::test_kernels_equal_torch",),
     ),
     Mutation(
-        "an n-gram needs one token more", f"{KERNELS}/token_sets.py",
+        "an n-gram needs one token more", f"{KERNELS}/pointwise/search.py",
         "if seen >= SIZE - 1:", "if seen >= SIZE:",
         ("test_fold.py::test_a_history_as_long_as_the_prefix_of_an_ngram",),
     ),
     Mutation(
-        "the phase of a gate ignored", f"{KERNELS}/token_sets.py",
+        "the phase of a gate ignored", f"{KERNELS}/pointwise/search.py",
         "((index - tl.load(here + 4)) % tl.load(here + 3) == 0)", "(index % tl.load(here + 3) == 0)",
         ("test_fold.py::test_kernels_equal_torch",),
     ),
     Mutation(
-        "a history read beyond its position", f"{KERNELS}/token_sets.py",
+        "a history read beyond its position", f"{KERNELS}/pointwise/search.py",
         "seen = tl.minimum(length, L)", "seen = tl.maximum(length, L)",
         ("test_fold.py::test_positions_on_the_device_differ_by_row",),
     ),
     Mutation(
-        "an n-gram's prefix off by one (torch)", f"{KERNELS}/token_places.py",
+        "an n-gram's prefix off by one (torch)", f"{KERNELS}/pointwise/places.py",
         "prefix = input_ids[:, length - size + 1 : length]",
         "prefix = input_ids[:, max(0, length - size) : length - 1]",
         ("test_fold.py::test_a_history_as_long_as_the_prefix_of_an_ngram",),
     ),
     Mutation(
-        "two temperatures folded into one", f"{PACKAGE}/fold_launch.py",
+        "two temperatures folded into one", f"{PACKAGE}/plan/pointwise.py",
         "            at = self._divisor(stage.divisor)\n",
         "            if self.ops and self.ops[-1].kind == ops.SCALE.value:\n"
         "                self.numbers[self.ops[-1].a] *= stage.divisor\n"
@@ -172,49 +172,49 @@ MUTATIONS = [
         ("test_fold.py::test_two_divisions_round_twice",),
     ),
     Mutation(
-        "a chain made for another batch", f"{PACKAGE}/fold_launch.py",
+        "a chain made for another batch", f"{PACKAGE}/plan/pointwise.py",
         "and (last[2] == B or not self._by_row):", "and last[2]:",
         ("test_fold.py::test_a_batch_of_another_size_has_its_own_texts",),
     ),
     # -- laws --
     Mutation(
-        "allowed rows fused across what brings scores back", f"{PACKAGE}/plan.py",
+        "allowed rows fused across what brings scores back", f"{PACKAGE}/plan/plan.py",
         "return not (parted and isinstance(stage, AllowFrom)", "return not (False and isinstance(stage, AllowFrom)",
         ("test_fold.py::test_allowed_rows_on_both_sides_of_what_brings_scores_back",),
     ),
     Mutation(
-        "gradients lost in a plan", f"{PACKAGE}/plan.py",
+        "gradients lost in a plan", f"{PACKAGE}/plan/plan.py",
         "if in_place and has_gradient(scores):", "if False:",
         ("test_gradients.py",),
     ),
     Mutation(
-        "gradients lost in a fold", f"{KERNELS}/fold.py",
+        "gradients lost in a fold", f"{KERNELS}/pointwise/fold.py",
         "    recorded = has_gradient(scores)", "    recorded = False",
         ("test_gradients.py",),
     ),
     Mutation(
-        "a ban moved before a map that lifts it", f"{PACKAGE}/stages.py",
+        "a ban moved before a map that lifts it", f"{PACKAGE}/plan/stages.py",
         "return 0 < factor < math.inf", "return factor < math.inf",
         ("test_fold.py::test_bans_are_one_set_wherever_they_may_be",),
     ),
     Mutation(
-        "a ban moved before a cleaning", f"{PACKAGE}/stages.py",
+        "a ban moved before a cleaning", f"{PACKAGE}/plan/stages.py",
         'kind = "clean"\n\n    @property\n    def keeps_bans(self) -> bool:\n        return False',
         'kind = "clean"\n\n    @property\n    def keeps_bans(self) -> bool:\n        return True',
         ("test_fold.py::test_bans_are_one_set_wherever_they_may_be",),
     ),
     Mutation(
-        "the step forgets the newest token", f"{PACKAGE}/position.py",
+        "the step forgets the newest token", f"{PACKAGE}/plan/position.py",
         "return self.cache_position + 1 - self.prompt_length", "return self.cache_position - self.prompt_length",
         ("test_position.py",),
     ),
     Mutation(
-        "a prompt one token too long", f"{PACKAGE}/position.py",
+        "a prompt one token too long", f"{PACKAGE}/plan/position.py",
         "column >= prompt_length.reshape(-1, 1), -1", "column > prompt_length.reshape(-1, 1), -1",
         ("test_vocabulary.py", "test_extras.py::test_zoo_a_row_alone_and_rows_at_steps_of_their_own"),
     ),
     Mutation(
-        "a step that writes its input", f"{PACKAGE}/step.py",
+        "a step that writes its input", f"{PACKAGE}/plan/part.py",
         "if not in_place or processed is scores:", "if processed is scores:",
         ("test_plan.py",),
     ),
@@ -399,7 +399,7 @@ MUTATIONS = [
         ("test_truncation.py::test_a_nucleus_holds_its_mass_and_no_token_too_many",),
     ),
     Mutation(
-        "the fused normalisation forgotten", f"{PACKAGE}/truncate_launch.py",
+        "the fused normalisation forgotten", f"{PACKAGE}/plan/selection.py",
         "normalise = self._after is not None", "normalise = False",
         ("test_select.py::test_steps_that_share_a_pass_are_the_steps_one_by_one",),
     ),
@@ -410,7 +410,7 @@ MUTATIONS = [
         ("test_sampling.py::test_philox_gives_the_published_answers",),
     ),
     Mutation(
-        "a rank that leaves out its equals", f"{KERNELS}/report.py",
+        "a rank that leaves out its equals", f"{KERNELS}/selection/logprobs.py",
         "tl.where(inside & (x >= own), 1, 0)", "tl.where(inside & (x > own), 1, 0)",
         ("test_report.py::test_hard_rows", "test_report.py::test_tokens_that_tie_come_by_their_ids"),
     ),
@@ -437,18 +437,18 @@ MUTATIONS = [
         ("test_concurrency.py::test_a_draw_called_while_another_thread_prepares_it",),
     ),
     Mutation(
-        "a tied token kept by its last ids", f"{KERNELS}/keep.py",
+        "a tied token kept by its last ids", f"{KERNELS}/selection/keep.py",
         "rank_of(token, LOWEST_TIES)", "rank_of(token, False)",
         ("test_serving.py::test_ties_of_the_lowest_ids_in_place",),
     ),
     # -- serving --
     Mutation(
-        "a removed request acts on", f"{PACKAGE}/serving.py",
+        "a removed request acts on", f"{PACKAGE}/serving/batch.py",
         "        self._flags[slot].zero_()\n", "",
         ("test_serving.py::test_a_slot_holds_nothing_of_the_request_before",),
     ),
     Mutation(
-        "allowed tokens lift the bans", f"{PACKAGE}/serving.py",
+        "allowed tokens lift the bans", f"{PACKAGE}/serving/batch.py",
         "mask if kept is None else mask | kept", "mask if kept is None else mask & kept",
         (
             "test_serving.py::test_a_request_gets_what_the_processors_of_its_parameters_give"
@@ -456,90 +456,90 @@ MUTATIONS = [
         ),
     ),
     Mutation(
-        "the shortest repetition goes free", f"{PACKAGE}/serving.py",
+        "the shortest repetition goes free", f"{PACKAGE}/serving/batch.py",
         "if n >= least else 0.0", "if n > least else 0.0",
         ("test_serving.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
     ),
     Mutation(
-        "draft tokens unseen", f"{KERNELS}/slot_sets.py",
+        "draft tokens unseen", f"{KERNELS}/serving/steps.py",
         "    seen = stored + local\n", "    seen = stored\n",
         ("test_serving.py::test_draft_rows_see_the_history_and_their_own_prefix",),
     ),
     Mutation(
-        "draft tokens one row too early (torch)", f"{KERNELS}/slots.py",
+        "draft tokens one row too early (torch)", f"{KERNELS}/serving/layout.py",
         "rows.draft_ids[row - local + 1 : row + 1]", "rows.draft_ids[row - local : row]",
         ("test_serving.py::test_draft_rows_see_the_history_and_their_own_prefix",),
     ),
     Mutation(
-        "a stale tally", f"{KERNELS}/slot_sets.py",
+        "a stale tally", f"{KERNELS}/serving/steps.py",
         "tl.store(tallies_ptr + here, 0, mask=place < total)", "tl.store(tallies_ptr + here, 0, mask=place < 0)",
         ("test_serving.py::test_a_step_repeated_until_the_places_of_its_edits_come_round",),
     ),
     Mutation(
-        "a token written behind a full history", f"{KERNELS}/slot_sets.py",
+        "a token written behind a full history", f"{KERNELS}/serving/steps.py",
         "mask=(slot >= 0) & (place < L))", "mask=(slot >= 0) & (place <= L))",
         ("test_serving.py::test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request",),
     ),
     Mutation(
-        "a first window one step too long (torch)", f"{KERNELS}/slots.py",
+        "a first window one step too long (torch)", f"{KERNELS}/serving/layout.py",
         "if step < record.number(FIRST_WINDOW):", "if step <= record.number(FIRST_WINDOW):",
         ("test_serving.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
     ),
     # -- inside generate --
     Mutation(
-        "an end forced one token late", f"{PACKAGE}/continuous.py",
+        "an end forced one token late", f"{PACKAGE}/transformers/continuous.py",
         'When("length", start=-1, stop=0)', 'When("length", start=0, stop=1)',
         ("test_continuous_batching.py::test_each_request_is_processed_as_itself",),
     ),
     Mutation(
         "a token of the history never sent",
-        f"{PACKAGE}/continuous.py",
+        f"{PACKAGE}/transformers/continuous.py",
         "lacking.append((row, count, state.position_offset - 1, state))",
         "lacking.append((row, count, state.position_offset - 2, state))",
         ("test_continuous_batching.py::test_each_request_is_processed_as_itself",),
     ),
     Mutation(
-        "a candidate's own prefix ignored", f"{PACKAGE}/acceleration.py",
+        "a candidate's own prefix ignored", f"{PACKAGE}/transformers/accelerate.py",
         "step(tokens[:, : seen + i], rows[i : i + 1], run)", "step(tokens[:, :seen], rows[i : i + 1], run)",
         ("test_accelerate.py::test_candidates_with_processors_that_need_each_position",),
     ),
     Mutation(
-        "every step of a run draws alike", f"{PACKAGE}/decoding.py",
+        "every step of a run draws alike", f"{PACKAGE}/transformers/decode.py",
         "positions = self._starts + (input_ids.shape[1] - self._start)", "positions = self._starts + 0",
         ("test_decode.py::test_each_step_draws_anew",),
     ),
     Mutation(
-        "the sequences of a prompt draw alike", f"{PACKAGE}/decoding.py",
+        "the sequences of a prompt draw alike", f"{PACKAGE}/transformers/decode.py",
         "row % num_return_sequences * _PART", "row % num_return_sequences",
         ("test_decode.py::test_sequences_of_a_request_share_no_noise",),
     ),
     Mutation(
-        "a candidate's result that is a slice of what it is stored into", f"{PACKAGE}/acceleration.py",
+        "a candidate's result that is a slice of what it is stored into", f"{PACKAGE}/transformers/accelerate.py",
         "return self._processed[i : i + 1] if self._changed else scores", "return self._processed[i : i + 1]",
         ("test_drafts.py::test_a_step_that_changes_nothing",),
     ),
     Mutation(
-        "candidates that are remembered while others are drafted", f"{PACKAGE}/acceleration.py",
+        "candidates that are remembered while others are drafted", f"{PACKAGE}/transformers/accelerate.py",
         "processors.expect_nothing()", "pass",
         ("test_drafts.py::test_candidates_of_before_are_forgotten",),
     ),
     Mutation(
-        "a block that ends all blocks of its model", f"{PACKAGE}/acceleration.py",
+        "a block that ends all blocks of its model", f"{PACKAGE}/transformers/accelerate.py",
         "if not hold.count and hold is", "if hold is",
         ("test_accelerate_inside.py::test_a_block_ends_what_it_has_begun",),
     ),
     Mutation(
-        "an old block that ends a later one", f"{PACKAGE}/acceleration.py",
+        "an old block that ends a later one", f"{PACKAGE}/transformers/accelerate.py",
         "if not hold.count and hold is", "if not hold.count or hold is not",
         ("test_accelerate_inside.py::test_restore_ends_all_blocks_and_they_end_nothing_else",),
     ),
     Mutation(
-        "scores of a manager that a processor writes", f"{PACKAGE}/continuous.py",
+        "scores of a manager that a processor writes", f"{PACKAGE}/transformers/continuous.py",
         "scores = given.clone()  # which it may write", "scores = given",
         ("test_continuous_batching.py::test_the_scores_of_a_manager_are_not_written",),
     ),
     Mutation(
-        "a tokenizer that generate keeps", f"{PACKAGE}/decoding.py",
+        "a tokenizer that generate keeps", f"{PACKAGE}/transformers/decode.py",
         'rest["tokenizer"] = taken["tokenizer"]', "pass",
         ("test_decode.py::test_stop_strings",),
     ),

@@ -15,23 +15,26 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from fastlogits_kernels import fold, report, slot_sets, synthid
-from fastlogits_kernels._triton import HAS_TRITON
-from fastlogits_kernels.bitmask import launch_bitmask_, reference_bitmask_
-from fastlogits_kernels.bits import pack_bits, words
+from fastlogits_kernels import synthid
 from fastlogits_kernels.draw import reference_draw
-from fastlogits_kernels.mask_tokens import Bans, launch_mask_tokens, reference_mask_tokens
-from fastlogits_kernels.pack_ids import launch_pack_ids, reference_pack_ids
+from fastlogits_kernels.pointwise import fold
+from fastlogits_kernels.pointwise.bitmask import launch_bitmask_, reference_bitmask_
+from fastlogits_kernels.pointwise.mask import Bans, launch_mask_tokens, reference_mask_tokens
+from fastlogits_kernels.pointwise.pack_ids import launch_pack_ids, reference_pack_ids
 from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.runtime.bits import pack_bits, words
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.slots import RECORD
+from fastlogits_kernels.selection import logprobs as report
+from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving.layout import RECORD
 from fastlogits_kernels.truncate.reference import reference_truncate
 from torch.overrides import TorchFunctionMode
 
 from fastlogits import BatchProcessor, RequestParams
-from fastlogits.fold_launch import FoldLaunch
-from fastlogits.run import Run
-from fastlogits.stages import (
+from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.plan.run import Run
+from fastlogits.plan.stages import (
     Ban,
     Bias,
     Clean,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from fastlogits_kernels.bits import pack_bits
+from fastlogits_kernels.runtime.bits import pack_bits
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table

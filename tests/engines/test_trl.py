@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastlogits as fl
-from fastlogits.acceleration import RunList
+from fastlogits.transformers.accelerate import RunList
 from tests.engines.companions import tiny_model, tiny_tokenizer
 
 pytest.importorskip("trl", reason="needs TRL: make test-engines")

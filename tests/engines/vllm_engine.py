@@ -70,7 +70,7 @@ def main() -> None:
             results.append([list(output.outputs[0].token_ids) for output in outputs])
         except VLLMValidationError as error:
             results.append(str(error))
-        working.append("fastlogits.serving" in sys.modules)
+        working.append("fastlogits.serving.batch" in sys.modules)
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     scheduler = llm.llm_engine.vllm_config.scheduler_config
     answer = {

@@ -41,11 +41,23 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from fastlogits_kernels._backend import Operation
-from fastlogits_kernels._driver import Given
-from fastlogits_kernels._library import register
-from fastlogits_kernels._recent import hold, is_capturing, recent
-from fastlogits_kernels._triton import (
+from fastlogits_kernels.draw import draw
+from fastlogits_kernels.pointwise.fold import (
+    BAN,
+    NO_SETS,
+    NOWHERE,
+    Chain,
+    chain_of,
+    find_sets,
+    reference_fold,
+    set_strides,
+)
+from fastlogits_kernels.pointwise.search import Position, TokenSets
+from fastlogits_kernels.rules import CODES, TINY_TEMPERATURE, Rule, is_idle
+from fastlogits_kernels.runtime.backend import Operation
+from fastlogits_kernels.runtime.bits import words
+from fastlogits_kernels.runtime.driver import Given
+from fastlogits_kernels.runtime.launcher import (
     Launch,
     Launcher,
     Relaunches,
@@ -58,10 +70,8 @@ from fastlogits_kernels._triton import (
     table_on,
     triton,
 )
-from fastlogits_kernels.bits import words
-from fastlogits_kernels.draw import draw
-from fastlogits_kernels.fold import BAN, NO_SETS, NOWHERE, Chain, chain_of, find_sets, reference_fold, set_strides
-from fastlogits_kernels.rules import CODES, TINY_TEMPERATURE, Rule, is_idle
+from fastlogits_kernels.runtime.library import register
+from fastlogits_kernels.runtime.recent import hold, is_capturing, recent
 from fastlogits_kernels.selection.bounds import bounds_kernel
 from fastlogits_kernels.selection.filter import filter_kernel
 from fastlogits_kernels.selection.refine import refine_kernel
@@ -84,7 +94,6 @@ from fastlogits_kernels.selection.row import (
 from fastlogits_kernels.selection.row_sums import sums_kernel
 from fastlogits_kernels.selection.sample_rows import PART_WORDS as SAMPLE_PART_WORDS
 from fastlogits_kernels.selection.sample_rows import sample_parts_kernel, sample_rows_kernel
-from fastlogits_kernels.token_sets import Position, TokenSets
 from fastlogits_kernels.truncate.dispatch import truncate
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastlogits_kernels._triton import tl, triton
+from fastlogits_kernels.runtime.launcher import tl, triton
 from fastlogits_kernels.selection.refine import (
     LEAST_TERM,
     Found,

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastlogits_kernels._triton import tl, triton
-from fastlogits_kernels.fold import fold_logits
-from fastlogits_kernels.ptx import check_tokens, for_tokens, logits_of
+from fastlogits_kernels.pointwise.fold import fold_logits
 from fastlogits_kernels.rules import CODES, RULES
 from fastlogits_kernels.rules import TINY_TEMPERATURE as _TINY_TEMPERATURE
+from fastlogits_kernels.runtime.launcher import tl, triton
+from fastlogits_kernels.runtime.ptx import check_tokens, for_tokens, logits_of
 from fastlogits_kernels.truncate.reference import TOP_H_TOKENS as _TOP_H_TOKENS
 
 # -- Rules: what the table says, as the kernels read it ------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastlogits_kernels._triton import tl, triton
+from fastlogits_kernels.runtime.launcher import tl, triton
 from fastlogits_kernels.selection.row import (
     LOG2_E,
     MINUS_INFINITY,

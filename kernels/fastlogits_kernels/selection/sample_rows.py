@@ -11,7 +11,7 @@ alone: so a row's token depends on no guess, and where many pass they are looked
 
 from __future__ import annotations
 
-from fastlogits_kernels._triton import tl, triton
+from fastlogits_kernels.runtime.launcher import tl, triton
 from fastlogits_kernels.selection.bounds import scale_and_offset
 from fastlogits_kernels.selection.filter import raw_or_folded, tokens_of
 from fastlogits_kernels.selection.refine import best_of, store_token

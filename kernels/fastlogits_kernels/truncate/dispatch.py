@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fastlogits_kernels._backend import has_gradient, wanted_on
-from fastlogits_kernels._library import register
 from fastlogits_kernels.rules import CODES, RULES, TIES, Rule, check_rules
+from fastlogits_kernels.runtime.backend import has_gradient, wanted_on
+from fastlogits_kernels.runtime.library import register
 from fastlogits_kernels.truncate.cpu import truncate_rows
 from fastlogits_kernels.truncate.reference import reference_truncate
 

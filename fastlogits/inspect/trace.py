@@ -1,0 +1,287 @@
+"""What each processor of a list did to the candidates of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastlogits.checks import whole_number
+from fastlogits.inspect.members import checked_scores, fresh_members, listed, single_plans
+from fastlogits.plan.run import Run
+from fastlogits.token_text import token_texts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from rich.table import Table
+
+    from fastlogits.plan.position import Index
+
+Likely = tuple[tuple[int, float], ...]
+"""Token ids with their probabilities, the likeliest first."""
+
+_HEADINGS = ("processor", "row", "removed", "left", "kept mass", "of the start", "removed, likeliest first", "top now")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one processor did to one row. A candidate is a token whose score is more than the dtype's least number.
+
+    Args:
+        number: place of the processor in the list, from 0.
+        processor: its class name.
+        row: the row of its result.
+        removed: candidates that it removed.
+        added: candidates that were none before it.
+        changed: candidates that stayed, and whose score is another.
+        left: candidates after it.
+        kept_mass: probability, before it, of the candidates that stayed.
+        kept_of_start: probability, before all processors, of the candidates that are left.
+        removed_likeliest: the likeliest of those that it removed, with their probabilities before it.
+        top_before: the likeliest tokens before it.
+        top_after: the likeliest tokens after it.
+    """
+
+    number: int
+    processor: str
+    row: int
+    removed: int
+    added: int
+    changed: int
+    left: int
+    kept_mass: float
+    kept_of_start: float
+    removed_likeliest: Likely
+    top_before: Likely
+    top_after: Likely
+
+
+class Trace(Sequence[Change]):
+    """The changes, processor after processor and row after row; ``print`` it, or let rich or a notebook show it.
+
+    Args:
+        changes: the changes.
+        texts: the text of each token id; None to show ids.
+        scores: the scores after all processors ``(B, V)``.
+    """
+
+    def __init__(self, changes: Sequence[Change], texts: Sequence[str | None] | None, scores: torch.Tensor) -> None:
+        self._changes = tuple(changes)
+        self._texts = texts
+        self.scores = scores
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._changes[index]
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+    def text(self, token: int) -> str:
+        """A token for people: its text in quotes, or its id where it has none."""
+        known = self._texts[token] if self._texts is not None and token < len(self._texts) else None
+        return str(token) if known is None else repr(known)
+
+    def __str__(self) -> str:
+        rows = [_HEADINGS, *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """The changes as a table of rich, which must be installed."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*(_HEADINGS))
+        for column in table.columns[1:6]:
+            column.justify = "right"
+        number = 0
+        for change, cells in zip(self._changes, self._cells(between="\n"), strict=True):
+            if change.number != number:
+                table.add_section()
+                number = change.number
+            table.add_row(_short(change.processor), *map(Text, cells[1:]))
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        head = "".join(f"<th>{heading}</th>" for heading in _HEADINGS)
+        rows = ("".join(f"<td>{escape(cell)}</td>" for cell in cells) for cells in self._cells())
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+    def frame(self) -> DataFrame:
+        """The changes as a frame of pandas, which must be installed: a row for each processor and row."""
+        import pandas as pd
+
+        return pd.DataFrame([vars(change) for change in self._changes])
+
+    def plot(self, path: str | Path | None = None, row: int = 0) -> Figure:
+        """The changes as a figure of matplotlib, which must be installed.
+
+        Args:
+            path: where to save it, as the ending says; None for nowhere.
+            row: the row whose likeliest tokens are drawn; the other panels hold all rows.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        chosen = [change for change in self._changes if change.row == row]
+        if not chosen:
+            most = max((change.row for change in self._changes), default=-1)
+            raise ValueError(f"row must be a row that was traced, 0 to {most}, got {row!r}")
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        left, mass, tokens = figure.subplots(1, 3)
+        names = [_short(change.processor) for change in chosen]
+        places = range(1, len(names) + 1)
+        for each in sorted({change.row for change in self._changes}):
+            of_row = [change for change in self._changes if change.row == each]
+            at = [change.number + 1 for change in of_row]
+            left.plot(at, [change.left for change in of_row], marker="o", label=f"row {each}")
+            mass.plot(at, [change.kept_of_start for change in of_row], marker="o")
+        left.set(yscale="symlog", title="candidates left")
+        mass.set(ylim=(0, 1.05), title="mass of them at the start")
+        left.legend(frameon=False)
+        stages = [chosen[0].top_before, *(change.top_after for change in chosen)]
+        for token in dict.fromkeys(token for stage in stages for token, _ in stage):
+            found = [dict(stage).get(token, float("nan")) for stage in stages]
+            tokens.plot(range(len(stages)), found, marker="o", label=self.text(token).replace("$", r"\$"))
+        tokens.set(title=f"row {row}: its likeliest tokens", ylim=(0, None))
+        tokens.legend(frameon=False, fontsize="small")
+        for panel in (left, mass):
+            panel.set_xticks(list(places), names, rotation=30, ha="right")
+        tokens.set_xticks([0, *places], ["start", *names], rotation=30, ha="right")
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def _cells(self, between: str = ", ") -> Iterator[tuple[str, ...]]:
+        for change in self._changes:
+            yield (
+                change.processor,
+                str(change.row),
+                f"{change.removed:,}" + (f" (+{change.added:,})" if change.added else ""),
+                f"{change.left:,}",
+                f"{change.kept_mass:.4f}",
+                f"{change.kept_of_start:.4f}",
+                self._words(change.removed_likeliest, between),
+                self._words(change.top_after, between),
+            )
+
+    def _words(self, tokens: Likely, between: str) -> str:
+        return between.join(f"{self.text(token)} {probability:.3f}" for token, probability in tokens)
+
+
+def trace(
+    processors: Any,
+    input_ids: torch.Tensor,
+    scores: torch.Tensor,
+    tokenizer: Any = None,
+    *,
+    prompt_length: Index | None = None,
+    cache_position: Index | None = None,
+    top: int = 3,
+) -> Trace:
+    """Run processors one by one, and tell for each of them and each row what became of the candidates.
+
+    The processors themselves are not changed: copies of them run.
+
+    Args:
+        processors: a list of fastlogits or transformers, any iterable of processors, or one processor.
+        input_ids: tokens so far, int32 or int64 ``(B, L)``.
+        scores: logits ``(B, V)``; never written.
+        tokenizer: a tokenizer, to show tokens as text.
+        prompt_length: number of tokens of the run's prompt, which first-step processors ask for.
+        cache_position: index of the newest token; by default from the length of ``input_ids``.
+        top: how many of the likeliest tokens to note, at least 1.
+
+    Raises:
+        ValueError: scores that are no logits ``(B, V)``; ``top`` below 1; a class or a list among the processors; a
+            processor that can't be copied, and so would be used up; or what a processor raises.
+        AttributeError: something that is no processor among them.
+        TypeError: a tokenizer that is none, such as its name.
+
+    Example:
+        >>> from fastlogits import TopKLogitsWarper
+        >>> changes = trace([TopKLogitsWarper(2)], torch.tensor([[0]]), torch.tensor([[1.0, 3.0, 2.0]]))
+        >>> changes[0].removed, changes[0].left, round(changes[0].kept_mass, 2)
+        (1, 2, 0.91)
+    """
+    top = whole_number("top", top, 1)
+    members = fresh_members(listed(processors))
+    texts = None if tokenizer is None else _named(tokenizer)
+    run = Run.of(prompt_length, cache_position)
+    start = before = _Candidates(checked_scores(scores))
+    changes: list[Change] = []
+    for number, (member, plan) in enumerate(zip(members, single_plans(members), strict=True)):
+        after = _Candidates(plan(input_ids, before.scores, run))
+        if after.scores.shape != before.scores.shape:
+            # A processor that mixes rows, such as guidance: its rows are compared with the first ones before it.
+            before, start = before.first(after.scores.shape[0]), start.first(after.scores.shape[0])
+        changes += (_change(number, member.name, row, start, before, after, top) for row in range(after.rows))
+        before = after
+    return Trace(changes, texts, before.scores)
+
+
+class _Candidates:
+    """Scores ``[B, V]``, and which of their tokens count with what probability."""
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        self.scores = scores
+        self.rows = scores.shape[0]
+        self.are = scores > torch.finfo(scores.dtype).min
+        masked = scores.double().masked_fill(~self.are, float("-inf"))
+        self.probabilities = masked.softmax(-1).nan_to_num(0.0)  # a row without candidates has no probabilities
+
+    def first(self, rows: int) -> _Candidates:
+        """The first rows of them."""
+        return _Candidates(self.scores[:rows])
+
+    def likeliest(self, row: int, count: int, among: torch.Tensor | None = None) -> Likely:
+        """The likeliest of a row's candidates, or of some of them, ties by token id."""
+        among = self.are[row] if among is None else among
+        tokens = among.nonzero().squeeze(1)
+        order = self.probabilities[row, tokens].sort(descending=True, stable=True).indices[:count]
+        chosen = tokens[order]
+        return tuple(zip(chosen.tolist(), self.probabilities[row, chosen].tolist(), strict=True))
+
+
+def _change(
+    number: int, name: str, row: int, start: _Candidates, before: _Candidates, after: _Candidates, top: int
+) -> Change:
+    was, now = before.are[row], after.are[row]
+    removed = was & ~now
+    return Change(
+        number=number,
+        processor=name,
+        row=row,
+        removed=int(removed.sum()),
+        added=int((now & ~was).sum()),
+        changed=int((was & now & (before.scores[row] != after.scores[row])).sum()),
+        left=int(now.sum()),
+        kept_mass=float(before.probabilities[row, now].sum()),
+        kept_of_start=float(start.probabilities[row, now].sum()),
+        removed_likeliest=before.likeliest(row, top, removed),
+        top_before=before.likeliest(row, top),
+        top_after=after.likeliest(row, top),
+    )
+
+
+def _short(name: str) -> str:
+    return name.removesuffix("LogitsProcessor").removesuffix("LogitsWarper")
+
+
+def _named(tokenizer: Any) -> list[str | None]:
+    """The text of each token, of special ones their name."""
+    texts = token_texts(tokenizer)
+    names: dict[int, str] = {token: name for name, token in tokenizer.get_vocab().items()}
+    return [names.get(token) if text is None else text for token, text in enumerate(texts)]

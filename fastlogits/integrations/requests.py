@@ -1,0 +1,408 @@
+"""What one request asks of fastlogits inside another engine, and batches of such requests."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+
+import torch
+from fastlogits_kernels.runtime.launcher import to_device
+
+from fastlogits.serving.batch import BatchProcessor, Preset, RequestParams
+from fastlogits.token_mask import TokenMask, fitted
+
+Refuse: TypeAlias = Callable[[str], object]
+"""Is told what can't be honoured of a request: an option and the reason."""
+
+logger = logging.getLogger(__name__)
+
+EDITS = (
+    "banned_token_ids",
+    "bad_words",
+    "no_repeat_ngram_size",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_breakers",
+    "first_tokens_suppressed",
+    "first_window",
+    "forced_tokens",
+    "top_n_sigma",
+)
+"""Parameters of ``RequestParams`` that act on the logits before an engine's temperature."""
+
+CUTS = ("typical_p", "epsilon", "eta", "top_h", "top_a")
+"""Those that look at probabilities, which need the temperature."""
+
+MAX_LISTED = 4096
+"""Words that the lists of a request may take; see ``max_listed`` of ``BatchProcessor``."""
+
+
+class Wishes(NamedTuple):
+    """What a request asks for, checked."""
+
+    edits: RequestParams
+    """What acts before the temperature; its own temperature is 1."""
+    cuts: RequestParams | None
+    """What needs the temperature; None where nothing does."""
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether nothing is left of it."""
+        return self.cuts is None and self.edits == RequestParams()
+
+
+def read_wishes(
+    given: Any,
+    names: Collection[str],
+    where: str,
+    temperature: float,
+    vocab_size: int | None = None,
+    refuse: Refuse | None = None,
+) -> Wishes:
+    """Check what a request asks for.
+
+    Args:
+        given: a mapping from names of ``RequestParams`` to values, or the same as a text in JSON, for interfaces that
+            take nothing but text and numbers.
+        names: those that are allowed here.
+        where: what the user calls the argument.
+        temperature: that of the request; 0 for greedy, which truncations don't change.
+        vocab_size: tokens of the vocabulary, which token ids must be of; None where it isn't known yet.
+        refuse: for requests that are running, when nobody hears an exception: called with each option that can't be
+            honoured, while the rest is read. None to raise at the first.
+
+    Raises:
+        ValueError: an unknown name, or one that the engine has an argument of its own for; a value out of range; a
+            token id outside the vocabulary; lists that are too long.
+
+    Example:
+        >>> read_wishes({"epsilon": 0.01}, CUTS, "extra_args['fastlogits']", 0.7).cuts.temperature
+        0.7
+        >>> read_wishes({"top_k": 9}, CUTS, "extra_args['fastlogits']", 0.7)
+        Traceback (most recent call last):
+        ValueError: extra_args['fastlogits'] has 'top_k', which the engine itself applies: ...
+        >>> left_out = []
+        >>> read_wishes({"top_k": 9, "epsilon": 0.01}, CUTS, "custom_params", 0.7, refuse=left_out.append).cuts.epsilon
+        0.01
+        >>> len(left_out)
+        1
+    """
+    tell: Refuse = refuse or _raise
+    wanted = {
+        name: value for name, value in _options(given, where, tell).items() if _is_known(name, names, where, tell)
+    }
+    checked = {name: value for name, value in wanted.items() if _is_right(name, value, where, tell)}
+    edits = RequestParams(**{name: value for name, value in checked.items() if name not in CUTS})
+    chosen = {name: value for name, value in checked.items() if name in CUTS}
+    cuts = RequestParams(temperature=temperature, **chosen) if chosen else None
+    if vocab_size is not None:
+        edits = within(edits, vocab_size, where, tell)
+    return Wishes(_short_enough(edits, where, tell), cuts if temperature > 0 else None)
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _options(given: Any, where: str, refuse: Refuse) -> Mapping[str, Any]:
+    """What is given as a mapping; nothing where it is none."""
+    read = given
+    if isinstance(given, str):
+        try:
+            read = json.loads(given)
+        except ValueError as error:
+            refuse(f"{where} must be a mapping from names to values, or one in JSON, got {given!r}: {error}")
+            return {}
+    if not isinstance(read, Mapping):
+        refuse(f"{where} must be a mapping from names to values, or one in JSON, got {read!r}")
+        return {}
+    return read
+
+
+def _is_known(name: str, names: Collection[str], where: str, refuse: Refuse) -> bool:
+    if name in names:
+        return True
+    if name in RequestParams.__dataclass_fields__:
+        refuse(
+            f"{where} has {name!r}, which the engine itself applies: give it as the engine's own parameter; here "
+            f"there are {', '.join(names)}"
+        )
+    else:
+        refuse(f"{where} has {name!r}, which is unknown; there are {', '.join(names)}")
+    return False
+
+
+def _is_right(name: str, value: Any, where: str, refuse: Refuse) -> bool:
+    try:
+        RequestParams(**{name: value})
+    except ValueError as error:
+        refuse(f"{where}: {error}")
+        return False
+    return True
+
+
+def within(edits: RequestParams, vocab_size: int, where: str, refuse: Refuse) -> RequestParams:
+    """What a vocabulary can honour of a request's options.
+
+    Of sets of tokens and of bad words what has an id outside the vocabulary is left out, which no token comes of
+    anyway. Forced tokens that hold one are left out as a whole.
+    """
+    changed: dict[str, Any] = {}
+
+    def leave_out(name: str, kept: Any, wrong: object) -> None:
+        changed[name] = kept
+        refuse(f"{where}: {name} must have token ids of the vocabulary, 0 to {vocab_size - 1}, got {wrong}")
+
+    for name in ("banned_token_ids", "first_tokens_suppressed", "dry_breakers"):
+        tokens = getattr(edits, name)
+        if isinstance(tokens, TokenMask):
+            try:
+                fitted(name, tokens, vocab_size)
+            except ValueError:
+                leave_out(name, (), f"a mask of {tokens.vocab_size} tokens")
+        elif tokens and max(tokens) >= vocab_size:
+            leave_out(name, tuple(token for token in tokens if token < vocab_size), max(tokens))
+    words = tuple(word for word in edits.bad_words if max(word) < vocab_size)
+    if len(words) < len(edits.bad_words):
+        leave_out("bad_words", words, max(map(max, edits.bad_words)))
+    if edits.forced_tokens and max(edits.forced_tokens) >= vocab_size:
+        leave_out("forced_tokens", (), max(edits.forced_tokens))
+    return replace(edits, **changed) if changed else edits
+
+
+def _short_enough(edits: RequestParams, where: str, refuse: Refuse) -> RequestParams:
+    """What there is room for of a request's lists."""
+    most = MAX_LISTED - 256  # room for what is always short: sets of up to 64 tokens, and DRY
+    longest = max(map(len, edits.bad_words), default=0)
+    forced, words = len(edits.forced_tokens), len(edits.bad_words) * (longest + 1)
+    if forced + words <= most:
+        return edits
+    refuse(
+        f"{where}: forced_tokens and bad_words take {forced + words} words (one for a forced token, {longest + 1} for "
+        f"each bad word, since the longest has {longest} tokens), but may take {most}"
+    )
+    changed: dict[str, Any] = {"forced_tokens": ()} if forced > most else {}
+    if words > most or not changed:
+        changed["bad_words"] = ()
+    return replace(edits, **changed)
+
+
+def without_text(edits: RequestParams, *, counted: bool) -> tuple[RequestParams, list[str]]:
+    """What can be honoured of a request while its newest tokens aren't known, and the names of what can't.
+
+    Args:
+        edits: what it asks for.
+        counted: whether it is known how many tokens there are.
+    """
+    words = tuple(word for word in edits.bad_words if len(word) == 1)
+    changed: dict[str, Any] = {name: 0 for name in ("no_repeat_ngram_size", "dry_multiplier") if getattr(edits, name)}
+    if len(words) < len(edits.bad_words):
+        changed["bad_words"] = words
+    if not counted:
+        changed |= {name: () for name in ("first_tokens_suppressed", "forced_tokens") if getattr(edits, name) != ()}
+    return (replace(edits, **changed) if changed else edits), list(changed)
+
+
+@lru_cache
+def say_once(message: str) -> None:
+    """Log an error that would come again at every step."""
+    logger.error(message)
+
+
+def say_left_out(messages: Sequence[str]) -> None:
+    """Log, once for a request, which of its options are not honoured; nothing where all are."""
+    if messages:
+        logger.warning("a request is steered but for what can't be honoured: %s", "; ".join(messages))
+
+
+class Cutter:
+    """Truncations that need the temperature, by which the engine divides only later: found on a copy of the logits."""
+
+    def __init__(self, max_requests: int, vocab_size: int, device: torch.device, max_rows: int, preset: Preset) -> None:
+        self._batch = BatchProcessor(
+            max_requests, vocab_size, device, max_length=1, max_rows=max_rows, semantics=preset, max_listed=0
+        )
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    def put(self, slot: int, cuts: RequestParams | None) -> None:
+        """What a slot asks for from now on; None for nothing."""
+        if slot in self._batch:
+            self._batch.remove(slot)
+        if cuts is not None:
+            self._batch.add(cuts, slot=slot)
+
+    def has(self, slot: int) -> bool:
+        """Whether a slot asks for anything."""
+        return slot in self._batch
+
+    def cut_(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor | None = None) -> None:
+        """Set to -inf what the requests of the rows cut away; -1 for a row that has nothing to do with it.
+
+        Nothing that is cut depends on the positions, but they tell several rows of a request apart.
+        """
+        cut = self._batch.apply(logits, slots, positions)
+        logits.masked_fill_(cut == float("-inf"), float("-inf"))
+
+
+class Live:
+    """A request, and the list to which its engine adds the tokens that it generates.
+
+    Args:
+        wishes: what it asks for.
+        prompt: its prompt.
+        outputs: the engine's own list; a negative id stands for a token that the engine doesn't know yet.
+    """
+
+    __slots__ = ("blind", "blind_edits", "hides", "outputs", "prompt", "slot", "taken", "wishes")
+
+    def __init__(self, wishes: Wishes, prompt: Sequence[int], outputs: Sequence[int]) -> None:
+        self.wishes, self.prompt, self.outputs = wishes, prompt, outputs
+        self.slot: int | None = None
+        self.taken = 0
+        # What is left of the wishes while the newest token isn't known, what isn't, and whether the slot holds that.
+        self.blind_edits, self.hides = without_text(wishes.edits, counted=True)
+        self.blind = False
+
+
+class LiveBatch:
+    """Requests whose tokens an engine keeps in lists on the host, which grow, and may shrink again.
+
+    Nothing is counted: before each step a request's history is brought to what its list says, and a step that is
+    processed twice gives the same twice. There is always room: where slots, rows or tokens don't suffice, they double.
+
+    Args:
+        vocab_size: tokens of the vocabulary.
+        device: where the logits are.
+        max_requests: requests at a time.
+        max_length: tokens of a request.
+        preset: the engine's semantics.
+    """
+
+    def __init__(
+        self, vocab_size: int, device: torch.device, max_requests: int, max_length: int, preset: Preset
+    ) -> None:
+        self.vocab_size, self.device, self._preset = vocab_size, device, preset
+        self._held: dict[int, Live] = {}  # by slot, the one that was seen last at the end
+        self._listed: list[int] = []  # slots of the rows, the same that is on the device
+        self._make(max_requests, max_length, max_requests)
+
+    @property
+    def max_requests(self) -> int:
+        """Number of slots now."""
+        return self._batch.max_requests
+
+    def let_go(self, live: Live) -> None:
+        """Free the slot of a request, if it has one."""
+        if live.slot is not None and live.slot >= 0:
+            del self._held[live.slot]
+            self._batch.remove(live.slot)
+            self._cutter.put(live.slot, None)
+        live.slot = None
+
+    def process_(self, logits: torch.Tensor, rows: Sequence[Live | None]) -> torch.Tensor:
+        """Process the logits ``[B, V]`` of a step in place; the rows of None stay as they are."""
+        self._make_room(rows)
+        new_slots: list[int] = []
+        new_tokens: list[int] = []
+        slots = [-1 if live is None else self._slot(live, new_slots, new_tokens) for live in rows]
+        if new_slots:
+            self._batch.append(new_slots, new_tokens)
+        if slots != self._listed:
+            self._listed = slots
+            self._slots = to_device(torch.tensor(slots), self.device)
+            cuts = [slot if slot >= 0 and self._cutter.has(slot) else -1 for slot in slots]
+            self._cut_slots = to_device(torch.tensor(cuts), self.device) if max(cuts, default=-1) >= 0 else None
+        if max(slots, default=-1) >= 0:
+            self._batch.apply_(logits, self._slots)
+            if self._cut_slots is not None:
+                self._cutter.cut_(logits, self._cut_slots)
+        return logits
+
+    def _make(self, max_requests: int, max_length: int, max_rows: int) -> None:
+        sizes: dict[str, Any] = {"max_rows": max_rows, "semantics": self._preset}
+        self._batch = BatchProcessor(
+            max_requests, self.vocab_size, self.device, max_length=max_length, max_listed=MAX_LISTED, **sizes
+        )
+        self._cutter = Cutter(max_requests, self.vocab_size, self.device, max_rows, self._preset)
+        for live in self._held.values():
+            live.slot = None
+        self._held.clear()
+        self._listed = []
+
+    def _make_room(self, rows: Sequence[Live | None]) -> None:
+        """Let the rows find a slot each, and space for their tokens."""
+        batch, lives = self._batch, [live for live in rows if live is not None]
+        length = max((len(live.prompt) + len(live.outputs) for live in lives), default=0)
+        if length > batch.max_length or len(rows) > batch.max_rows or len(lives) > batch.max_requests:
+            self._make(
+                _doubled(batch.max_requests, len(lives)),
+                _doubled(batch.max_length, length),
+                _doubled(batch.max_rows, len(rows)),
+            )
+        short = sum(live.slot is None for live in lives) - (batch.max_requests - len(self._held))
+        if short > 0:
+            # An engine that doesn't say when a request is over: those go that have not been seen for longest.
+            here = set(map(id, lives))
+            for live in [live for live in self._held.values() if id(live) not in here][:short]:
+                self.let_go(live)
+
+    def _slot(self, live: Live, new_slots: list[int], new_tokens: list[int]) -> int:
+        """The slot of a request; tokens that its history lacks are added to the lists, or it is written anew."""
+        known = len(live.outputs)
+        blind = bool(live.hides) and known > 0 and live.outputs[-1] < 0
+        if blind:
+            say_once(
+                f"{', '.join(live.hides)} of requests are not honoured: the engine keeps their newest tokens from "
+                "logits processors"
+            )
+        if live.slot is not None and blind == live.blind and (live.slot < 0 or live.taken <= known):
+            if live.slot >= 0:
+                new_slots += [live.slot] * (known - live.taken)
+                # A token that the engine doesn't know yet takes its place; nothing that is honoured now looks at it.
+                new_tokens += [token if token >= 0 else _UNKNOWN for token in live.outputs[live.taken :]]
+                self._held[live.slot] = self._held.pop(live.slot)
+        else:
+            self.let_go(live)
+            live.blind = blind
+            live.slot = self._add(live)
+            self._listed = []
+        live.taken = known
+        return live.slot
+
+    def _add(self, live: Live) -> int:
+        """Write a request into a slot; -1 for one that nothing can be done for."""
+        batch = self._batch
+        try:
+            try:
+                slot = batch.add(live.blind_edits if live.blind else live.wishes.edits, live.prompt, live.outputs)
+            except ValueError:
+                # Whoever else is in the batch must not suffer for what could not be checked before.
+                left_out: list[str] = []
+                edits = within(live.wishes.edits, self.vocab_size, "its options", left_out.append)
+                say_left_out(left_out)
+                live.wishes = live.wishes._replace(edits=edits)
+                live.blind_edits, live.hides = without_text(edits, counted=True)
+                slot = batch.add(live.blind_edits if live.blind else edits, live.prompt, live.outputs)
+        except ValueError as error:
+            logger.error("a request is not steered: %s", error)
+            return -1
+        self._held[slot] = live
+        self._cutter.put(slot, live.wishes.cuts)
+        return slot
+
+
+# Of no vocabulary, and no less than 0: it is appended, and counts for nothing.
+_UNKNOWN = 2**31 - 1
+
+
+def _doubled(size: int, least: int) -> int:
+    while size < least:
+        size *= 2
+    return size

@@ -1,0 +1,1 @@
+"""Lists of processors compiled into plans: stages, what fuses, where each call stands."""

@@ -1,0 +1,251 @@
+"""Processors that forbid tokens by their ids: always, at the first steps, or all that a source text lacks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from transformers.generation import logits_process as theirs
+
+from fastlogits.checks import is_integer, whole_number
+from fastlogits.plan.stages import AllowFrom, Ban, When
+from fastlogits.processors.base import StagedProcessor
+from fastlogits.processors.length import ids_of
+from fastlogits.token_mask import TokenMask, checked_ids, checked_set
+
+
+class SuppressTokensLogitsProcessor(StagedProcessor, theirs.SuppressTokensLogitsProcessor):
+    """Forbid tokens at every step.
+
+    Args:
+        suppress_tokens: token ids; those outside the vocabulary are ignored.
+        device: where a tensor is made of the ids.
+
+    Example:
+        >>> SuppressTokensLogitsProcessor([1])(None, torch.zeros(1, 3))
+        tensor([[0., -inf, 0.]])
+    """
+
+    def stage(self) -> Ban:
+        """A mask."""
+        return Ban(ids_of(self.suppress_tokens), lenient=True)
+
+
+class SuppressTokensAtBeginLogitsProcessor(StagedProcessor, theirs.SuppressTokensAtBeginLogitsProcessor):
+    """Forbid tokens where the sequence has one length, that at which generation begins.
+
+    Args:
+        begin_suppress_tokens: token ids; those outside the vocabulary are ignored.
+        begin_index: the length; ``set_begin_index`` changes it.
+        device: where a tensor is made of the ids.
+
+    Example:
+        >>> SuppressTokensAtBeginLogitsProcessor([1], 2)(torch.tensor([[5, 7]]), torch.zeros(1, 3))
+        tensor([[0., -inf, 0.]])
+    """
+
+    def stage(self) -> Ban:
+        """A mask at one length."""
+        if self.begin_index is None:
+            return Ban(())
+        begin = int(self.begin_index)
+        return Ban(ids_of(self.begin_suppress_tokens), When("length", begin, begin + 1), lenient=True)
+
+
+class AllowedTokensLogitsProcessor(StagedProcessor):
+    """Forbid all tokens but some: ``allowed_token_ids`` as serving engines have it.
+
+    Args:
+        allowed_token_ids: a ``TokenMask`` or token ids, at least one.
+
+    Raises:
+        ValueError: ids that are not integers or are negative, or none; on a call, ids outside the vocabulary, or a
+            mask of another one.
+
+    Example:
+        >>> AllowedTokensLogitsProcessor([1])(None, torch.zeros(1, 3))
+        tensor([[-inf, 0., -inf]])
+    """
+
+    supports_continuous_batching = True
+
+    def __init__(self, allowed_token_ids: TokenMask | Iterable[int] | torch.Tensor) -> None:
+        self.allowed_token_ids = checked_set("allowed_token_ids", allowed_token_ids)
+        if not len(self.allowed_token_ids):
+            raise ValueError("allowed_token_ids must hold at least one token, got none: nothing could be generated")
+
+    def stage(self) -> Ban:
+        """A mask of all other tokens."""
+        return Ban(self.allowed_token_ids, argument="allowed_token_ids", inverted=True)
+
+
+class MinTokensLogitsProcessor(StagedProcessor):
+    """Forbid the tokens that end the text, or stop it, for the first steps of each run.
+
+    Args:
+        min_tokens: number of tokens to generate first, an integer of at least 0.
+        stop_token_ids: token ids, those that end the text among them.
+
+    Raises:
+        ValueError: a number that is not an integer or is negative; ids likewise; on a call, ids outside the
+            vocabulary, or a run whose start isn't known.
+
+    Example:
+        >>> run = MinTokensLogitsProcessor(2, [0, 1]).for_run(prompt_length=1)
+        >>> run(torch.tensor([[5, 7]]), torch.zeros(1, 3))
+        tensor([[-inf, -inf, 0.]])
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(self, min_tokens: int, stop_token_ids: Iterable[int] | torch.Tensor) -> None:
+        self.min_tokens = whole_number("min_tokens", min_tokens)
+        self.stop_token_ids = checked_ids("stop_token_ids", stop_token_ids)
+
+    def stage(self) -> Ban:
+        """A mask during the first steps."""
+        return Ban(self.stop_token_ids, When("step", stop=self.min_tokens), argument="stop_token_ids")
+
+
+class SuppressFirstTokens(StagedProcessor):
+    r"""Forbid some tokens during the first steps of each run: "don't begin the answer with a digit".
+
+    A run is one call of ``generate``; its first step follows the prompt, however much history the prompt holds. The
+    step is read from cache positions and never counted; see ``fastlogits.Position``.
+
+    Args:
+        mask_or_ids: a ``TokenMask``, or token ids; none at all is allowed, with a warning.
+        window: number of steps, at least 1, for which they are forbidden.
+        blank: a ``TokenMask`` or token ids that don't end the ban. Some tokenizers begin an answer with a bare space;
+            with that token blank, the ban holds after the window too until the first token that is not blank. On the
+            GPU such a ban is looked up at every step, since the host doesn't know when it ends.
+
+    Raises:
+        ValueError: ids that are not integers or are negative; ``window`` below 1; on a call, ids outside the
+            vocabulary, a mask of another vocabulary, or a run whose start isn't known.
+
+    Example:
+        >>> from fastlogits import LogitsProcessorList
+        >>> processors = LogitsProcessorList([SuppressFirstTokens([1, 2])])
+        >>> processors(torch.tensor([[5, 7]]), torch.zeros(1, 4), prompt_length=2)
+        tensor([[0., -inf, -inf, 0.]])
+        >>> processors(torch.tensor([[5, 7, 0]]), torch.zeros(1, 4), prompt_length=2)
+        tensor([[0., 0., 0., 0.]])
+    """
+
+    supports_continuous_batching = False
+    _argument = "mask_or_ids"
+
+    def __init__(
+        self,
+        mask_or_ids: TokenMask | Iterable[int] | torch.Tensor,
+        window: int = 1,
+        *,
+        blank: TokenMask | Iterable[int] | torch.Tensor | None = None,
+    ) -> None:
+        self.tokens = checked_set(self._argument, mask_or_ids)
+        self.window = whole_number("window", window, 1)
+        self.blank = None if blank is None else checked_set("blank", blank)
+        if not len(self.tokens):
+            warnings.warn(f"{self._argument} is empty: {type(self).__name__} does nothing", stacklevel=2)
+
+    def stage(self) -> Ban:
+        """A mask behind a gate that closes with the window."""
+        return Ban(self.tokens, When("step", stop=self.window), self.blank, self._argument)
+
+
+class SuppressSpecificBOSTokenLogitsProcessor(SuppressFirstTokens):
+    """Forbid some tokens as the first generated token, under the name and constructor by which it was published.
+
+    The published class loops over the ids, writes its input and needs a global variable set before each run; here
+    only the import changes.
+
+    Args:
+        bad_bos_token_id_list: token ids, or a ``TokenMask``.
+
+    Raises:
+        ValueError: see ``SuppressFirstTokens``.
+
+    Example:
+        >>> from fastlogits import LogitsProcessorList
+        >>> processors = LogitsProcessorList([SuppressSpecificBOSTokenLogitsProcessor([1, 2])])
+        >>> processors(torch.tensor([[5, 7]]), torch.zeros(1, 4), prompt_length=2)
+        tensor([[0., -inf, -inf, 0.]])
+    """
+
+    _argument = "bad_bos_token_id_list"
+
+    def __init__(self, bad_bos_token_id_list: TokenMask | Iterable[int] | torch.Tensor) -> None:
+        super().__init__(bad_bos_token_id_list)
+        self.bad_bos_token_id_list = bad_bos_token_id_list
+
+
+class OnlyTokensFrom(StagedProcessor):
+    """Allow only tokens that occur in a source text: keywords are extracted, not invented.
+
+    Each row has its own set, built on the device at the first call of a run.
+
+    Args:
+        source_ids: token ids of the source, ``(L,)`` or ``(1, L)`` for all rows or ``(R, L)`` for one row each, as a
+            tensor or as lists of any lengths; or ``"prompt"``, the prompt of the run, as far as ``input_ids`` show it.
+        extra: a ``TokenMask`` or token ids that are allowed too, such as a comma.
+        eos_token_id: the id or ids that end the text, always allowed; ``()`` if nothing may end it.
+        exclude: a ``TokenMask`` or token ids of the source that don't count, such as padding.
+        copies: how many neighbouring rows of the scores share a row of the source, an integer of at least 1: the
+            number of beams times that of returned sequences. ``"prompt"`` needs no such number.
+
+    Raises:
+        ValueError: ids that are not integers or are negative; ``copies`` below 1; on a call, ids outside the
+            vocabulary, a source of several rows that aren't as many as those of the scores (``R * copies``), or, for
+            ``"prompt"``, a run whose start isn't known, or ``input_ids`` of other rows than the scores.
+
+    Example:
+        >>> processor = OnlyTokensFrom([3, 1], eos_token_id=0)
+        >>> processor(torch.tensor([[5, 7]]), torch.zeros(1, 5))
+        tensor([[0., 0., -inf, 0., -inf]])
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        source_ids: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Literal["prompt"],
+        extra: TokenMask | Iterable[int] | torch.Tensor = (),
+        *,
+        eos_token_id: int | Sequence[int],
+        exclude: TokenMask | Iterable[int] | torch.Tensor = (),
+        copies: int = 1,
+    ) -> None:
+        self.source_ids = _checked_source(source_ids)
+        self.extra = checked_set("extra", extra)
+        self.eos_token_id = checked_ids(
+            "eos_token_id",
+            [eos_token_id] if is_integer(eos_token_id) else eos_token_id,  # type: ignore[list-item,arg-type]
+        )
+        self.exclude = checked_set("exclude", exclude)
+        self.copies = whole_number("copies", copies, 1)
+
+    def stage(self) -> AllowFrom:
+        """A mask of its own for each row."""
+        return AllowFrom(self.source_ids, self.extra, self.eos_token_id, self.exclude, self.copies)
+
+
+def _checked_source(source_ids: object) -> torch.Tensor | Literal["prompt"]:
+    """Ids as int64 ``(R, L)`` on the host, rows padded with -1."""
+    if isinstance(source_ids, str):
+        if source_ids != "prompt":
+            raise ValueError(f"source_ids must be token ids or 'prompt', got {source_ids!r}; tokenize the text first")
+        return "prompt"
+    if isinstance(source_ids, torch.Tensor):
+        if source_ids.ndim not in (1, 2):
+            raise ValueError(f"source_ids must be of shape (L,) or (R, L), got {tuple(source_ids.shape)}")
+        rows = list(source_ids.reshape(-1, source_ids.shape[-1]))
+    else:
+        nested = list(source_ids) if isinstance(source_ids, Iterable) else None
+        if nested is None:
+            raise ValueError(f"source_ids must be token ids or 'prompt', got {source_ids!r}")
+        rows = nested if nested and not is_integer(nested[0]) else [nested]
+    checked = [torch.tensor(checked_ids("source_ids", row), dtype=torch.int64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(checked, batch_first=True, padding_value=-1)

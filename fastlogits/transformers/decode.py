@@ -1,0 +1,293 @@
+"""A decoding method for ``generate``: tokens are drawn without a softmax or ``multinomial`` over the vocabulary."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType, MappingProxyType
+from typing import Any
+
+import torch
+from fastlogits_kernels.selection import launch
+
+from fastlogits.checks import is_integer
+from fastlogits.sampling import FusedDraw, Sampler
+from fastlogits.transformers.accelerate import RunList
+
+__all__ = ["decode"]
+
+# Where the sequences of one request part: they share its seed.
+_PART = 2**32
+
+
+def decode(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    seeds: int | torch.Tensor | None = None,
+    tokenizer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Greedy decoding and sampling for ``model.generate(custom_generate=fl.decode)``, reproducible for each request.
+
+    All else is the model's own loop: caches, compiled forward passes, stopping criteria, streamers, what is returned.
+    A token is drawn from the distribution that sampling has in transformers. It depends on the row's own logits, the
+    seed of its request and the number of tokens generated before it: not on the rest of the batch.
+
+    ``custom_generate`` may be a function of your own that calls this one. Decorate it with ``functools.wraps(decode)``:
+    by the signature ``generate`` sees what to hand on, such as ``seeds``, and the tokenizer for ``stop_strings``.
+
+    Args:
+        model: this and the following are what ``generate`` gives a decoding method.
+        input_ids: tokens so far ``(B, L)``.
+        logits_processor: the processors, run as one plan whether or not the model is accelerated.
+        stopping_criteria: when to stop.
+        generation_config: the configuration, of greedy decoding or sampling.
+        synced_gpus: whether to go on until all processes have finished. This and the streamer are taken from the
+            ``generate`` that calls, which hands neither on.
+        streamer: what receives the tokens.
+        seeds: given to ``generate``: an integer of 64 bits, or an integer tensor with one for each prompt, whatever
+            ``num_return_sequences`` is. None draws one from torch's generator, so that ``torch.manual_seed`` decides.
+            Rows of an integer seed differ from each other, as do several sequences of one prompt.
+        tokenizer: given to ``generate``, for ``stop_strings`` and token healing.
+        **model_kwargs: the rest.
+
+    Raises:
+        ValueError: a configuration of another decoding method (beams, a draft, ...), or seeds of another shape or
+            dtype.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> asked = {"do_sample": True, "max_new_tokens": 3, "custom_generate": decode, "seeds": torch.tensor([7])}
+        >>> first, second = (model.generate(torch.tensor([[5, 7]]), **asked) for _ in range(2))
+        >>> torch.equal(first, second)
+        True
+    """
+    called = _arguments_of_generate(sys._getframe(1), model)
+    _check_method(generation_config, called.get("assistant_model"))
+    if streamer is None:
+        streamer = called.get("streamer")
+    synced_gpus = synced_gpus or _synced(model, called.get("synced_gpus"))
+    run = logits_processor
+    if not isinstance(run, RunList):
+        run = RunList(logits_processor, input_ids.shape[1])
+    keeps_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
+    if generation_config.do_sample:
+        rows = _seeded(seeds, input_ids, generation_config.num_return_sequences or 1)
+        run = _Drawing(run, *rows, input_ids.shape[1], keeps_scores)
+        generation_config = copy.copy(generation_config)
+        generation_config.do_sample = False
+    elif not keeps_scores:
+        run = _Choosing(run, input_ids)
+    output = type(model)._sample(
+        model,
+        input_ids,
+        logits_processor=run,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        synced_gpus=synced_gpus,
+        streamer=streamer,
+        **model_kwargs,
+    )
+    if getattr(output, "scores", None) is not None:
+        output.scores = tuple(scores.as_subclass(torch.Tensor) for scores in output.scores)
+    return output
+
+
+# -- What generate doesn't hand on --------------------------------------------------------------------------------
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _arguments_of_generate(frame: FrameType, model: Any) -> Mapping[str, Any]:
+    """The arguments of the ``generate`` that decodes by this: a decoding method of one's own isn't given all.
+
+    It is the nearest of the model: a function of the user may stand between.
+    """
+    for caller in _callers(frame):
+        code = caller.f_code
+        if (
+            code.co_name == "generate"
+            and "custom_generate" in code.co_varnames
+            and caller.f_locals.get("self") is model
+        ):
+            return caller.f_locals
+    return {}
+
+
+def _synced(model: Any, asked: bool | None) -> bool:
+    """What ``generate`` makes of ``synced_gpus``: where it isn't given, the way that the model is spread decides."""
+    found = model._extract_generation_mode_kwargs(None, {}, asked, None, None)
+    return bool(found.get("synced_gpus"))
+
+
+class _Signature(inspect.Signature):
+    """The signature of ``decode``, by which ``generate`` tells what to hand on.
+
+    Before it looks here, transformers takes the tokenizer out of the arguments that it hands on, and then drops it.
+    So it is put back while it looks.
+    """
+
+    __slots__ = ()
+
+    @property
+    def parameters(self) -> MappingProxyType[str, inspect.Parameter]:
+        """The parameters by name."""
+        for caller in _callers(sys._getframe(1)):
+            if caller.f_code.co_name == "_extract_generation_mode_kwargs":
+                taken, rest = caller.f_locals.get("generation_mode_kwargs", {}), caller.f_locals.get("kwargs")
+                if "tokenizer" in taken and isinstance(rest, dict):
+                    rest["tokenizer"] = taken["tokenizer"]
+                break
+            if caller.f_code.co_filename != inspect.__file__:
+                break
+        return super().parameters
+
+
+_plain = inspect.signature(decode)
+decode.__signature__ = _Signature(  # type: ignore[attr-defined]
+    list(_plain.parameters.values()), return_annotation=_plain.return_annotation
+)
+
+
+# -- Arguments ----------------------------------------------------------------------------------------------------
+
+# What makes a configuration one of another decoding method, and what it must be.
+_OTHER_METHODS = {
+    "num_beams": "1",
+    "penalty_alpha": "None",
+    "dola_layers": "None",
+    "prompt_lookup_num_tokens": "None",
+    "assistant_early_exit": "None",
+    "use_mtp": "False",
+    "constraints": "None",
+    "force_words_ids": "None",
+}
+
+
+def _check_method(generation_config: Any, assistant_model: Any) -> None:
+    """Refuse what another decoding method is asked for by."""
+    if generation_config.get_generation_mode(assistant_model) in ("greedy_search", "sample"):
+        return
+    argument, allowed, value = "assistant_model", "None", type(assistant_model).__name__
+    if assistant_model is None:
+        argument, allowed = next(_asked(generation_config), ("generation_config", "one of greedy decoding or sampling"))
+        value = repr(getattr(generation_config, argument, generation_config.get_generation_mode()))
+    raise ValueError(
+        f"{argument} must be {allowed} with custom_generate=fastlogits.decode, which decodes greedily or samples, got "
+        f"{value}: leave {argument} out, or leave custom_generate out, since fastlogits.accelerate takes all methods"
+    )
+
+
+def _asked(generation_config: Any) -> Iterator[tuple[str, str]]:
+    """The arguments of other methods that act in a configuration, and what they must be."""
+    for argument, allowed in _OTHER_METHODS.items():
+        value = getattr(generation_config, argument, None)
+        if value and not (argument == "num_beams" and value == 1):
+            yield argument, allowed
+
+
+def _seeded(
+    seeds: int | torch.Tensor | None, input_ids: torch.Tensor, num_return_sequences: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The seed of each row, and where its positions start, int64 ``[B]``."""
+    B, device = input_ids.shape[0], input_ids.device
+    row = torch.arange(B, device=device)
+    if seeds is None:
+        seeds = int(torch.randint(2**62, ()))
+    if is_integer(seeds) and -(2**63) <= seeds < 2**63:
+        return torch.full((B,), int(seeds), device=device), row * _PART
+    if not isinstance(seeds, torch.Tensor):
+        raise ValueError(
+            f"seeds must be an integer of 64 bits, or an integer tensor with one per prompt, got {seeds!r}"
+        )
+    prompts = B // num_return_sequences
+    if seeds.shape != (prompts,) or seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
+        raise ValueError(
+            f"seeds must be an integer tensor with one per prompt, of shape ({prompts},), got {seeds.dtype} of shape "
+            f"{tuple(seeds.shape)}: give one seed for each prompt"
+            + (", whose sequences share it" if num_return_sequences > 1 else "")
+        )
+    part = row % num_return_sequences * _PART
+    return seeds.to(device, torch.int64).repeat_interleave(num_return_sequences), part
+
+
+class _Drawing(RunList):
+    """The processors of a run; their scores know which token they have drawn.
+
+    Args:
+        run: the processors.
+        seeds: the seed of each row, int64 ``[B]``.
+        starts: where its positions start, int64 ``[B]``.
+        prompt_length: number of tokens of the prompt.
+        keeps_scores: whether somebody asks for the processed scores. Where nobody does, they are written nowhere: the
+            kernels that draw process what they read.
+    """
+
+    def __init__(
+        self, run: RunList, seeds: torch.Tensor, starts: torch.Tensor, prompt_length: int, keeps_scores: bool
+    ) -> None:
+        super().__init__((), prompt_length)
+        self._process, self._seeds, self._starts, self._start = run, seeds, starts, prompt_length
+        self._fused = None if keeps_scores else FusedDraw(run)
+        self._sampler = Sampler()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Process the scores of one step, and draw from them."""
+        positions = self._starts + (input_ids.shape[1] - self._start)
+        if self._fused is not None and not kwargs and launch.takes_scores(scores):
+            tokens, _ = self._fused(scores, self._seeds, positions, input_ids, self._process.run)
+            return _drawn(scores, tokens)
+        scores = self._process(input_ids, scores, **kwargs)
+        return _drawn(scores, self._sampler(scores, self._seeds, positions).tokens)
+
+
+class _Choosing(RunList):
+    """The processors of a greedy run whose processed scores nobody asks for: the same, for the likeliest token."""
+
+    def __init__(self, run: RunList, input_ids: torch.Tensor) -> None:
+        super().__init__((), input_ids.shape[1])
+        self._process, self._fused = run, FusedDraw(run, temperature=0.0)
+        self._anything = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Process the scores of one step, and find the largest."""
+        if kwargs or not launch.takes_scores(scores):
+            return self._process(input_ids, scores, **kwargs)
+        tokens, _ = self._fused(scores, self._anything, self._anything, input_ids, self._process.run)
+        return _drawn(scores, tokens)
+
+
+def _drawn(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    drawn: Any = scores.as_subclass(_Drawn)
+    drawn.tokens = tokens
+    return drawn  # type: ignore[no-any-return]
+
+
+class _Drawn(torch.Tensor):
+    """Scores whose largest, to the loop that asks for it, is the token that was drawn."""
+
+    tokens: torch.Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.argmax, torch.Tensor.argmax):
+            return args[0].tokens
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))

@@ -1,0 +1,225 @@
+"""Kernels compiled before the first call: that call is rehearsed, and all that it would launch is compiled at once."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from fastlogits_kernels.runtime.backend import absence, unsupported
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, collected, prepare
+from fastlogits_kernels.runtime.recent import is_capturing
+
+from fastlogits.checks import device_of, whole_number
+from fastlogits.plan.stages import When
+
+if TYPE_CHECKING:
+    from fastlogits.plan.plan import Plan
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PROMPT = 1
+_FARTHEST = 2**30
+"""Positions beyond it are those of no sequence."""
+
+
+@dataclass(frozen=True, repr=False)
+class WarmUp:
+    """What a warm-up has done.
+
+    Args:
+        device: where the kernels are.
+        seconds: how long it took. Kernels that the cache on disk holds take some milliseconds each.
+        kernels: the names of the kernels that were compiled or loaded from the cache, one for each variant; those that
+            the process had already aren't among them.
+        needed: how many variants the calls launch.
+        skipped: what else the calls run, and why it was not rehearsed.
+        failed: why kernels can't be had; calls fall back to torch for them, with a warning.
+        reason: why there was nothing to do; empty where there was.
+
+    Example:
+        >>> from fastlogits import LogitsProcessorList, TopKLogitsWarper
+        >>> LogitsProcessorList([TopKLogitsWarper(50)]).warm_up(1000, device="cpu")
+        <WarmUp: nothing to compile on cpu: the kernels are for GPUs, and torch runs here>
+    """
+
+    device: torch.device
+    seconds: float = 0.0
+    kernels: tuple[str, ...] = ()
+    needed: int = 0
+    skipped: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"nothing to compile on {self.device}: {self.reason}"
+        counts = Counter(self.kernels)
+        names = ", ".join(name if n == 1 else f"{name} ({n})" for name, n in sorted(counts.items()))
+        if not self.needed:
+            said = f"nothing to compile on {self.device}: the calls launch no kernel of fastlogits"
+        elif not self.kernels and not self.failed:
+            said = f"nothing to compile on {self.device}: the process has all {self.needed} already"
+        else:
+            of = "" if len(self.kernels) == self.needed else f" of {self.needed}"
+            said = (
+                f"{len(self.kernels)}{of} kernels made ready on {self.device} in {self.seconds:.1f} s: {names or '-'}"
+            )
+        rest = [*(f"not rehearsed: {each}" for each in self.skipped), *(f"FAILED: {each}" for each in self.failed)]
+        return "; ".join([said, *rest])
+
+    def __repr__(self) -> str:
+        return f"<WarmUp: {self}>"
+
+
+def warmed(device: torch.device, rehearse: Callable[[], None], skipped: Iterable[str] = ()) -> WarmUp:
+    """Rehearse calls, whose launches are collected and not made, and compile all that they would launch at once.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if is_capturing(device):
+        raise RuntimeError(
+            "warm_up() must be called before a CUDA graph is captured: compiling would break the capture"
+        )
+    reason = no_kernels(device)
+    if reason is not None:
+        return WarmUp(device, reason=reason)
+    start = time.perf_counter()
+    launches = rehearsed(rehearse)
+    outcomes = prepare(launches)
+    return WarmUp(
+        device,
+        time.perf_counter() - start,
+        tuple(sorted(_name(launch.launcher) for launch, error in outcomes if error is None)),
+        len({(id(each.launcher), each.key) for each in launches}),
+        tuple(skipped),
+        tuple(str(error) for _, error in outcomes if error is not None),
+    )
+
+
+def rehearsed(rehearse: Callable[[], None]) -> list[Launch]:
+    """The launches of some calls, none of which is made."""
+    with collected() as launches, torch.no_grad():
+        rehearse()
+    return launches
+
+
+def no_kernels(device: torch.device) -> str | None:
+    """Why nothing is compiled for a device; None where something is."""
+    if device.type != "cuda":
+        return "the kernels are for GPUs, and torch runs here"
+    return absence() or unsupported(device)
+
+
+def _name(launcher: Launcher) -> str:
+    return launcher.name.strip("_").removesuffix("_kernel")
+
+
+# -- What stands for the arguments of a call -------------------------------------------------------------------------
+
+
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """A device as torch has it; None for the current GPU where there is one, else the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device_of("device", device)
+
+
+def checked_dtype(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, if kernels take logits of it."""
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}: give that of the logits"
+        )
+    return dtype
+
+
+def dummy_logits(
+    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, row_stride: int | None
+) -> torch.Tensor:
+    """Logits ``[rows, V]``, not initialised, of rows that are so far apart."""
+    checked_dtype(dtype)
+    vocab_size = whole_number("vocab_size", vocab_size, 1)
+    if row_stride is None:
+        row_stride = vocab_size
+    elif whole_number("row_stride", row_stride) < vocab_size:
+        raise ValueError(
+            f"row_stride must be at least {vocab_size}, the size of the vocabulary, got {row_stride}: it is "
+            "logits.stride(0), or None for logits that are contiguous"
+        )
+    return torch.empty(rows, row_stride, dtype=dtype, device=device)[:, :vocab_size]
+
+
+def dummy_ids(input_ids: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
+    """Tokens so far: those that are given, or a prompt of one token."""
+    if input_ids is None:
+        return torch.zeros(rows, _PROMPT, dtype=torch.int64, device=device)
+    if (
+        not isinstance(input_ids, torch.Tensor)
+        or input_ids.ndim != 2
+        or input_ids.dtype not in (torch.int32, torch.int64)
+        or input_ids.device != device
+    ):
+        found = (
+            f"{input_ids.dtype} of {tuple(input_ids.shape)} on {input_ids.device}"
+            if isinstance(input_ids, torch.Tensor)
+            else repr(input_ids)
+        )
+        raise ValueError(
+            f"input_ids must be int32 or int64 of shape (B, L) on {device}, as a call has them, or None for int64, got "
+            f"{found}"
+        )
+    return input_ids
+
+
+def host_positions(plan: Plan | None) -> list[tuple[int, int]]:
+    """``cache_position`` and ``prompt_length`` of calls between which all gates of a plan open and close."""
+    found = {0}
+    for when in () if plan is None else _gates(plan):
+        for index in (when.start, when.stop, when.phase):
+            if index is not None:
+                # A prompt of one token: step s is that of position s, and length n that of n - 1.
+                at = index if when.of == "step" else index - 1
+                found |= {at - 1, at, at + 1}
+    return [(at, _PROMPT) for at in sorted(found) if 0 <= at <= _FARTHEST]
+
+
+def _gates(plan: Plan) -> Iterator[When]:
+    for step in plan.steps:
+        inner: Plan | None = getattr(step, "inner", None)
+        if inner is not None:
+            yield from _gates(inner)
+        for member in step.members:
+            when = getattr(member.stage, "when", None)
+            if isinstance(when, When):
+                yield when
+
+
+def not_rehearsed(plan: Plan | None) -> list[str]:
+    """What of a plan runs without kernels of ours, each in a few words."""
+    from fastlogits.plan.plan import Barrier, RowsLaunch  # which processors ask for their warm-up
+
+    found = []
+    for step in () if plan is None else plan.gpu_steps:
+        if isinstance(step, Barrier) and step.inner is not None:
+            found += not_rehearsed(step.inner)
+        elif isinstance(step, Barrier):
+            found.append(f"{step.members[0].name}, which fastlogits doesn't know")
+        elif isinstance(step, RowsLaunch) and not step.launches:
+            found.append(f"{step.members[0].name}, which is some operations of torch")
+    return found
+
+
+def checked_choices(argument: str, value: object, choices: Sequence[str]) -> tuple[str, ...]:
+    """One or several of some words.
+
+    Raises:
+        ValueError: something else is among them.
+    """
+    asked = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else None
+    if asked is None or any(each not in choices for each in asked):
+        raise ValueError(f"{argument} must be one or several of {', '.join(map(repr, choices))}, got {value!r}")
+    return asked

@@ -1,0 +1,1 @@
+"""How kernels are compiled, launched and registered, and where torch takes their place."""
