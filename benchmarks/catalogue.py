@@ -10,10 +10,12 @@ import torch
 import fastlogits as fl
 from benchmarks.inputs import HISTORY
 from benchmarks.processors import CLASSES
-from fastlogits.plan.masks import MaskLaunch
-from fastlogits.plan.plan import RowsLaunch
-from fastlogits.plan.pointwise import FoldLaunch
-from fastlogits.plan.selection import SelectLaunch
+from fastlogits.inspect.members import fresh_members
+from fastlogits.plan.masks import is_plain_mask
+from fastlogits.plan.part import Part
+from fastlogits.plan.pointwise import Pointwise
+from fastlogits.plan.rows import RowsPart
+from fastlogits.plan.selection import Selection
 from fastlogits.plan.stages import Rows
 
 _V = 1000
@@ -87,24 +89,24 @@ def uncatalogued() -> set[str]:
 
 
 def _row(processor: Any) -> str:
-    (step,) = processor.plan.gpu_steps
-    (member,) = step.members
+    name = type(processor).__name__
+    (member,) = fresh_members([processor])
     stage = member.stage
     kind = stage.law if isinstance(stage, Rows) else stage.kind
     does = " ".join((type(processor).__doc__ or "").partition("\n\n")[0].split()).replace("|", "\\|").replace("``", "`")
-    return f"| `{member.name}` | {kind} | {does} | {_cost(step, member.name)} |"
+    costs = list(dict.fromkeys(_cost(part) for part in processor.plan.parts))
+    cost = "torch; asks the host at each call" if name in _WAITS else "; ".join(costs)
+    return f"| `{name}` | {kind} | {does} | {cost} |"
 
 
-def _cost(step: Any, name: str) -> str:
-    if name in _WAITS:
-        return "torch; asks the host at each call"
-    if isinstance(step, MaskLaunch):
-        return "none of its own: the shared pass"
-    if isinstance(step, FoldLaunch):
-        return "the shared pass" + (", the shared search before it" if step.searches else "")
-    if isinstance(step, SelectLaunch):
-        more = ", where it comes first a read more" if step.cost().reads > 1 else ""
+def _cost(part: Part) -> str:
+    if isinstance(part, Pointwise):
+        if all(map(is_plain_mask, (member.stage for member in part.members))):
+            return "none of its own: the shared pass"
+        return "the shared pass" + (", the shared search before it" if part.searches else "")
+    if isinstance(part, Selection):
+        more = ", where it comes first a read more" if part.cost().reads > 1 else ""
         return f"the shared selection{more}"
-    if isinstance(step, RowsLaunch) and step.is_normalisation:
+    if isinstance(part, RowsPart) and part.is_normalisation:
         return "nothing after truncations, else torch"
     return "torch, on whole rows"

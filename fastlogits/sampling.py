@@ -27,14 +27,12 @@ from fastlogits_kernels.truncate.dispatch import truncate
 
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
 from fastlogits.plan.causes import explain_failure, kind
-from fastlogits.plan.masks import MaskLaunch
+from fastlogits.plan.fusion import fused_to_logits, fused_to_token
 from fastlogits.plan.part import NO_ARGUMENTS
 from fastlogits.plan.plan import Plan
-from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.position import Index
 from fastlogits.plan.run import Run
-from fastlogits.plan.selection import TruncateLaunch
-from fastlogits.plan.stages import Member
 from fastlogits.processors.base import LogitsProcessorList, positions_for_others
 
 if TYPE_CHECKING:
@@ -218,8 +216,8 @@ class Sampler:
             given = logits.detach() if logits.requires_grad else logits
             return self._draw(given, *rows, input_ids, prompt_length, cache_position)
         except Exception as error:
-            steps = () if self._processors is None else self._processors.plan.steps
-            explain_failure(error, [member for step in steps for member in step.members], input_ids, logits)
+            members = [] if self._processors is None else self._processors.plan.members
+            explain_failure(error, members, input_ids, logits)
             raise
 
     def warm_up(
@@ -340,22 +338,20 @@ class Sampler:
 
     @staticmethod
     def _check_need_no_history(processors: LogitsProcessorList) -> None:
-        for step in processors.plan.steps:
-            for member in step.members:
-                if member.stage.needs_history:
-                    raise ValueError(
-                        "input_ids must be the tokens so far, integers of shape (B, L), got None: "
-                        f"{member.name} reads them"
-                    )
+        for member in processors.plan.members:
+            if member.stage.needs_history:
+                raise ValueError(
+                    f"input_ids must be the tokens so far, integers of shape (B, L), got None: {member.name} reads them"
+                )
 
 
 class _Joined(NamedTuple):
-    """A plan whose last steps have been taken into the draw."""
+    """A plan whose last parts have been taken into the draw."""
 
     plan: Plan | None
     first: Plan | None
     """What can't be taken, and runs before."""
-    fold: FoldLaunch | None
+    fold: Pointwise | None
     rules: tuple[Rule, ...]
     by_row: bool
     """Whether one of them has a value for each row."""
@@ -430,20 +426,12 @@ class FusedDraw:
         return select_and_report(logits, selection, seeds, positions, top_logprobs, temperature, *inputs)
 
     def _join(self, plan: Plan | None) -> _Joined:
-        """Take the last steps of a plan into the draw."""
-        steps = [] if plan is None else [*plan.steps]
-        rules = self._rules
-        if self._joins_truncations and steps and isinstance(steps[-1], TruncateLaunch):
-            last = steps[-1].rules
-            if launch.takes_rules(last) and all(rule.filter_value == -math.inf for rule in last):
-                rules = last
-                steps.pop()
-        members: list[Member] = []
-        if steps and isinstance(steps[-1], (FoldLaunch, MaskLaunch)):
-            members = [*steps.pop().members]
-        fold = FoldLaunch(members) if members else None
+        """Take the last parts of a plan into the draw."""
+        draw = fused_to_token([] if plan is None else plan.inner_parts, self._joins_truncations)
+        rules = self._rules if draw.rules is None else draw.rules
         by_row = any(isinstance(rule.value, torch.Tensor) for rule in rules)
-        return _Joined(plan, Plan(steps) if steps else None, fold, rules, by_row, {})
+        first = Plan(fused_to_logits(draw.rest)) if draw.rest else None
+        return _Joined(plan, first, draw.fold, rules, by_row, {})
 
 
 def sample(

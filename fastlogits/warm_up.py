@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from fastlogits_kernels.runtime.backend import absence, unsupported
@@ -14,10 +13,10 @@ from fastlogits_kernels.runtime.launcher import Launch, Launcher, collected, pre
 from fastlogits_kernels.runtime.recent import is_capturing
 
 from fastlogits.checks import device_of, whole_number
+from fastlogits.plan.barrier import Barrier
+from fastlogits.plan.part import AnyPlan
+from fastlogits.plan.rows import RowsPart
 from fastlogits.plan.stages import When
-
-if TYPE_CHECKING:
-    from fastlogits.plan.plan import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PROMPT = 1
@@ -175,7 +174,7 @@ def dummy_ids(input_ids: torch.Tensor | None, rows: int, device: torch.device) -
     return input_ids
 
 
-def host_positions(plan: Plan | None) -> list[tuple[int, int]]:
+def host_positions(plan: AnyPlan | None) -> list[tuple[int, int]]:
     """``cache_position`` and ``prompt_length`` of calls between which all gates of a plan open and close."""
     found = {0}
     for when in () if plan is None else _gates(plan):
@@ -187,29 +186,26 @@ def host_positions(plan: Plan | None) -> list[tuple[int, int]]:
     return [(at, _PROMPT) for at in sorted(found) if 0 <= at <= _FARTHEST]
 
 
-def _gates(plan: Plan) -> Iterator[When]:
-    for step in plan.steps:
-        inner: Plan | None = getattr(step, "inner", None)
-        if inner is not None:
-            yield from _gates(inner)
-        for member in step.members:
+def _gates(plan: AnyPlan) -> Iterator[When]:
+    for part in plan.parts:
+        if isinstance(part, Barrier) and part.inner is not None:
+            yield from _gates(part.inner)
+        for member in part.members:
             when = getattr(member.stage, "when", None)
             if isinstance(when, When):
                 yield when
 
 
-def not_rehearsed(plan: Plan | None) -> list[str]:
+def not_rehearsed(plan: AnyPlan | None) -> list[str]:
     """What of a plan runs without kernels of ours, each in a few words."""
-    from fastlogits.plan.plan import Barrier, RowsLaunch  # which processors ask for their warm-up
-
     found = []
-    for step in () if plan is None else plan.gpu_steps:
-        if isinstance(step, Barrier) and step.inner is not None:
-            found += not_rehearsed(step.inner)
-        elif isinstance(step, Barrier):
-            found.append(f"{step.members[0].name}, which fastlogits doesn't know")
-        elif isinstance(step, RowsLaunch) and not step.launches:
-            found.append(f"{step.members[0].name}, which is some operations of torch")
+    for part in () if plan is None else plan.parts:
+        if isinstance(part, Barrier) and part.inner is not None:
+            found += not_rehearsed(part.inner)
+        elif isinstance(part, Barrier):
+            found.append(f"{part.members[0].name}, which fastlogits doesn't know")
+        elif isinstance(part, RowsPart) and not part.launches:
+            found.append(f"{part.members[0].name}, which is some operations of torch")
     return found
 
 

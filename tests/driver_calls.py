@@ -201,8 +201,7 @@ def calls() -> list[Callable[[], Any]]:
 
     def add(processors: list[Any], scores: torch.Tensor) -> None:
         plan = fl.LogitsProcessorList(processors).plan
-        on_gpu = type(plan)(plan.gpu_steps)
-        found.append(lambda: on_gpu(ids[: len(scores)], scores))
+        found.append(lambda: plan(ids[: len(scores)], scores))
 
     for scores in (wide[:, :V], wide[:1, 1 : V + 1], wide[:, :V].half()):
         add(warpers, scores)

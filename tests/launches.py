@@ -160,7 +160,7 @@ def keys() -> list[str]:
 def _warp(dtype: torch.dtype) -> None:
     warpers = [fl.TemperatureLogitsWarper(0.7), fl.TopKLogitsWarper(50), fl.TopPLogitsWarper(0.9)]
     plan = fl.LogitsProcessorList(warpers).plan
-    type(plan)(plan.gpu_steps)(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, V, dtype=dtype))
+    plan(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, V, dtype=dtype))
 
 
 def _draw(dtype: torch.dtype) -> None:

@@ -16,8 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import fastlogits as fl
 from fastlogits.plan import selection as truncate_launch
-from fastlogits.plan.plan import TruncateLaunch
-from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.plan.pointwise import Pointwise
+from fastlogits.plan.selection import Truncation
 from fastlogits.transformers import accelerate as acceleration
 
 pytestmark = pytest.mark.usefixtures("one_thread", "accelerates_nothing_after")
@@ -430,8 +430,8 @@ def test_a_run_is_few_launches(llama):
     with fl.accelerate(llama), counted() as calls:
         generate(llama, do_sample=True, **FLAGS["all"], logits_processor=[fl.SuppressFirstTokens([5])])
     plan = calls.lists[0].plan
-    assert sum(len(step.members) for step in plan.steps) == 11
-    assert [type(step) for step in plan.steps] == [FoldLaunch, TruncateLaunch]
+    assert sum(len(step.members) for step in plan.inner_parts) == 11
+    assert [type(step) for step in plan.inner_parts] == [Pointwise, Truncation]
 
 
 NO_PROCESSORS = {

@@ -54,12 +54,15 @@ def kernels(monkeypatch):
 
 def kept_by(processors, name):
     """The dictionary that a case fills."""
-    step = step_of(processors, name) if name == "selection" else processors.plan.steps[0]
-    return step._allowed._kept if name == "allowed" else step._kept
+    if name == "selection":
+        return step_of(processors, name)._kept
+    part = processors.plan.inner_parts[0]
+    filled = part if part._masks is None else part._masks
+    return filled._allowed._kept if name == "allowed" else filled._kept
 
 
 def step_of(processors, name):
-    return processors.plan.gpu_steps[0] if name == "selection" else processors
+    return processors.plan.parts[0] if name == "selection" else processors
 
 
 @each_case

@@ -16,7 +16,6 @@ from fastlogits_kernels.selection import launch
 from fastlogits_kernels.truncate.dispatch import _flattened
 
 import fastlogits as fl
-from fastlogits.plan.plan import Plan
 
 V, L = 50, 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +99,7 @@ def test_kernels_that_fold_and_truncate_are_one_operation(monkeypatch):
     """What a GPU takes in one pass stays one pass in a compiled function."""
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     processors = fl.LogitsProcessorList([*LISTS["history"](), *LISTS["truncations"]()])
-    plan = Plan(processors.plan.gpu_steps)
+    plan = processors.plan
     called = []
 
     def backend(graph, inputs):
@@ -136,7 +135,7 @@ def test_forward_processors_and_choice_are_one_graph():
 
 def _fold():
     processors = fl.LogitsProcessorList([*LISTS["history"](), *LISTS["lengths"]()])
-    step = processors.plan.steps[0]
+    step = processors.plan.inner_parts[0]
     run = processors.for_run(L)
     run(IDS, SCORES)
     (chain,) = step._kept.values()

@@ -118,17 +118,18 @@ def test_a_draw_called_while_another_thread_prepares_it(monkeypatch, device):
     at = torch.zeros(3, dtype=torch.int64, device=device)
     begun, ended = threading.Event(), threading.Event()
 
-    class Slow(sampling.FoldLaunch):
-        def __init__(self, members):
-            if not begun.is_set():
-                begun.set()
-                assert ended.wait(60)
-            super().__init__(members)
+    fused = sampling.fused_to_token
+
+    def slow(*arguments):
+        if not begun.is_set():
+            begun.set()
+            assert ended.wait(60)
+        return fused(*arguments)
 
     # Nothing but token 7 may come.
     only = fl.LogitsProcessorList([fl.SuppressTokensLogitsProcessor([t for t in range(V) if t != 7])])
     shared = sampling.FusedDraw(only)
-    monkeypatch.setattr(sampling, "FoldLaunch", Slow)
+    monkeypatch.setattr(sampling, "fused_to_token", slow)
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(shared, scores, at, at, ids, None)
         assert begun.wait(60)

@@ -29,7 +29,7 @@ def test_demo():
     assert all(re.match(r"[A-Z][a-z]+ [A-Z][a-z]+ ", answer) for answer in answers(output)[2:])
     assert "step 0 bans 0 -> ▁1" in output
     assert re.search(r"step 0 bans \d\d -> ▁[A-Z][a-z]+; 1 bans 0", output)
-    assert "1 processor, 1 fused step" in output
+    assert "1 processor, 1 fused part" in output
     assert "loop / in place" in output
 
 

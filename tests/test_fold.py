@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastlogits as fl
-from fastlogits.plan.plan import FoldLaunch, Plan
+from fastlogits.plan.plan import Plan
+from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import (
     AllowFrom,
@@ -68,7 +69,7 @@ def kernels(device):
 
 
 def fold(stages, input_ids, scores, run=None, in_place=False):
-    return FoldLaunch([Member("stage", stage) for stage in stages])(input_ids, scores, run, in_place=in_place)
+    return Pointwise([Member("stage", stage) for stage in stages])(input_ids, scores, run, in_place=in_place)
 
 
 tokens = st.integers(0, V - 1)
@@ -189,7 +190,7 @@ def test_rows_far_apart(kernels, device):
 
 def test_a_batch_of_another_size_has_its_own_texts():
     """Rows of a text are dealt out to the rows of the scores, anew for each number of these."""
-    launch = FoldLaunch([Member("stage", Penalize(Given(torch.tensor([[1, 2], [3, 4]])), 2.0))])
+    launch = Pointwise([Member("stage", Penalize(Given(torch.tensor([[1, 2], [3, 4]])), 2.0))])
     for B in (2, 4, 2):
         changed = launch(torch.zeros(B, 1, dtype=torch.int64), torch.ones(B, V)) != 1
         wanted = [[1, 2]] * (B // 2) + [[3, 4]] * (B // 2)
@@ -218,7 +219,7 @@ def test_long_histories(kernels, device, length):
 
 def test_bans_are_one_set_wherever_they_may_be():
     def sets(*stages):
-        launch = FoldLaunch([Member("stage", stage) for stage in stages])
+        launch = Pointwise([Member("stage", stage) for stage in stages])
         launch(torch.zeros(1, 3).long(), torch.zeros(1, V), Run(1))
         chain = launch._last[3]
         return [op.kind for op in chain.ops].count(fold_kernels.BAN.value)
@@ -257,7 +258,7 @@ def test_allowed_rows_on_both_sides_of_what_brings_scores_back():
         found = Plan.compile(members)(torch.zeros(1, 3).long(), torch.ones(1, V), Run(3))
         wanted = torch.ones(1, V)
         for member in members:
-            wanted = FoldLaunch([member])(torch.zeros(1, 3).long(), wanted, Run(3))
+            wanted = Pointwise([member])(torch.zeros(1, 3).long(), wanted, Run(3))
         assert torch.equal(found, wanted)
         assert found[0, 3] != -INF
 
@@ -380,7 +381,7 @@ def test_opcheck(device):
     )
     ids, scores = torch.randint(0, 9, (2, 8), device=device), torch.randn(2, V, device=device)
     processors(ids, scores)
-    chain = processors.plan.steps[0]._last[3]
+    chain = processors.plan.inner_parts[0]._last[3]
     for operation in (torch.ops.fastlogits.fold.default, torch.ops.fastlogits.fold_.default):
         torch.library.opcheck(operation, (scores.clone(), chain.handle, ids), {"cache_offset": 7})
 

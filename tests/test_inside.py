@@ -69,9 +69,9 @@ def test_explain_names_the_law_of_each_merge():
     assert truncation.laws == ()
     assert explanation.gpu == (
         "at most 5 launches",
-        "steps 1, 2 and 3 share one read and one write of the logits, after a look at a sample of each row",
-        "law: a pointwise map is done wherever a logit is read (step 1, step 2)",
-        "law: the sum over a row is that over the tokens kept (step 2, step 3)",
+        "parts 1, 2 and 3 share one read and one write of the logits, after a look at a sample of each row",
+        "law: a pointwise map is done wherever a logit is read (part 1, part 2)",
+        "law: the sum over a row is that over the tokens kept (part 2, part 3)",
     )
     assert all(line in explanation for line in (*fold.laws, *explanation.gpu))
 
@@ -84,7 +84,7 @@ def test_a_mask_is_said_to_move_only_where_it_does(between, merges):
     banning = fl.SuppressTokensLogitsProcessor([1]), fl.NoRepeatNGramLogitsProcessor(2)
     processors = fl.LogitsProcessorList([banning[0], between, banning[1]])
     assert ("a mask commutes" in processors.explain()) is merges
-    (step,) = processors.plan.steps
+    (step,) = processors.plan.inner_parts
     chain = step.inputs(IDS, scores(), None)[0]
     assert (chain.search.sets == 1) is merges
 
@@ -136,7 +136,7 @@ def test_no_more_launches_than_explain_says(processors, monkeypatch, device):
     call = Launcher.__call__
     monkeypatch.setattr(Launcher, "__call__", lambda self, *args: launched.append(self) or call(self, *args))
     scored = scores().to(device)
-    for step in plan.gpu_steps:
+    for step in plan.parts:
         launched.clear()
         scored = step(IDS.to(device), scored, None)
         # On the CPU only a selection runs its kernels, and finds its tokens in torch.
@@ -293,7 +293,7 @@ def test_explain_on_the_command_line(capsys, tmp_path):
     text = "TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)"
     assert main(["explain", text, "--batch", "8", "--vocab", "1000", "--html", str(tmp_path / "plan.html")]) == 0
     printed = capsys.readouterr().out
-    assert "2 processors, 2 fused steps" in printed
+    assert "2 processors, 2 fused parts" in printed
     assert "float32 logits of 8 x 1000: 64.0 kB to move" in printed
     assert "TopKLogitsWarper" in (tmp_path / "plan.html").read_text()
 
@@ -417,4 +417,4 @@ one_of_theirs = transformers.TopKLogitsWarper(3)
 
 def test_a_processor_that_a_module_holds(capsys):
     assert main(["explain", f"{__name__}:one_of_theirs"]) == 0
-    assert "1 processor, 1 fused step" in capsys.readouterr().out
+    assert "1 processor, 1 fused part" in capsys.readouterr().out

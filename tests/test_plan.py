@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastlogits as fl
-from fastlogits.plan.plan import MaskLaunch
+from fastlogits.plan.pointwise import Pointwise
 
 V = 100
 INF = float("inf")
@@ -80,9 +80,9 @@ def test_masks_merge_into_one_launch_and_barriers_part_them():
         fl.SuppressFirstTokens([2], window=2),
         fl.OnlyTokensFrom("prompt", eos_token_id=3),
     )
-    assert [type(step) for step in fl.LogitsProcessorList([a, b, c]).plan.steps] == [MaskLaunch]
-    kinds = [type(step).__name__ for step in fl.LogitsProcessorList([a, Add(1), b, c, Add(2)]).plan.steps]
-    assert kinds == ["MaskLaunch", "Barrier", "MaskLaunch", "Barrier"]
+    assert [type(step) for step in fl.LogitsProcessorList([a, b, c]).plan.inner_parts] == [Pointwise]
+    kinds = [type(step).__name__ for step in fl.LogitsProcessorList([a, Add(1), b, c, Add(2)]).plan.inner_parts]
+    assert kinds == ["Pointwise", "Barrier", "Pointwise", "Barrier"]
 
 
 def test_explain_says_what_merged_and_what_did_not():
@@ -90,7 +90,7 @@ def test_explain_says_what_merged_and_what_did_not():
         [fl.SuppressFirstTokens([1, 2]), fl.OnlyTokensFrom("prompt", eos_token_id=3), Add(1)]
     )
     assert processors.explain().splitlines() == [
-        "3 processors, 1 fused step",
+        "3 processors, 1 fused part",
         "1. mask_tokens: 2 masks in one",
         "     SuppressFirstTokens  mask       ban 2 tokens while step < 1",
         "     OnlyTokensFrom       mask       allow the tokens of the prompt, 0 tokens extra, 1 to end with",
@@ -98,9 +98,9 @@ def test_explain_says_what_merged_and_what_did_not():
         "     moves: one read and one write of the logits; in place, the banned words only",
         "2. barrier",
         "     Add                  opaque     unknown to fastlogits: runs as it is",
-        "on a GPU: at most 1 launch, and what 1 step in torch or of your own takes",
+        "on a GPU: at most 1 launch, and what 1 part in torch or of your own takes",
     ]
-    assert fl.LogitsProcessorList([]).explain() == "0 processors, 0 fused steps"
+    assert fl.LogitsProcessorList([]).explain() == "0 processors, 0 fused parts"
     assert (
         fl.SuppressFirstTokens([1], 2, blank=[3])
         .explain()
@@ -200,7 +200,7 @@ def test_a_users_own_stage():
             return Ban(tuple(range(1, V, 2)))
 
     processors = fl.LogitsProcessorList([NoOddTokens(), fl.SuppressFirstTokens([0])])
-    assert len(processors.plan.steps) == 1
+    assert len(processors.plan.inner_parts) == 1
     assert NoOddTokens()(torch.zeros(1, 9).long(), torch.zeros(1, V))[0].isinf().nonzero().flatten().tolist() == list(
         range(1, V, 2)
     )

@@ -17,7 +17,7 @@ from test_extras import B as OTHER
 from test_parity import undecided
 
 import fastlogits as fl
-from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.stages import Ban, Member, Repeated
 from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
@@ -308,7 +308,7 @@ def test_what_reads_the_length_alone_takes_ids_of_any_rows(backend, device):
 
 def test_operations_never_read_past_what_they_are_given(backend, device):
     ids, scores = torch.ones(2, 4, dtype=torch.int64, device=device), torch.zeros(3, V, device=device)
-    chain = FoldLaunch([Member("n-grams", Ban(Repeated(2)))]).inputs(ids, scores[:2], None)[0]
+    chain = Pointwise([Member("n-grams", Ban(Repeated(2)))]).inputs(ids, scores[:2], None)[0]
     with pytest.raises(ValueError, match="input_ids must have the 3 rows"):
         fold_kernels.fold(scores, chain, ids, fold_kernels.Position(3))
     words = torch.ones(2, 1, dtype=torch.int32, device=device)

@@ -13,7 +13,6 @@ from fastlogits_kernels.selection.row import noise_of
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
-from fastlogits.plan.plan import Plan
 from tests.oracle import broken_rows, check_truncation, hard_rows
 
 pytestmark = pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
@@ -403,11 +402,11 @@ def test_steps_that_share_a_pass_are_the_steps_one_by_one():
         normalised = fl.LogitsProcessorList([*processors, fl.LogitNormalization()])
         plan = fl.LogitsProcessorList(processors).plan
         wanted = scores
-        for step in plan.steps:
+        for step in plan.inner_parts:
             wanted = step(ids, wanted)
-        found = Plan(plan.gpu_steps)(ids, scores)
+        found = plan(ids, scores)
         assert torch.equal(found, wanted)
-        (fused,) = normalised.plan.gpu_steps
+        (fused,) = normalised.plan.parts
         torch.testing.assert_close(fused(ids, scores), found.log_softmax(-1))
 
 

@@ -15,7 +15,6 @@ from fastlogits_kernels.serving import steps as slot_sets
 import fastlogits as fl
 from fastlogits import warm_up as warming
 from fastlogits.__main__ import main
-from fastlogits.plan.plan import Plan
 from tests.launches import captured
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
@@ -31,18 +30,6 @@ def kernels(monkeypatch):
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
     monkeypatch.setattr(warming, "no_kernels", lambda device: None)
-
-
-@pytest.fixture
-def gpu_plans(monkeypatch):
-    """Plans run the steps that they have for a GPU."""
-    made = Plan.__init__
-
-    def init(self, steps):
-        made(self, steps)
-        self.steps = self.gpu_steps
-
-    monkeypatch.setattr(Plan, "__init__", init)
 
 
 def keys(launches):
@@ -146,7 +133,7 @@ def many_calls(processors, dtype, rows=(1, 2, 5, 90, 140)):
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", list(LISTS))
-def test_a_list_launches_nothing_new(name, dtype, kernels, gpu_plans, monkeypatch):
+def test_a_list_launches_nothing_new(name, dtype, kernels, monkeypatch):
     processors = fl.LogitsProcessorList(LISTS[name]())
     there = rehearsed_by(monkeypatch, lambda: processors.warm_up(V, dtype))
     assert there or (name, dtype) == ("watermark", torch.bfloat16)  # of which torch is the definition
@@ -159,7 +146,7 @@ def test_a_list_launches_nothing_new(name, dtype, kernels, gpu_plans, monkeypatc
 
 @needs_triton
 @pytest.mark.parametrize("make", [lambda: fl.SuppressFirstTokens([1], window=2), lambda: fl.TopKLogitsWarper(5)])
-def test_a_processor_by_itself_and_in_a_run(make, kernels, gpu_plans, monkeypatch):
+def test_a_processor_by_itself_and_in_a_run(make, kernels, monkeypatch):
     processor = make()
     there = rehearsed_by(monkeypatch, lambda: processor.warm_up(V))
     with captured() as made:
@@ -171,7 +158,7 @@ def test_a_processor_by_itself_and_in_a_run(make, kernels, gpu_plans, monkeypatc
 
 
 @needs_triton
-def test_positions_on_the_device_and_other_ids_are_those_that_are_given(kernels, gpu_plans, monkeypatch):
+def test_positions_on_the_device_and_other_ids_are_those_that_are_given(kernels, monkeypatch):
     processors = fl.LogitsProcessorList(LISTS["chain 8"]())
     given = {
         "prompt_length": torch.tensor([1, 2, 1]), "cache_position": torch.tensor([3, 4, 4]),
@@ -185,7 +172,7 @@ def test_positions_on_the_device_and_other_ids_are_those_that_are_given(kernels,
     assert keys(made) == there
 
 
-def test_what_was_made_for_a_run_is_looked_into(kernels, gpu_plans):
+def test_what_was_made_for_a_run_is_looked_into(kernels):
     inner = fl.LogitsProcessorList([fl.DRYLogitsProcessor(0.8), Unknown()]).for_run()
     done = fl.LogitsProcessorList([inner, fl.TopKLogitsWarper(5)]).warm_up(V)
     assert done.needed
@@ -213,7 +200,7 @@ def chain(temperature=0.7, k=50, p=0.9, penalty=1.2, banned=(1, 2), bias=1.5, wo
 
 
 @needs_triton
-def test_values_compile_nothing_as_the_page_says(kernels, gpu_plans):
+def test_values_compile_nothing_as_the_page_says(kernels):
     same = chain()
     for change in (
         {"temperature": 1.3}, {"k": 2}, {"k": 85}, {"p": 0.5}, {"penalty": 0.8}, {"banned": range(700)}, {"bias": -2.0},
@@ -347,7 +334,7 @@ def test_a_batch_with_requests_is_as_it_was(kernels):
 
 @needs_triton
 @pytest.mark.parametrize("name", ["chain 8", "allowed, then first tokens", "encoder", "around what is unknown"])
-def test_a_list_in_the_middle_of_a_run_goes_on_as_if_nothing_had_been(name, kernels, gpu_plans):
+def test_a_list_in_the_middle_of_a_run_goes_on_as_if_nothing_had_been(name, kernels):
     scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1)) * 3
     ids = torch.randint(0, 9, (2, 9), generator=torch.Generator().manual_seed(1))
     results = []
@@ -367,7 +354,7 @@ def test_a_list_in_the_middle_of_a_run_goes_on_as_if_nothing_had_been(name, kern
 
 
 @needs_triton
-def test_a_watermark_keeps_its_state_and_functions_are_not_called(kernels, gpu_plans):
+def test_a_watermark_keeps_its_state_and_functions_are_not_called(kernels):
     def allowed(batch_id, sent):
         raise AssertionError("called")
 

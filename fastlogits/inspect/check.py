@@ -180,7 +180,7 @@ def check(
     largest, fused = 0.0, False
     if expected:
         plan = Plan.compile(fresh_members(usable[: len(expected)]))
-        fused = any(len(step.members) > 1 for step in (plan.gpu_steps if scores.is_cuda else plan.steps))
+        fused = any(len(part.members) > 1 for part in (plan.parts if scores.is_cuda else plan.inner_parts))
         if difference is None and failure is None:
             apart = (plan(input_ids, scores, run).double() - expected[-1].double()).abs()
             apart = apart[~ties.rows_of(apart)]

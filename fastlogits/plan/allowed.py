@@ -73,7 +73,7 @@ class AllowedRows:
         B, V = scores.shape
         device = scores.device
         of_run = run if self._of_run else None
-        kept = self._kept if of_run is None else of_run.allowed
+        kept = self._kept if of_run is None else of_run.kept_for(self)
 
         def make() -> torch.Tensor:
             stages = self._stages
@@ -84,7 +84,7 @@ class AllowedRows:
                 rows = rows & table.rows(input_ids, scores, V, prompt_length)
             return unpack_bits(rows, V) if device.type == "cpu" else rows
 
-        key = (self, B, V, device)
+        key = (B, V, device)
         rows = kept.get(key)
         if rows is None:
             rows = recent(kept, key, make)

@@ -1,19 +1,16 @@
-"""A plan for people: its steps, what fused with what and by which law, what a GPU has to do for it."""
+"""A plan for people: its parts, what fused with what and by which law, what a GPU has to do for it."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastlogits.checks import is_integer, is_number
-from fastlogits.plan.part import Step
+from fastlogits.plan.part import AnyPlan, Part
 from fastlogits.plan.stages import Rows
-
-if TYPE_CHECKING:
-    from fastlogits.plan.plan import Plan
 
 
 class Line(NamedTuple):
@@ -24,8 +21,8 @@ class Line(NamedTuple):
     does: str
 
 
-class Part(NamedTuple):
-    """One step of a plan."""
+class PartText(NamedTuple):
+    """One part of a plan."""
 
     name: str
     lines: tuple[Line, ...]
@@ -37,16 +34,16 @@ class Explanation(str):
     """A plan as text; a notebook shows it as a table.
 
     Args:
-        heading: how many processors and steps there are.
-        parts: the steps.
+        heading: how many processors and parts there are.
+        parts: the parts.
         gpu: what happens on a GPU, a line each.
     """
 
     heading: str
-    parts: tuple[Part, ...]
+    parts: tuple[PartText, ...]
     gpu: tuple[str, ...]
 
-    def __new__(cls, heading: str, parts: Sequence[Part], gpu: Sequence[str]) -> Explanation:
+    def __new__(cls, heading: str, parts: Sequence[PartText], gpu: Sequence[str]) -> Explanation:
         """Set the text."""
         made = super().__new__(cls, _text(heading, parts, gpu))
         made.heading, made.parts, made.gpu = heading, tuple(parts), tuple(gpu)
@@ -75,7 +72,7 @@ class Explanation(str):
 
 
 def explain(
-    plan: Plan,
+    plan: AnyPlan,
     shape: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     bandwidth: float | None = None,
@@ -88,59 +85,60 @@ def explain(
         raise ValueError(f"dtype must be a dtype of torch, such as torch.float32, got {dtype!r}")
     if bandwidth is not None and not (is_number(bandwidth) and 0 < bandwidth < float("inf")):
         raise ValueError(f"bandwidth must be bytes per second, a finite number above 0, got {bandwidth!r}")
-    steps, fused = plan.steps, [step for step in plan.steps if not step.is_barrier]
-    count = sum(len(step.members) for step in steps)
-    title = f"{_plural(count, 'processor')}, {_plural(len(fused), 'fused step')}"
-    gpu = _on_a_gpu(plan.gpu_steps)
-    if shape is not None and steps:
-        gpu.append(_roof(plan.gpu_steps, shape, dtype, bandwidth))
-    return Explanation(title, [_part(step) for step in steps], gpu)
+    parts = plan.inner_parts
+    fused = [part for part in parts if not part.is_barrier]
+    count = sum(member.is_first for part in parts for member in part.members)
+    title = f"{_plural(count, 'processor')}, {_plural(len(fused), 'fused part')}"
+    gpu = _on_a_gpu(plan.parts)
+    if shape is not None and parts:
+        gpu.append(_limit(plan.parts, shape, dtype, bandwidth))
+    return Explanation(title, [_told(part) for part in parts], gpu)
 
 
-def _part(step: Step) -> Part:
-    name, *notes = step.describe().splitlines()
+def _told(part: Part) -> PartText:
+    name, *notes = part.describe().splitlines()
     lines = []
-    for member in step.members:
+    for member in part.members:
         stage = member.stage
         lines.append(Line(member.name, stage.law if isinstance(stage, Rows) else stage.kind, stage.describe()))
-    return Part(name, tuple(lines), _laws(step), tuple(notes))
+    return PartText(name, tuple(lines), _laws(part), tuple(notes))
 
 
-def _laws(step: Step) -> tuple[str, ...]:
-    """The laws by which the processors of a step act as one; their names, where it isn't all of them."""
-    everyone = None if step.takes_in_others else len(step.members)
+def _laws(part: Part) -> tuple[str, ...]:
+    """The laws by which the processors of a part act as one; their names, where it isn't all of them."""
+    everyone = None if part.takes_in_others else len(part.members)
     return tuple(
-        f"law: {law}" + ("" if len(names) == everyone else f" ({', '.join(names)})") for law, names in step.merges()
+        f"law: {law}" + ("" if len(names) == everyone else f" ({', '.join(names)})") for law, names in part.merges()
     )
 
 
-def _on_a_gpu(steps: Sequence[Step]) -> list[str]:
-    if not steps:
+def _on_a_gpu(parts: Sequence[Part]) -> list[str]:
+    if not parts:
         return []
-    costs = [step.cost() for step in steps]
+    costs = [part.cost() for part in parts]
     launches = sum(cost.launches or 0 for cost in costs)
-    others = [step for step, cost in zip(steps, costs, strict=True) if cost.launches is None]
-    torch_too = f", and what {_plural(len(others), 'step')} in torch or of your own takes" if others else ""
+    others = [part for part, cost in zip(parts, costs, strict=True) if cost.launches is None]
+    torch_too = f", and what {_plural(len(others), 'part')} in torch or of your own takes" if others else ""
     lines = [f"at most {_plural(launches, 'launch')}{torch_too}"]
-    for step in steps:
-        if step.takes_in_others:
-            lines += [step.describe(), *_laws(step)]
+    for part in parts:
+        if part.takes_in_others:
+            lines += [part.describe(), *_laws(part)]
     return lines
 
 
-def _roof(steps: Sequence[Step], shape: tuple[int, int], dtype: torch.dtype, bandwidth: float | None) -> str:
+def _limit(parts: Sequence[Part], shape: tuple[int, int], dtype: torch.dtype, bandwidth: float | None) -> str:
     B, V = shape
     size = B * V * dtype.itemsize
-    moved = sum(cost.reads + cost.writes for cost in (step.cost() for step in steps)) * size
+    moved = sum(cost.reads + cost.writes for cost in (part.cost() for part in parts)) * size
     at = ""
     if bandwidth is not None:
         at = f", {1e6 * moved / bandwidth:,.1f} us at {bandwidth / 1e9:,.0f} GB/s"
-    least = "at least " if any(step.cost().launches is None for step in steps) else ""
+    least = "at least " if any(part.cost().launches is None for part in parts) else ""
     name = str(dtype).removeprefix("torch.")
     return f"{name} logits of {B} x {V}: {least}{_bytes(moved)} to move{at}; a copy of them moves {_bytes(2 * size)}"
 
 
-def _text(title: str, parts: Sequence[Part], gpu: Sequence[str]) -> str:
+def _text(title: str, parts: Sequence[PartText], gpu: Sequence[str]) -> str:
     lines = [title]
     width = max((len(line.processor) for part in parts for line in part.lines), default=0)
     for number, part in enumerate(parts, 1):

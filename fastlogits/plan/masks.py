@@ -1,10 +1,9 @@
-"""Masks that are known beforehand, in one launch: gated by step, merged, in place where that is wanted."""
+"""Masks that are known beforehand, without anything else: gated by step, merged, in place where that is wanted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
 
 import torch
 from fastlogits_kernels.pointwise.mask import Bans, mask_tokens, mask_tokens_
@@ -13,13 +12,10 @@ from fastlogits_kernels.runtime.recent import hold, is_capturing, recent
 from fastlogits.checks import check_rows
 from fastlogits.compilers import constant
 from fastlogits.plan.allowed import AllowedRows
-from fastlogits.plan.part import NO_ARGUMENTS, Cost, Merge, Step
 from fastlogits.plan.position import Index, split
 from fastlogits.plan.run import Run, known
 from fastlogits.plan.stages import AllowFrom, Ban, Member, Stage
 from fastlogits.token_mask import TokenMask, fitted
-
-MASKS_MERGE = "mask . mask = mask (or)"
 
 _ALWAYS = torch.iinfo(torch.int32).max
 
@@ -34,7 +30,7 @@ def is_plain_mask(stage: Stage) -> bool:
 
 
 class _MaskTables:
-    """What a mask launch reads, for one vocabulary size and device."""
+    """What masks read, for one vocabulary size and device."""
 
     def __init__(self, bans: Sequence[Ban], vocab_size: int, device: torch.device) -> None:
         self.vocab_size, self.device = vocab_size, device
@@ -94,13 +90,15 @@ class _MaskTables:
         return torch.stack([mask.row() if self.device.type == "cpu" else mask.bits() for mask in masks]).to(self.device)
 
 
-class MaskLaunch(Step):
-    """Mask stages, in one launch: the law is mask . mask = mask (or)."""
+class Masks:
+    """Masks alone, without the arithmetic of a fold: mask . mask = mask (or), and one write of the logits.
 
-    law: ClassVar[str] = MASKS_MERGE
+    Args:
+        members: the masks, of stages that ``is_plain_mask`` accepts.
+    """
 
     def __init__(self, members: Sequence[Member]) -> None:
-        super().__init__(members)
+        self._members = members
         stages = [member.stage for member in members]
         self._bans = [stage for stage in stages if isinstance(stage, Ban)]
         allows = [stage for stage in stages if isinstance(stage, AllowFrom)]
@@ -111,12 +109,7 @@ class MaskLaunch(Step):
         self._last: _MaskTables | None = None
 
     def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: torch.Tensor,
-        run: Run | None = None,
-        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
-        in_place: bool = False,
+        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None = None, in_place: bool = False
     ) -> torch.Tensor:
         """Mask the scores of one step."""
         device = scores.device
@@ -137,8 +130,8 @@ class MaskLaunch(Step):
             bans = tables.at_step(0)
         else:
             if tables.has_blanks and input_ids.shape[0] != scores.shape[0]:
-                check_rows(next(name for name, stage, _ in self.members if _has_blank(stage)), input_ids, scores)
-            bans = _bans(known(run, self.members), tables, input_ids, scores)
+                check_rows(next(each.name for each in self._members if _has_blank(each.stage)), input_ids, scores)
+            bans = _bans(known(run, self._members), tables, input_ids, scores)
         if self._allowed is not None:
             allowed = self._allowed(input_ids, scores, run)
             bans = (bans or Bans())._replace(allowed=allowed)
@@ -148,20 +141,6 @@ class MaskLaunch(Step):
             mask_tokens_(scores, bans)
             return scores
         return mask_tokens(scores, bans)
-
-    def describe(self) -> str:
-        """The launch in a line, for ``explain()``."""
-        merged = f": {len(self.members)} masks in one" if len(self.members) > 1 else ""
-        return f"mask_tokens{merged}\nmoves: one read and one write of the logits; in place, the banned words only"
-
-    def merges(self) -> list[Merge]:
-        """All of its masks, where they are several."""
-        names = tuple(member.name for member in self.members)
-        return [Merge(self.law, names)] if len(names) > 1 else []
-
-    def cost(self) -> Cost:
-        """One launch; what a source text allows is built once a run."""
-        return Cost(1)
 
     def _tables(self, scores: torch.Tensor) -> _MaskTables:
         if scores.ndim != 2 or not scores.is_floating_point():
@@ -196,15 +175,17 @@ def _bans(run: Run, tables: _MaskTables, input_ids: torch.Tensor, scores: torch.
     if not run.on_device and not tables.has_blanks:
         cache_position, prompt_length = run.locate(input_ids, scores)
         return tables.at_step(cache_position + 1 - prompt_length)  # type: ignore[arg-type]
-    placed = run.placed
-    if placed is not None and placed[0] is tables and placed[1] == scores.shape[0]:
-        return placed[2]  # type: ignore[no-any-return]
+    kept = run.kept_for(tables)
+    B = scores.shape[0]
+    if B in kept:
+        return kept[B]  # type: ignore[no-any-return]
     if tables.gated is None:
         return None
     bans = _at_position(tables.gated, input_ids, *run.locate(input_ids, scores))
     if run.is_fixed and not tables.has_blanks:
         # Nothing here changes from call to call but the contents of the tensors.
-        run.placed = (tables, scores.shape[0], bans)
+        kept.clear()
+        kept[B] = bans
     return bans
 
 

@@ -33,7 +33,7 @@ class Cost(NamedTuple):
     """How often they are written."""
 
 
-class Step:
+class Part:
     """A part of a plan, which makes new scores that are then copied where they are wanted in place.
 
     A part that can write in place itself overrides the call instead of ``process``.
@@ -47,10 +47,15 @@ class Step:
     may_write: bool = False
     """Whether it may write what it is given, also where nobody has asked for that."""
     takes_in_others: ClassVar[bool] = False
-    """Whether it stands for several steps of the plan."""
+    """Whether it stands for several parts of the plan, which share kernels on a GPU."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
+
+    @property
+    def inner_parts(self) -> tuple[Part, ...]:
+        """The parts that it stands for: those that run one after the other where its kernels don't."""
+        return (self,)
 
     def __call__(
         self,
@@ -81,6 +86,28 @@ class Step:
     def cost(self) -> Cost:
         """What it asks of a GPU."""
         return Cost(None)
+
+
+class AnyPlan:
+    """What runs as a plan: parts, one after the other."""
+
+    parts: Sequence[Part]
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None = None,
+        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Process the scores of one call."""
+        raise NotImplementedError
+
+    @property
+    def inner_parts(self) -> list[Part]:
+        """The parts as they run where no kernels of several do."""
+        return [inner for part in self.parts for inner in part.inner_parts]
 
 
 def placed(processed: torch.Tensor, scores: torch.Tensor, in_place: bool) -> torch.Tensor:

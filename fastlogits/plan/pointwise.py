@@ -20,8 +20,8 @@ from fastlogits_kernels.runtime.rows import HOW_TO_REPEAT
 from fastlogits.checks import check_rows
 from fastlogits.compilers import constant
 from fastlogits.plan.allowed import AllowedRows
-from fastlogits.plan.masks import MASKS_MERGE
-from fastlogits.plan.part import NO_ARGUMENTS, Cost, Merge, Step
+from fastlogits.plan.masks import Masks, is_plain_mask
+from fastlogits.plan.part import NO_ARGUMENTS, Cost, Merge, Part
 from fastlogits.plan.position import split
 from fastlogits.plan.run import Run, known
 from fastlogits.plan.stages import (
@@ -45,10 +45,16 @@ from fastlogits.plan.stages import (
 from fastlogits.token_mask import TokenMask, fitted
 
 FOLDED = (AllowFrom, Ban, Bias, Clean, Decay, Force, Penalize, Scale, SequenceBias)
+"""The stages that map each logit by itself."""
+
+_MASKS_MERGE = "mask . mask = mask (or)"
 
 
-class FoldLaunch(Step):
-    """Stages that map each logit by itself, folded into one pass in the user's order."""
+class Pointwise(Part):
+    """Stages that map each logit by itself, folded into one pass in the user's order.
+
+    Masks that are known beforehand need no arithmetic: where there is nothing else, ``Masks`` takes their place.
+    """
 
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(members)
@@ -65,6 +71,7 @@ class FoldLaunch(Step):
         self._kept: dict[tuple[Any, ...], Chain] = {}
         self._captured: list[Chain] = []
         self._last: tuple[int, torch.device, int, Chain] | None = None
+        self._masks = Masks(self.members) if all(map(is_plain_mask, self._stages)) else None
 
     def __call__(
         self,
@@ -75,6 +82,8 @@ class FoldLaunch(Step):
         in_place: bool = False,
     ) -> torch.Tensor:
         """Fold the scores of one call."""
+        if self._masks is not None:
+            return self._masks(input_ids, scores, run, in_place)
         return fold(scores, *self.inputs(input_ids, scores, run), in_place)
 
     def inputs(
@@ -121,20 +130,25 @@ class FoldLaunch(Step):
             ValueError: a stage doesn't.
         """
         R, B = input_ids.shape[0], scores.shape[0]
-        for name, stage, _ in self._readers:
+        for name, stage, *_ in self._readers:
             if not (_acts_on_first_rows(stage) if R < B else _reads_another_text(stage)):
                 check_rows(name, input_ids, scores)
         # A row without tokens; no token has a negative id.
         return input_ids[:B] if R > B else torch.nn.functional.pad(input_ids, (0, 0, 0, B - R), value=-1)
 
     def describe(self) -> str:
-        """The launch in a line, for ``explain()``."""
+        """The pass in a line, for ``explain()``."""
+        if self._masks is not None:
+            merged = f": {len(self.members)} masks in one" if len(self.members) > 1 else ""
+            return f"mask_tokens{merged}\nmoves: one read and one write of the logits; in place, the banned words only"
         search = "a search for their tokens, then " if self.searches else ""
         count = f"{len(self.members)} stages in one pass" if len(self.members) > 1 else "one pass"
         return f"fold: {search}{count}\nmoves: one read and one write of the logits"
 
     def merges(self) -> list[Merge]:
         """What its stages share: a set of bans, the tokens of a history, the pass."""
+        if self._masks is not None:
+            return [Merge(_MASKS_MERGE, tuple(member.name for member in self.members))] if self.members[1:] else []
         found: list[Merge] = []
         bans: list[str] = []
         moved: list[str] = []
@@ -142,14 +156,14 @@ class FoldLaunch(Step):
 
         def close() -> None:
             if len(bans) > 1:
-                found.append(Merge(MASKS_MERGE, tuple(bans)))
+                found.append(Merge(_MASKS_MERGE, tuple(bans)))
             if moved:
                 found.append(Merge("a mask commutes with every map that keeps -inf", tuple(moved)))
             bans.clear()
             moved.clear()
 
         shared: dict[tuple[Any, ...], list[str]] = {}
-        for name, stage, _ in self.members:
+        for name, stage, *_ in self.members:
             if not stage.keeps_bans:
                 close()
             if isinstance(stage, (AllowFrom, Ban)):
@@ -171,7 +185,7 @@ class FoldLaunch(Step):
 
     def cost(self) -> Cost:
         """A pass, and a search before it where what is searched for isn't known beforehand."""
-        return Cost(1 + self.searches)
+        return Cost(1 if self._masks is not None else 1 + self.searches)
 
     def _chain(self, scores: torch.Tensor) -> Chain:
         B, V = scores.shape

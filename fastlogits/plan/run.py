@@ -57,12 +57,7 @@ class Run:
         self.on_device = len(self._on_device) > 0
         """Whether a position of it is a tensor, and so known on the device only."""
         self._first_lengths: dict[int, int] = {}
-        self.allowed: dict[Any, torch.Tensor] = {}
-        """Allowed rows that were built for this run."""
-        self.noted: dict[Any, Any] = {}
-        """What processors carry from call to call."""
-        self.placed: tuple[Any, ...] | None = None
-        """What a launch of masks has built for it: tables, rows and bans."""
+        self._kept: dict[object, dict[Any, Any]] = {}
 
     @classmethod
     def of(cls, prompt_length: Index | None, cache_position: Index | None) -> Run | None:
@@ -73,6 +68,10 @@ class Run:
         if prompt_length is None and cache_position is None:
             return None
         return cls(prompt_length, cache_position)
+
+    def kept_for(self, owner: object) -> dict[Any, Any]:
+        """What a part of a plan or a processor carries from call to call of this run, which ends with it."""
+        return self._kept.setdefault(owner, {})
 
     @property
     def is_fixed(self) -> bool:

@@ -12,13 +12,13 @@ from fastlogits_kernels.selection import launch
 from fastlogits_kernels.truncate.dispatch import truncate
 
 from fastlogits.compilers import constant
-from fastlogits.plan.part import Cost, Merge, Step
-from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.plan.part import NO_ARGUMENTS, Cost, Merge, Part, placed
+from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import Member, Truncate
 
 
-class TruncateLaunch(Step):
+class Truncation(Part):
     """Truncations that follow each other, as one: they act on the same tokens."""
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -43,44 +43,52 @@ class TruncateLaunch(Step):
         return [Merge("truncations look at one order of the tokens, each at what is left", names)] if names[1:] else []
 
 
-class SelectLaunch(Step):
+class Selection(Part):
     """Truncations, with a fold before them and a normalisation after them, in kernels that share one pass.
 
     Args:
-        truncations: the truncations.
-        before: the fold, or the masks, that stand before them; None for none.
+        truncation: the truncations.
+        before: the fold that stands before them; None for none.
         after: the normalisation that stands after them; None for none.
-        first: the number of the first of these steps, for people.
+        first: the number of the first of these parts, for people.
     """
 
     takes_in_others = True
 
     def __init__(
-        self, truncations: TruncateLaunch, before: Step | None = None, after: Step | None = None, first: int = 1
+        self, truncation: Truncation, before: Pointwise | None = None, after: Part | None = None, first: int = 1
     ) -> None:
-        self._steps = [step for step in (before, truncations, after) if step is not None]
-        super().__init__([member for step in self._steps for member in step.members])
-        self._truncations, self._before, self._after, self._first = truncations, before, after, first
-        self._rules = truncations.rules
-        self._takes_rules = launch.takes_rules(self._rules)
-        self._fold = None if before is None else FoldLaunch(before.members)
+        self._parts = tuple(part for part in (before, truncation, after) if part is not None)
+        super().__init__([member for part in self._parts for member in part.members])
+        self._before, self._after, self._first = before, after, first
+        self._rules = truncation.rules
         self._kept: dict[tuple[int, torch.device], launch.Selection] = {}
         self._captured: list[launch.Selection] = []
         self._last: tuple[int, torch.device, launch.Selection] | None = None
         self._by_row = any(isinstance(rule.value, torch.Tensor) for rule in self._rules)
 
-    def followed_by(self, after: Step) -> SelectLaunch:
-        """The same with a normalisation after it."""
-        return SelectLaunch(self._truncations, self._before, after, self._first)
+    @property
+    def inner_parts(self) -> tuple[Part, ...]:
+        """The fold, the truncations and the normalisation."""
+        return self._parts
 
-    def process(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, kwargs: Mapping[str, Any]
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None = None,
+        kwargs: Mapping[str, Any] = NO_ARGUMENTS,
+        in_place: bool = False,
     ) -> torch.Tensor:
-        """Process the scores of one call."""
-        if not (self._takes_rules and launch.takes_scores(scores)):
-            for step in self._steps:
-                scores = step(input_ids, scores, run, kwargs)
-            return scores
+        """Process the scores of one call, on a CPU part by part."""
+        if launch.takes_scores(scores):
+            return placed(self._select(input_ids, scores, run), scores, in_place)
+        processed = scores
+        for part in self._parts:
+            processed = part(input_ids, processed, run, kwargs, in_place and processed is scores)
+        return processed
+
+    def _select(self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None) -> torch.Tensor:
         if self._by_row:
             check_rules(scores, self._rules)
         device = scores.device
@@ -92,9 +100,9 @@ class SelectLaunch(Step):
         capturing = is_capturing(device)
         if capturing:
             hold(self._captured, selection)
-        if self._fold is None:
+        if self._before is None:
             return launch.select(scores, selection)
-        return launch.select(scores, selection, *self._fold.inputs(input_ids, scores, run, capturing))
+        return launch.select(scores, selection, *self._before.inputs(input_ids, scores, run, capturing))
 
     def _selection(self, V: int, device: torch.device) -> launch.Selection:
         self._make_selection(V, device)
@@ -112,32 +120,30 @@ class SelectLaunch(Step):
         recent(self._kept, (V, device), lambda: launch.Selection(self._rules, V, device, normalise=normalise))
 
     def describe(self) -> str:
-        """Which steps it takes together, for ``explain()``."""
+        """Which parts it takes together, for ``explain()``."""
         numbers = self._numbers
         last = numbers[-1] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} and {numbers[-1]}"
-        steps = f"step {last} takes" if len(numbers) == 1 else f"steps {last} share"
+        parts = f"part {last} takes" if len(numbers) == 1 else f"parts {last} share"
         reads = "one read" if self.cost().reads == 1 else f"{self.cost().reads} reads"
-        return f"{steps} {reads} and one write of the logits, after a look at a sample of each row"
+        return f"{parts} {reads} and one write of the logits, after a look at a sample of each row"
 
     def merges(self) -> list[Merge]:
-        """The steps that its kernels take together."""
-        steps = [f"step {number}" for number in self._numbers]
+        """The parts that its kernels take together."""
+        parts = [f"part {number}" for number in self._numbers]
         found = []
         if self._before is not None:
-            found.append(Merge("a pointwise map is done wherever a logit is read", (steps[0], steps[1])))
+            found.append(Merge("a pointwise map is done wherever a logit is read", (parts[0], parts[1])))
         if self._after is not None:
-            found.append(Merge("the sum over a row is that over the tokens kept", (steps[-2], steps[-1])))
+            found.append(Merge("the sum over a row is that over the tokens kept", (parts[-2], parts[-1])))
         return found
 
     @property
     def _numbers(self) -> list[str]:
-        return [str(self._first + i) for i in range(len(self._steps))]
+        return [str(self._first + i) for i in range(len(self._parts))]
 
     def cost(self) -> Cost:
         """The launches of its kernels, and the fold's search."""
-        if not self._takes_rules:
-            return Cost(None)
         selection = launch.Selection(self._rules, 2**20, torch.device("cpu"))
         sums = selection.sums > 0
-        searches = self._fold is not None and self._fold.searches
+        searches = self._before is not None and self._before.searches
         return Cost(selection.launches + searches, 1 + sums)

@@ -13,7 +13,7 @@ from fastlogits_kernels.rules import Rule
 from fastlogits.token_mask import TokenMask, TokenSet, fitted
 
 Kind: TypeAlias = Literal[
-    "mask", "bias", "scale", "penalty", "clean", "truncate", "normalise", "mix", "force", "opaque"
+    "mask", "bias", "scale", "penalty", "clean", "truncate", "normalise", "mix", "force", "several", "opaque"
 ]
 
 
@@ -418,6 +418,33 @@ class Normalise(Rows):
 
 
 @dataclass(frozen=True, eq=False)
+class Several(Stage):
+    """What a processor does that is several stages, one after the other. The plan sees each of them by itself.
+
+    Args:
+        stages: the stages; none of them is a ``Several``.
+    """
+
+    kind = "several"
+    stages: tuple[Stage, ...]
+
+    @property
+    def needs_position(self) -> bool:
+        return any(stage.needs_position for stage in self.stages)
+
+    @property
+    def needs_history(self) -> bool:
+        return any(stage.needs_history for stage in self.stages)
+
+    @property
+    def keeps_bans(self) -> bool:
+        return all(stage.keeps_bans for stage in self.stages)
+
+    def describe(self) -> str:
+        return "; ".join(stage.describe() for stage in self.stages)
+
+
+@dataclass(frozen=True, eq=False)
 class Opaque(Stage):
     """A processor that says nothing of itself: it runs as it is, in its place."""
 
@@ -441,10 +468,21 @@ def _words(source: Source) -> str:
 
 
 class Member(NamedTuple):
-    """One processor of a plan."""
+    """One processor of a plan, or one stage of a processor that has several."""
 
     name: str
     """Its class name, for people."""
     stage: Stage
     original: Callable[..., torch.Tensor] | None = None
     """transformers' own implementation, for what the plan doesn't take; None where there is none."""
+    is_first: bool = True
+    """Whether it is the whole processor, or its first stage."""
+
+    def expanded(self) -> list[Member]:
+        """One member for each stage."""
+        return [self._replace(stage=stage, is_first=number == 0) for number, stage in enumerate(stages_of(self.stage))]
+
+
+def stages_of(stage: Stage) -> tuple[Stage, ...]:
+    """The stages that a stage stands for: several, or itself."""
+    return stage.stages if isinstance(stage, Several) else (stage,)

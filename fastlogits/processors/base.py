@@ -18,8 +18,9 @@ from transformers.generation.logits_process import LogitsProcessorList as _Trans
 
 from fastlogits.checks import whole_number
 from fastlogits.compilers import constant
+from fastlogits.plan.barrier import Barrier
 from fastlogits.plan.causes import checked_processors
-from fastlogits.plan.plan import Barrier, Plan
+from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import Member, Opaque, Stage
 
@@ -440,8 +441,8 @@ class LogitsProcessorList(_Planned, _TransformersList):
         if len(rest) == len(self):
             _ = self.plan
             same._planned = self._planned  # the launches and their tables serve all runs
-        for number, part in enumerate(same.plan.parts):
-            yield part.processor if isinstance(part, Barrier) else RunProcessor(_Part(same, number), Run())
+        for number, piece in enumerate(same.plan.pieces):
+            yield piece.processor if isinstance(piece, Barrier) else RunProcessor(_Piece(same, number), Run())
 
     def _member_of(self, processor: Any) -> Member:
         return member_of(processor)
@@ -450,12 +451,12 @@ class LogitsProcessorList(_Planned, _TransformersList):
         return {name: value for name, value in self.__dict__.items() if name != "_planned"}
 
 
-class _Part:
+class _Piece:
     """What stands between two barriers of a list.
 
     Args:
         processors: the list.
-        number: which of the parts of its plan it is.
+        number: which of the pieces of its plan it is.
     """
 
     def __init__(self, processors: LogitsProcessorList, number: int) -> None:
@@ -463,10 +464,10 @@ class _Part:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the part, as the processors are now."""
-        part = self._processors.plan.parts[self._number]
-        assert isinstance(part, Plan)
-        return part
+        """The plan of the piece, as the processors are now."""
+        piece = self._processors.plan.pieces[self._number]
+        assert isinstance(piece, Plan)
+        return piece
 
 
 def positions_for_others(prompt_length: Index | None, cache_position: Index | None) -> dict[str, Any]:

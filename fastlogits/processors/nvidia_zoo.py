@@ -708,8 +708,8 @@ class _Memory:
         B = scores.shape[0]
         # A draft model of another vocabulary writes other texts.
         key = (scores.device, scores.shape[1])
-        mine = (self, *key)
-        notes: _Notes | None = run.noted.get(mine)
+        kept = run.kept_for(self)
+        notes: _Notes | None = kept.get(key)
         if notes is None:
             owner, last = self._lasting.get(key, (None, None))
             # The run of another call of the list is gone by now; one that lives has its notes to itself.
@@ -722,7 +722,7 @@ class _Memory:
                 notes = _Notes.empty(self._STEPS, room, self._width, scores.device)
             else:
                 notes = notes.of_more(room)
-        run.noted[mine] = notes
+        kept[key] = notes
         self._lasting[key] = ref(run), notes
         if is_capturing(scores.device):
             hold(self._captured, notes)

@@ -16,8 +16,9 @@ from transformers import GenerationMixin
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
-from fastlogits.plan.part import Step
-from fastlogits.plan.plan import Barrier, Plan
+from fastlogits.plan.barrier import Barrier
+from fastlogits.plan.part import Part
+from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import AllowFrom, Given, History, Member, Opaque, Repeated, Rows, Stage, Truncate
 from fastlogits.processors.base import LogitsProcessorList, RunProcessor, StagedProcessor, as_theirs, their_class
@@ -97,7 +98,7 @@ def _asks_for_position(processor: Any) -> bool:
     """Whether a processor is one of ours that can't run without knowing the start of the run."""
     if not isinstance(processor, StagedProcessor) or type(processor).__call__ is not StagedProcessor.__call__:
         return False
-    return any(member.stage.needs_position for step in processor.plan.steps for member in step.members)
+    return any(member.stage.needs_position for member in processor.plan.members)
 
 
 class _Candidates:
@@ -121,7 +122,7 @@ class _Candidates:
             return None
         if i == 0:
             rows = _rows_behind(scores, count)
-            if rows is None or any(isinstance(step, Barrier) for step in plan.steps):
+            if rows is None or any(isinstance(part, Barrier) for part in plan.parts):
                 return None
             processed = self._process(plan, run, rows)
             self._changed = processed is not rows
@@ -136,11 +137,11 @@ class _Candidates:
         newest = torch.arange(seen - 1, seen - 1 + count, device=rows.device)
         everywhere = Run(self._prompt_length, newest)
         ids = tokens.expand(count, -1)
-        for step in plan.steps:
-            if _takes_any_length(step):
-                rows = step(ids, rows, everywhere)
+        for part in plan.parts:
+            if _takes_any_length(part):
+                rows = part(ids, rows, everywhere)
             else:
-                rows = torch.cat([step(tokens[:, : seen + i], rows[i : i + 1], run) for i in range(count)])
+                rows = torch.cat([part(tokens[:, : seen + i], rows[i : i + 1], run) for i in range(count)])
         return rows
 
 
@@ -161,9 +162,9 @@ def _rows_behind(scores: torch.Tensor, count: int) -> torch.Tensor | None:
     return base[0, first : first + count]
 
 
-def _takes_any_length(step: Step) -> bool:
-    """Whether a step takes positions of one row as rows of one call."""
-    return not any(_is_of_a_row(member.stage) for member in step.members)
+def _takes_any_length(part: Part) -> bool:
+    """Whether a part of a plan takes positions of one row as rows of one call."""
+    return not any(_is_of_a_row(member.stage) for member in part.members)
 
 
 def _is_of_a_row(stage: Stage) -> bool:

@@ -32,7 +32,7 @@ from fastlogits_kernels.truncate.reference import reference_truncate
 from torch.overrides import TorchFunctionMode
 
 from fastlogits import BatchProcessor, RequestParams
-from fastlogits.plan.pointwise import FoldLaunch
+from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import (
     Ban,
@@ -217,13 +217,13 @@ def _stages(V: int) -> list[Any]:
 def folded(given: Given) -> list[Outcome]:
     """A map of every kind, and the search for their tokens."""
     values, ids = given.values(), given.integers(0, min(given.V, 5), given.B, _HISTORY)
-    launch = FoldLaunch([Member("stage", stage) for stage in _stages(given.V)])
+    launch = Pointwise([Member("stage", stage) for stage in _stages(given.V)])
     lengths = given.integers(0, 30, given.B)
     found = launch(given.put(ids), given.scores(values), Run(given.put(lengths), _HISTORY - 1))
 
     def reference() -> torch.Tensor:
         with forced(False):
-            return FoldLaunch(launch.members)(ids, values, Run(lengths, _HISTORY - 1))
+            return Pointwise(launch.members)(ids, values, Run(lengths, _HISTORY - 1))
 
     return [Outcome(found, reference)]
 
