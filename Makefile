@@ -30,7 +30,7 @@ test-engines: $(ENGINES_VENV)/ready
 # New examples for the property tests, which take the same ones in `make test`; it ends at the first that fails.
 MINUTES ?= 10
 fuzz: $(VENV)/ready
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py $(MINUTES) $(ARGS)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(RUN) tests/campaign/fuzz.py $(MINUTES) $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -15,7 +15,7 @@ from fastlogits_kernels.serving import steps as slot_sets
 import fastlogits as fl
 from fastlogits import warm_up as warming
 from fastlogits.__main__ import main
-from tests.launches import captured
+from tests.kernels.launches import captured
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 V = 1000

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 import transformers.generation.logits_process as reference
 from hypothesis import strategies as st
-from installed import (
+
+from tests.installed import (
     COMPLETES_FROM_ALL_OF_A_TEXT,
     DECAYS_NO_BAN,
     FORCES_WHAT_IS_BANNED,

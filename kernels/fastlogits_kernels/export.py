@@ -28,10 +28,10 @@ VERSION = 0
 _VARIANTS = {"torch-universal": "cuda", "torch-cuda": "cuda", "torch-cpu": "cpu"}
 _SOURCE = Path(__file__).parent
 _PUBLIC = {
-    "bits": ("pack_bits", "unpack_bits", "words"),
+    "runtime.bits": ("pack_bits", "unpack_bits", "words"),
     "draw": ("draw",),
-    "mask_tokens": ("Bans", "mask_tokens", "mask_tokens_"),
-    "pack_ids": ("pack_ids",),
+    "pointwise.mask": ("Bans", "mask_tokens", "mask_tokens_"),
+    "pointwise.pack_ids": ("pack_ids",),
     "selection.launch": ("Selection", "select", "select_tokens", "takes_rules", "takes_scores"),
     "rules": ("Rule",),
     "truncate.dispatch": ("truncate",),

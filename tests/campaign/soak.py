@@ -32,7 +32,7 @@ from benchmarks.inputs import device_name
 from benchmarks.results import read_rows, slug, write_rows
 from fastlogits import BatchProcessor, RequestParams
 from tests.campaign.record import RESULTS, dated
-from tests.test_serving import random_params
+from tests.serving.test_batch import random_params
 
 _BANK = 61  # different logits and bitmasks
 _SAME = 4  # steps with the same logits: what has just come is likely again, so that histories matter

@@ -1,0 +1,280 @@
+"""The launches of a call, without making them: what a GPU would compile for each, on a machine that has none.
+
+    python -m tests.kernels.launches keys             # two launches of one key that aren't the same to Triton
+    python -m tests.kernels.launches resources 90     # registers, spills and wide accesses, compiled for sm_90
+    python -m tests.kernels.launches smallest 90      # what compiles for one row of one token
+    python -m tests.kernels.launches amd              # what compiles for gfx942
+
+In a process without Triton's interpreter, which compiles nothing. All print JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from fastlogits_kernels.rules import RULES, Rule, argument_of
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.serving import steps as slot_sets
+
+import fastlogits as fl
+from tests.campaign.sanitizer_cases import CASES, OPERATIONS, Given, forced
+
+V = 128256
+_TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@contextmanager
+def captured(hopper: bool = True, amd: bool = False) -> Iterator[list[Launch]]:
+    """The launches that calls with tensors on the CPU would make on an NVIDIA GPU, from Hopper on or not, or on AMD."""
+    made: list[Launch] = []
+
+    def note(self: Launcher, key: tuple[Any, ...], programs: int, args: tuple[Any, ...]) -> None:
+        made.append(Launch(self, key, programs, args))
+
+    with (
+        mock.patch.object(Launcher, "__call__", note),
+        mock.patch.object(launch, "is_portable", return_value=amd),
+        mock.patch.object(launch, "overlaps", return_value=hopper),
+        mock.patch.object(slot_sets, "overlaps", return_value=hopper),
+        forced(True),
+    ):
+        yield made
+
+
+def _kind(argument: Any, specialised: bool, aligned: bool) -> Any:
+    """What Triton takes an argument for: its type, and what it knows of it beside."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    if isinstance(argument, torch.Tensor):
+        known = specialised and aligned and argument.data_ptr() % 16 == 0
+        return "*" + _TYPES[argument.dtype], "D" if known else ""
+    if isinstance(argument, tuple):
+        # Triton asks the decorator of arguments, not of what is in a tuple.
+        kinds = [_kind(each, True, aligned) for each in argument]
+        return tuple(kind for kind, _ in kinds), tuple(known for _, known in kinds)
+    return native_specialize_impl(CUDABackend, argument, False, specialised, aligned)[:2]
+
+
+def variant(made: Launch) -> dict[str, Any]:
+    """What a launch compiles, by the names of its arguments; constants as they are."""
+    return {
+        parameter.name: argument
+        if parameter.is_constexpr
+        else _kind(argument, not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment)
+        for parameter, argument in zip(made.launcher.kernel.params, made.args, strict=True)
+    }
+
+
+def compile_for(made: Launch, capability: int | None) -> Any:
+    """A launch compiled for a GPU that need not be there: one of NVIDIA by its capability, or AMD's gfx942."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def walk(kind: Any, known: Any, path: tuple[int, ...]) -> None:
+        if isinstance(kind, tuple):
+            for index, (inner, of_it) in enumerate(zip(kind, known, strict=True)):
+                walk(inner, of_it, (*path, index))
+        elif kind == "constexpr":
+            constants[path] = known
+        elif known and "D" in str(known):
+            attributes[path] = [["tt.divisibility", 16]]
+
+    for index, (name, kind) in enumerate(variant(made).items()):
+        if made.launcher.kernel.params[index].is_constexpr:
+            signature[name], constants[index,] = "constexpr", kind
+        else:
+            signature[name] = kind[0]
+            walk(*kind, (index,))
+    source = ASTSource(made.launcher.kernel, signature, constants, attributes)
+    options = made.launcher._options
+    if capability is None:  # which has no limit of registers to give
+        options = {name: options[name] for name in ("num_warps", "enable_fp_fusion") if name in options}
+        return triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+# -- Two launches of one key ----------------------------------------------------------------------------------------
+
+
+def _many_calls() -> None:
+    """Calls that differ in all that may be told apart."""
+    cpu = torch.device("cpu")
+    for case in CASES:
+        if not case.far:
+            OPERATIONS[case.operation].run(Given(case.B, case.V, cpu, case.strided))
+    wide = torch.zeros(40, 2 * 4096 + 3)
+    rows = torch.linspace(0.1, 0.9, 41)
+    longs = torch.arange(82)
+    for B in (1, 2, 16, 17):
+        for first, step, width in ((0, 1, 4096), (1, 1, 4096), (0, 2, 4096), (3, 1, 4000), (0, 1, 8195)):
+            scores = wide[:B, first : first + step * width : step]
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                given = scores.to(dtype) if dtype != torch.float32 else scores
+                for seeds in (3, longs[:B], longs[1 : B + 1], longs[: 2 * B : 2]):
+                    for temperature in (0.7, rows[:B], rows[1 : B + 1]):
+                        sampler = fl.Sampler(temperature=temperature, top_k=50, top_p=rows[1 : B + 1], logprobs="raw")
+                        sampler(given, seeds, seeds)
+                for rules in ((Rule("top_k", 50), Rule("top_p", rows[:B])), (Rule("min_p", 0.1),), (Rule("eta", 0.1),)):
+                    launch.select(given, launch.Selection(rules, given.shape[1], cpu))
+
+
+def keys() -> list[str]:
+    """Launches that relaunch a compiled kernel which Triton would have compiled otherwise."""
+    with captured() as made:
+        _many_calls()
+    first: dict[Any, dict[str, Any]] = {}
+    found: list[str] = []
+    for each in made:
+        now = variant(each)
+        before = first.setdefault((id(each.launcher), each.key), now)
+        found += [
+            f"{each.launcher.kernel.__name__}, {name}: {before[name]}, then {now[name]}"
+            for name in now
+            if before[name] != now[name]
+        ]
+    assert len(made) > len(first) > 100, "nothing was launched twice"
+    return list(dict.fromkeys(found))
+
+
+# -- What kernels take of a GPU -------------------------------------------------------------------------------------
+
+
+def _warp(dtype: torch.dtype) -> None:
+    warpers = [fl.TemperatureLogitsWarper(0.7), fl.TopKLogitsWarper(50), fl.TopPLogitsWarper(0.9)]
+    plan = fl.LogitsProcessorList(warpers).plan
+    plan(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, V, dtype=dtype))
+
+
+def _draw(dtype: torch.dtype) -> None:
+    seeds = torch.arange(2)
+    fl.Sampler(temperature=torch.ones(2), top_k=50, top_p=0.9)(torch.zeros(2, V, dtype=dtype), seeds, seeds)
+
+
+def _typical(dtype: torch.dtype) -> None:
+    selection = launch.Selection((Rule("typical", 0.9), Rule("top_n_sigma", 1.0)), V, torch.device("cpu"))
+    launch.select(torch.zeros(2, V, dtype=dtype), selection)
+
+
+def _serve(dtype: torch.dtype) -> None:
+    batch = fl.BatchProcessor(2, V, "cpu", max_length=64, max_logprobs=2)
+    slots = [batch.add(fl.RequestParams(logprobs=2), [1]) for _ in range(2)]
+    logits = torch.zeros(2, V, dtype=dtype)
+    batch.sample(logits, slots, logprobs="processed")
+    batch.apply(logits, slots)
+
+
+def _sample(dtype: torch.dtype) -> None:
+    fl.Sampler(temperature=0.7)(torch.zeros(2, V, dtype=dtype), 0, 0)
+
+
+CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
+    ("list", _warp, torch.float32), ("list", _warp, torch.bfloat16), ("draw", _draw, torch.float32),
+    ("draw", _draw, torch.bfloat16), ("typical", _typical, torch.float32), ("serving", _serve, torch.float32),
+    ("sample", _sample, torch.float32), ("sample", _sample, torch.bfloat16),
+]  # fmt: skip
+
+
+def taken(compiled: Any, capability: int) -> dict[str, int]:
+    """Registers, bytes spilled and accesses of 16 bytes of a compiled kernel."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(compiled.asm["ptx"])
+        ptx.flush()
+        target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]  # type: ignore[index]
+        said = subprocess.run(
+            [get_ptxas(capability).path, "-v", f"-arch={target}", ptx.name, "-o", "/dev/null"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
+        "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),  # type: ignore[index]
+        "wide": len(re.findall(r"(?:ld|st)\.global[^\s]*\.v4", compiled.asm["ptx"])),
+    }
+
+
+def resources(capability: int) -> dict[str, dict[str, int]]:
+    """What each kernel of the selection takes, by call, kernel and dtype."""
+    found: dict[str, dict[str, int]] = {}
+    for call, run, dtype in CALLS:
+        with captured(hopper=capability >= 90) as made:
+            run(dtype)
+        for each in made:
+            name = f"{each.launcher.kernel.__name__.strip('_').removesuffix('_kernel')} {call} {_TYPES[dtype]}"
+            if name in found:
+                continue
+            found[name] = taken(compile_for(each, capability), capability)
+    return found
+
+
+def _smallest() -> None:
+    """One of everything: a row, a token, a rule of each kind, a request that asks for all."""
+    cpu = torch.device("cpu")
+    for operation in OPERATIONS.values():
+        if operation.least_vocab <= 1:
+            operation.run(Given(1, 1, cpu))
+    one, seeds = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+    values = {kind: 1 if spec.integer else 0.5 for kind, spec in RULES.items()}
+    for ties in ("all", "lowest"):
+        rules = tuple(Rule(kind, value, ties=ties if kind == "top_k" else "all") for kind, value in values.items())
+        launch.select(one, launch.Selection(rules, 1, cpu))
+        launch.select_tokens(one, launch.Selection(rules, 1, cpu), seeds, seeds)
+    launch.select_tokens(one, launch.Selection((), 1, cpu), seeds, seeds)
+    asked = {argument_of(kind): value for kind, value in values.items()}
+    asked |= {"temperature": 0.7, "repetition_penalty": 2.0, "dry_multiplier": 1.0, "no_repeat_ngram_size": 2}
+    asked |= {"logit_bias": {0: 1.0}, "forced_tokens": [0], "logprobs": 1}
+    batch = fl.BatchProcessor(1, 1, cpu, max_length=8, max_logprobs=1)
+    slots = [batch.add(fl.RequestParams(**asked), [0, 0])]
+    for logprobs in ("raw", "processed"):
+        batch.sample(one, slots, logprobs=logprobs)
+    batch.apply_(one, slots, bitmask=torch.ones(1, 1, dtype=torch.int32))
+    batch.append(slots, [0])
+
+
+def smallest(capability: int) -> list[str]:
+    """Kernels that compile where sizes and strides are 1; the first that doesn't raises."""
+    with captured(hopper=capability >= 90) as made:
+        _smallest()
+    found: dict[str, Launch] = {}
+    for each in made:
+        found.setdefault(f"{each.launcher.kernel.__name__} {variant(each)} {each.launcher._options}", each)
+    for each in found.values():
+        compile_for(each, capability)
+    return sorted({name.split()[0] for name in found})
+
+
+def amd() -> list[str]:
+    """Kernels of a list and of a draw that compile for gfx942; the first that doesn't raises."""
+    with captured(hopper=False, amd=True) as made:
+        _warp(torch.float32)
+        _draw(torch.bfloat16)
+        _sample(torch.bfloat16)
+    found = []
+    for each in made:
+        assert compile_for(each, None).asm["amdgcn"]
+        found.append(each.launcher.kernel.__name__)
+    return found
+
+
+if __name__ == "__main__":
+    asked, *rest = sys.argv[1:]
+    run = {"keys": keys, "amd": amd, "resources": resources, "smallest": smallest}[asked]
+    print(json.dumps(run(*map(int, rest))))

@@ -1,0 +1,185 @@
+"""Every kernel compiles for the GPUs we name, without spilling, with 16-byte accesses; no GPU is needed for that."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fastlogits_kernels.runtime import launcher
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
+
+# In a process of its own: this one may have chosen the interpreter, which compiles nothing.
+COMPILE = r"""
+import json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastlogits_kernels.pointwise import bitmask
+from fastlogits_kernels.pointwise import fold
+from fastlogits_kernels.pointwise import mask as mask_tokens
+from fastlogits_kernels.pointwise import pack_ids
+from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.pointwise import search as token_sets
+from fastlogits_kernels import synthid
+
+from tests.kernels.launches import taken
+
+capability = int(sys.argv[1])
+STREAMED = ("scores_ptr", "logits_ptr", "out_ptr", "rounds_like_ptr")
+TYPES = {name: "i64" for name in ("ids_ptr", "tokens_ptr", "cache_position_ptr", "prompt_length_ptr")}
+TYPES |= {name: "fp32" for name in ("planes_ptr", "row_values_ptr", "biases_ptr")}
+TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr")}
+TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "temperature_ptr": "fp32"}
+TYPES |= {"floats_ptr": "fp32", "longs_ptr": "i64", "slots_ptr": "i64", "drafts_ptr": "i64", "local_ptr": "i64"}
+TYPES |= {"values_ptr slot_sets": "fp32", "tokens_ptr append": "i64"}
+TYPES |= {"table_ptr synthid": "u8", "offsets_ptr": "i64", "skip_ptr": "i1"}
+
+
+def compile_(case, kernel, dtype, absent, constants, warps=4):
+    signature, values, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants or name in absent or name in ("stride_token", "stride_out_token"):
+            signature[name], values[name] = "constexpr", constants.get(name, 1 if "stride" in name else None)
+        elif name == "numbers_ptr":
+            signature[name] = "*fp64" if "TASKS" in constants else "*fp32"
+        elif name.endswith("_ptr"):
+            own = TYPES.get(f"{name} {case.split()[0]}", TYPES.get(name, "i32"))
+            signature[name] = "*" + (dtype if name in STREAMED else own)
+        else:
+            signature[name] = {"multiplier": "i64"}.get(name, "i32")
+        if name in STREAMED or name in ("V", "stride_row", "stride_out"):
+            attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+cases = {}
+gated = {"GATES": 2, "BLOCK_W": 32}
+for dtype in ("fp32", "fp16", "bf16"):
+    everything = gated | {"IN_PLACE": False}
+    cases[f"mask_tokens {dtype}"] = (mask_tokens._mask_tokens_kernel, dtype, (), everything)
+    absent = ("windows_ptr", "blanks_ptr", "allowed_ptr", "ids_ptr", "cache_position_ptr", "prompt_length_ptr")
+    cases[f"mask_tokens static {dtype}"] = (mask_tokens._mask_tokens_kernel, dtype, absent, everything | {"GATES": 1})
+    in_place = gated | {"IN_PLACE": True, "BLOCK_W": 64}
+    cases[f"mask_tokens_ {dtype}"] = (mask_tokens._mask_tokens_kernel, dtype, (), in_place)
+    cases[f"bitmask {dtype}"] = (bitmask._bitmask_kernel, dtype, (), {"BLOCK_W": 64})
+    cases[f"mask_listed_tokens {dtype}"] = (mask_tokens._mask_listed_tokens_kernel, dtype, (), {"BLOCK_N": 128})
+    ops = tuple(n for kind in range(11) for n in (kind, kind % 3, 2, 1))
+    chain = {"OPS": ops, "MAX": 65504.0, "BLOCK_W": 32}
+    cases[f"fold {dtype}"] = (fold._fold_kernel, dtype, (), chain)
+    short = {"OPS": (*(0, 0, 0, 0), *(2, 1, 0, 1), *(3, -1, 2, 3)), "MAX": 65504.0, "BLOCK_W": 32}
+    absent = ("planes_ptr", "row_values_ptr", "biases_ptr")
+    cases[f"fold short {dtype}"] = (fold._fold_kernel, dtype, absent, short)
+    tasks = tuple(n for kind in range(11) for n in (kind, kind if kind < 9 else -1, 0, 2, 0, 0))
+    search = {"TASKS": tasks, "SETS": 9, "ROW_VALUES": 1, "SPLITS": 4, "BLOCK": 1024}
+    cases[f"token_sets {dtype}"] = (token_sets._token_sets_kernel, dtype, (), search, 8)
+    tasks = (*(0, 1, -1, 0, -1, -1), *(3, 0, -1, 0, -1, -1), *(5, 1, -1, 3, -1, -1), *(7, 2, -1, 0, -1, -1))
+    search = {"TASKS": tasks, "SETS": 3, "ROW_VALUES": 0, "SPLITS": 4, "BLOCK": 1024}
+    absent = ("rows_ptr", "sources_ptr", "starts_ptr", "gates_ptr", "numbers_ptr", "allowed_ptr", "planes_ptr")
+    absent += ("cache_position_ptr", "prompt_length_ptr", "row_values_ptr")
+    cases[f"token_sets short {dtype}"] = (token_sets._token_sets_kernel, dtype, absent, search, 8)
+# n-grams that are longer than what is compared without a loop; a size may be any.
+tasks = (*(5, 0, -1, 17, -1, -1), *(5, 0, -1, 100000, -1, -1), *(6, 0, -1, 2147483647, 0, -1))
+search = {"TASKS": tasks, "SETS": 1, "ROW_VALUES": 0, "SPLITS": 4, "BLOCK": 1024}
+cases["token_sets long"] = (token_sets._token_sets_kernel, "fp32", tuple(set(absent) - {"sources_ptr"}), search, 8)
+early = {"PDL": capability >= 90}
+for dtype in ("fp32", "bf16"):
+    search = {"BIAS_LAST": False, "WORDS_IN_OUTPUT": True, "ROOM": 2048, "BLOCK": 1024, "LIST_BLOCK": 128} | early
+    cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
+    absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
+    cases[f"slot_sets plain {dtype}"] = (slot_sets._slot_sets_kernel, dtype, absent, search | {"DRAWS": False}, 8)
+cases["append"] = (slot_sets._append_kernel, "fp32", (), {"BLOCK": 32})
+cases["swap"] = (slot_sets._swap_kernel, "fp32", (), {"BLOCK": 1024})
+cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
+
+for form, (done, more, first, wraps) in {
+    "first": (0, 3, True, False), "second": (3, 3, True, False), "middle": (3, 3, False, False),
+    "last": (3, 0, False, False), "wraps": (3, 3, False, True),
+}.items():
+    step = {"DONE": done, "NEXT": more, "FROM_SCORES": first, "WRAPS": wraps}
+    step |= {"WIDTH": 8, "BLOCKS": 64, "BLOCK_V": 2048} | ({} if wraps else {"multiplier": 1})
+    cases[f"synthid {form}"] = (synthid._synthid_kernel, "fp32", (), step)
+
+found = {name: taken(compile_(name, *case), capability) for name, case in cases.items()}
+print(json.dumps(found))
+"""
+
+
+# A register or two may spill in a search of all kinds at once, which no list of processors is, and in SynthID's rare
+# form: nine hashes of 64 bits are in flight there, where a table's size is no power of two. Registers are the
+# compiler's choice: each version has the limits that it was seen to keep, and another is only asked to compile.
+SEARCHES = ("token_sets fp32", "token_sets fp16", "token_sets bf16")
+SPILLED = {
+    (3, 9): dict.fromkeys(SEARCHES, 4) | {"synthid wraps": 4},
+    # The last for sm_100 alone, where its compiler gives a program of 16-bit logits 80 registers, of 255 that it may.
+    (3, 6): dict.fromkeys(SEARCHES, 12) | {"synthid wraps": 4, "synthid first": 60, "slot_sets bf16": 36},
+}
+REGISTERS = {"synthid wraps": 192}
+# Of the selection, by call and kernel. Bounds and the filter are held to fewer registers, so that more programs run at
+# once: where all rules are compiled, the rare branches spill. Rows that take several passes take all that 16 warps may.
+LIMITS = {
+    "refine_rows": (128, 768), "bounds typical": (64, 256), "bounds serving": (64, 256), "filter serving": (48, 256),
+    "bounds": (64, 40), "filter": (48, 8), "refine": (128, 0), "report": (192, 8), "tiles": (136, 8),
+}  # fmt: skip
+VERSION = tuple(int(n) for n in launcher.triton.__version__.split(".")[:2]) if launcher.HAS_TRITON else ()
+
+
+def told(*command):
+    """What a process that compiles has printed."""
+    command = [sys.executable, "-W", "ignore", *map(str, command)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def compiled(*command):
+    """The same, where the limits are those of this version of Triton."""
+    found = told(*command)
+    if VERSION not in SPILLED:
+        measured = " and ".join(".".join(map(str, version)) for version in SPILLED)
+        pytest.skip(f"all compile; the limits are those of Triton {measured}")
+    return found
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_registers_spills_and_widths(capability):
+    for name, kernel in compiled("-c", COMPILE, capability).items():
+        assert kernel["spilled"] <= SPILLED[VERSION].get(name, 0), (name, kernel)
+        assert kernel["registers"] <= REGISTERS.get(name, 136), (name, kernel)
+        if name.startswith(("mask_tokens", "bitmask", "fold")):
+            assert kernel["wide"] >= 2, (name, kernel)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_registers_spills_and_widths_of_a_selection(capability):
+    found = compiled("-m", "tests.kernels.launches", "resources", capability)
+    assert {name.split()[1] for name in found} == {"list", "draw", "typical", "serving", "sample"}
+    for name, kernel in found.items():
+        kind, call, _ = name.split()
+        registers, spilled = LIMITS.get(f"{kind} {call}") or LIMITS.get(kind) or (136, 0)
+        assert kernel["registers"] <= registers, (name, kernel)
+        assert kernel["spilled"] <= spilled, (name, kernel)
+        if kind in ("sums", "filter", "tiles"):
+            assert kernel["wide"] >= 2, (name, kernel)
+
+
+def test_a_key_says_all_that_a_kernel_is_compiled_for():
+    """Two launches of one key are one to Triton: else the second would run what was compiled for the first."""
+    assert told("-m", "tests.kernels.launches", "keys") == []
+
+
+def test_one_row_of_one_token_compiles():
+    """Of an integer that is 1 Triton makes a constant, and no tensor."""
+    found = told("-m", "tests.kernels.launches", "smallest", 90)
+    assert {"refine_kernel", "refine_rows_kernel", "report_kernel", "_slot_sets_kernel", "_fold_kernel"} <= set(found)
+
+
+def test_a_selection_compiles_for_amd():
+    kernels = {"bounds_kernel", "filter_kernel", "refine_kernel", "refine_rows_kernel", "sample_parts_kernel"}
+    kernels.add("sample_rows_kernel")
+    assert set(told("-m", "tests.kernels.launches", "amd")) == kernels
