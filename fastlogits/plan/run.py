@@ -73,6 +73,19 @@ class Run:
         """What a part of a plan or a processor carries from call to call of this run, which ends with it."""
         return self._kept.setdefault(owner, {})
 
+    def forget(self, kind: type) -> None:
+        """Drop what owners of a kind carry: another prompt is put into the same buffers, whose run this is."""
+        for owner in [owner for owner in self._kept if isinstance(owner, kind)]:
+            del self._kept[owner]
+
+    def starts_at(self, prompt_length: int) -> bool:
+        """Whether it starts after so many tokens, as far as it has begun, and takes each position from the ids."""
+        if self._cache_position is not None:
+            return False
+        if self._prompt_length is not None:
+            return isinstance(self._prompt_length, int) and self._prompt_length == prompt_length
+        return all(length == prompt_length for length in self._first_lengths.values())
+
     @property
     def is_fixed(self) -> bool:
         """Whether nothing of its positions changes from call to call but the contents of tensors."""

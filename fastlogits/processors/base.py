@@ -74,6 +74,10 @@ class RunProcessor(LogitsProcessor):
         """Processed scores ``[B, V]``, see ``StagedProcessor``."""
         return self._planned.plan(input_ids, scores, self._run)
 
+    def starts_at(self, prompt_length: int) -> bool:
+        """Whether its run is one that starts after so many tokens, see ``Run.starts_at``."""
+        return self._run.starts_at(prompt_length)
+
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place."""
         return self._planned.plan(input_ids, scores, self._run, in_place=True)

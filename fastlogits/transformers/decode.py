@@ -1,18 +1,20 @@
-"""A decoding method for ``generate``: tokens are drawn without a softmax or ``multinomial`` over the vocabulary."""
+"""A decoding method for ``generate``, whose step is one CUDA graph, and which draws without softmax or multinomial."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast
 
 import torch
 from fastlogits_kernels.selection import launch
 
 from fastlogits.checks import is_integer
 from fastlogits.sampling import FusedDraw, Sampler
+from fastlogits.transformers import loop
 from fastlogits.transformers.accelerate import RunList
+from fastlogits.transformers.graphs import GRAPHS
 from fastlogits.transformers.hooks import arguments_of_generate, is_synced, keeps_tokenizer, with_tokens
 
 __all__ = ["decode"]
@@ -21,6 +23,22 @@ __all__ = ["decode"]
 _PART = 2**32
 
 
+class _Decode(Protocol):
+    """A decoding method that keeps something between calls."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Decode, see ``decode``."""
+
+    def clear(self) -> None:
+        """Drop all CUDA graphs that are kept, with their caches; the next call captures anew."""
+
+
+def _with_clear(method: Callable[..., Any]) -> _Decode:
+    method.clear = GRAPHS.drop  # type: ignore[attr-defined]
+    return cast(_Decode, method)
+
+
+@_with_clear
 @keeps_tokenizer
 def decode(
     model: Any,
@@ -30,13 +48,26 @@ def decode(
     generation_config: Any,
     synced_gpus: bool = False,
     streamer: Any = None,
+    compile: bool = False,
     seeds: int | torch.Tensor | None = None,
     tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Greedy decoding and sampling for ``model.generate(custom_generate=fl.decode)``, reproducible for each request.
+    """Greedy decoding and sampling for ``model.generate(custom_generate=fl.decode)``, a CUDA graph for each step.
 
-    All else is the model's own loop: caches, compiled forward passes, stopping criteria, streamers, what is returned.
+    On a GPU the step is captured: the forward pass on a static cache, the processors, the draw, and the token that is
+    appended. Each later step, and each later call of the same kind, replays it. A call is of the same kind if it has
+    the model, the number of rows, the processors and their parameters, and a length that rounds up to the same. Seeds,
+    prompts and masks are its own. The host runs two steps ahead of what it knows of the rows that have finished, so a
+    streamer gets its tokens, all of them and in order, that much later. A cache that ``generate`` hands in or returns
+    gets the same states as ever. Up to four graphs are kept, each with its cache; ``decode.clear()`` drops them.
+
+    What can't be captured takes transformers' own loop, with the same tokens for the same logits: models on a CPU or on
+    several devices, those with a state, a ``prepare_inputs_for_generation`` of their own or hooks in their modules,
+    attention other than ``"sdpa"`` and ``"eager"``, other caches than dynamic and static ones, processors that
+    fastlogits doesn't know or that read the text on the host, ``output_attentions``, ``output_hidden_states`` and
+    ``synced_gpus``. The logger ``fastlogits`` says why, at level INFO. So does a step of which a capture fails.
+
     A token is drawn from the distribution that sampling has in transformers. It depends on the row's own logits, the
     seed of its request and the number of tokens generated before it: not on the rest of the batch.
 
@@ -52,6 +83,9 @@ def decode(
         synced_gpus: whether to go on until all processes have finished. This and the streamer are taken from the
             ``generate`` that calls, which hands neither on.
         streamer: what receives the tokens.
+        compile: given to ``generate``: whether the forward pass that is captured is one of ``torch.compile``. The
+            first calls then wait for the compiler. Of no effect in transformers' own loop, which compiles by itself
+            for a static cache.
         seeds: given to ``generate``: an integer of 64 bits, or an integer tensor with one for each prompt, whatever
             ``num_return_sequences`` is. None draws one from torch's generator, so that ``torch.manual_seed`` decides.
             Rows of an integer seed differ from each other, as do several sequences of one prompt.
@@ -81,9 +115,22 @@ def decode(
     run = logits_processor
     if not isinstance(run, RunList):
         run = RunList(logits_processor, input_ids.shape[1])
-    keeps_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
     if generation_config.do_sample:
         rows = _seeded(seeds, input_ids, generation_config.num_return_sequences or 1)
+    else:
+        rows = (torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device),) * 2
+    request = loop.Request(
+        model, input_ids, run, stopping_criteria, generation_config, streamer, bool(generation_config.do_sample), *rows,
+        compile, model_kwargs,
+    )  # fmt: skip
+    try:
+        if synced_gpus:
+            raise loop.Unfit("synced_gpus: processes wait for each other at each step")
+        return loop.decode(request)
+    except loop.Unfit as reason:
+        loop.logger.info("decode takes transformers' own loop, without a CUDA graph: %s", str(reason))
+    keeps_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
+    if generation_config.do_sample:
         run = _Drawing(run, *rows, input_ids.shape[1], keeps_scores)
         generation_config = copy.copy(generation_config)
         generation_config.do_sample = False
