@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import types
 import weakref
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -31,16 +32,27 @@ class Graphs:
         self._known: dict[int, weakref.finalize[[int], Any]] = {}
         self._refused: dict[tuple[int, Hashable], str] = {}
         self._busy = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+        self._last: torch.cuda.Event | None = None
 
     @contextmanager
-    def reserved(self) -> Iterator[bool]:
-        """Reserve them for a call; False where another one has."""
-        mine = self._busy.acquire(blocking=False)
+    def reserved(self, device: torch.device) -> Iterator[bool]:
+        """Reserve them for a call on a device; False where another call has them."""
+        if not self._busy.acquire(blocking=False):
+            yield False
+            return
         try:
-            yield mine
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                if self._last is not None:
+                    # The call before may have been on another stream, with steps that went beyond the end.
+                    torch.cuda.current_stream().wait_event(self._last)
+                try:
+                    yield True
+                finally:
+                    if device.type == "cuda":
+                        self._last = torch.cuda.current_stream().record_event()
         finally:
-            if mine:
-                self._busy.release()
+            self._busy.release()
 
     def get(self, model: Any, key: Hashable) -> Step | None:
         """The step that is kept for a kind of call of a model."""
@@ -65,10 +77,22 @@ class Graphs:
         self._know(model)
         self._refused[id(model), key] = reason
 
-    @property
-    def pool(self) -> Any:
-        """The memory that graphs share; None where there is no graph, and the next one has it made."""
-        return next((step.graph.pool() for step in self._kept.values() if step.graph is not None), None)
+    def capture(self, step: Step, model: Any, call: Callable[..., Any]) -> None:
+        """Capture a step, in the memory that all graphs share.
+
+        Raises:
+            Exception: it can't be captured; then there is no graph at all.
+        """
+        device = step.tokens.device
+        graphs = [each.graph for each in self._kept.values() if each.graph is not None and each.tokens.device == device]
+        if not graphs or self._stream is None or self._stream.device != device:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        try:
+            step.capture(model, call, graphs[0].pool() if graphs else None, self._stream)
+        except BaseException:
+            for each in self._kept.values():  # nobody knows what has become of the memory that they share
+                each.release()
+            raise
 
     def drop(self, model: Any = None) -> None:
         """Drop what is kept: all, or that of a model."""
@@ -122,13 +146,18 @@ def kind_of(value: Any) -> Hashable:
         return type(value), value
     if isinstance(value, functools.partial):
         return kind_of(value.func), kind_of(value.args), kind_of(value.keywords)
+    if isinstance(value, types.MethodType):
+        return kind_of(value.__func__), _Itself(value.__self__)
+    if isinstance(value, types.FunctionType):  # one that a stage makes anew does what it did
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__code__, kind_of(value.__defaults__), kind_of(cells)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value), tuple(kind_of(getattr(value, field.name)) for field in dataclasses.fields(value))
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(kind_of, value))
     if isinstance(value, dict):
         return type(value), tuple((name, kind_of(each)) for name, each in value.items())
-    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.numel() < 2**16:
+    if isinstance(value, torch.Tensor) and value.numel() < 2**16:  # once for each call, this may wait for the GPU
         return value.dtype, tuple(value.shape), tuple(value.flatten().tolist())
     return _Itself(value)
 

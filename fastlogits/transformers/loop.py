@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 from transformers.generation import stopping_criteria as criteria
 from transformers.generation import utils
 
@@ -80,8 +80,7 @@ def decode(request: Request) -> Any:
     known = GRAPHS.refused(request.model, kind)
     if known is not None:
         raise Unfit(known)
-    device = request.model.device
-    with GRAPHS.reserved() as mine, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with GRAPHS.reserved(request.model.device) as mine:
         if not mine:
             raise Unfit("another call decodes at the moment")
         return _Loop(request, plan, kind).run()
@@ -232,12 +231,29 @@ class _Loop:
         del outputs
         cache = model_kwargs["past_key_values"]
         cached = int(cache.get_seq_length())
-        self._begin(self._start(model_kwargs), cached)
+        try:
+            self._begin(self._start(model_kwargs), cached)
+        except torch.OutOfMemoryError:
+            self._give_up(cache, cached)
         count = self._decode(logits)
         sequences = self._step.history[:, : self._prompt_length + count].clone()
         if self._config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
             self._step.append_to(cache, cached, cached + count - 1)
         return self._output(sequences, count, cache)
+
+    def _give_up(self, cache: Any, cached: int) -> None:
+        """Leave the call to the ordinary loop, which has no second cache; a cache that is the caller's holds too much.
+
+        Raises:
+            Unfit: as a rule.
+        """
+        GRAPHS.drop()
+        of_the_caller = getattr(cache, "_is_user_defined", False) or cached != self._prompt_length
+        if of_the_caller or type(cache) is not DynamicCache:
+            raise
+        fresh = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        self._request.model_kwargs["past_key_values"] = fresh
+        raise Unfit("there is no memory for a static cache") from None
 
     def _start(self, model_kwargs: dict[str, Any]) -> Start:
         request = self._request
@@ -360,7 +376,7 @@ class _Loop:
             return
         if GRAPHS.refused(model, self._kind) is None:
             try:
-                step.capture(model, self._call, GRAPHS.pool)
+                GRAPHS.capture(step, model, self._call)
             except Exception as error:  # whatever it is: without a graph it works as it did
                 self._refuse(f"the step could not be captured: {error}")
                 torch.cuda.synchronize()

@@ -190,8 +190,11 @@ class Step:
         self.replays += 1
         self.logits, self.scores = self._captured
 
-    def capture(self, model: Any, call: Callable[..., Any], pool: Any) -> None:
+    def capture(self, model: Any, call: Callable[..., Any], pool: Any, stream: torch.cuda.Stream) -> None:
         """Capture the step; it isn't taken. What it allocates is in ``pool``, as ``CUDAGraph.pool()`` names it.
+
+        ``stream`` is one on which nothing runs but captures: the workspace that cuBLAS makes for a stream is then in
+        the pool, where nobody else gets it once cuBLAS is told to give it up.
 
         Raises:
             Exception: what the step raises, or what CUDA does; then there is no graph.
@@ -199,9 +202,8 @@ class Step:
         self.forget_prompt()
         graph = torch.cuda.CUDAGraph()
         shared = {} if pool is None else {"pool": pool}
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with _no_collection(), torch.cuda.stream(side):
+        stream.wait_stream(torch.cuda.current_stream())
+        with _no_collection(), torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local", **shared)
             try:
                 self.take(self.forward(model, call))
@@ -210,7 +212,7 @@ class Step:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         self._captured = (self.logits, self.scores)
         self.graph = graph
 
@@ -219,20 +221,27 @@ class Step:
         self._fixed.append_to(cache, start, stop)
 
     def release(self) -> None:
-        """Drop the graph."""
+        """Drop the graph, once nothing of it runs any more."""
         if self.graph is not None:
+            with suppress(Exception):  # at the end of a process there may be no device left
+                torch.cuda.synchronize(self.tokens.device)
             self.graph.reset()
         self.graph, self._captured, self.logits, self.scores = None, (None, None), None, None
 
 
 def on_side_stream(device: torch.device) -> Any:
     """Where a step is taken that a capture follows, as CUDA asks."""
-    return _beside() if device.type == "cuda" else nullcontext()
+    return _beside(device) if device.type == "cuda" else nullcontext()
+
+
+_side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 @contextmanager
-def _beside() -> Iterator[None]:
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+def _beside(device: torch.device) -> Iterator[None]:
+    side = _side_streams.get(device)
+    if side is None:
+        side = _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         yield
