@@ -138,7 +138,7 @@ class _Candidates:
         everywhere = Run(self._prompt_length, newest)
         ids = tokens.expand(count, -1)
         for part in plan.parts:
-            if _takes_any_length(part):
+            if takes_any_length(part):
                 rows = part(ids, rows, everywhere)
             else:
                 rows = torch.cat([part(tokens[:, : seen + i], rows[i : i + 1], run) for i in range(count)])
@@ -162,7 +162,7 @@ def _rows_behind(scores: torch.Tensor, count: int) -> torch.Tensor | None:
     return base[0, first : first + count]
 
 
-def _takes_any_length(part: Part) -> bool:
+def takes_any_length(part: Part) -> bool:
     """Whether a part of a plan takes positions of one row as rows of one call."""
     return not any(_is_of_a_row(member.stage) for member in part.members)
 

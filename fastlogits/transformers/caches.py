@@ -44,12 +44,13 @@ def unfit(cache: Any) -> str | None:
 
 
 def rows_of(cache: Any) -> int | None:
-    """How many rows a cache holds; None where it is empty."""
+    """How many rows a cache holds; None where it is empty, or of a kind that isn't known."""
     if isinstance(cache, cache_utils.EncoderDecoderCache):
         cache = cache.self_attention_cache
-    for layer in cache.layers:
-        if getattr(layer, "is_initialized", False) and layer.keys.numel():
-            return int(layer.keys.shape[0])
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, torch.Tensor) and keys.ndim == 4 and keys.numel():
+            return int(keys.shape[0])
     return None
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast
 
 import torch
 from fastlogits_kernels.selection import launch
+from transformers import StaticCache
 
 from fastlogits.checks import is_integer
+from fastlogits.plan.plan import Plan
 from fastlogits.sampling import FusedDraw, Sampler
-from fastlogits.transformers import loop
+from fastlogits.transformers import drafts, loop
 from fastlogits.transformers.accelerate import RunList
+from fastlogits.transformers.caches import rows_of
 from fastlogits.transformers.graphs import GRAPHS
 from fastlogits.transformers.hooks import arguments_of_generate, is_synced, keeps_tokenizer, with_tokens
 
@@ -68,6 +72,11 @@ def decode(
     fastlogits doesn't know or that read the text on the host, ``output_attentions``, ``output_hidden_states`` and
     ``synced_gpus``. The logger ``fastlogits`` says why, at level INFO. So does a step of which a capture fails.
 
+    Drafts act, for one row at a time, and change no token: with ``prompt_lookup_num_tokens`` or an ``assistant_model``
+    of the same vocabulary, each position draws what it would have drawn without them, by its own noise, and the draft
+    model draws with the same noise. Such a step isn't captured. With ``return_dict_in_generate``, the output's
+    ``accepted_drafts`` says how many drafts each forward pass after the prompt's has confirmed; the logger has the sum.
+
     A token is drawn from the distribution that sampling has in transformers. It depends on the row's own logits, the
     seed of its request and the number of tokens generated before it: not on the rest of the batch.
 
@@ -93,8 +102,8 @@ def decode(
         **model_kwargs: the rest.
 
     Raises:
-        ValueError: a configuration of another decoding method (beams, a draft, ...), or seeds of another shape or
-            dtype.
+        ValueError: a configuration of another decoding method (beams, contrastive search, ...), seeds of another shape
+            or dtype, a cache of other rows, or drafts for several rows or of another vocabulary.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,7 +117,9 @@ def decode(
         True
     """
     called = arguments_of_generate(sys._getframe(1), model)
-    _check_method(generation_config, called.get("assistant_model"))
+    assistant = called.get("assistant_model")
+    _check_method(generation_config, assistant)
+    _check_cache(model_kwargs.get("past_key_values"), len(input_ids))
     if streamer is None:
         streamer = called.get("streamer")
     synced_gpus = synced_gpus or is_synced(model, called.get("synced_gpus"))
@@ -126,7 +137,13 @@ def decode(
     try:
         if synced_gpus:
             raise loop.Unfit("synced_gpus: processes wait for each other at each step")
-        return loop.decode(request)
+        if assistant is None and not generation_config.prompt_lookup_num_tokens:
+            return loop.decode(request)
+        _check_drafts(request, assistant)
+        reason = drafts.unfit(request)
+        if reason is not None:
+            raise loop.Unfit(reason)
+        return drafts.decode(request, functools.partial(_drafter, request, assistant))
     except loop.Unfit as reason:
         loop.logger.info("decode takes transformers' own loop, without a CUDA graph: %s", str(reason))
     keeps_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
@@ -158,7 +175,6 @@ _OTHER_METHODS = {
     "num_beams": "1",
     "penalty_alpha": "None",
     "dola_layers": "None",
-    "prompt_lookup_num_tokens": "None",
     "assistant_early_exit": "None",
     "use_mtp": "False",
     "constraints": "None",
@@ -168,16 +184,61 @@ _OTHER_METHODS = {
 
 def _check_method(generation_config: Any, assistant_model: Any) -> None:
     """Refuse what another decoding method is asked for by."""
-    if generation_config.get_generation_mode(assistant_model) in ("greedy_search", "sample"):
+    mode = generation_config.get_generation_mode(assistant_model)
+    asked = next(_asked(generation_config), None)
+    if asked is None and mode in ("greedy_search", "sample", "assisted_generation"):
         return
-    argument, allowed, value = "assistant_model", "None", type(assistant_model).__name__
-    if assistant_model is None:
-        argument, allowed = next(_asked(generation_config), ("generation_config", "one of greedy decoding or sampling"))
-        value = repr(getattr(generation_config, argument, generation_config.get_generation_mode()))
+    argument, allowed = asked or ("generation_config", "one of greedy decoding or sampling")
+    value = repr(getattr(generation_config, argument, mode))
     raise ValueError(
         f"{argument} must be {allowed} with custom_generate=fastlogits.decode, which decodes greedily or samples, got "
         f"{value}: leave {argument} out, or leave custom_generate out, since fastlogits.accelerate takes all methods"
     )
+
+
+def _check_cache(cache: Any, B: int) -> None:
+    """Refuse a cache of another batch."""
+    rows = rows_of(cache)
+    if rows not in (None, B):
+        raise ValueError(
+            f"past_key_values must hold {B} rows, one for each row of the input (num_return_sequences counts), got a "
+            f"cache of {rows}: give the one that the same batch has made, repeat it with "
+            "past_key_values.batch_repeat_interleave(...), or leave it out"
+        )
+
+
+def _check_drafts(request: loop.Request, assistant: Any) -> None:
+    """Refuse calls that drafts can't help."""
+    argument = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"
+    B = len(request.input_ids)
+    if B != 1:
+        raise ValueError(
+            f"{argument} takes one row at a time, got {B}: leave {argument} out, or call generate for each prompt"
+        )
+    if request.config.cache_implementation == "static" or isinstance(
+        request.model_kwargs.get("past_key_values"), StaticCache
+    ):
+        raise ValueError(
+            f"{argument} needs a cache that takes tokens back, got a static one: leave cache_implementation out, or "
+            f"leave {argument} out"
+        )
+    if assistant is None:
+        return
+    sizes = [each.config.get_text_config(decoder=True).vocab_size for each in (request.model, assistant)]
+    if sizes[0] != sizes[1] or request.model.config.is_encoder_decoder or assistant.config.is_encoder_decoder:
+        raise ValueError(
+            "assistant_model must be a decoder with the vocabulary of the model with custom_generate=fastlogits.decode,"
+            f" got {type(assistant).__name__} of {sizes[1]} tokens for {type(request.model).__name__} of {sizes[0]}: "
+            "leave custom_generate out, since fastlogits.accelerate takes all assistants, or use "
+            "prompt_lookup_num_tokens"
+        )
+
+
+def _drafter(request: loop.Request, assistant: Any, plan: Plan | None) -> drafts.Drafter:
+    if assistant is not None:
+        return drafts.DraftModel(assistant, request, plan)
+    config = request.config
+    return drafts.PromptLookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
 
 
 def _asked(generation_config: Any) -> Iterator[tuple[str, str]]:

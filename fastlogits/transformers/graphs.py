@@ -149,7 +149,10 @@ def kind_of(value: Any) -> Hashable:
     if isinstance(value, types.MethodType):
         return kind_of(value.__func__), _Itself(value.__self__)
     if isinstance(value, types.FunctionType):  # one that a stage makes anew does what it did
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        try:
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        except ValueError:  # a cell that is still empty
+            return _Itself(value)
         return value.__code__, kind_of(value.__defaults__), kind_of(cells)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value), tuple(kind_of(getattr(value, field.name)) for field in dataclasses.fields(value))

@@ -72,7 +72,7 @@ def decode(request: Request) -> Any:
     reason = _reason(request)
     if reason is not None:
         raise Unfit(reason)
-    plan = _plan_of(request.processors, request.input_ids.shape[1])
+    plan = plan_of(request.processors, request.input_ids.shape[1])
     reason = reason_of_plan(plan)
     if reason is not None:
         raise Unfit(reason)
@@ -162,7 +162,7 @@ def _reason_of_inputs(model: Any, given: dict[str, Any]) -> str | None:
     return None
 
 
-def _plan_of(processors: RunList, prompt_length: int) -> Plan:
+def plan_of(processors: RunList, prompt_length: int) -> Plan:
     """The plan of a run's processors, with those that were made for this run as if they stood there themselves."""
     members = []
     each: Iterator[Any] = list.__iter__(processors)
@@ -239,7 +239,8 @@ class _Loop:
         sequences = self._step.history[:, : self._prompt_length + count].clone()
         if self._config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
             self._step.append_to(cache, cached, cached + count - 1)
-        return self._output(sequences, count, cache)
+        scores = self._scores[:count] if self._keeps_scores else None
+        return output_of(request, sequences, scores, self._logits[:count] if self._keeps_logits else None, cache)
 
     def _give_up(self, cache: Any, cached: int) -> None:
         """Leave the call to the ordinary loop, which has no second cache; a cache that is the caller's holds too much.
@@ -306,7 +307,7 @@ class _Loop:
     def _decode(self, logits: torch.Tensor) -> int:
         """Take steps until all rows have finished; how many tokens that are."""
         step, request = self._step, self._request
-        rest = _rest(request.stopping_criteria)
+        rest = rest_of(request.stopping_criteria)
         # What fastlogits doesn't know is asked once for each token, and no more.
         lag = LAG if all(type(each) in _LATE for each in rest) else 0
         reports = _Reports(step.tokens, lag + 1)
@@ -400,18 +401,20 @@ class _Loop:
         step.append(tokens)
         step.logits, step.scores = logits, scores
 
-    def _output(self, sequences: torch.Tensor, count: int, cache: Any) -> Any:
-        if not self._config.return_dict_in_generate:
-            return sequences
-        made: dict[str, Any] = {
-            "sequences": sequences,
-            "scores": self._scores[:count] if self._keeps_scores else None,
-            "logits": self._logits[:count] if self._keeps_logits else None,
-            "past_key_values": cache,
-        }
-        if self._crossed:
-            return utils.GenerateEncoderDecoderOutput(**made)
-        return utils.GenerateDecoderOnlyOutput(**made)
+
+def output_of(
+    request: Request,
+    sequences: torch.Tensor,
+    scores: tuple[torch.Tensor, ...] | None,
+    logits: tuple[torch.Tensor, ...] | None,
+    cache: Any,
+) -> Any:
+    """What ``generate`` returns: the sequences, or what was asked for with them."""
+    if not request.config.return_dict_in_generate:
+        return sequences
+    crossed = request.model.config.is_encoder_decoder
+    made = utils.GenerateEncoderDecoderOutput if crossed else utils.GenerateDecoderOnlyOutput
+    return made(sequences=sequences, scores=scores, logits=logits, past_key_values=cache)
 
 
 def _plans(processors: RunList) -> list[Plan]:
@@ -424,7 +427,7 @@ _LATE = (criteria.MaxTimeCriteria, criteria.StopStringCriteria)
 """Criteria that may be asked about tokens that are cut off again."""
 
 
-def _rest(given: Sequence[Any]) -> list[Any]:
+def rest_of(given: Sequence[Any]) -> list[Any]:
     """The criteria that a step doesn't know of."""
     return [each for each in given if type(each) not in (criteria.MaxLengthCriteria, criteria.EosTokenCriteria)]
 

@@ -378,16 +378,15 @@ OTHERS = {
     "num_beams": {"num_beams": 3},
     "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4, "do_sample": False},
     "dola_layers": {"dola_layers": "low"},
-    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
     "assistant_early_exit": {"assistant_early_exit": 1},
 }
 
 
-@pytest.mark.parametrize("name", [*OTHERS, "assistant_model"])
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("method", ["decode", "lambda"])
 def test_other_methods_are_refused(llama, name, method):
-    options = OTHERS.get(name, {"assistant_model": llama})
-    value = "LlamaForCausalLM" if name == "assistant_model" else repr(options[name])
+    options = OTHERS[name]
+    value = repr(options[name])
     error = f"{name} must be (1|None) with custom_generate=fastlogits.decode.* got {value}: leave {name} out, or leave"
     with pytest.raises(ValueError, match=error):
         generate(llama, PROMPT[:1], custom_generate={**METHODS, **FREE}[method], **options)

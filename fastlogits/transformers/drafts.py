@@ -1,0 +1,296 @@
+"""Decoding with drafts, which change no token: each position draws what it would have drawn without them.
+
+A forward pass reads the newest token and some drafts of what follows it. Each row of logits then draws with the noise
+of its own position, from its own history. Drafts count while they equal what is drawn in their place; the first token
+drawn that differs from its draft takes that one's place. A draft model that draws with the same noise from a similar
+distribution mostly draws the same tokens (Daliri et al., arXiv 2408.07978).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache, GenerationMixin
+from transformers.generation import stopping_criteria as criteria
+
+from fastlogits.plan.plan import Plan
+from fastlogits.plan.run import Run
+from fastlogits.transformers import caches
+from fastlogits.transformers.accelerate import RunList, takes_any_length
+from fastlogits.transformers.loop import Request, output_of, plan_of, rest_of
+from fastlogits.transformers.step import Chooser
+
+logger = logging.getLogger("fastlogits")
+
+
+def unfit(request: Request) -> str | None:
+    """Why drafts can't be taken for a call; None where they can."""
+    cache = request.model_kwargs.get("past_key_values")
+    if not hasattr(GenerationMixin, "_prefill") or not hasattr(cache, "activate_past_recording"):
+        return "this version of transformers has no cache that takes tokens back"
+    return caches.unfit(cache)
+
+
+class Drafter(Protocol):
+    """What proposes tokens."""
+
+    def propose(self, text: Sequence[int], most: int) -> list[int]:
+        """Up to ``most`` tokens that may follow a text."""
+
+    def hear(self, proposed: int, accepted: int) -> None:
+        """Be told how many of the proposed tokens were right."""
+
+
+class PromptLookup:
+    """Proposes what followed the text's last tokens where they stood before.
+
+    Args:
+        count: how many tokens it proposes at most.
+        ngram: how many last tokens are looked for at most; fewer where that many aren't found.
+    """
+
+    def __init__(self, count: int, ngram: int) -> None:
+        self._count, self._ngram = count, ngram
+
+    def propose(self, text: Sequence[int], most: int) -> list[int]:
+        """What followed at the latest place where as many of the last tokens stood as can be found."""
+        L = len(text)
+        for size in range(min(self._ngram, L - 1), 0, -1):
+            last = list(text[L - size :])
+            for start in range(L - size - 1, -1, -1):
+                if text[start] == last[0] and list(text[start : start + size]) == last:
+                    return list(text[start + size : start + size + min(self._count, most)])
+        return []
+
+    def hear(self, proposed: int, accepted: int) -> None:
+        """Nothing is learnt from it."""
+
+
+class DraftModel:
+    """Proposes what a smaller model draws, with the noise of the positions.
+
+    Args:
+        model: the smaller model, of the same vocabulary.
+        request: the call.
+        plan: its processors, for positions of one row as rows of a call; None where they don't take that.
+    """
+
+    def __init__(self, model: Any, request: Request, plan: Plan | None) -> None:
+        self._model, self._request = model, request
+        self._chooser = Chooser(Plan.compile([]) if plan is None else plan, request.do_sample, False)
+        self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self._cache.activate_past_recording()
+        self._seen: list[int] = []
+        mask = request.model_kwargs.get("attention_mask")
+        L = request.input_ids.shape[1]
+        # Of one row, tokens that don't count can be left out.
+        self._skipped = 0 if mask is None else int((mask[0, -L:] == 0).sum()) if L else 0
+        config = model.generation_config
+        self._count = int(getattr(config, "num_assistant_tokens", None) or 5)
+        self._adapts = str(getattr(config, "num_assistant_tokens_schedule", "constant")).startswith("heuristic")
+
+    def propose(self, text: Sequence[int], most: int) -> list[int]:
+        """What the model draws, token after token."""
+        request, L = self._request, self._request.input_ids.shape[1]
+        text = list(text)
+        said: list[int] = []
+        if len(text) <= self._skipped:
+            return said
+        device = self._model.device
+        self._take_back(text[self._skipped :])
+        for _ in range(min(self._count, most)):
+            logits = self._logits(text[self._skipped :])
+            ids = torch.tensor([text], device=device)
+            noise = request.starts.to(device) + (len(text) - L)
+            at = torch.tensor([len(text) - 1], device=device)
+            tokens, _ = self._chooser(ids, logits, request.seeds.to(device), noise, Run(L, at))
+            said.append(int(tokens[0]))
+            text.append(said[-1])
+        return said
+
+    def _take_back(self, text: list[int]) -> None:
+        """Drop from the cache what isn't in a text, and its last token, which is read again for its logits.
+
+        Once for each text: a layer with a window then forgets what it doesn't need to go on from there.
+        """
+        same = 0
+        while same < min(len(self._seen), len(text) - 1) and self._seen[same] == text[same]:
+            same += 1
+        if self._seen:
+            _crop(self._cache, len(self._seen) - same)
+            self._seen = self._seen[:same]
+
+    def _logits(self, text: list[int]) -> torch.Tensor:
+        """The logits ``[1, V]`` behind a text, of which only what isn't cached is read."""
+        new = torch.tensor([text[len(self._seen) :]], device=self._model.device)
+        outputs = self._model(input_ids=new, past_key_values=self._cache, use_cache=True, return_dict=True)
+        self._seen = list(text)
+        logits: torch.Tensor = outputs.logits[:, -1].float()
+        return logits
+
+    def hear(self, proposed: int, accepted: int) -> None:
+        """With the heuristic schedule, propose more after all were right, and fewer else."""
+        if self._adapts and proposed:
+            self._count = self._count + 2 if accepted == proposed else max(1, self._count - 1)
+
+
+def decode(request: Request, drafter_of: Any) -> Any:
+    """What ``generate`` returns for a call of one row, with drafts.
+
+    Args:
+        request: the call.
+        drafter_of: makes the drafter, given the plan of the processors or None.
+    """
+    L = request.input_ids.shape[1]
+    plan: Plan | None = plan_of(request.processors, L)
+    if plan is not None and not all(takes_any_length(part) for part in plan.inner_parts):
+        plan = None
+    return _Loop(request, plan, drafter_of(plan)).run()
+
+
+class _Loop:
+    """One call.
+
+    Args:
+        request: the call.
+        plan: its processors, where they take positions of one row as rows of a call; else they are called one by one,
+            as without drafts.
+        drafter: what proposes tokens.
+    """
+
+    def __init__(self, request: Request, plan: Plan | None, drafter: Drafter) -> None:
+        self._request, self._drafter = request, drafter
+        config = request.config
+        self._keeps_scores = bool(config.return_dict_in_generate and config.output_scores)
+        self._keeps_logits = bool(config.return_dict_in_generate and config.output_logits)
+        self._batched = None if plan is None else Chooser(plan, request.do_sample, self._keeps_scores)
+        self._single = Chooser(Plan.compile([]), request.do_sample, False)
+        self._prompt_length = int(request.input_ids.shape[1])
+        self._limit = self._prompt_length + 1
+        if request.stopping_criteria.max_length is not None:
+            self._limit = max(self._limit, int(request.stopping_criteria.max_length))
+        self._ids = request.input_ids.long()
+        self._text: list[int] = self._ids[0].tolist()
+        self._ends = [each for each in request.stopping_criteria if type(each) is criteria.EosTokenCriteria]
+        self._rest = rest_of(request.stopping_criteria)
+        self._scores: tuple[torch.Tensor, ...] = ()
+        self._logits: tuple[torch.Tensor, ...] = ()
+        self._done = False
+
+    def run(self) -> Any:
+        """Decode, and make of it what ``generate`` returns."""
+        request, model = self._request, self._request.model
+        crossed = bool(model.config.is_encoder_decoder)
+        given = dict(request.model_kwargs)
+        outputs = model._prefill(request.input_ids, request.config, given, is_first_iteration=True)
+        given = model._update_model_kwargs_for_generation(outputs, given, is_encoder_decoder=crossed)
+        cache = given["past_key_values"]
+        cache.activate_past_recording()
+        self._accept(outputs.logits[:, -1:], [])
+        accepted = []
+        while not self._done:
+            most = self._limit - len(self._text) - 1
+            drafts = self._drafter.propose(self._text, most) if most > 0 else []
+            outputs = self._forward(given, drafts, crossed)
+            count = self._accept(outputs.logits[:, -1 - len(drafts) :], drafts)
+            accepted.append(count - 1)
+            self._drafter.hear(len(drafts), count - 1)
+            _crop(cache, len(drafts) - (count - 1))
+            given = model._update_model_kwargs_for_generation(
+                outputs, given, is_encoder_decoder=crossed, num_new_tokens=count
+            )
+        for layer in getattr(cache, "self_attention_cache", cache).layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+        if request.streamer is not None:
+            request.streamer.end()
+        logger.info("drafts: %d accepted in %d steps", sum(accepted), len(accepted))
+        scores = self._scores if self._keeps_scores else None
+        output = output_of(request, self._ids, scores, self._logits if self._keeps_logits else None, cache)
+        if request.config.return_dict_in_generate:
+            output.accepted_drafts = tuple(accepted)
+        return output
+
+    def _forward(self, given: dict[str, Any], drafts: list[int], crossed: bool) -> Any:
+        """The model's outputs for the newest token and some drafts."""
+        count, device = len(drafts), self._ids.device
+        given = dict(given)
+        ids = torch.cat([self._ids, torch.tensor([drafts], dtype=torch.int64, device=device)], 1)
+        for name in ("decoder_attention_mask",) if crossed else ("attention_mask", "token_type_ids"):
+            value = given.get(name)
+            if value is not None:
+                given[name] = torch.cat([value, value[:, -1:].expand(-1, count)], 1)
+        name = "decoder_position_ids" if crossed else "position_ids"
+        if given.get(name) is not None:
+            last = given[name][..., -1:]
+            given[name] = torch.cat([given[name], last + torch.arange(1, count + 1, device=last.device)], -1)
+        model = self._request.model
+        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=count + 1, **given)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = count + 1
+        return model(**inputs, return_dict=True)
+
+    def _accept(self, logits: torch.Tensor, drafts: list[int]) -> int:
+        """Append the tokens that are drawn from logits ``[1, N, V]`` while the drafts before them were right.
+
+        Returns:
+            How many were appended: one more than drafts were accepted.
+        """
+        rows = logits[0].to(copy=True, dtype=torch.float32, device=self._ids.device)
+        together = self._draw_together(rows, drafts) if self._batched is not None else None
+        count = 0
+        for i in range(len(drafts) + 1):
+            token, scores = self._draw(rows[i : i + 1]) if together is None else together[i]
+            self._append(token, scores, rows[i : i + 1])
+            count += 1
+            if self._done or i == len(drafts) or token != drafts[i]:
+                break
+        return count
+
+    def _noise(self) -> torch.Tensor:
+        return self._request.starts + (len(self._text) - self._prompt_length)
+
+    def _draw_together(self, rows: torch.Tensor, drafts: list[int]) -> list[tuple[int, torch.Tensor | None]]:
+        """The tokens of all rows, and their processed scores where these are kept."""
+        assert self._batched is not None
+        N, device, seen = len(rows), rows.device, len(self._text)
+        ids = torch.tensor([self._text + drafts], device=device).expand(N, -1)
+        step = torch.arange(N, device=device)
+        run = Run(self._prompt_length, seen - 1 + step)
+        tokens, scores = self._batched(ids, rows, self._request.seeds.expand(N).contiguous(), self._noise() + step, run)
+        keeps = self._keeps_scores and scores is not None
+        kept = [scores[i : i + 1] if keeps and scores is not None else None for i in range(N)]
+        return list(zip(tokens.tolist(), kept, strict=True))
+
+    def _draw(self, row: torch.Tensor) -> tuple[int, torch.Tensor | None]:
+        """The token of one row, by processors that are called as without drafts."""
+        processors: RunList = self._request.processors
+        scores = processors(self._ids, row)
+        tokens, _ = self._single(self._ids, scores, self._request.seeds, self._noise(), Run())
+        return int(tokens[0]), scores
+
+    def _append(self, token: int, scores: torch.Tensor | None, logits: torch.Tensor) -> None:
+        """Append a token, and find out whether it is the last."""
+        request = self._request
+        tokens = torch.tensor([token], device=self._ids.device)
+        self._ids = torch.cat([self._ids, tokens.unsqueeze(1)], 1)
+        self._text.append(token)
+        if self._keeps_scores and scores is not None:
+            self._scores += (scores.clone(),)
+        if self._keeps_logits:
+            self._logits += (logits.clone(),)
+        if request.streamer is not None:
+            request.streamer.put(tokens.cpu())
+        self._done = len(self._text) >= self._limit and request.stopping_criteria.max_length is not None
+        kept = self._scores if self._keeps_scores else None
+        for each in [*self._ends, *self._rest]:
+            self._done = bool(torch.as_tensor(each(self._ids, kept)).all()) or self._done
+
+
+def _crop(cache: Any, count: int) -> None:
+    """Take back the last tokens of a cache; with none, layers with a window drop what is beyond it."""
+    if count or any(hasattr(layer, "record_past") for layer in getattr(cache, "self_attention_cache", cache).layers):
+        cache.crop(-count)
