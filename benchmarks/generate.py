@@ -1,14 +1,17 @@
-"""Whole ``generate`` calls of a Llama-shaped model: tokens per second, and the share of a step spent in processing.
+"""``generate`` of a Llama-shaped model: whole calls, the decode phase apart, and the share of a step in processing.
 
+    python -m benchmarks.generate --device cuda --compiled --deadline 500    all contenders, in nine minutes
     python -m benchmarks.generate --device cuda             about 1.2B parameters at random, bfloat16, vocabulary 128256
-    python -m benchmarks.generate --device cuda --compiled  with a static cache and a compiled forward besides
     python -m benchmarks.generate --device cpu --tiny       the same code with a model of nothing
+
+The decode phase is what many new tokens take beyond few, by the number of tokens between; prompt and cache are the
+same. Medians; the first call of each contender stands beside, compilers and captures included.
 
 Two runs of a large model say the same only where its own forward pass repeats itself to the last bit, which is asked
 and printed. So each way of processing is given the logits of one plain run, step by step: its scores have to be what
 transformers made of them, or its time is marked and the exit status is 1. ``fl.decode`` draws from the same
 distribution by another generator: the tokens that it draws while it processes have to be those that it draws from
-processed scores.
+processed scores, and the captured step has to say what the same step says without a graph.
 """
 
 from __future__ import annotations
@@ -35,14 +38,21 @@ import fastlogits as fl
 from benchmarks.inputs import device_name
 from benchmarks.processors import bad_words
 from benchmarks.results import commit, slug
+from fastlogits.transformers import loop
 
 COLUMNS = (
     "timestamp", "commit", "torch", "triton", "transformers", "device", "dtype", "vocab", "prompt", "new_tokens",
-    "batch", "forward", "contender", "same", "tokens_per_s", "ratio_to_plain", "step_us", "processing_wall_us",
-    "processing_gpu_us", "share_wall", "share_gpu",
+    "batch", "contender", "same", "first_call_s", "call_s", "tokens_per_s", "decode_tokens_per_s", "decode_step_us",
+    "ratio_to_plain", "ratio_to_static", "processing_wall_us", "processing_gpu_us", "share_gpu", "accepted_per_step",
 )  # fmt: skip
 
-BARE, PLAIN, ACCELERATED, DECODE = "greedy, no processors", "transformers", "fl.accelerate", "custom_generate=fl.decode"
+BARE, PLAIN, ACCELERATED = "greedy, no processors", "transformers", "fl.accelerate"
+STATIC = "transformers, static cache, compiled forward"
+STATIC_ACCELERATED = "fl.accelerate, static cache, compiled forward"
+BATCHED = "generate_batch"
+DECODE, DECODE_COMPILED = "custom_generate=fl.decode", "custom_generate=fl.decode, compile=True"
+DECODE_BARE = "custom_generate=fl.decode, greedy, no processors"
+REPETITIVE, LOOKED_UP = "fl.decode, text that repeats itself", "fl.decode, the same with prompt_lookup_num_tokens=8"
 _SEED = 1234
 
 
@@ -75,10 +85,10 @@ class Size(NamedTuple):
             torch.set_default_dtype(before)
 
     def chain_9(self) -> dict[str, Any]:
-        """The nine processors, as arguments of ``generate``."""
+        """The nine processors, as arguments of ``generate``; no text ends before its time."""
         return {
             "do_sample": True, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3,
-            "bad_words_ids": bad_words(self.vocab), "min_new_tokens": min(8, self.new_tokens),
+            "bad_words_ids": bad_words(self.vocab), "min_new_tokens": self.new_tokens, "eos_token_id": 2,
             "begin_suppress_tokens": list(range(15, 25)), "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05,
         }  # fmt: skip
 
@@ -87,17 +97,55 @@ LARGE = Size(128256, 2048, 16, 32, 8, 8192, 512, 128)
 TINY = Size(512, 32, 2, 4, 2, 64, 16, 6)
 
 
+class Contender(NamedTuple):
+    """A way to generate."""
+
+    name: str
+    options: dict[str, Any]
+    processes: bool = True
+    """Whether it runs the processors."""
+    accelerated: bool = False
+    compiled: bool = False
+    """Whether it waits for a compiler of the forward pass."""
+
+
+def _contenders(compiled: bool, batch: int) -> list[Contender]:
+    """The contenders of a run, the cheapest questions first."""
+    static, decode = {"cache_implementation": "static"}, {"custom_generate": fl.decode}
+    biased = {"logits_processor": fl.LogitsProcessorList([fl.LogitBiasLogitsProcessor({17: 1e4})]), **decode}
+    found = [
+        Contender(PLAIN, {}),
+        Contender(ACCELERATED, {}, accelerated=True),
+        Contender(DECODE, decode),
+        Contender(BARE, {}, processes=False),
+        Contender(DECODE_BARE, decode, processes=False),
+        Contender(STATIC, static, compiled=True),
+        Contender(STATIC_ACCELERATED, static, accelerated=True, compiled=True),
+        Contender(DECODE_COMPILED, {**decode, "compile": True}, compiled=True),
+        Contender(BATCHED, {}, compiled=True),
+    ]
+    if batch == 1:
+        found.append(Contender(REPETITIVE, biased, processes=False))
+        found.append(Contender(LOOKED_UP, {**biased, "prompt_lookup_num_tokens": 8}, processes=False))
+    return [each for each in found if compiled or not each.compiled]
+
+
 class Row(NamedTuple):
-    """What was measured of one way of processing."""
+    """What was measured of one contender."""
 
     batch: int
-    forward: str
     contender: str
     same: bool
+    first_s: float
+    call_s: float
     tokens_per_s: float
+    """Of whole calls."""
     step_us: float
+    """Of the decode phase."""
     wall_us: float | None
     gpu_us: float | None
+    accepted: float | None
+    """Drafts that were accepted in a step."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,19 +163,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started, f"{count / 1e9:.2f}B parameters on {device_name(device)}, prompt {size.prompt}, {size.new_tokens} new"
     )
     rows, failed = [], False
-    for forward in ["eager", *(["compiled"] if options.compiled else [])]:
-        for batch in options.batch:
-            try:
-                for row in _measure(model, size, batch, forward, options.repeats, started):
-                    rows.append(row)
-                    failed |= not row.same
-            except Exception:  # the other sizes are worth their figures
-                failed = True
-                traceback.print_exc()
-                _say(started, f"batch {batch}, {forward}: FAILED")
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    for batch in options.batch:
+        try:
+            for row in _measure(model, size, batch, options, started):
+                rows.append(row)
+                failed |= not row.same
+        except Exception:  # the other sizes are worth their figures
+            failed = True
+            traceback.print_exc()
+            _say(started, f"batch {batch}: FAILED")
+        fl.decode.clear()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     _print(rows)
     if not options.no_csv and rows:
         print(f"wrote {_append(rows, size, device, dtype, options.out)}")
@@ -137,65 +185,118 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # -- One batch size ------------------------------------------------------------------------------------------------
 
 
-def _measure(model: Any, size: Size, batch: int, forward: str, repeats: int, started: float) -> Iterator[Row]:
-    device = model.device
+def _measure(model: Any, size: Size, batch: int, options: argparse.Namespace, started: float) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(batch)
     # Of few tokens, so that the history and its n-grams act.
-    ids = torch.randint(3, min(size.vocab, 500), (batch, size.prompt), generator=generator).to(device)
+    ids = torch.randint(3, min(size.vocab, 500), (batch, size.prompt), generator=generator).to(model.device)
     chain = size.chain_9()
-    if forward == "compiled":
-        chain["cache_implementation"] = "static"
 
-    def generate(**more: Any) -> Any:
+    def generate(new_tokens: int = size.new_tokens, **more: Any) -> Any:
         torch.manual_seed(_SEED)
-        options = {"max_new_tokens": size.new_tokens, "attention_mask": torch.ones_like(ids), **chain, **more}
-        return model.generate(ids, **options)
+        given = {"max_new_tokens": new_tokens, "attention_mask": torch.ones_like(ids)}
+        return model.generate(ids, **{**given, **chain, **more})
 
-    def bare() -> torch.Tensor:
-        options = {"cache_implementation": chain.get("cache_implementation"), "eos_token_id": None}
-        return model.generate(  # type: ignore[no-any-return]
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=size.new_tokens, **options
-        )
+    same, same_drawn = _checked(model, size, generate, f"batch {batch}", started)
+    for contender in _contenders(options.compiled, batch):
+        if time.perf_counter() - started > options.deadline:
+            _say(started, f"batch {batch}, {contender.name}: LEFT OUT, it is late")
+            continue
+        try:
+            row = _row(model, size, ids, generate, contender, batch, options.repeats)
+        except Exception:
+            if contender.name != BATCHED:  # which takes few processors, and not every model
+                raise
+            traceback.print_exc()
+            continue
+        drawn = contender.name in (DECODE, DECODE_COMPILED, DECODE_BARE)
+        row = row._replace(same=row.same and (same_drawn if drawn else same))
+        _say(started, _line(row))
+        yield row
 
+
+def _checked(model: Any, size: Size, generate: Callable[..., Any], where: str, started: float) -> tuple[bool, bool]:
+    """Whether ``accelerate`` and ``decode`` say of the same logits what they have to."""
     kept = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     plain = generate(**kept)
-    _say(started, f"batch {batch}, {forward}: plain generate twice, {_compared(plain.sequences, generate())}")
+    _say(started, f"{where}: plain generate twice, {_compared(plain.sequences, generate())}")
     with fl.accelerate(model):
         processors, _ = _caught(model, generate)
         fast = generate()
-    _say(started, f"batch {batch}, {forward}: accelerated, {_compared(plain.sequences, fast)}")
+    _say(started, f"{where}: accelerated, {_compared(plain.sequences, fast)}")
     steps = [
         (plain.sequences[:, : size.prompt + i], *step)
         for i, step in enumerate(zip(plain.logits, plain.scores, strict=True))
     ]
     same = all(torch.equal(processors(seen, logits), scores) for seen, logits, scores in steps)
-    generate(custom_generate=fl.decode)  # the first run compiles
     ways = [_caught(model, generate, custom_generate=fl.decode, **more)[0] for more in ({}, kept)]
     drawn = [[way(seen, logits).argmax(-1) for way in ways] for seen, logits, _ in steps]
     same_drawn = all(torch.equal(*tokens) for tokens in drawn)
-    _say(started, f"batch {batch}, {forward}: on the same logits, accelerated {same}, decode {same_drawn}")
-    bare()
-    for contender, call, is_same in (
-        (BARE, bare, True),
-        (PLAIN, generate, True),
-        (ACCELERATED, generate, same),
-        (DECODE, lambda: generate(custom_generate=fl.decode), same_drawn),
-    ):
-        with fl.accelerate(model) if contender == ACCELERATED else _nothing():
-            took = []
-            for _ in range(repeats):
-                seconds, out = _timed(call, device)
-                took.append(seconds / (out.shape[1] - size.prompt))
-            step = statistics.median(took)
-            wall, gpu = None, None
-            if contender != BARE:
-                try:
-                    wall, gpu = _processing(model, generate, contender, size)
-                except Exception:
-                    traceback.print_exc()
-        row = Row(batch, forward, contender, is_same, batch / step, step * 1e6, wall, gpu)
-        _say(started, _line(row))
-        yield row
+    _say(started, f"{where}: on the same logits, accelerated {same}, decode {same_drawn}")
+    return same, same_drawn
+
+
+def _row(
+    model: Any, size: Size, ids: torch.Tensor, generate: Callable[..., Any], contender: Contender, batch: int,
+    repeats: int,
+) -> Row:  # fmt: skip
+    """Measure one contender."""
+    device = model.device
+    options = dict(contender.options)
+    if not contender.processes:
+        nothing = ["repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "begin_suppress_tokens"]
+        nothing += ["min_new_tokens", "eos_token_id"]
+        options |= {**dict.fromkeys(nothing), "do_sample": False, "temperature": None, "top_k": None}
+        options |= {"top_p": None, "min_p": None}
+    few = max(1, size.new_tokens // 8)
+
+    def call(new_tokens: int) -> Any:
+        if contender.name == BATCHED:
+            config = transformers.GenerationConfig(
+                do_sample=True, temperature=0.7, top_k=50, top_p=0.9, eos_token_id=-1, pad_token_id=0
+            )
+            said = model.generate_batch(ids.tolist(), generation_config=config, max_new_tokens=new_tokens)
+            if len(said) != batch:
+                raise RuntimeError(f"generate_batch has answered {len(said)} of {batch} prompts")
+            return None
+        return generate(new_tokens, **options)
+
+    with fl.accelerate(model) if contender.accelerated else _nothing():
+        first, said = _timed(lambda: call(size.new_tokens), device)
+        whole, short = [], []
+        for _ in range(repeats):
+            whole.append(_timed(lambda: call(size.new_tokens), device)[0])
+            short.append(_timed(lambda: call(few), device)[0])
+        wall, gpu = None, None
+        if contender.processes and not contender.compiled:
+            try:
+                wall, gpu = _processing(model, generate, contender.name, size)
+            except Exception:
+                traceback.print_exc()
+    same, accepted = True, None
+    if contender.name in (DECODE, DECODE_BARE):
+        with _uncaptured():
+            same = torch.equal(call(size.new_tokens), said)
+    if contender.name == LOOKED_UP:
+        more = generate(size.new_tokens, return_dict_in_generate=True, **options)
+        accepted = statistics.mean(more.accepted_drafts)
+        same = torch.equal(generate(size.new_tokens, **{**options, "prompt_lookup_num_tokens": None}), said)
+    seconds = statistics.median(whole)
+    step = (seconds - statistics.median(short)) / (size.new_tokens - few)
+    tokens = batch * size.new_tokens / seconds
+    return Row(batch, contender.name, same, first, seconds, tokens, step * 1e6, wall, gpu, accepted)
+
+
+@contextmanager
+def _uncaptured() -> Iterator[None]:
+    """Let ``fl.decode`` take its steps without a graph."""
+    before = loop._WARM_UP
+    fl.decode.clear()
+    loop._WARM_UP = 2**62
+    try:
+        yield
+    finally:
+        loop._WARM_UP = before
+        fl.decode.clear()
 
 
 def _caught(model: Any, generate: Callable[..., Any], **options: Any) -> tuple[Any, torch.Tensor]:
@@ -301,29 +402,34 @@ def _say(started: float, text: str) -> None:
 def _line(row: Row) -> str:
     known = f", processing {row.wall_us:.0f} us of the host" if row.wall_us is not None else ""
     known += f" and {row.gpu_us:.0f} us of the GPU" if row.gpu_us is not None else ""
-    return f"batch {row.batch}, {row.forward}, {row.contender}: {row.tokens_per_s:.0f} tokens/s{known}"
+    known += f", {row.accepted:.1f} drafts accepted a step" if row.accepted is not None else ""
+    return (
+        f"batch {row.batch}, {row.contender}: first call {row.first_s:.1f} s, then {row.call_s:.2f} s "
+        f"({row.tokens_per_s:.0f} tokens/s), decode phase {row.step_us:.0f} us a step{known}"
+    )
 
 
-def _ratio(rows: Sequence[Row], row: Row) -> float | None:
+def _ratio(rows: Sequence[Row], row: Row, to: str) -> float | None:
+    """How many times as fast as another contender its decode phase is."""
     for other in rows:
-        if (other.batch, other.forward, other.contender) == (row.batch, row.forward, PLAIN):
-            return row.tokens_per_s / other.tokens_per_s
+        if (other.batch, other.contender) == (row.batch, to):
+            return other.step_us / row.step_us
     return None
 
 
-def _share(row: Row, us: float | None) -> float | None:
-    return None if us is None else us / row.step_us
+def _share(row: Row) -> float | None:
+    return None if row.gpu_us is None else row.gpu_us / row.step_us
 
 
 def _print(rows: Sequence[Row]) -> None:
-    head = ("batch", "forward", "contender", "tokens/s", "x plain", "step us", "host us", "GPU us", "host %", "GPU %")
+    head = ("batch", "contender", "first s", "call s", "tokens/s", "step us", "x plain", "x static", "GPU us", "GPU %")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
-        shares = [_share(row, us) for us in (row.wall_us, row.gpu_us)]
+        share = _share(row)
         lines.append((
-            str(row.batch), row.forward, row.contender + ("" if row.same else " (OTHER RESULTS)"),
-            f"{row.tokens_per_s:.0f}", _number(_ratio(rows, row), 2), f"{row.step_us:.0f}", _number(row.wall_us, 0),
-            _number(row.gpu_us, 0), *(_number(share and share * 100, 1) for share in shares),
+            str(row.batch), row.contender + ("" if row.same else " (OTHER RESULTS)"), f"{row.first_s:.2f}",
+            f"{row.call_s:.3f}", f"{row.tokens_per_s:.0f}", f"{row.step_us:.0f}", _number(_ratio(rows, row, PLAIN), 2),
+            _number(_ratio(rows, row, STATIC), 2), _number(row.gpu_us, 0), _number(share and share * 100, 1),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -336,7 +442,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _append(rows: Sequence[Row], size: Size, device: torch.device, dtype: torch.dtype, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{slug(device_name(device))}.csv"
+    path = folder / f"{slug(device_name(device))}-phases.csv"
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -349,9 +455,10 @@ def _append(rows: Sequence[Row], size: Size, device: torch.device, dtype: torch.
         )  # fmt: skip
         for row in rows:
             writer.writerow((
-                *run, row.batch, row.forward, row.contender, row.same, f"{row.tokens_per_s:.1f}",
-                _number(_ratio(rows, row), 3), f"{row.step_us:.1f}", _number(row.wall_us, 1), _number(row.gpu_us, 1),
-                _number(_share(row, row.wall_us), 4), _number(_share(row, row.gpu_us), 4),
+                *run, row.batch, row.contender, row.same, f"{row.first_s:.2f}", f"{row.call_s:.4f}",
+                f"{row.tokens_per_s:.1f}", f"{row.batch / row.step_us * 1e6:.1f}", f"{row.step_us:.1f}",
+                _number(_ratio(rows, row, PLAIN), 3), _number(_ratio(rows, row, STATIC), 3), _number(row.wall_us, 1),
+                _number(row.gpu_us, 1), _number(_share(row), 4), _number(row.accepted, 2),
             ))  # fmt: skip
     return path
 
@@ -361,8 +468,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="default: 1 8 64")
     parser.add_argument("--new-tokens", type=int, help="tokens to generate; default: 128, of a tiny model 6")
-    parser.add_argument("--repeats", type=int, default=2, help="timed runs of each; default: %(default)s")
-    parser.add_argument("--compiled", action="store_true", help="a static cache and a compiled forward besides")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; default: %(default)s")
+    parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which nothing more is begun")
+    parser.add_argument("--compiled", action="store_true", help="what compiles the forward pass besides")
     parser.add_argument("--tiny", action="store_true", help="a model of nothing, to see that it runs")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "generate", help="of the CSV file"

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from benchmarks.generate import ACCELERATED, BARE, COLUMNS, DECODE, PLAIN, main
+from benchmarks.generate import COLUMNS, LOOKED_UP, PLAIN, Row, _contenders, _ratio, main
 from fastlogits.transformers.accelerate import RunList
 
 TINY = ["--device", "cpu", "--tiny", "--new-tokens", "3", "--repeats", "1", "--batch", "1", "2"]
@@ -13,18 +13,31 @@ TINY = ["--device", "cpu", "--tiny", "--new-tokens", "3", "--repeats", "1", "--b
 def test_a_run_leaves_a_csv(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTLOGITS_COMMIT", "abc1234")
     assert main([*TINY, "--out", str(tmp_path)]) == 0
-    assert "batch 2, eager: accelerated, same tokens" in capsys.readouterr().out
+    assert "batch 2: accelerated, same tokens" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.csv")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    assert [(row["batch"], row["contender"]) for row in rows] == [
-        (batch, contender) for batch in "12" for contender in (BARE, PLAIN, ACCELERATED, DECODE)
-    ]
-    for row in rows:
+    wanted = [(str(batch), each.name, each.processes) for batch in (1, 2) for each in _contenders(False, batch)]
+    assert [(row["batch"], row["contender"]) for row in rows] == [each[:2] for each in wanted]
+    for row, (_, contender, processes) in zip(rows, wanted, strict=True):
         assert row["same"] == "True"
         assert float(row["tokens_per_s"]) > 0
-        assert (row["processing_wall_us"] == "") == (row["contender"] == BARE)
+        assert float(row["first_call_s"]) > 0
+        assert (row["processing_wall_us"] != "") == processes
+        assert (row["accepted_per_step"] != "") == (contender == LOOKED_UP)
+        assert row["ratio_to_static"] == ""
+
+
+def test_what_is_late_is_left_out(capsys):
+    assert main([*TINY, "--no-csv", "--deadline", "0"]) == 0
+    assert "LEFT OUT" in capsys.readouterr().out
+
+
+def test_the_decode_phases_are_compared():
+    rows = [Row(8, name, True, 1.0, 1.0, 100.0, us, None, None, None) for name, us in ((PLAIN, 800.0), ("it", 100.0))]
+    assert _ratio(rows, rows[1], PLAIN) == 8.0
+    assert _ratio(rows, rows[1], "nobody") is None
 
 
 @pytest.mark.parametrize("broken", ["other scores", "an error"])
