@@ -112,6 +112,11 @@ class FixedCache:
         for layer, mine in zip(cache.layers, self._layers, strict=True):
             _fill(mine, _Held.of(layer))
 
+    def set_length(self, length: torch.Tensor) -> None:
+        """Let the next token go behind so many, whatever lies there: a tensor of no dimensions, on the device."""
+        for layer in self._layers:
+            layer.cumulative_length.copy_(length)
+
     def append_to(self, cache: Any, start: int, stop: int) -> None:
         """Give a cache the states of the tokens from ``start`` to ``stop``."""
         if start >= stop:

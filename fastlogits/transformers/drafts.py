@@ -2,7 +2,8 @@
 
 A forward pass reads the newest token and some drafts of what follows it. Each row of logits then draws with the noise
 of its own position, from its own history. Drafts count while they equal what is drawn in their place; the first token
-drawn that differs from its draft takes that one's place. A draft model that draws with the same noise from a similar
+drawn that differs from its draft takes that one's place. On a GPU the forward pass and the draws are a CUDA graph for
+a fixed number of drafts, as a step without drafts is. A draft model that draws with the same noise from a similar
 distribution mostly draws the same tokens (Daliri et al., arXiv 2408.07978).
 """
 
@@ -18,10 +19,11 @@ from transformers.generation import stopping_criteria as criteria
 
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
-from fastlogits.transformers import caches
+from fastlogits.transformers import caches, loop
 from fastlogits.transformers.accelerate import RunList, takes_any_length
-from fastlogits.transformers.loop import Request, output_of, plan_of, rest_of
-from fastlogits.transformers.step import Chooser
+from fastlogits.transformers.graphs import GRAPHS, kind_of_plan
+from fastlogits.transformers.loop import Request
+from fastlogits.transformers.step import Chooser, Verification
 
 logger = logging.getLogger("fastlogits")
 
@@ -36,6 +38,10 @@ def unfit(request: Request) -> str | None:
 
 class Drafter(Protocol):
     """What proposes tokens."""
+
+    @property
+    def most(self) -> int:
+        """How many tokens it proposes at most."""
 
     def propose(self, text: Sequence[int], most: int) -> list[int]:
         """Up to ``most`` tokens that may follow a text."""
@@ -53,7 +59,8 @@ class PromptLookup:
     """
 
     def __init__(self, count: int, ngram: int) -> None:
-        self._count, self._ngram = count, ngram
+        self._ngram = ngram
+        self.most = count
 
     def propose(self, text: Sequence[int], most: int) -> list[int]:
         """What followed at the latest place where as many of the last tokens stood as can be found."""
@@ -62,7 +69,7 @@ class PromptLookup:
             last = list(text[L - size :])
             for start in range(L - size - 1, -1, -1):
                 if text[start] == last[0] and list(text[start : start + size]) == last:
-                    return list(text[start + size : start + size + min(self._count, most)])
+                    return list(text[start + size : start + size + min(self.most, most)])
         return []
 
     def hear(self, proposed: int, accepted: int) -> None:
@@ -90,6 +97,7 @@ class DraftModel:
         self._skipped = 0 if mask is None else int((mask[0, -L:] == 0).sum()) if L else 0
         config = model.generation_config
         self._count = int(getattr(config, "num_assistant_tokens", None) or 5)
+        self.most = max(16, self._count)
         self._adapts = str(getattr(config, "num_assistant_tokens_schedule", "constant")).startswith("heuristic")
 
     def propose(self, text: Sequence[int], most: int) -> list[int]:
@@ -134,7 +142,7 @@ class DraftModel:
     def hear(self, proposed: int, accepted: int) -> None:
         """With the heuristic schedule, propose more after all were right, and fewer else."""
         if self._adapts and proposed:
-            self._count = self._count + 2 if accepted == proposed else max(1, self._count - 1)
+            self._count = min(self.most, self._count + 2) if accepted == proposed else max(1, self._count - 1)
 
 
 def decode(request: Request, drafter_of: Any) -> Any:
@@ -145,7 +153,7 @@ def decode(request: Request, drafter_of: Any) -> Any:
         drafter_of: makes the drafter, given the plan of the processors or None.
     """
     L = request.input_ids.shape[1]
-    plan: Plan | None = plan_of(request.processors, L)
+    plan: Plan | None = loop.plan_of(request.processors, L)
     if plan is not None and not all(takes_any_length(part) for part in plan.inner_parts):
         plan = None
     return _Loop(request, plan, drafter_of(plan)).run()
@@ -162,7 +170,8 @@ class _Loop:
     """
 
     def __init__(self, request: Request, plan: Plan | None, drafter: Drafter) -> None:
-        self._request, self._drafter = request, drafter
+        self._request, self._drafter, self._plan = request, drafter, plan
+        self._plans = loop.plans_of(request.processors)
         config = request.config
         self._keeps_scores = bool(config.return_dict_in_generate and config.output_scores)
         self._keeps_logits = bool(config.return_dict_in_generate and config.output_logits)
@@ -175,7 +184,7 @@ class _Loop:
         self._ids = request.input_ids.long()
         self._text: list[int] = self._ids[0].tolist()
         self._ends = [each for each in request.stopping_criteria if type(each) is criteria.EosTokenCriteria]
-        self._rest = rest_of(request.stopping_criteria)
+        self._rest = loop.rest_of(request.stopping_criteria)
         self._scores: tuple[torch.Tensor, ...] = ()
         self._logits: tuple[torch.Tensor, ...] = ()
         self._done = False
@@ -187,13 +196,103 @@ class _Loop:
         given = dict(request.model_kwargs)
         outputs = model._prefill(request.input_ids, request.config, given, is_first_iteration=True)
         given = model._update_model_kwargs_for_generation(outputs, given, is_encoder_decoder=crossed)
-        cache = given["past_key_values"]
-        cache.activate_past_recording()
         self._accept(outputs.logits[:, -1:], [])
-        accepted = []
+        del outputs
+        accepted: list[int] = []
+        with GRAPHS.reserved(model.device) as mine:
+            if mine and self._is_captured():
+                accepted = self._verify(given)
+                if accepted:
+                    count = sum(accepted) + len(accepted)
+                    given = model._update_model_kwargs_for_generation(
+                        {}, given, is_encoder_decoder=crossed, num_new_tokens=count
+                    )
+        cache = given["past_key_values"]
+        self._go_on(given, accepted, crossed)
+        if request.streamer is not None:
+            request.streamer.end()
+        logger.info("drafts: %d accepted in %d steps", sum(accepted), len(accepted))
+        scores = self._scores if self._keeps_scores else None
+        output = loop.output_of(request, self._ids, scores, self._logits if self._keeps_logits else None, cache)
+        if request.config.return_dict_in_generate:
+            output.accepted_drafts = tuple(accepted)
+        return output
+
+    def _drafts(self) -> list[int]:
+        most = self._limit - len(self._text) - 1
+        return self._drafter.propose(self._text, most) if most > 0 else []
+
+    def _is_changed(self) -> bool:
+        """Whether processors have been set to something else; then they are called one by one."""
+        if self._batched is not None and loop.plans_of(self._request.processors) != self._plans:
+            self._batched = None
+        return self._batched is None
+
+    # -- Steps that a GPU captures
+
+    @property
+    def _kind(self) -> Any:
+        plan = None if self._plan is None else kind_of_plan(self._plan)
+        return "drafts", self._drafter.most, plan, self._request.do_sample
+
+    def _is_captured(self) -> bool:
+        """Whether the steps are such that a GPU captures them."""
+        model = self._request.model
+        return self._batched is not None and not loop.reason_of(self._request) and not GRAPHS.refused(model, self._kind)
+
+    def _verify(self, given: dict[str, Any]) -> list[int]:
+        """Take captured steps until the end, or until processors change; how many drafts each has confirmed."""
+        request, model, width = self._request, self._request.model, self._drafter.most + 1
+        cache = given["past_key_values"]
+        first = int(cache.get_seq_length())
+        start = loop.start_of(request, given)
+        step = self._step(start, first, width)
+        step.begin(start)
+        accepted: list[int] = []
+        cached = first
+        while not self._done and not self._is_changed():
+            drafts = self._drafts()
+            step.verify(self._text[-1], drafts, len(self._text) - 1, cached)
+            if step.tokens.device.type == "cuda":
+                loop.advance(step, model, model.__call__, len(accepted) + 1, self._kind)
+            else:
+                step.advance(model, model.__call__)
+            scores = step.scores if self._keeps_scores else None
+            drawn = self._by_row(step.drawn, scores)
+            count = self._take_in(drawn, step.logits, drafts)
+            cached += count
+            accepted.append(count - 1)
+            self._drafter.hear(len(drafts), count - 1)
+        if request.config.return_dict_in_generate or getattr(cache, "_is_user_defined", False) or not self._done:
+            step.append_to(cache, first, cached)
+        return accepted
+
+    def _step(self, start: Any, cached: int, width: int) -> Verification:
+        """The step that is kept for this kind of call, or a new one."""
+        request, model = self._request, self._request.model
+        left = self._limit - self._prompt_length
+        history, cache_length = loop.rounded(self._limit + width), loop.rounded(cached + left + width)
+        keeps = (self._keeps_scores, self._keeps_logits)
+        key = loop.key_of(model, start, self._kind, *keeps, history, cache_length)
+        step = GRAPHS.get(model, key)
+        if not isinstance(step, Verification):
+            assert self._plan is not None
+            chooser = Chooser(self._plan, request.do_sample, self._keeps_scores)
+            with torch.inference_mode(False), torch.no_grad():
+                masked = loop.masked_of(model)
+                step = Verification(start, history, cache_length, chooser, self._keeps_logits, masked, width)
+            GRAPHS.keep(model, key, step)
+        return step
+
+    # -- Steps as they are
+
+    def _go_on(self, given: dict[str, Any], accepted: list[int], crossed: bool) -> None:
+        """Take steps until the end, and note how many drafts each has confirmed."""
+        model, cache = self._request.model, given["past_key_values"]
+        cache.activate_past_recording()
         while not self._done:
-            most = self._limit - len(self._text) - 1
-            drafts = self._drafter.propose(self._text, most) if most > 0 else []
+            self._is_changed()
+            drafts = self._drafts()
             outputs = self._forward(given, drafts, crossed)
             count = self._accept(outputs.logits[:, -1 - len(drafts) :], drafts)
             accepted.append(count - 1)
@@ -205,14 +304,6 @@ class _Loop:
         for layer in getattr(cache, "self_attention_cache", cache).layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = False
-        if request.streamer is not None:
-            request.streamer.end()
-        logger.info("drafts: %d accepted in %d steps", sum(accepted), len(accepted))
-        scores = self._scores if self._keeps_scores else None
-        output = output_of(request, self._ids, scores, self._logits if self._keeps_logits else None, cache)
-        if request.config.return_dict_in_generate:
-            output.accepted_drafts = tuple(accepted)
-        return output
 
     def _forward(self, given: dict[str, Any], drafts: list[int], crossed: bool) -> Any:
         """The model's outputs for the newest token and some drafts."""
@@ -240,15 +331,32 @@ class _Loop:
             How many were appended: one more than drafts were accepted.
         """
         rows = logits[0].to(copy=True, dtype=torch.float32, device=self._ids.device)
-        together = self._draw_together(rows, drafts) if self._batched is not None else None
+        return self._take_in(None if self._batched is None else self._draw_together(rows, drafts), rows, drafts)
+
+    def _take_in(
+        self, together: list[tuple[int, torch.Tensor | None]] | None, rows: torch.Tensor | None, drafts: list[int]
+    ) -> int:
+        """Append tokens while the drafts before them were right; those of rows ``[N, V]``, if not drawn together."""
         count = 0
         for i in range(len(drafts) + 1):
-            token, scores = self._draw(rows[i : i + 1]) if together is None else together[i]
-            self._append(token, scores, rows[i : i + 1])
+            row = None if rows is None else rows[i : i + 1]
+            if together is None:
+                assert row is not None
+                token, scores = self._draw(row)
+            else:
+                token, scores = together[i]
+            self._append(token, scores, row)
             count += 1
             if self._done or i == len(drafts) or token != drafts[i]:
                 break
+            if together is not None and self._is_changed():  # what follows was drawn by what they were before
+                break
         return count
+
+    @staticmethod
+    def _by_row(tokens: torch.Tensor, scores: torch.Tensor | None) -> list[tuple[int, torch.Tensor | None]]:
+        kept = [None if scores is None else scores[i : i + 1] for i in range(len(tokens))]
+        return list(zip(tokens.tolist(), kept, strict=True))
 
     def _noise(self) -> torch.Tensor:
         return self._request.starts + (len(self._text) - self._prompt_length)
@@ -261,9 +369,7 @@ class _Loop:
         step = torch.arange(N, device=device)
         run = Run(self._prompt_length, seen - 1 + step)
         tokens, scores = self._batched(ids, rows, self._request.seeds.expand(N).contiguous(), self._noise() + step, run)
-        keeps = self._keeps_scores and scores is not None
-        kept = [scores[i : i + 1] if keeps and scores is not None else None for i in range(N)]
-        return list(zip(tokens.tolist(), kept, strict=True))
+        return self._by_row(tokens, scores if self._keeps_scores else None)
 
     def _draw(self, row: torch.Tensor) -> tuple[int, torch.Tensor | None]:
         """The token of one row, by processors that are called as without drafts."""
@@ -272,7 +378,7 @@ class _Loop:
         tokens, _ = self._single(self._ids, scores, self._request.seeds, self._noise(), Run())
         return int(tokens[0]), scores
 
-    def _append(self, token: int, scores: torch.Tensor | None, logits: torch.Tensor) -> None:
+    def _append(self, token: int, scores: torch.Tensor | None, logits: torch.Tensor | None) -> None:
         """Append a token, and find out whether it is the last."""
         request = self._request
         tokens = torch.tensor([token], device=self._ids.device)
@@ -280,7 +386,7 @@ class _Loop:
         self._text.append(token)
         if self._keeps_scores and scores is not None:
             self._scores += (scores.clone(),)
-        if self._keeps_logits:
+        if self._keeps_logits and logits is not None:
             self._logits += (logits.clone(),)
         if request.streamer is not None:
             request.streamer.put(tokens.cpu())

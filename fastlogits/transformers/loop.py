@@ -69,7 +69,7 @@ def decode(request: Request) -> Any:
     Raises:
         Unfit: the call has to go through the ordinary loop; nothing has been done yet.
     """
-    reason = _reason(request)
+    reason = reason_of(request)
     if reason is not None:
         raise Unfit(reason)
     plan = plan_of(request.processors, request.input_ids.shape[1])
@@ -93,7 +93,7 @@ _HANDLED = {"past_key_values", "attention_mask", "decoder_attention_mask", "posi
 _AT_FIRST = set(getattr(utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()))
 
 
-def _reason(request: Request) -> str | None:
+def reason_of(request: Request) -> str | None:
     """Why a call can't be captured, from what is known before it has begun."""
     model, config, given = request.model, request.config, request.model_kwargs
     device = model.device
@@ -215,7 +215,7 @@ class _Loop:
             compiling = transformers.CompileConfig(mode="default", fullgraph=False, dynamic=False)
             self._call = self._model.get_compiled_call(compiling)
         # Processors may be set to something else while they run; then the step is no longer what was captured.
-        self._plans = _plans(request.processors)
+        self._plans = plans_of(request.processors)
         self._changed = False
         self._step: Step
 
@@ -232,7 +232,7 @@ class _Loop:
         cache = model_kwargs["past_key_values"]
         cached = int(cache.get_seq_length())
         try:
-            self._begin(self._start(model_kwargs), cached)
+            self._begin(start_of(request, model_kwargs), cached)
         except torch.OutOfMemoryError:
             self._give_up(cache, cached)
         count = self._decode(logits)
@@ -256,50 +256,17 @@ class _Loop:
         self._request.model_kwargs["past_key_values"] = fresh
         raise Unfit("there is no memory for a static cache") from None
 
-    def _start(self, model_kwargs: dict[str, Any]) -> Start:
-        request = self._request
-        B, device = request.input_ids.shape[0], request.input_ids.device
-        ends = [each for each in request.stopping_criteria if type(each) is criteria.EosTokenCriteria]
-        eos = torch.full((max(8, sum(each.eos_token_id.numel() for each in ends)),), -1, device=device)
-        if ends:
-            given = torch.cat([each.eos_token_id.flatten().to(device) for each in ends])
-            eos[: given.numel()] = given
-        pads = any(hasattr(each, "eos_token_id") for each in request.stopping_criteria)
-        others = {name: value for name, value in model_kwargs.items() if name not in _HANDLED | _AT_FIRST}
-        if self._crossed and model_kwargs.get("attention_mask") is not None:
-            others["attention_mask"] = model_kwargs["attention_mask"]
-        position_ids = None if self._crossed else model_kwargs.get("position_ids")
-        return Start(
-            request.input_ids,
-            model_kwargs["past_key_values"],
-            model_kwargs.get(self._masked),
-            None if position_ids is None else position_ids[:, -1:].expand(B, 1),
-            others,
-            request.seeds,
-            request.starts,
-            eos,
-            self._config._pad_token_tensor.to(device) if pads else None,
-        )
-
-    @property
-    def _masked(self) -> str:
-        return "decoder_attention_mask" if self._crossed else "attention_mask"
-
     def _begin(self, start: Start, cached: int) -> None:
         """Find the step for this kind of call, or make it, and give it what the call brings."""
-        history = _rounded(self._prompt_length + self._limit)
-        cache_length = _rounded(cached + self._limit)
-        key = (
-            self._kind, self._keeps_scores, self._keeps_logits, start.input_ids.shape[0], start.input_ids.device,
-            history, cache_length, caches.FixedCache.shape_of(start.cache), start.eos.numel(),
-            None if start.position_ids is None else start.position_ids.dtype, _shapes(start.others),
-            state_of(self._model),
-        )  # fmt: skip
+        history = rounded(self._prompt_length + self._limit)
+        cache_length = rounded(cached + self._limit)
+        kept = (self._keeps_scores, self._keeps_logits)
+        key = key_of(self._model, start, self._kind, *kept, history, cache_length)
         step = GRAPHS.get(self._model, key)
         if step is None:
             chooser = Chooser(self._plan, self._request.do_sample, self._keeps_scores)
             with torch.inference_mode(False), torch.no_grad():
-                step = Step(start, history, cache_length, chooser, self._keeps_logits, self._masked)
+                step = Step(start, history, cache_length, chooser, self._keeps_logits, masked_of(self._model))
             GRAPHS.keep(self._model, key, step)
         step.begin(start)
         self._step = step
@@ -348,7 +315,7 @@ class _Loop:
     def _take(self, number: int, logits: torch.Tensor) -> None:
         """Take a step; the first from the prompt's logits."""
         step = self._step
-        if self._changed or _plans(self._request.processors) != self._plans:
+        if self._changed or plans_of(self._request.processors) != self._plans:
             self._changed = True
             self._take_changed(number, logits)
         elif number == 0:
@@ -356,36 +323,11 @@ class _Loop:
         elif step.graph is not None or step.tokens.device.type != "cuda":
             step.advance(self._model, self._call)
         else:
-            self._warm_up(number)
+            advance(step, self._model, self._call, number, self._kind)
         if self._keeps_scores and step.scores is not None:
             self._scores += (step.scores.clone(),)
         if self._keeps_logits and step.logits is not None:
             self._logits += (step.logits.clone(),)
-
-    def _warm_up(self, number: int) -> None:
-        """Steps that aren't captured yet, and the one that is."""
-        step, model = self._step, self._model
-        if number < _WARM_UP:
-            with on_side_stream(step.tokens.device):
-                step.advance(model, self._call)
-            return
-        if number == _WARM_UP:
-            with on_side_stream(step.tokens.device), watched() as waits:
-                step.advance(model, self._call)
-            if waits.place is not None:
-                self._refuse(f"the host waits for the GPU in {waits.place}")
-            return
-        if GRAPHS.refused(model, self._kind) is None:
-            try:
-                GRAPHS.capture(step, model, self._call)
-            except Exception as error:  # whatever it is: without a graph it works as it did
-                self._refuse(f"the step could not be captured: {error}")
-                torch.cuda.synchronize()
-        step.advance(model, self._call)
-
-    def _refuse(self, reason: str) -> None:
-        GRAPHS.refuse(self._model, self._kind, reason)
-        logger.info("decode goes on without a CUDA graph: %s", reason)
 
     def _take_changed(self, number: int, logits: torch.Tensor) -> None:
         """Take a step with processors that are no longer what they were at the beginning."""
@@ -400,6 +342,31 @@ class _Loop:
             tokens = scores.argmax(-1)
         step.append(tokens)
         step.logits, step.scores = logits, scores
+
+
+def advance(step: Step, model: Any, call: Any, number: int, kind: Hashable) -> None:
+    """Take a step of a GPU: by its graph, or one of the first, which go before the capture; ``number`` is from 1 on."""
+    if step.graph is not None or number < _WARM_UP or GRAPHS.refused(model, kind) is not None:
+        with contextlib.nullcontext() if step.graph is not None else on_side_stream(step.tokens.device):
+            step.advance(model, call)
+        return
+    if number == _WARM_UP:
+        with on_side_stream(step.tokens.device), watched() as waits:
+            step.advance(model, call)
+        if waits.place is not None:
+            _refuse(model, kind, f"the host waits for the GPU in {waits.place}")
+        return
+    try:
+        GRAPHS.capture(step, model, call)
+    except Exception as error:  # whatever it is: without a graph it works as it did
+        _refuse(model, kind, f"the step could not be captured: {error}")
+        torch.cuda.synchronize()
+    step.advance(model, call)
+
+
+def _refuse(model: Any, kind: Hashable, reason: str) -> None:
+    GRAPHS.refuse(model, kind, reason)
+    logger.info("decode goes on without a CUDA graph: %s", reason)
 
 
 def output_of(
@@ -417,7 +384,48 @@ def output_of(
     return made(sequences=sequences, scores=scores, logits=logits, past_key_values=cache)
 
 
-def _plans(processors: RunList) -> list[Plan]:
+def start_of(request: Request, model_kwargs: dict[str, Any]) -> Start:
+    """What a call brings to a step, once its prompt has been read."""
+    crossed = bool(request.model.config.is_encoder_decoder)
+    B, device = request.input_ids.shape[0], request.input_ids.device
+    ends = [each for each in request.stopping_criteria if type(each) is criteria.EosTokenCriteria]
+    eos = torch.full((max(8, sum(each.eos_token_id.numel() for each in ends)),), -1, device=device)
+    if ends:
+        given = torch.cat([each.eos_token_id.flatten().to(device) for each in ends])
+        eos[: given.numel()] = given
+    pads = any(hasattr(each, "eos_token_id") for each in request.stopping_criteria)
+    others = {name: value for name, value in model_kwargs.items() if name not in _HANDLED | _AT_FIRST}
+    if crossed and model_kwargs.get("attention_mask") is not None:
+        others["attention_mask"] = model_kwargs["attention_mask"]
+    position_ids = None if crossed else model_kwargs.get("position_ids")
+    return Start(
+        request.input_ids,
+        model_kwargs["past_key_values"],
+        model_kwargs.get(masked_of(request.model)),
+        None if position_ids is None else position_ids[:, -1:].expand(B, 1),
+        others,
+        request.seeds,
+        request.starts,
+        eos,
+        request.config._pad_token_tensor.to(device) if pads else None,
+    )
+
+
+def masked_of(model: Any) -> str:
+    """What the model calls the mask of cached tokens."""
+    return "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+
+
+def key_of(model: Any, start: Start, *others: Hashable) -> Hashable:
+    """What calls have in common that share a step."""
+    return (
+        others, start.input_ids.shape[0], start.input_ids.device, caches.FixedCache.shape_of(start.cache),
+        start.eos.numel(), None if start.position_ids is None else start.position_ids.dtype, _shapes(start.others),
+        state_of(model),
+    )  # fmt: skip
+
+
+def plans_of(processors: RunList) -> list[Plan]:
     """The plans of a run's processors as they are now, to be compared."""
     each: Iterator[Any] = list.__iter__(processors)
     return [processors.plan, *(processor.plan for processor in each if isinstance(processor, RunProcessor))]
@@ -432,7 +440,7 @@ def rest_of(given: Sequence[Any]) -> list[Any]:
     return [each for each in given if type(each) not in (criteria.MaxLengthCriteria, criteria.EosTokenCriteria)]
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
     """A length with some room, so that calls of similar lengths share a step."""
     block = 128 if length <= 2048 else 512
     return -(-length // block) * block

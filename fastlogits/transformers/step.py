@@ -125,7 +125,7 @@ class Step:
         self._fixed.load(start.cache)
         self.history[:, :L].copy_(start.input_ids)
         self.history[:, L:].zero_()
-        self._position.fill_(L - 1)
+        self._position.fill_(L - 1)  # of all lanes, where there are several
         self._prompt_length.fill_(L)
         self._seeds.copy_(start.seeds)
         self._noise.copy_(start.starts)
@@ -227,6 +227,77 @@ class Step:
                 torch.cuda.synchronize(self.tokens.device)
             self.graph.reset()
         self.graph, self._captured, self.logits, self.scores = None, (None, None), None, None
+
+
+class Verification(Step):
+    """The step that reads the newest token and some drafts of one row, and draws a token behind each of them.
+
+    Args:
+        start: a call of that kind, of one row.
+        history: tokens that there is room for in the row, drafts included.
+        cache_length: tokens that there is room for in the cache, drafts included.
+        chooser: from logits to tokens.
+        keeps_logits: whether somebody asks for the logits.
+        masked: see ``Step``.
+        width: how many tokens are read, W.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        history: int,
+        cache_length: int,
+        chooser: Chooser,
+        keeps_logits: bool,
+        masked: str,
+        width: int,
+    ) -> None:
+        super().__init__(start, history, cache_length, chooser, keeps_logits, masked)
+        device = self.tokens.device
+        self._lanes = torch.arange(width, device=device)
+        self._position = self._lanes.clone()
+        self._run = Run(self._prompt_length, self._position)
+        self.drawn = self._lanes.clone()
+        """The tokens ``[W]`` that were drawn."""
+        self._given = torch.zeros(width + 2, dtype=torch.int64, device=device)
+        self._sent = torch.zeros(width + 2, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    def verify(self, newest: int, drafts: list[int], at: int, cached: int) -> None:
+        """Say what the next step reads: the newest token at a place, drafts behind it, with so many tokens cached."""
+        fed = [newest, *drafts]
+        # Nothing is under way that still reads it: the host has waited for the tokens of the step before.
+        self._sent.copy_(torch.tensor([at, cached, *fed, *[0] * (len(self._lanes) - len(fed))]))
+        self._given.copy_(self._sent, non_blocking=True)
+
+    def forward(self, model: Any, call: Callable[..., Any]) -> torch.Tensor:
+        """The logits behind each token that is read, float32 ``[W, V]``."""
+        at, cached, fed = self._given[0], self._given[1], self._given[2:]
+        self._fixed.set_length(cached)
+        torch.add(self._lanes, at, out=self._position)
+        self.history.index_copy_(1, self._position, fed.unsqueeze(0))
+        given = dict(self._others)
+        given[self._masked] = self._mask
+        if "logits_to_keep" in given:
+            given["logits_to_keep"] = len(self._lanes)
+        if self._position_ids is not None:
+            # Of the first step, whose token stands right behind the prompt.
+            given["position_ids"] = self._position_ids + (self._position - self._prompt_length)
+        inputs = model.prepare_inputs_for_generation(
+            fed.unsqueeze(0), next_sequence_length=len(self._lanes), past_key_values=self._fixed.cache, **given
+        )
+        outputs = call(**inputs, return_dict=True)
+        logits: torch.Tensor = outputs.logits[0, -len(self._lanes) :].to(copy=True, dtype=torch.float32)
+        return logits
+
+    def take(self, logits: torch.Tensor) -> None:
+        """Draw a token from each row of logits ``[W, V]``."""
+        W = len(self._lanes)
+        noise = self._noise + (self._position + 1 - self._prompt_length)
+        seeds = self._seeds.expand(W).contiguous()
+        tokens, scores = self.chooser(self.history.expand(W, -1), logits, seeds, noise, self._run)
+        self.drawn.copy_(tokens)
+        self.logits = logits if self.keeps_logits else None
+        self.scores = scores
 
 
 def on_side_stream(device: torch.device) -> Any:

@@ -9,18 +9,29 @@ from transformers import DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import fastlogits as fl
-from fastlogits.transformers import drafts
+from fastlogits.transformers import caches, drafts, loop
+from fastlogits.transformers.graphs import GRAPHS
+from fastlogits.transformers.step import Verification
 from tests.conftest import VOCAB_SIZE, tiny_llama
 from tests.transformers.test_loop import CHAINS, MODELS, OUTPUT, RUNS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not caches.has_device_counters(), reason="no static cache that counts on the device"),
     pytest.mark.skipif(not hasattr(DynamicCache, "activate_past_recording"), reason="caches take nothing back"),
 ]
 
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61, 17, 45, 8, 90, 12, 17, 45]])
 L = PROMPT.shape[1]
 SEED = torch.tensor([11])
+
+
+@pytest.fixture(autouse=True, params=["as they are", "as a GPU captures them"])
+def steps(monkeypatch, request):
+    """All tests, with steps as they are and with those that a GPU captures."""
+    monkeypatch.setattr(loop, "FORCE", request.param != "as they are")
+    yield request.param
+    fl.decode.clear()
 
 
 def nearly(model):
@@ -50,7 +61,7 @@ def drafted(request, draft):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_the_same_tokens_and_scores(llama, drafted, chain):
+def test_the_same_tokens_and_scores(llama, drafted, chain, steps):
     options = {**CHAINS[chain], **OUTPUT}
     wanted = generate(llama, **options)
     said = generate(llama, **options, **drafted)
@@ -59,6 +70,7 @@ def test_the_same_tokens_and_scores(llama, drafted, chain):
     for name in ("scores", "logits"):
         for mine, theirs in zip(said[name], wanted[name], strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+    assert any(isinstance(step, Verification) for step in GRAPHS) == (steps != "as they are")
     count = wanted.sequences.shape[1] - L
     assert sum(said.accepted_drafts) + len(said.accepted_drafts) + 1 == count
     assert said.past_key_values.get_seq_length() == wanted.past_key_values.get_seq_length()
@@ -178,6 +190,26 @@ def test_encoder_decoder(t5):
     for chain in ("nothing", "all", "greedy"):
         wanted = generate(t5, **CHAINS[chain])
         assert torch.equal(generate(t5, **CHAINS[chain], prompt_lookup_num_tokens=3), wanted)
+
+
+def test_a_processor_that_changes(llama, drafted):
+    """What is set while it runs counts from the next token on."""
+
+    def run(**more):
+        warper = fl.TemperatureLogitsWarper(0.7)
+
+        class Sets(StoppingCriteria):
+            def __call__(self, input_ids, scores, **options):
+                if input_ids.shape[1] == L + 9:
+                    warper.temperature = 1e-4
+                return torch.zeros(1, dtype=torch.bool)
+
+        options = {"top_k": 0, "eos_token_id": None, "stopping_criteria": [Sets()], "logits_processor": [warper]}
+        return generate(llama, **options, **OUTPUT, **more)
+
+    wanted, said = run(), run(**drafted)
+    assert torch.equal(said.sequences, wanted.sequences)
+    assert len(said.past_key_values.layers[0].keys[0, 0]) == said.sequences.shape[1] - 1
 
 
 def test_what_is_looked_up():

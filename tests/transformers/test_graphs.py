@@ -12,7 +12,7 @@ import fastlogits as fl
 from fastlogits.plan.stages import Rows
 from fastlogits.transformers import caches, loop
 from fastlogits.transformers.graphs import GRAPHS, Graphs
-from fastlogits.transformers.step import Step
+from fastlogits.transformers.step import Step, Verification
 from tests.conftest import tiny_llama
 from tests.transformers.test_loop import CHAINS, MODELS, OUTPUT, PROMPT, RUNS, SEEDS
 
@@ -226,6 +226,27 @@ def test_a_compiled_forward(monkeypatch):
     assert torch.equal(said.sequences, wanted.sequences)
     for mine, theirs in zip(said.logits, wanted.logits, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_drafts(monkeypatch, model, do_sample):
+    """Verified by a graph, drafts change no token; and a text that repeats itself takes fewer steps."""
+    for chain in (
+        {"top_k": 0},
+        {"logits_processor": fl.LogitsProcessorList([fl.LogitBiasLogitsProcessor({17: 60.0})])},
+    ):
+        options = {"seeds": SEEDS[:1], "do_sample": do_sample, "max_new_tokens": 60, **chain}
+        wanted = generate(model, PROMPT[:1], **options)
+        for _ in range(2):
+            said = generate(model, PROMPT[:1], prompt_lookup_num_tokens=4, **options, **OUTPUT)
+            assert torch.equal(said.sequences, wanted)
+    assert len(said.accepted_drafts) < 20
+    verifications = [step for step in GRAPHS if isinstance(step, Verification)]
+    assert verifications
+    assert all(step.graph is not None for step in verifications), GRAPHS._refused
+    alike = generate(model, PROMPT[:1], assistant_model=model, **options, **OUTPUT)
+    assert torch.equal(alike.sequences, wanted)
+    assert sum(alike.accepted_drafts) > 30
 
 
 # -- What can't be captured ----------------------------------------------------------------------------------------
