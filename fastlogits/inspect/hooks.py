@@ -14,9 +14,10 @@ from fastlogits.integrations import vllm_hooks
 from fastlogits.plan.stages import Rows
 from fastlogits.processors.base import LogitsProcessorList, StagedProcessor
 from fastlogits.processors.masks import SuppressFirstTokens
-from fastlogits.transformers import hooks
+from fastlogits.transformers import hooks, loop
 from fastlogits.transformers.accelerate import RunList, accelerate
 from fastlogits.transformers.decode import decode
+from fastlogits.transformers.graphs import GRAPHS
 from fastlogits.transformers.hooks import Hook
 
 _V = 32
@@ -144,6 +145,25 @@ def _try_decode(model: Any) -> str | None:
     return "other seeds draw the same tokens" if _generated(model, seeds=2, **drawn) == first else None
 
 
+def _try_loop(model: Any) -> str | None:
+    """In versions that lack what it takes, the ordinary loop is taken, and there is nothing to try."""
+    asked = {"custom_generate": decode, "do_sample": True, "max_new_tokens": 12, "min_new_tokens": 12, "seeds": 1}
+    asked |= {"output_logits": True, "return_dict_in_generate": True, "attention_mask": torch.ones_like(_PROMPT)}
+    before = loop.FORCE
+    try:
+        loop.FORCE = False
+        wanted = model.generate(_PROMPT, **asked)
+        loop.FORCE = True
+        found = model.generate(_PROMPT, **asked)
+    finally:
+        loop.FORCE = before
+        GRAPHS.drop(model)
+    if not torch.equal(found.sequences, wanted.sequences):
+        return "its step draws other tokens than transformers' own loop"
+    close = all(torch.allclose(*pair, atol=1e-5) for pair in zip(found.logits, wanted.logits, strict=True))
+    return None if close else "its step makes other logits than transformers' own loop"
+
+
 def _try_tokenizer(model: Any) -> str | None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -162,5 +182,6 @@ _TESTS: dict[Hook, Callable[[Any], str | None]] = {
     hooks.DRAFTS: _try_drafts,
     hooks.CONTINUOUS: _try_continuous,
     hooks.DECODE: _try_decode,
+    hooks.LOOP: _try_loop,
     hooks.TOKENIZER: _try_tokenizer,
 }

@@ -55,12 +55,18 @@ DECODE = Hook(
     "_sample takes argmax of the processed scores, and generate keeps streamer and synced_gpus in its frame",
     "sampling with custom_generate=decode is greedy, or a streamer gets nothing",
 )
+LOOP = Hook(
+    "the captured step of custom_generate=decode",
+    "_prefill, prepare_inputs_for_generation with next_sequence_length, _update_model_kwargs_for_generation, and "
+    "static layers that count in a tensor, cumulative_length",
+    "custom_generate=decode takes transformers' own loop, or draws other tokens on a GPU than there",
+)
 TOKENIZER = Hook(
     "stop strings beside custom_generate=decode",
     "_extract_generation_mode_kwargs looks at the signature of custom_generate after it has taken the tokenizer",
     "stop_strings raise a ValueError with custom_generate=decode",
 )
-HOOKS = (RUN_START, ASSEMBLED, DRAFTS, CONTINUOUS, DECODE, TOKENIZER)
+HOOKS = (RUN_START, ASSEMBLED, DRAFTS, CONTINUOUS, DECODE, LOOP, TOKENIZER)
 
 
 # -- The start of a run -------------------------------------------------------------------------------------------
