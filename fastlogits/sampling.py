@@ -407,15 +407,7 @@ class FusedDraw:
         if joined.first is not None:
             ids: Any = input_ids
             logits = joined.first(ids, logits.float(), run, kwargs)
-        key = (logits.shape[1], logits.device)
-        kept = joined.kept.get(key)
-        if kept is None:
-            number = None
-            if self._number is not None:
-                largest = torch.finfo(torch.float32).max
-                number = table_on(torch.tensor(min(self._number, largest), dtype=torch.float32), logits.device)
-            kept = joined.kept[key] = (launch.Selection(joined.rules, *key), number)
-        selection, temperature = kept
+        selection, temperature = self._selection(joined, logits)
         temperature = self._temperature if temperature is None else temperature
         if joined.by_row:
             check_rules(logits, joined.rules)
@@ -424,6 +416,26 @@ class FusedDraw:
         if top_logprobs is None:
             return launch.select_tokens(logits, selection, seeds, positions, temperature, *inputs), None
         return select_and_report(logits, selection, seeds, positions, top_logprobs, temperature, *inputs)
+
+    def _selection(self, joined: _Joined, logits: torch.Tensor) -> tuple[launch.Selection, torch.Tensor | None]:
+        """The rules as the kernels take them, and a temperature that is a number."""
+        key = (logits.shape[1], logits.device)
+        kept = joined.kept.get(key)
+        if kept is None:
+            number = None
+            if self._number is not None:
+                largest = torch.finfo(torch.float32).max
+                number = table_on(torch.tensor(min(self._number, largest), dtype=torch.float32), logits.device)
+            kept = joined.kept[key] = (launch.Selection(joined.rules, *key), number)
+        return kept
+
+    def operands(self, logits: torch.Tensor) -> tuple[Pointwise | None, launch.Selection] | None:
+        """The fold and the rules that draw from such logits, where nothing stands before them; else None."""
+        plan = None if self._processors is None else self._processors.plan
+        if plan is not self._joined.plan:
+            self._joined = self._join(plan)
+        joined = self._joined
+        return None if joined.first is not None else (joined.fold, self._selection(joined, logits)[0])
 
     def _join(self, plan: Plan | None) -> _Joined:
         """Take the last parts of a plan into the draw."""

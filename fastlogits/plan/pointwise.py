@@ -86,6 +86,10 @@ class Pointwise(Part):
             return self._masks(input_ids, scores, run, in_place)
         return fold(scores, *self.inputs(input_ids, scores, run), in_place)
 
+    def chain_for(self, scores: torch.Tensor) -> Chain:
+        """The chain alone, for scores of such a shape."""
+        return self._chain(scores)
+
     def inputs(
         self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, capturing: bool | None = None
     ) -> tuple[Chain, torch.Tensor | None, Position, torch.Tensor | None]:

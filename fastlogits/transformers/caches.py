@@ -10,7 +10,12 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
-from transformers import cache_utils
+from transformers import GenerationMixin, cache_utils
+
+_PREPARES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+
+NAME = "cache" if "cache" in _PREPARES else "past_key_values"
+"""What this version of transformers calls the cache, in ``generate``, in models and in what they return."""
 
 _LAYERS = tuple(
     getattr(cache_utils, name)

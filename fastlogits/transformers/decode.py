@@ -17,7 +17,7 @@ from fastlogits.plan.plan import Plan
 from fastlogits.sampling import FusedDraw, Sampler
 from fastlogits.transformers import drafts, loop
 from fastlogits.transformers.accelerate import RunList
-from fastlogits.transformers.caches import rows_of
+from fastlogits.transformers.caches import NAME, rows_of
 from fastlogits.transformers.graphs import GRAPHS
 from fastlogits.transformers.hooks import arguments_of_generate, is_synced, keeps_tokenizer, with_tokens
 
@@ -61,10 +61,11 @@ def decode(
 
     On a GPU the step is captured: the forward pass on a static cache, the processors, the draw, and the token that is
     appended. Each later step, and each later call of the same kind, replays it. A call is of the same kind if it has
-    the model, the number of rows, the processors and their parameters, and a length that rounds up to the same. Seeds,
-    prompts and masks are its own. The host runs two steps ahead of what it knows of the rows that have finished, so a
-    streamer gets its tokens, all of them and in order, that much later. A cache that ``generate`` hands in or returns
-    gets the same states as ever. Up to four graphs are kept, each with its cache; ``decode.clear()`` drops them.
+    the model, the number of rows, the same kind of processors, and a length that rounds up to the same. Seeds, prompts,
+    masks, and mostly temperatures and the like are its own. The host runs two steps ahead of what it knows of the rows
+    that have finished, so a streamer gets its tokens, all of them and in order, that much later. A cache that
+    ``generate`` hands in or returns gets the same states as ever. Up to four graphs are kept, each with its cache;
+    ``decode.clear()`` drops them.
 
     What can't be captured takes transformers' own loop, with the same tokens for the same logits: models on a CPU or on
     several devices, those with a state, a ``prepare_inputs_for_generation`` of their own or hooks in their modules,
@@ -119,7 +120,7 @@ def decode(
     called = arguments_of_generate(sys._getframe(1), model)
     assistant = called.get("assistant_model")
     _check_method(generation_config, assistant)
-    _check_cache(model_kwargs.get("past_key_values"), len(input_ids))
+    _check_cache(model_kwargs.get(NAME), len(input_ids))
     if streamer is None:
         streamer = called.get("streamer")
     synced_gpus = synced_gpus or is_synced(model, called.get("synced_gpus"))
@@ -201,9 +202,9 @@ def _check_cache(cache: Any, B: int) -> None:
     rows = rows_of(cache)
     if rows not in (None, B):
         raise ValueError(
-            f"past_key_values must hold {B} rows, one for each row of the input (num_return_sequences counts), got a "
+            f"{NAME} must hold {B} rows, one for each row of the input (num_return_sequences counts), got a "
             f"cache of {rows}: give the one that the same batch has made, repeat it with "
-            "past_key_values.batch_repeat_interleave(...), or leave it out"
+            f"{NAME}.batch_repeat_interleave(...), or leave it out"
         )
 
 
@@ -215,9 +216,7 @@ def _check_drafts(request: loop.Request, assistant: Any) -> None:
         raise ValueError(
             f"{argument} takes one row at a time, got {B}: leave {argument} out, or call generate for each prompt"
         )
-    if request.config.cache_implementation == "static" or isinstance(
-        request.model_kwargs.get("past_key_values"), StaticCache
-    ):
+    if request.config.cache_implementation == "static" or isinstance(request.model_kwargs.get(NAME), StaticCache):
         raise ValueError(
             f"{argument} needs a cache that takes tokens back, got a static one: leave cache_implementation out, or "
             f"leave {argument} out"

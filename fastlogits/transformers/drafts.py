@@ -30,7 +30,7 @@ logger = logging.getLogger("fastlogits")
 
 def unfit(request: Request) -> str | None:
     """Why drafts can't be taken for a call; None where they can."""
-    cache = request.model_kwargs.get("past_key_values")
+    cache = request.model_kwargs.get(caches.NAME)
     if not hasattr(GenerationMixin, "_prefill") or not hasattr(cache, "activate_past_recording"):
         return "this version of transformers has no cache that takes tokens back"
     return caches.unfit(cache)
@@ -134,7 +134,7 @@ class DraftModel:
     def _logits(self, text: list[int]) -> torch.Tensor:
         """The logits ``[1, V]`` behind a text, of which only what isn't cached is read."""
         new = torch.tensor([text[len(self._seen) :]], device=self._model.device)
-        outputs = self._model(input_ids=new, past_key_values=self._cache, use_cache=True, return_dict=True)
+        outputs = self._model(input_ids=new, use_cache=True, return_dict=True, **{caches.NAME: self._cache})
         self._seen = list(text)
         logits: torch.Tensor = outputs.logits[:, -1].float()
         return logits
@@ -207,7 +207,7 @@ class _Loop:
                     given = model._update_model_kwargs_for_generation(
                         {}, given, is_encoder_decoder=crossed, num_new_tokens=count
                     )
-        cache = given["past_key_values"]
+        cache = given[caches.NAME]
         self._go_on(given, accepted, crossed)
         if request.streamer is not None:
             request.streamer.end()
@@ -243,7 +243,7 @@ class _Loop:
     def _verify(self, given: dict[str, Any]) -> list[int]:
         """Take captured steps until the end, or until processors change; how many drafts each has confirmed."""
         request, model, width = self._request, self._request.model, self._drafter.most + 1
-        cache = given["past_key_values"]
+        cache = given[caches.NAME]
         first = int(cache.get_seq_length())
         start = loop.start_of(request, given)
         step = self._step(start, first, width)
@@ -288,7 +288,7 @@ class _Loop:
 
     def _go_on(self, given: dict[str, Any], accepted: list[int], crossed: bool) -> None:
         """Take steps until the end, and note how many drafts each has confirmed."""
-        model, cache = self._request.model, given["past_key_values"]
+        model, cache = self._request.model, given[caches.NAME]
         cache.activate_past_recording()
         while not self._done:
             self._is_changed()

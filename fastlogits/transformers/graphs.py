@@ -9,13 +9,15 @@ import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastlogits.plan.plan import Plan
 from fastlogits.token_mask import TokenMask
-from fastlogits.transformers.step import Step
+
+if TYPE_CHECKING:
+    from fastlogits.transformers.step import Step
 
 MOST = 4
 """How many steps are kept, each with its cache; the one that was used longest ago makes room."""

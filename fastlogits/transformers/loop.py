@@ -89,7 +89,7 @@ def decode(request: Request) -> Any:
 # -- What has to go through the ordinary loop ----------------------------------------------------------------------
 
 _AT_EACH_STEP = {"use_cache", "logits_to_keep", "encoder_outputs", "return_dict", "output_router_logits"}
-_HANDLED = {"past_key_values", "attention_mask", "decoder_attention_mask", "position_ids", "inputs_embeds"}
+_HANDLED = {caches.NAME, "attention_mask", "decoder_attention_mask", "position_ids", "inputs_embeds"}
 _AT_FIRST = set(getattr(utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()))
 
 
@@ -111,7 +111,7 @@ def reason_of(request: Request) -> str | None:
         return "output_attentions and output_hidden_states are asked for"
     if config.cache_implementation not in (None, "static"):
         return f"cache_implementation={config.cache_implementation!r} is asked for"
-    cache = given.get("past_key_values")
+    cache = given.get(caches.NAME)
     if cache is None or not given.get("use_cache"):
         return "the model runs without a cache that fastlogits knows"
     return caches.unfit(cache) or _reason_of_model(model) or _reason_of_inputs(model, given)
@@ -229,10 +229,10 @@ class _Loop:
         )
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         del outputs
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs[caches.NAME]
         cached = int(cache.get_seq_length())
         try:
-            self._begin(start_of(request, model_kwargs), cached)
+            self._begin(start_of(request, model_kwargs), cached, logits)
         except torch.OutOfMemoryError:
             self._give_up(cache, cached)
         count = self._decode(logits)
@@ -253,21 +253,24 @@ class _Loop:
         if of_the_caller or type(cache) is not DynamicCache:
             raise
         fresh = DynamicCache(config=self._model.config.get_text_config(decoder=True))
-        self._request.model_kwargs["past_key_values"] = fresh
+        self._request.model_kwargs[caches.NAME] = fresh
         raise Unfit("there is no memory for a static cache") from None
 
-    def _begin(self, start: Start, cached: int) -> None:
+    def _begin(self, start: Start, cached: int, logits: torch.Tensor) -> None:
         """Find the step for this kind of call, or make it, and give it what the call brings."""
         history = rounded(self._prompt_length + self._limit)
         cache_length = rounded(cached + self._limit)
         kept = (self._keeps_scores, self._keeps_logits)
-        key = key_of(self._model, start, self._kind, *kept, history, cache_length)
+        chooser = Chooser(self._plan, self._request.do_sample, self._keeps_scores)
+        values = chooser.values(logits)
+        kind = self._kind if values is None else (values.form, self._request.do_sample, self._request.compiled)
+        key = key_of(self._model, start, kind, *kept, history, cache_length)
         step = GRAPHS.get(self._model, key)
         if step is None:
-            chooser = Chooser(self._plan, self._request.do_sample, self._keeps_scores)
             with torch.inference_mode(False), torch.no_grad():
                 step = Step(start, history, cache_length, chooser, self._keeps_logits, masked_of(self._model))
             GRAPHS.keep(self._model, key, step)
+        step.choose_by(chooser, values)
         step.begin(start)
         self._step = step
 
@@ -381,7 +384,7 @@ def output_of(
         return sequences
     crossed = request.model.config.is_encoder_decoder
     made = utils.GenerateEncoderDecoderOutput if crossed else utils.GenerateDecoderOnlyOutput
-    return made(sequences=sequences, scores=scores, logits=logits, past_key_values=cache)
+    return made(sequences=sequences, scores=scores, logits=logits, **{caches.NAME: cache})
 
 
 def start_of(request: Request, model_kwargs: dict[str, Any]) -> Start:
@@ -400,7 +403,7 @@ def start_of(request: Request, model_kwargs: dict[str, Any]) -> Start:
     position_ids = None if crossed else model_kwargs.get("position_ids")
     return Start(
         request.input_ids,
-        model_kwargs["past_key_values"],
+        model_kwargs[caches.NAME],
         model_kwargs.get(masked_of(request.model)),
         None if position_ids is None else position_ids[:, -1:].expand(B, 1),
         others,

@@ -19,7 +19,8 @@ from fastlogits.plan.allowed import AllowedRows
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
 from fastlogits.sampling import FusedDraw, Sampler
-from fastlogits.transformers.caches import FixedCache
+from fastlogits.transformers.caches import NAME, FixedCache
+from fastlogits.transformers.values import Values, values_of
 
 
 class _Processors:
@@ -43,6 +44,12 @@ class Chooser:
         processors: Any = _Processors(plan)
         self._fused = None if keeps_scores else FusedDraw(processors, None if do_sample else 0.0)
         self._sampler = Sampler() if do_sample else None
+
+    def values(self, logits: torch.Tensor) -> Values | None:
+        """The numbers that it reads from tensors, where nothing else of the processors differs from call to call."""
+        if self._fused is None or not launch.takes_scores(logits):
+            return None
+        return values_of(self._fused, self.plan, logits)
 
     def __call__(
         self, ids: torch.Tensor, logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, run: Run
@@ -118,6 +125,15 @@ class Step:
         self.replays = 0
         """How often the graph has been replayed."""
         self._captured: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self._captured_draw: tuple[Chooser, Values | None] | None = None
+
+    def choose_by(self, chooser: Chooser, values: Values | None) -> None:
+        """Let the processors of a call of the same kind choose; a graph gets their numbers."""
+        self.chooser = chooser
+        if self.graph is None or self._captured_draw is None:
+            self._captured_draw = (chooser, values)
+        elif values is not None and self._captured_draw[1] is not None:
+            values.put_into(self._captured_draw[1])
 
     def begin(self, start: Start) -> None:
         """Take over what a call brings."""
@@ -168,13 +184,11 @@ class Step:
 
     def forward(self, model: Any, call: Callable[..., Any]) -> torch.Tensor:
         """The logits of the newest token, float32 ``[B, V]``."""
-        given = dict(self._others)
+        given = {**self._others, NAME: self._fixed.cache}
         given[self._masked] = self._mask
         if self._position_ids is not None:
             given["position_ids"] = self._position_ids
-        inputs = model.prepare_inputs_for_generation(
-            self.tokens.unsqueeze(1), next_sequence_length=1, past_key_values=self._fixed.cache, **given
-        )
+        inputs = model.prepare_inputs_for_generation(self.tokens.unsqueeze(1), next_sequence_length=1, **given)
         outputs = call(**inputs, return_dict=True)
         if self._position_ids is not None:
             self._position_ids.add_(1)
@@ -226,6 +240,7 @@ class Step:
             with suppress(Exception):  # at the end of a process there may be no device left
                 torch.cuda.synchronize(self.tokens.device)
             self.graph.reset()
+        self._captured_draw = None
         self.graph, self._captured, self.logits, self.scores = None, (None, None), None, None
 
 
@@ -275,16 +290,14 @@ class Verification(Step):
         self._fixed.set_length(cached)
         torch.add(self._lanes, at, out=self._position)
         self.history.index_copy_(1, self._position, fed.unsqueeze(0))
-        given = dict(self._others)
+        given = {**self._others, NAME: self._fixed.cache}
         given[self._masked] = self._mask
         if "logits_to_keep" in given:
             given["logits_to_keep"] = len(self._lanes)
         if self._position_ids is not None:
             # Of the first step, whose token stands right behind the prompt.
             given["position_ids"] = self._position_ids + (self._position - self._prompt_length)
-        inputs = model.prepare_inputs_for_generation(
-            fed.unsqueeze(0), next_sequence_length=len(self._lanes), past_key_values=self._fixed.cache, **given
-        )
+        inputs = model.prepare_inputs_for_generation(fed.unsqueeze(0), next_sequence_length=len(self._lanes), **given)
         outputs = call(**inputs, return_dict=True)
         logits: torch.Tensor = outputs.logits[0, -len(self._lanes) :].to(copy=True, dtype=torch.float32)
         return logits

@@ -87,6 +87,20 @@ def test_captured_once_and_replayed(monkeypatch, model):
         assert step.replays == before + NEW - 1
 
 
+def test_other_numbers_replay_the_same_graph(monkeypatch, model):
+    """Temperatures, k, p, penalties and lengths are in tensors."""
+    chains = [
+        {"temperature": t, "top_k": k, "top_p": 0.9, "repetition_penalty": r, "min_new_tokens": n, "eos_token_id": 2}
+        for t, k, r, n in ((0.8, 20, 1.3, 4), (3.0, 30, 1.1, 8), (0.1, 5, 2.0, 2), (0.8, 20, 1.3, 4))
+    ]
+    with uncaptured(monkeypatch):
+        wanted = [generate(model, ids, seeds=SEEDS, **chain) for chain in chains for ids in (PROMPT, PROMPT[:, 2:])]
+    said = [generate(model, ids, seeds=SEEDS, **chain) for chain in chains for ids in (PROMPT, PROMPT[:, 2:])]
+    for mine, theirs in zip(said, wanted, strict=True):
+        assert torch.equal(mine, theirs)
+    assert captured().replays
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 def test_the_same_tokens(monkeypatch, model, chain):
     """As of the same steps without a graph, and as of transformers' own loop; the second time, by replays alone."""
