@@ -88,8 +88,12 @@ class DraftModel:
     def __init__(self, model: Any, request: Request, plan: Plan | None) -> None:
         self._model, self._request = model, request
         self._chooser = Chooser(Plan.compile([]) if plan is None else plan, request.do_sample, False)
+        # Layers with a window keep the whole text too, so that any of it can be taken back; the mask has the window.
         self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        self._cache.activate_past_recording()
+        if caches.unfit(self._cache) is None:
+            self._cache = DynamicCache()
+        else:
+            self._cache.activate_past_recording()
         self._seen: list[int] = []
         mask = request.model_kwargs.get("attention_mask")
         L = request.input_ids.shape[1]
