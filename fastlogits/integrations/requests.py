@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from fastlogits_kernels.runtime.launcher import to_device
 
-from fastlogits.serving.batch import BatchProcessor, Preset, RequestParams
+from fastlogits.serving.batch import BatchProcessor
+from fastlogits.serving.packing import Stack
+from fastlogits.serving.params import RequestParams
 from fastlogits.token_mask import TokenMask, fitted
 
 Refuse: TypeAlias = Callable[[str], object]
@@ -223,7 +225,7 @@ def say_left_out(messages: Sequence[str]) -> None:
 class Cutter:
     """Truncations that need the temperature, by which the engine divides only later: found on a copy of the logits."""
 
-    def __init__(self, max_requests: int, vocab_size: int, device: torch.device, max_rows: int, preset: Preset) -> None:
+    def __init__(self, max_requests: int, vocab_size: int, device: torch.device, max_rows: int, preset: Stack) -> None:
         self._batch = BatchProcessor(
             max_requests, vocab_size, device, max_length=1, max_rows=max_rows, semantics=preset, max_listed=0
         )
@@ -286,7 +288,7 @@ class LiveBatch:
     """
 
     def __init__(
-        self, vocab_size: int, device: torch.device, max_requests: int, max_length: int, preset: Preset
+        self, vocab_size: int, device: torch.device, max_requests: int, max_length: int, preset: Stack
     ) -> None:
         self.vocab_size, self.device, self._preset = vocab_size, device, preset
         self._held: dict[int, Live] = {}  # by slot, the one that was seen last at the end

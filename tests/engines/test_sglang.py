@@ -159,7 +159,7 @@ def test_bad_wishes_are_refused_at_the_client_and_hurt_nobody_at_the_server(capl
     for wishes, message in (
         ({"top_k": 3}, "which the engine itself applies"),
         ({"ngram": 3}, "'ngram', which is unknown"),
-        ({"epsilon": 3.0}, "epsilon must be a number"),
+        ({"epsilon": 3.0}, "epsilon must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             FastLogitsProcessor.params(**wishes)

@@ -45,7 +45,7 @@ def test_parameters_of_vllm():
         ({"temperature": 2}, "extra_args.'fastlogits'. has 'temperature', which the engine itself applies: give it as"),
         ({"bitmask": True}, "has 'bitmask', which the engine itself applies"),
         ({"ngram": 2}, "has 'ngram', which is unknown; there are banned_token_ids, bad_words, no_repeat_ngram_size,"),
-        ({"typical_p": 2.0}, "typical_p must be a number above 0 and at most 1"),
+        ({"typical_p": 2.0}, "typical_p must be above 0 and at most 1"),
         ({"forced_tokens": [0.5]}, "forced_tokens must be"),
         ("[1]", r"must be a mapping from names to values, or one in JSON, got \[1\]"),
         ("{", "or one in JSON, got '{'"),
