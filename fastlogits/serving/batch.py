@@ -15,7 +15,7 @@ from fastlogits_kernels.serving.layout import Rows, Slots
 from fastlogits_kernels.serving.steps import Step, append_tokens, process_rows, sample_rows, swap_slots
 
 from fastlogits import warm_up as warming
-from fastlogits.checks import device_of, is_integer, one_of, whole_number
+from fastlogits.checks import LOGITS_DTYPES, device_of, is_integer, one_of, whole_number
 from fastlogits.sampled import Distribution, Sample
 from fastlogits.serving.arguments import (
     INDEX_DTYPES,
@@ -601,7 +601,7 @@ class BatchProcessor:
     def _check_logits(self, logits: torch.Tensor) -> None:
         if not isinstance(logits, torch.Tensor):
             raise ValueError(f"logits must be a tensor of shape (rows, {self.vocab_size}), got {type(logits).__name__}")
-        if logits.ndim != 2 or logits.shape[1] != self.vocab_size or logits.dtype not in warming.DTYPES:
+        if logits.ndim != 2 or logits.shape[1] != self.vocab_size or logits.dtype not in LOGITS_DTYPES:
             raise ValueError(
                 f"logits must be float32, float16 or bfloat16 of shape (rows, {self.vocab_size}), got {logits.dtype} "
                 f"of {tuple(logits.shape)}"
