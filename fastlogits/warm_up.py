@@ -12,13 +12,12 @@ from fastlogits_kernels.runtime.backend import absence, unsupported
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, collected, prepare
 from fastlogits_kernels.runtime.recent import is_capturing
 
-from fastlogits.checks import device_of, whole_number
+from fastlogits.checks import LOGITS_DTYPES, device_of, whole_number
 from fastlogits.plan.barrier import Barrier
 from fastlogits.plan.part import AnyPlan
 from fastlogits.plan.rows import RowsPart
 from fastlogits.plan.stages import When
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PROMPT = 1
 _FARTHEST = 2**30
 """Positions beyond it are those of no sequence."""
@@ -129,7 +128,7 @@ def checked_device(device: torch.device | str | None) -> torch.device:
 
 def checked_dtype(dtype: torch.dtype) -> torch.dtype:
     """``dtype``, if kernels take logits of it."""
-    if dtype not in DTYPES:
+    if dtype not in LOGITS_DTYPES:
         raise ValueError(
             f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}: give that of the logits"
         )

@@ -32,3 +32,13 @@ def test_code_compiles_and_names_what_there_is(name):
 def test_links_lead_somewhere(name):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text()):
         assert link.startswith("https://") or ((ROOT / name).parent / link).exists(), link
+
+
+def test_of_the_plots_the_repository_keeps_what_documents_show():
+    shown = {
+        path
+        for name in DOCUMENTS
+        for path in re.findall(r"\]\((benchmarks/results/[^)]+)\)", (ROOT / name).read_text())
+    }
+    kept = re.findall(r"^!(.*)$", (ROOT / ".gitignore").read_text(), re.MULTILINE)
+    assert sorted(kept) == sorted(path for path in shown if path.endswith((".png", ".svg")))

@@ -1,15 +1,17 @@
 """Draws: the generator's published answers, the distribution, independence of the batch, reports on a token."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from fastlogits_kernels.draw import _exponential, _noise_of_rows, exponential_noise, philox, reference_draw
-from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.rules import RULES, Rule, argument_of
 from fastlogits_kernels.truncate.dispatch import truncate
 
 import fastlogits as fl
+from fastlogits.sampling import SamplingOptions
 from tests.oracle import broken_rows, hard_rows
 
 INF = float("inf")
@@ -512,6 +514,32 @@ def test_seeds_are_64_bits_whatever_their_type():
 
 
 # -- How it is made --------------------------------------------------------------------------------------------------
+
+
+def test_the_options_of_a_sampler_are_the_fields_of_its_params():
+    options = [field.name for field in dataclasses.fields(fl.SamplingParams)]
+    assert list(SamplingOptions.__annotations__) == options
+    for name, of_params in fl.SamplingParams.__annotations__.items():
+        assert SamplingOptions.__annotations__[name].__forward_arg__ == of_params
+    assert {argument_of(kind) for kind in RULES} <= set(options)
+
+
+def test_options_replace_fields_of_params():
+    params = fl.SamplingParams(temperature=0.5, top_k=np.int64(7), top_p=1, order="vllm")
+    assert (params.top_k, params.top_p) == (7, None)
+    sampler = fl.Sampler(params=params, top_k=3)
+    assert (sampler.params.temperature, sampler.params.top_k, sampler.params.order) == (0.5, 3, "vllm")
+    assert fl.Sampler(None, params).params is params
+    logits = gauss(2, 400)
+    found = fl.sample(logits, seeds=7, positions=3, params=params, ties="lowest")
+    plain = fl.sample(logits, seeds=7, positions=3, temperature=0.5, top_k=7, order="vllm", ties="lowest")
+    assert torch.equal(found.tokens, plain.tokens)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_k = 3
+    with pytest.raises(ValueError, match="params must be SamplingParams or None, got 3"):
+        fl.Sampler(None, 3)
+    with pytest.raises(TypeError, match="top_q"):
+        fl.Sampler(top_q=3)
 
 
 def test_a_sampler_reads_its_tensors_at_each_call(device):

@@ -89,7 +89,7 @@ class RuleSpec:
 
 _ABOVE_0 = Range(0, 1, "neither", 1, "above 0 and at most 1 (1 turns it off)")
 _BELOW_1 = Range(0, 1, "neither", 0, "at least 0 and below 1 (0 turns it off)")
-_FROM_0 = Range(0, 1, "high", 0, "from 0 to 1 (0 turns it off)")
+_FROM_0 = Range(0, 1, "high", 0, "between 0 and 1 (0 turns it off)")
 
 _TABLE = (
     RuleSpec(
@@ -102,7 +102,7 @@ _TABLE = (
         reference.drop_top_k, "count", integer=True, takes_ties=True,
     ),
     RuleSpec(
-        "top_p", Range(0, 1, "low", 1, "from 0 to 1 (1 turns it off)"), reference.drop_top_p, "mass", sums=1,
+        "top_p", Range(0, 1, "low", 1, "between 0 and 1 (1 turns it off)"), reference.drop_top_p, "mass", sums=1,
         takes_ties=True, spares_fewest=True, off_as_number=False, keeps_nearly_all=lambda value: value > 1 - 1e-6,
     ),
     RuleSpec(

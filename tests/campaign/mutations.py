@@ -463,7 +463,7 @@ MUTATIONS = [
         ("serving/test_batch.py::test_a_slot_holds_nothing_of_the_request_before",),
     ),
     Mutation(
-        "allowed tokens lift the bans", f"{PACKAGE}/serving/batch.py",
+        "allowed tokens lift the bans", f"{PACKAGE}/serving/packing.py",
         "mask if kept is None else mask | kept", "mask if kept is None else mask & kept",
         (
             "serving/test_batch.py::test_a_request_gets_what_the_processors_of_its_parameters_give"
@@ -471,7 +471,7 @@ MUTATIONS = [
         ),
     ),
     Mutation(
-        "the shortest repetition goes free", f"{PACKAGE}/serving/batch.py",
+        "the shortest repetition goes free", f"{PACKAGE}/serving/packing.py",
         "if n >= least else 0.0", "if n > least else 0.0",
         ("serving/test_batch.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
     ),

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 
 import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams, TokenMask, token_mask
-from fastlogits.integrations.requests import MAX_LISTED, read_wishes
+from fastlogits.integrations.requests import MAX_LISTED, read_options
 from fastlogits.token_text import token_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -337,7 +337,7 @@ def test_as_much_as_an_engines_request_may_list_and_one_more():
         given = {"forced_tokens": [1] * count}
         if refused:
             with pytest.raises(ValueError, match=f"take {count} words .* but may take {most}"):
-                read_wishes(given, given, "extra_args", 1.0)
+                read_options(given, given, "extra_args", 1.0)
         else:
-            params = read_wishes(given, given, "extra_args", 1.0).edits
+            params = read_options(given, given, "extra_args", 1.0).edits
             BatchProcessor(1, V, "cpu", max_length=8, max_listed=MAX_LISTED).add(params)

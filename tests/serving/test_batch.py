@@ -16,7 +16,7 @@ from fastlogits_kernels.serving.steps import launch_slot_sets
 
 import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams, TokenMask
-from fastlogits.serving import batch as serving
+from fastlogits.serving import packing
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -434,9 +434,9 @@ def test_a_slot_holds_nothing_of_the_request_before(device, path):
 
 
 def test_staged_requests_are_not_overwritten_by_those_after_them():
-    staging = serving._Staging(torch.device("cpu"))
+    staging = packing.Staging(torch.device("cpu"))
     taken = []
-    for count in (5, serving._STAGED - 6, 3, 2 * serving._STAGED, 1):
+    for count in (5, packing.STAGED - 6, 3, 2 * packing.STAGED, 1):
         tensor, array = staging.take(count)
         assert tensor.shape == array.shape == (count,)
         array.fill(len(taken))
