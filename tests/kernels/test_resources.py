@@ -173,6 +173,13 @@ def test_a_key_says_all_that_a_kernel_is_compiled_for():
     assert told("-m", "tests.kernels.launches", "keys") == []
 
 
+def test_another_process_finds_what_this_one_has_compiled():
+    """Whatever either compiled first, and side by side: else a cache on disk is of no use."""
+    assert told("-m", "tests.kernels.launches", "sources", 1) == told("-m", "tests.launches", "sources", 2)
+    # In Triton 3.6 their order is one of addresses.
+    assert told("-m", "tests.kernels.launches", "clashes") == []
+
+
 def test_one_row_of_one_token_compiles():
     """Of an integer that is 1 Triton makes a constant, and no tensor."""
     found = told("-m", "tests.kernels.launches", "smallest", 90)
