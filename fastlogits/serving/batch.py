@@ -937,8 +937,8 @@ def _pack(params: RequestParams, V: int, preset: _Preset) -> _Packed:
         for ids in params.bad_words:
             _check_ids("bad_words", ids, V)
             table += [ids[-1], len(ids) - 1, *ids[-2::-1], *[-1] * (width - 1 - len(ids))]
-        put(layout.WORDS, struct.pack(f"={len(table)}i", *table), len(table))
-        put(layout.WIDTH, b"", width)
+        put(layout.SEQUENCES, struct.pack(f"={len(table)}i", *table), len(table))
+        put(layout.SEQUENCE_WIDTH, b"", width)
     if params.dry_multiplier:
         least = max(1, params.dry_allowed_length)
         penalties = [
