@@ -29,7 +29,7 @@ from fastlogits_kernels.rules import RULES, Rule, argument_of
 from fastlogits_kernels.runtime import backend, launcher
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving import search
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import CASES, OPERATIONS, Given, forced
@@ -53,7 +53,7 @@ def captured(hopper: bool = True, amd: bool = False) -> Iterator[list[Launch]]:
         mock.patch.object(Launcher, "__call__", note),
         mock.patch.object(launch, "is_portable", return_value=amd),
         mock.patch.object(launch, "overlaps", return_value=hopper),
-        mock.patch.object(slot_sets, "overlaps", return_value=hopper),
+        mock.patch.object(search, "overlaps", return_value=hopper),
         forced(True),
     ):
         yield made

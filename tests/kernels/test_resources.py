@@ -22,7 +22,8 @@ from fastlogits_kernels.pointwise import bitmask
 from fastlogits_kernels.pointwise import fold
 from fastlogits_kernels.pointwise import mask as mask_tokens
 from fastlogits_kernels.pointwise import pack_ids
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving import history as slot_histories
+from fastlogits_kernels.serving import search as slot_sets
 from fastlogits_kernels.pointwise import search as token_sets
 from fastlogits_kernels import synthid
 
@@ -92,8 +93,8 @@ for dtype in ("fp32", "bf16"):
     cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
     absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
     cases[f"slot_sets plain {dtype}"] = (slot_sets._slot_sets_kernel, dtype, absent, search | {"DRAWS": False}, 8)
-cases["append"] = (slot_sets._append_kernel, "fp32", (), {"BLOCK": 32})
-cases["swap"] = (slot_sets._swap_kernel, "fp32", (), {"BLOCK": 1024})
+cases["append"] = (slot_histories._append_kernel, "fp32", (), {"BLOCK": 32})
+cases["swap"] = (slot_histories._swap_kernel, "fp32", (), {"BLOCK": 1024})
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
 for form, (done, more, first, wraps) in {
