@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.stages import Member
 from fastlogits.processors import audio, beams, constrained, guidance, watermark
-from tests.conftest import VOCAB_SIZE
+from tests.models import VOCAB_SIZE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULES = (audio, beams, constrained, guidance, watermark)

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 import fastlogits as fl
 from fastlogits.plan.stages import Rows
 from fastlogits.transformers import accelerate as acceleration
-from tests.conftest import VOCAB_SIZE, tiny_llama
 from tests.installed import IS_4, TAKES_LENGTHS_OF_ROWS
+from tests.models import VOCAB_SIZE, tiny_llama
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*generation_config")]
 
