@@ -32,6 +32,7 @@ from benchmarks.processors import (
 from benchmarks.timing import Call
 from fastlogits import SuppressFirstTokens
 from fastlogits.demo.article_loop import ArticleLoop
+from fastlogits.sampling import SamplingOptions
 
 LOOP = "article loop"
 TRANSFORMERS = "transformers SuppressTokensAtBegin"
@@ -246,7 +247,7 @@ def _processors(name: str, made: Made, inputs: Sequence[str] = (GAUSS,)) -> Work
     )  # fmt: skip
 
 
-DRAWS: dict[str, dict[str, float]] = {
+DRAWS: dict[str, SamplingOptions] = {
     "draw T k p": {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
     "draw T p": {"temperature": 0.7, "top_p": 0.9},
     "draw T": {"temperature": 0.7},
@@ -282,14 +283,14 @@ def drawn_from(name: str, same: bool = False) -> Agrees:
 
 def _draw(name: str) -> Workload:
     """Sampling: transformers' warpers, softmax and multinomial, and a sampler."""
-    options: Any = {option: int(value) if option == "top_k" else value for option, value in DRAWS[name].items()}
+    params = fastlogits.SamplingParams(**DRAWS[name])
 
     def theirs_of(case: Case, scores: torch.Tensor) -> Call:
         return lambda: warped(name, scores).softmax(-1).multinomial(1).squeeze(1)
 
     def ours_of(case: Case, scores: torch.Tensor) -> Call:
         seeds = torch.arange(case.batch, device=case.device)
-        sampler = fastlogits.Sampler(**options)
+        sampler = fastlogits.Sampler(params=params)
         return lambda: sampler(scores, seeds, seeds).tokens
 
     def contenders(case: Case) -> list[Contender]:
@@ -305,7 +306,7 @@ def _draw(name: str) -> Workload:
         # A row has the same token in any batch, so that the first rows suffice.
         rows = scores[:_ROWS_ON_CPU].cpu()
         seeds = torch.arange(len(rows))
-        return fastlogits.sample(rows, seeds=seeds, positions=seeds, **options).tokens.to(case.device)
+        return fastlogits.sample(rows, seeds=seeds, positions=seeds, params=params).tokens.to(case.device)
 
     return Workload(
         contenders, expected, _all_metrics, THEIRS,

@@ -201,23 +201,22 @@ class TokenMask:
             raise
         return made
 
-    def _with(self, other: object) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
-        """Both rows at one width, and whether the result fits any width."""
+    def _combined(self, other: object, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> TokenMask:
+        """A mask of the two rows, combined at one width."""
         if not isinstance(other, TokenMask):
-            return None
+            return NotImplemented  # type: ignore[no-any-return]
         if self._any_width and other._any_width:
             size = max(self.vocab_size, other.vocab_size)
         else:
             size = other.vocab_size if self._any_width else self.vocab_size
-        return self.fit(size)._row, other.fit(size)._row, self._any_width and other._any_width
+        row = combine(self.fit(size)._row, other.fit(size)._row)
+        return TokenMask(row, any_width=self._any_width and other._any_width)
 
     def __or__(self, other: object) -> TokenMask:
-        both = self._with(other)
-        return NotImplemented if both is None else TokenMask(both[0] | both[1], any_width=both[2])
+        return self._combined(other, torch.logical_or)
 
     def __and__(self, other: object) -> TokenMask:
-        both = self._with(other)
-        return NotImplemented if both is None else TokenMask(both[0] & both[1], any_width=both[2])
+        return self._combined(other, torch.logical_and)
 
     def __invert__(self) -> TokenMask:
         return TokenMask(~self._row, any_width=self._any_width)

@@ -31,7 +31,7 @@ def _as_probabilities(scores: torch.Tensor, found: torch.Tensor, expected: torch
 def _contenders(name: str, case: Case) -> list[Contender]:
     sampling = _sampling()
     if name in DRAWS:
-        options = DRAWS[name]
+        options: Any = DRAWS[name]
 
         def bind_draw(scores: torch.Tensor) -> Call:
             temperature = torch.full((case.batch,), options["temperature"], device=case.device)

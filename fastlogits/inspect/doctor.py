@@ -146,8 +146,8 @@ def _test_truncations(device: torch.device) -> str | None:
 def _test_sampling(device: torch.device) -> str | None:
     _, scores = _inputs(device)
     seeds = torch.arange(_B)
-    made = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
-    here = fl.sample(scores, seeds=seeds.to(device), positions=seeds.to(device), **made).tokens  # type: ignore[arg-type]
+    params = fl.SamplingParams(temperature=0.7, top_k=50, top_p=0.9)
+    here = fl.sample(scores, seeds=seeds.to(device), positions=seeds.to(device), params=params).tokens
     # By the reference functions: with FASTLOGITS_BACKEND=triton the operations have no others on the CPU.
     kept = reference_truncate(scores.cpu() / 0.7, [Rule("top_k", 50), Rule("top_p", 0.9)])
     if not bool(kept.gather(1, here.cpu().unsqueeze(1)).isfinite().all()):

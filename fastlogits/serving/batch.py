@@ -688,7 +688,7 @@ class BatchProcessor:
         """Bring a request to its slot: one copy, of no more than from its first mask to its last token."""
         P, N = len(prompt), len(prompt) + len(output)
         W = self._masks_end // layout.MASKS
-        first_plane = packed.masks[0][0] if packed.masks else layout.MASKS
+        first_plane = packed.masks[0].plane if packed.masks else layout.MASKS
         begin = first_plane * W
         end = self._masks_end + (self._lists_end + N if N else len(packed.record))
         staged, held = self._staging.take(end - begin)
