@@ -1,14 +1,13 @@
 """Whole ``generate`` calls of a Llama-shaped model: tokens per second, and the share of a step spent in processing.
 
     python -m benchmarks.generate --device cuda             about 1.2B parameters at random, bfloat16, vocabulary 128256
-    python -m benchmarks.generate --device cuda --compiled  with a static cache and a compiled forward besides
-    python -m benchmarks.generate --device cpu --tiny       the same code with a model of nothing
+    python -m benchmarks.generate --device cuda --compiled  with a static cache and a compiled forward too
+    python -m benchmarks.generate --device cpu --tiny       the same code with a tiny model
 
-Two runs of a large model say the same only where its own forward pass repeats itself to the last bit, which is asked
-and printed. So each way of processing is given the logits of one plain run, step by step: its scores have to be what
-transformers made of them, or its time is marked and the exit status is 1. ``fl.decode`` draws from the same
-distribution by another generator: the tokens that it draws while it processes have to be those that it draws from
-processed scores.
+Two runs of a large model give the same tokens only if its forward pass gives the same bits twice; that is tested and
+printed. So each way of processing gets the logits of one plain run, step by step. Its scores must be those of
+transformers, or its time is marked and the exit status is 1. ``fl.decode`` samples the same distribution with another
+generator: it must sample the same tokens from the logits as from processed scores.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +46,7 @@ _SEED = 1234
 
 
 class Size(NamedTuple):
-    """A model and what it is asked to say."""
+    """A model, and the lengths of its prompt and output."""
 
     vocab: int
     hidden: int
@@ -88,7 +87,7 @@ TINY = Size(512, 32, 2, 4, 2, 64, 16, 6)
 
 
 class Row(NamedTuple):
-    """What was measured of one way of processing."""
+    """The measurements of one way of processing."""
 
     batch: int
     forward: str
@@ -121,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for row in _measure(model, size, batch, forward, options.repeats, started):
                     rows.append(row)
                     failed |= not row.same
-            except Exception:  # the other sizes are worth their figures
+            except Exception:  # the other sizes are still to be measured
                 failed = True
                 traceback.print_exc()
                 _say(started, f"batch {batch}, {forward}: FAILED")
@@ -138,68 +137,91 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(model: Any, size: Size, batch: int, forward: str, repeats: int, started: float) -> Iterator[Row]:
-    device = model.device
-    generator = torch.Generator().manual_seed(batch)
-    # Of few tokens, so that the history and its n-grams act.
-    ids = torch.randint(3, min(size.vocab, 500), (batch, size.prompt), generator=generator).to(device)
-    chain = size.chain_9()
-    if forward == "compiled":
-        chain["cache_implementation"] = "static"
-
-    def generate(**more: Any) -> Any:
-        torch.manual_seed(_SEED)
-        options = {"max_new_tokens": size.new_tokens, "attention_mask": torch.ones_like(ids), **chain, **more}
-        return model.generate(ids, **options)
-
-    def bare() -> torch.Tensor:
-        options = {"cache_implementation": chain.get("cache_implementation"), "eos_token_id": None}
-        return model.generate(  # type: ignore[no-any-return]
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=size.new_tokens, **options
-        )
-
-    kept = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
-    plain = generate(**kept)
-    _say(started, f"batch {batch}, {forward}: plain generate twice, {_compared(plain.sequences, generate())}")
-    with fl.accelerate(model):
-        processors, _ = _caught(model, generate)
-        fast = generate()
-    _say(started, f"batch {batch}, {forward}: accelerated, {_compared(plain.sequences, fast)}")
-    steps = [
-        (plain.sequences[:, : size.prompt + i], *step)
-        for i, step in enumerate(zip(plain.logits, plain.scores, strict=True))
-    ]
-    same = all(torch.equal(processors(seen, logits), scores) for seen, logits, scores in steps)
-    generate(custom_generate=fl.decode)  # the first run compiles
-    ways = [_caught(model, generate, custom_generate=fl.decode, **more)[0] for more in ({}, kept)]
-    drawn = [[way(seen, logits).argmax(-1) for way in ways] for seen, logits, _ in steps]
-    same_drawn = all(torch.equal(*tokens) for tokens in drawn)
-    _say(started, f"batch {batch}, {forward}: on the same logits, accelerated {same}, decode {same_drawn}")
-    bare()
+    job = _Job(model, size, batch, forward, lambda text: _say(started, f"batch {batch}, {forward}: {text}"))
+    same, same_sampled = job.compared()
+    job.bare()
     for contender, call, is_same in (
-        (BARE, bare, True),
-        (PLAIN, generate, True),
-        (ACCELERATED, generate, same),
-        (DECODE, lambda: generate(custom_generate=fl.decode), same_drawn),
+        (BARE, job.bare, True),
+        (PLAIN, job.generate, True),
+        (ACCELERATED, job.generate, same),
+        (DECODE, job.decode, same_sampled),
     ):
-        with fl.accelerate(model) if contender == ACCELERATED else _nothing():
-            took = []
-            for _ in range(repeats):
-                seconds, out = _timed(call, device)
-                took.append(seconds / (out.shape[1] - size.prompt))
-            step = statistics.median(took)
-            wall, gpu = None, None
-            if contender != BARE:
-                try:
-                    wall, gpu = _processing(model, generate, contender, size)
-                except Exception:
-                    traceback.print_exc()
+        with fl.accelerate(model) if contender == ACCELERATED else nullcontext():
+            step = statistics.median(job.step_seconds(call) for _ in range(repeats))
+            wall, gpu = (None, None) if contender == BARE else job.processing(contender)
         row = Row(batch, forward, contender, is_same, batch / step, step * 1e6, wall, gpu)
         _say(started, _line(row))
         yield row
 
 
+class _Same(NamedTuple):
+    """Whether ways of processing give what transformers gives on the same logits."""
+
+    accelerated: bool
+    decode: bool
+
+
+class _Job:
+    """What all ways of processing do for one batch size."""
+
+    def __init__(self, model: Any, size: Size, batch: int, forward: str, say: Callable[[str], None]) -> None:
+        self._model, self._size, self._say = model, size, say
+        generator = torch.Generator().manual_seed(batch)
+        # Of few tokens, so that the history and its n-grams act.
+        ids = torch.randint(3, min(size.vocab, 500), (batch, size.prompt), generator=generator)
+        self._ids = ids.to(model.device)
+        self._given: dict[str, Any] = {
+            "attention_mask": torch.ones_like(self._ids), "max_new_tokens": size.new_tokens,
+            "cache_implementation": "static" if forward == "compiled" else None,
+        }  # fmt: skip
+
+    def generate(self, **more: Any) -> Any:
+        torch.manual_seed(_SEED)
+        return self._model.generate(self._ids, **self._given, **self._size.chain_9(), **more)
+
+    def decode(self, **more: Any) -> Any:
+        return self.generate(custom_generate=fl.decode, **more)
+
+    def bare(self) -> torch.Tensor:
+        return self._model.generate(self._ids, **self._given, do_sample=False, eos_token_id=None)  # type: ignore[no-any-return]
+
+    def compared(self) -> _Same:
+        kept = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+        plain = self.generate(**kept)
+        self._say(f"plain generate twice, {_compared(plain.sequences, self.generate())}")
+        with fl.accelerate(self._model):
+            processors, _ = _caught(self._model, self.generate)
+            fast = self.generate()
+        self._say(f"accelerated, {_compared(plain.sequences, fast)}")
+        steps = [
+            (plain.sequences[:, : self._size.prompt + i], *step)
+            for i, step in enumerate(zip(plain.logits, plain.scores, strict=True))
+        ]
+        same = all(torch.equal(processors(seen, logits), scores) for seen, logits, scores in steps)
+        self.decode()  # the first run compiles
+        to_tokens, to_scores = (_caught(self._model, self.decode, **more)[0] for more in ({}, kept))
+        same_sampled = all(
+            torch.equal(to_tokens(seen, logits).argmax(-1), to_scores(seen, logits).argmax(-1))
+            for seen, logits, _ in steps
+        )
+        self._say(f"on the same logits, accelerated {same}, decode {same_sampled}")
+        return _Same(same, same_sampled)
+
+    def step_seconds(self, call: Callable[[], torch.Tensor]) -> float:
+        seconds, out = _timed(call, self._model.device)
+        return seconds / (out.shape[1] - self._size.prompt)
+
+    def processing(self, contender: str) -> tuple[float | None, float | None]:
+        """Microseconds of a step's processing, of the wall clock and of the GPU; None where they can't be taken."""
+        try:
+            return _processing(self._model, self.generate, contender, self._size)
+        except Exception:  # the rest of the row is worth having
+            traceback.print_exc()
+            return None, None
+
+
 def _caught(model: Any, generate: Callable[..., Any], **options: Any) -> tuple[Any, torch.Tensor]:
-    """What ``generate`` hands to the model's loop: the processors, and the prompt."""
+    """What ``generate`` gives the model's loop: the processors, and the prompt."""
     caught: list[Any] = []
 
     def catch(model: Any, input_ids: torch.Tensor, logits_processor: Any, **rest: Any) -> torch.Tensor:
@@ -215,17 +237,12 @@ def _caught(model: Any, generate: Callable[..., Any], **options: Any) -> tuple[A
 
 
 def _compared(ids: torch.Tensor, others: torch.Tensor) -> str:
-    """Whether two runs have said the same, and from where on not."""
+    """Whether two runs gave the same tokens, and where they begin to differ."""
     if torch.equal(ids, others):
         return "same tokens"
     shared = min(ids.shape[1], others.shape[1])
     apart = (ids[:, :shared] != others[:, :shared]).any(0).nonzero()
     return f"OTHER TOKENS from place {int(apart[0]) if len(apart) else shared} on"
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _timed(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, torch.Tensor]:

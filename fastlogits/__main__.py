@@ -245,7 +245,8 @@ def _inputs(parser: argparse.ArgumentParser, path: str, device: Any) -> tuple[An
     is_pair = isinstance(found, (tuple, list)) and len(found) == 2
     if not (is_pair and all(isinstance(each, torch.Tensor) for each in found)):
         parser.error(f"{wanted}, got {path!r} with {type(found).__name__}")
-    return found[0], found[1]
+    input_ids, scores = found
+    return input_ids, scores
 
 
 def _doctor(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

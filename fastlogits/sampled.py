@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from fastlogits_kernels.selection.logprobs import Report
 
-Distribution: TypeAlias = Literal["processed", "raw"]
-"""Whose log-probabilities are meant: of the distribution that is sampled, or of the logits as they are given."""
+Distribution: TypeAlias = Literal["raw", "processed"]
+"""Whose log-probabilities are meant: of the logits as they are given, or of the distribution that is sampled."""
 
 
 class Sample(NamedTuple):

@@ -26,6 +26,7 @@ from fastlogits_kernels.selection import launch
 from fastlogits_kernels.selection.logprobs import MOST, Report, report, select_and_report
 from fastlogits_kernels.truncate.dispatch import truncate
 
+from fastlogits import warm_up as warming
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
 from fastlogits.plan.causes import explain_failure, kind
 from fastlogits.plan.fusion import fused_to_logits, fused_to_token
@@ -36,11 +37,10 @@ from fastlogits.plan.position import Index
 from fastlogits.plan.run import Run
 from fastlogits.processors.base import LogitsProcessorList, positions_for_others
 from fastlogits.sampled import Distribution, Sample
+from fastlogits.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from fastlogits.warm_up import WarmUp
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -290,8 +290,6 @@ class Sampler:
             >>> Sampler(temperature=0.7, top_k=50).warm_up(128256, torch.bfloat16, device="cpu").kernels
             ()
         """
-        from fastlogits import warm_up as warming
-
         own = [each for each in (self._temperature, *(rule.value for rule in self._rules)) if _is_tensor(each)]
         where = own[0].device if device is None and own else warming.checked_device(device)
         rows = len(own[0]) if batch is None and own else whole_number("batch", 1 if batch is None else batch, 1)

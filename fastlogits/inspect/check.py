@@ -298,8 +298,8 @@ class _Ties:
     def compared(self, number: int, member: Member, expected: torch.Tensor, found: torch.Tensor) -> Difference | None:
         """The first difference that a processor makes, apart from rows in which ties are broken in another way."""
         if expected.shape != found.shape or expected.dtype != found.dtype:
-            kinds = [f"{each.dtype} of {tuple(each.shape)}" for each in (expected, found)]
-            return Difference(number, member.name, reason=f"transformers returned {kinds[0]}, fastlogits {kinds[1]}")
+            theirs, ours = (f"{each.dtype} of {tuple(each.shape)}" for each in (expected, found))
+            return Difference(number, member.name, reason=f"transformers returned {theirs}, fastlogits {ours}")
         same = self._same(found, expected) | self.rows_of(found).unsqueeze(1)
         if isinstance(member.stage, Truncate) and any(rule.kind in _SORTED for rule in member.stage.rules):
             rows = [

@@ -43,9 +43,9 @@ def _interfaces() -> tuple[type, ...]:
 
 
 class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
-    """What requests ask for in ``SamplingParams(extra_args={"fastlogits": {...}})``.
+    """Applies the options that requests have in ``SamplingParams(extra_args={"fastlogits": {...}})``.
 
-    The names are those of ``RequestParams`` that vLLM has no argument for, or that it does more slowly:
+    The options are the fields of ``RequestParams`` that vLLM has no argument for, or that it does more slowly:
     ``banned_token_ids``, ``bad_words`` (as token ids), ``no_repeat_ngram_size``, ``dry_multiplier``, ``dry_base``,
     ``dry_allowed_length``, ``dry_breakers``, ``first_tokens_suppressed``, ``first_window``, ``forced_tokens``,
     ``top_n_sigma``, and ``typical_p``, ``epsilon``, ``eta``, ``top_h`` and ``top_a`` at its temperature. They act on
@@ -90,7 +90,7 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
         self._instances.add(self)
 
     def is_argmax_invariant(self) -> bool:
-        """It isn't: bans change which token is the likeliest."""
+        """It isn't: bans change which token is the most likely."""
         return False
 
     def update_state(self, batch_update: Any) -> None:

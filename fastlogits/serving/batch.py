@@ -42,60 +42,60 @@ Call: TypeAlias = Literal["sample", "apply_", "apply", "append", "swap"]
 class BatchProcessor:
     """Fixed slots for the requests of a serving stack, and the step that processes a changing batch of them.
 
-    A step takes the logits ``[rows, V]`` and the slot of each row. It launches the same kernels whatever the requests
-    ask for, reads all parameters on the device, and neither waits nor copies: one CUDA graph, captured once, serves
-    every mix of requests. Adding takes one copy, and removing, moving and swapping one launch, in the order of the
-    current stream; they never wait either. They are calls of the host: between two replays, not inside a graph.
+    A step takes the logits ``[rows, V]`` and the slot of each row. It launches the same kernels for every mix of
+    requests, reads all parameters on the device, and neither waits nor copies. So one CUDA graph, captured once, serves
+    every mix of requests. Adding a request takes one copy; removing, moving and swapping take one launch. They follow
+    the order of the current stream, and never wait. Call them on the host between two replays, not inside a graph.
 
     A request's result depends on its own parameters, history, seed and position, and on nothing else: not on its slot,
     its row, or the other requests.
 
-    Token ids that the logits don't have (placeholders of images, ids of padded embeddings, negative ids) may stand in
-    prompts, outputs and draft tokens. They take their place and count for nothing: no penalty, ban or bias comes of
-    them, though an n-gram or a repetition may hold them. Ids that 32 bits don't hold become -1.
+    Prompts, outputs and draft tokens may have token ids that the logits don't have: placeholders of images, ids of
+    padded embeddings, negative ids. They take their place and count for nothing: they cause no penalty, ban or bias,
+    though an n-gram or a repetition may contain them. Ids beyond 32 bits become -1.
 
-    What a call can't do is refused where the host can see it: in lists, arrays and tensors on the CPU. Of tensors on a
-    GPU nothing can be known without waiting for it; what happens there is said with each argument.
+    The host refuses what a call can't do if it can see that: in lists, arrays and tensors on the CPU. Tensors on a GPU
+    can't be checked without waiting for it; each argument says what happens there.
 
-    Maps act in this order: logit bias, repetition, frequency, presence penalty, DRY; then all bans (allowed and banned
-    tokens, bad words, n-grams, minimum of tokens, first tokens, bitmask), of which none depends on another; then
-    temperature and truncations. A forced token gets 0, all others -inf, whatever the bans. The logits are taken as
-    float32; what biases and penalties change is rounded to the dtype of the logits once, where logits are the result.
+    The order is: logit bias, repetition, frequency and presence penalty, DRY; then all bans (allowed and banned tokens,
+    bad words, n-grams, minimum of tokens, first tokens, bitmask), which don't depend on each other; then temperature
+    and truncations. A forced token gets 0 and all others -inf, whatever the bans. The arithmetic is float32. Where
+    logits are the result, what biases and penalties change is rounded once to the dtype of the logits.
 
-    ``semantics`` says what the serving stacks see differently:
+    ``semantics`` says where the serving stacks differ:
 
-        =============================  ==================  ===================  ====================
-        .                              transformers        vllm                 sglang
-        =============================  ==================  ===================  ====================
-        truncations (and, after them,  top-n-sigma, top-k  top-n-sigma, min-p,  top-n-sigma, top-p,
-        typical, epsilon, eta)         top-p, min-p        top-k, top-p         top-k, min-p
-        ties at the edge               as the warpers      as the warpers       as many as it takes,
-                                       keep them           keep them            lowest ids first
-        repetition penalty of          prompt and output   prompt and output    the output
-        presence, frequency of         the output          the output           the output
-        bias and penalties             bias first          bias first           frequency, presence,
-                                                                                repetition, DRY, bias
-        bad words are looked for in    all                 the output           all
-        =============================  ==================  ===================  ====================
+        ===============================  =================  =================  =================
+        .                                transformers       vllm               sglang
+        ===============================  =================  =================  =================
+        ``order`` of ``SamplingParams``  transformers       vllm               sglang
+        ``ties`` of ``SamplingParams``   all                all                lowest
+        repetition penalty counts        prompt and output  prompt and output  the output
+        presence, frequency count        the output         the output         the output
+        bias and penalties               bias first         bias first         frequency,
+                                                                               presence,
+                                                                               repetition, DRY,
+                                                                               bias
+        bad words are looked for in      prompt and output  the output         prompt and output
+        ===============================  =================  =================  =================
 
     Args:
         max_requests: number of slots.
         vocab_size: tokens of the vocabulary, V.
         device: where the logits are.
-        max_length: tokens that a request may have, prompt included; not with ``history``. See ``lengths`` for a history
+        max_length: the most tokens of a request, prompt included; not with ``history``. See ``lengths`` for a history
             that is full.
         semantics: see above.
-        max_rows: rows that a step may have; None for ``max_requests``. Rows of draft tokens count.
-        max_listed: how much each request may list, in words of 32 bits: two for each biased token, one for each stop
-            and forced token, ``longest + 1`` for each bad word, where the longest has that many tokens, one for each
-            banned or suppressed first token up to 64 (more are kept as a mask), 51 for DRY.
-        history: an engine's own tensors, kept up to date by the engine: token ids ``[max_requests, L]``, lengths of
-            the prompts and lengths so far, ``[max_requests]``, int32 or int64. ``append`` is not used then, and the
-            ids are read as they are: those that the logits don't have count for nothing.
-        max_logprobs: the most that a request may want as ``logprobs``, at most V.
+        max_rows: the most rows of a step, draft tokens included; None for ``max_requests``.
+        max_listed: room for the lists of a request, in words of 32 bits: two for each biased token; one for each stop
+            and forced token; ``longest + 1`` for each bad word, where ``longest`` is the length of the longest; one for
+            each banned or suppressed first token up to 64 (more are kept as a mask); 51 for DRY.
+        history: an engine's own tensors, which the engine keeps up to date: token ids ``[max_requests, L]``, lengths of
+            the prompts, and lengths so far, both ``[max_requests]``, int32 or int64. Then ``append`` is not used.
+        max_logprobs: the largest ``logprobs`` of a request, at most V.
 
     Raises:
-        ValueError: an argument out of range; a history of another shape, dtype or device; a GPU that isn't there.
+        ValueError: an argument out of range; a history of another shape, dtype or device; a device that torch can't
+            use.
 
     Example:
         >>> batch = BatchProcessor(4, vocab_size=8, device="cpu", max_length=32)
@@ -192,23 +192,23 @@ class BatchProcessor:
 
     @property
     def lengths(self) -> torch.Tensor:
-        """How many tokens the history of each slot has, ``[max_requests]``: on the device, and to be read only.
+        """Number of tokens in the history of each slot, ``[max_requests]``, on the device. Don't write to it.
 
-        A history of ``max_length`` tokens is full: whatever is appended to it from tensors on a GPU is dropped, so its
-        next token would be drawn with the same noise again. End such a request, or make a batch of longer histories.
+        A history of ``max_length`` tokens is full. What tensors on a GPU append to it is dropped, so that its next
+        token would be sampled with the same noise again. End such a request, or make a batch of longer histories.
         """
         return self._slots.lengths
 
     @property
     def bytes_per_slot(self) -> dict[str, int]:
-        """Memory that a slot takes: parameters and lists, packed masks, and its history where the batch keeps it."""
+        """Memory of a slot: parameters and lists, packed masks, and its history if the batch keeps it."""
         record = self._lists_end * 4
         masks = self._slots.masks[0].numel() * 4
         return {"parameters": record, "masks": masks, "history": self.max_length * 4 if self._owns_history else 0}
 
     @property
     def bytes_per_row(self) -> int:
-        """Memory that a row of a step takes, besides that of the truncations."""
+        """Memory of a row of a step, without that of the truncations."""
         return self._step.bytes_per_row
 
     def add(self, params: RequestParams, prompt_ids: Ids = (), output_ids: Ids = (), slot: int | None = None) -> int:
@@ -216,18 +216,17 @@ class BatchProcessor:
 
         Args:
             params: what it asks for.
-            prompt_ids: its prompt, integers on the host. Ids that the logits don't have count for nothing. Not looked
-                at where the engine has the history.
+            prompt_ids: its prompt, integers on the host. Ignored if the engine has the history.
             output_ids: what it has generated already, as after a preemption.
-            slot: the slot it takes, which must be free; None for the lowest one that is free.
+            slot: its slot, which must be free; None for the lowest free one.
 
         Returns:
             Its slot.
 
         Raises:
             ValueError: no free slot; a slot that is taken or doesn't exist; parameters with token ids outside the
-                vocabulary; more tokens than ``max_length``, lists longer than ``max_listed``, or more ``logprobs``
-                than ``max_logprobs``. Nothing has changed then.
+                vocabulary; more tokens than ``max_length``, longer lists than ``max_listed``, or more ``logprobs`` than
+                ``max_logprobs``. Then nothing has changed.
         """
         if not isinstance(params, RequestParams):
             raise ValueError(f"params must be RequestParams, got {params!r}")
@@ -265,10 +264,10 @@ class BatchProcessor:
             known.discard(slot)
 
     def move(self, source: int, target: int) -> None:
-        """Move a request to a free slot. A history that is the engine's own is for the engine to move.
+        """Move a request to a free slot. The engine moves a history of its own itself.
 
         Raises:
-            ValueError: ``source`` holds no request, or ``target`` holds one. Nothing has changed then.
+            ValueError: ``source`` holds no request, or ``target`` holds one. Then nothing has changed.
         """
         source, target = self._taken_slot("source", source), self._checked_slot("target", target)
         if source == target:
@@ -278,7 +277,7 @@ class BatchProcessor:
         self.swap(source, target)
 
     def swap(self, a: int, b: int) -> None:
-        """Exchange what two slots hold, a request or none, but for histories that are the engine's own.
+        """Exchange the contents of two slots. The engine exchanges histories of its own itself.
 
         Raises:
             ValueError: a slot that doesn't exist.
@@ -294,19 +293,19 @@ class BatchProcessor:
                 known ^= {a, b}
 
     def append(self, slots: Ids, token_ids: Ids) -> None:
-        """Add tokens to the histories of requests, in their order; a slot may come more than once.
+        """Append tokens to the histories of requests, in their order. A slot may occur more than once.
 
-        On a GPU with tensors this is one launch, which a graph may hold. What can't be checked without waiting for the
-        device is ignored there: slots of no request, and tokens beyond ``max_length``, which ``lengths`` tells of.
+        With tensors on a GPU this is one launch, which a graph may hold. There, what can't be checked without waiting
+        is ignored: slots without a request, and tokens beyond ``max_length``. See ``lengths``.
 
         Args:
             slots: the slots, ``[N]``; negative ones are ignored.
-            token_ids: a token for each, ``[N]``; negative ones are ignored, and stand for nothing. Ids that the logits
-                don't have take their place in the history, and count for nothing.
+            token_ids: a token for each, ``[N]``; negative ones are ignored. Ids that the logits don't have take their
+                place in the history, and count for nothing.
 
         Raises:
-            ValueError: the engine has the history; not one token for each slot; where it is known on the host, a slot
-                that holds no request, or a history that is full. Nothing has changed then.
+            ValueError: the engine has the history; not one token for each slot; or, if the host knows the arguments, a
+                slot without a request, or a full history. Then nothing has changed.
         """
         if not self._owns_history:
             raise ValueError("append() is for histories that the batch keeps, but this one's are the engine's")
@@ -334,30 +333,29 @@ class BatchProcessor:
 
         Args:
             logits: float32, float16 or bfloat16 ``[rows, V]`` of any strides.
-            slots: the slot of each row, int32 or int64 ``[rows]``. Rows of a negative slot, or of one that holds no
-                request, are left alone; where such a slot is known on the host and not negative, it is refused.
-                Without draft tokens a slot has one row, or several of different ``cache_position``.
-            cache_position: index in its sequence of the last token that each row has seen, so that the row's token
-                gets the next one; None for the end of the history and of the draft tokens before it. One that is
-                smaller rewinds. One that is larger than the history says gives the row its position and step; the
-                tokens in between are not seen, which is refused for requests that look back, where it is known on the
-                host.
-            bitmask: packed tokens that the grammar of each row allows, int32 ``[rows, W]``, bit ``i`` of word ``w``
-                for token ``32 * w + i``; obeyed by all requests but those of ``bitmask=False``. Tokens beyond it are
-                not allowed. Without it, a row whose request has ``bitmask=True`` is refused where its slot is known
-                on the host; else nothing is allowed in it, so that no token passes for one of the grammar's.
-            draft_ids: with draft tokens, the token that each row was fed with, ``[rows]``. Rows of one request are
-                neighbours, in order; the row at local position ``j`` sees the history and the draft tokens of the
-                ``j - 1`` rows before it and its own. Ids that the logits don't have count for nothing.
+            slots: the slot of each row, int32 or int64 ``[rows]``. Rows with a negative slot stay as they are. So do
+                rows whose slot has no request; on the host such a slot is refused. Without draft tokens a slot has one
+                row, or several with different ``cache_position``.
+            cache_position: index of the last token that each row has seen in its sequence; the row's token gets the
+                next index. None for the end of the history and of the draft tokens before the row. A smaller one
+                rewinds. One beyond the history gives the row its position and step, but the tokens in between are not
+                seen; for requests that look back, this is refused on the host.
+            bitmask: the tokens that the grammar of each row allows, packed, int32 ``[rows, W]``: bit ``i`` of word
+                ``w`` is token ``32 * w + i``. Tokens beyond it are not allowed. All requests obey it except those with
+                ``bitmask=False``. If it is missing, a row whose request has ``bitmask=True`` is refused on the host; on
+                a GPU no token is allowed in that row.
+            draft_ids: with draft tokens, the token that each row was fed with, ``[rows]``. The rows of a request are
+                neighbours, in order. The row at local position ``j`` sees the history, the draft tokens of the
+                ``j - 1`` rows before it, and its own. Ids that the logits don't have count for nothing.
             local_position: with draft tokens, how many of them each row sees, ``[rows]``; 0 for the first row.
 
         Returns:
             ``logits``.
 
         Raises:
-            ValueError: an argument of another shape, dtype or device than is said here; logits of which several share
-                memory; or, where it is known on the host, a slot that holds no request, what is refused above, or rows
-                of draft tokens out of order. Nothing has changed then.
+            ValueError: an argument of another shape, dtype or device; logits that share memory with each other; or, if
+                the host knows the arguments, a slot without a request, what is refused above, or rows of draft tokens
+                out of order. Then nothing has changed.
         """
         rows, _ = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
         check_own_memory("logits", logits)
@@ -374,9 +372,10 @@ class BatchProcessor:
         local_position: Ids | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The same to another tensor: ``out``, of the shape, dtype and device of the logits, or a new one.
+        """Process the logits of a step into another tensor: ``out``, or a new one.
 
-        ``out`` may be the logits themselves, but no other tensor that shares memory with them.
+        ``out`` has the shape, dtype and device of the logits. It may be the logits themselves, but no other tensor that
+        shares memory with them. The other arguments are those of ``apply_``.
 
         Raises:
             ValueError: see ``apply_``; or ``out`` shares memory with the logits.
@@ -400,9 +399,9 @@ class BatchProcessor:
         local_position: Ids | None = None,
         logprobs: Distribution | None = None,
     ) -> Sample:
-        """Draw the token of each row, as a ``Sampler`` does: from the request's seed and the token's position.
+        """Sample the token of each row, as a ``Sampler`` does: with the request's seed and the token's position.
 
-        The logits are not written, and nothing is appended to the histories. Rows of no request get token 0.
+        The logits are not written, and nothing is appended to the histories. Rows without a request get token 0.
 
         Args:
             logits: see ``apply_``.
@@ -412,10 +411,10 @@ class BatchProcessor:
             draft_ids: see ``apply_``.
             local_position: see ``apply_``.
             logprobs: ``"raw"`` for log-probabilities of the logits as they are given, ``"processed"`` for those of the
-                distribution that is drawn from; None for none. There are ``max_logprobs`` columns for the likeliest
-                tokens; where a request asked for fewer, the others are -1 and NaN. A row whose request asked for none,
-                or that has none, has NaN and rank 0. A request that asked for them in a step without, and a step with
-                them of whose requests none asked, are refused where the slots are known on the host.
+                distribution that is sampled; None for none. There are ``max_logprobs`` columns for the most likely
+                tokens. If a request asked for fewer, the others are -1 and NaN. A row without a request, or whose
+                request asked for none, has NaN and rank 0. If the host knows the slots, it refuses a step without them
+                if a request asked for them, and a step with them if no request did.
 
         Raises:
             ValueError: see ``apply_``, and ``logprobs``.
@@ -441,29 +440,29 @@ class BatchProcessor:
         slots: torch.dtype = torch.int64,
         row_stride: int | None = None,
     ) -> WarmUp:
-        """Compile now, and at once, what steps with such logits launch; else the first of them does it, and waits.
+        """Compile now what steps with such logits launch. Without it the first step compiles, and waits for that.
 
-        A step of a row of no request is rehearsed: its launches are collected, compiled side by side and loaded, and
-        none is made. So requests may be there already, and nothing of them changes; a step in flight isn't disturbed.
-        Which requests there are, what they ask for, and the number of rows change nothing of what is compiled.
+        A step of one row without a request is rehearsed: its launches are collected, compiled side by side and loaded,
+        and none is made. So it changes no request, and disturbs no step that is running. What is compiled doesn't
+        depend on the requests or on the number of rows.
 
         Args:
             dtype: of the logits: float32, float16 or bfloat16.
-            calls: which methods will be called; ``"swap"`` stands for ``move`` too. Fewer compile sooner: ``sample``
-                and each of the two ``apply`` have kernels of their own.
-            logprobs: whose log-probabilities ``sample`` will be asked for: ``"raw"``, ``"processed"``, both or none.
-            bitmask: whether steps have a bitmask; None for steps with one and steps without.
+            calls: which methods will be called; ``"swap"`` includes ``move``. Fewer take less time: ``sample``,
+                ``apply`` and ``apply_`` have kernels of their own.
+            logprobs: the ``logprobs`` of ``sample``: ``"raw"``, ``"processed"``, both or none.
+            bitmask: whether steps have a bitmask; None for steps with and without.
             cache_position: the dtype of the ``cache_position`` of steps, int32 or int64 (lists count as int64); None
-                where they have none.
-            draft_ids: likewise of ``draft_ids`` and ``local_position``.
-            slots: likewise of ``slots``, which all steps have.
-            row_stride: ``logits.stride(0)``, where logits are a part of wider ones; None for contiguous ones.
+                for steps without.
+            draft_ids: the dtype of ``draft_ids`` and ``local_position``; None for steps without.
+            slots: the dtype of ``slots``.
+            row_stride: ``logits.stride(0)`` if the logits are a part of wider ones; None for contiguous logits.
 
         Returns:
-            What was compiled, in how many seconds: see ``WarmUp``.
+            What was compiled, and how long it took: see ``WarmUp``.
 
         Raises:
-            ValueError: an argument of another form than is said here.
+            ValueError: an argument out of range or of a wrong type.
             RuntimeError: a CUDA graph is being captured.
 
         Example:
@@ -538,7 +537,7 @@ class BatchProcessor:
         return slot
 
     def _slot_index(self, slots: Ids) -> tuple[torch.Tensor, list[int] | None]:
-        """Slots on the device, and as a list where they are known on the host, where each has to hold a request."""
+        """Slots on the device, and as a list if the host knows them; then each has to hold a request."""
         index = read_index("slots", slots, self.device)
         on_device = cast("torch.Tensor", index.on_device)
         if index.on_host is None:
@@ -574,7 +573,7 @@ class BatchProcessor:
         draft_ids: Ids | None,
         local_position: Ids | None,
     ) -> tuple[Rows, list[int] | None]:
-        """The rows of a step, checked, and their slots where they are known on the host."""
+        """The rows of a step, checked, and their slots if the host knows them."""
         self._check_logits(logits)
         B = logits.shape[0]
         if (draft_ids is None) != (local_position is None):
@@ -652,7 +651,7 @@ class BatchProcessor:
             )
 
     def _check_order(self, slots: list[int], positions: Index, local: Index) -> None:
-        """Refuse what rows can't see, as far as the host knows it."""
+        """Refuse rows that come twice, or that can't see what they need, as far as the host knows."""
         at: list[int] | None = None if positions.on_host is None else positions.on_host.tolist()
         depth: list[int] | None = None if local.on_host is None else local.on_host.tolist()
         has_drafts = local.on_device is not None
@@ -689,7 +688,7 @@ class BatchProcessor:
         """Bring a request to its slot: one copy, of no more than from its first mask to its last token."""
         P, N = len(prompt), len(prompt) + len(output)
         W = self._masks_end // layout.MASKS
-        first_plane = packed.masks[0][0] if packed.masks else layout.MASKS
+        first_plane = packed.masks[0].plane if packed.masks else layout.MASKS
         begin = first_plane * W
         end = self._masks_end + (self._lists_end + N if N else len(packed.record))
         staged, held = self._staging.take(end - begin)

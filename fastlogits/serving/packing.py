@@ -40,13 +40,21 @@ STAGED = 2**16
 _MOST_LISTED_IN_A_SET = 64
 
 
+class PackedMask(NamedTuple):
+    """A set of tokens as a slot holds it."""
+
+    plane: int
+    words: np.ndarray[Any, Any]
+    """int32, a bit for each token."""
+
+
 class PackedParams(NamedTuple):
     """Parameters as a slot holds them."""
 
     record: np.ndarray[Any, Any]
     """int32: everything but the lengths and a random seed."""
-    masks: tuple[tuple[int, np.ndarray[Any, Any]], ...]
-    """Planes in ascending order, and the packed mask of each."""
+    masks: tuple[PackedMask, ...]
+    """In ascending order of their planes."""
     looks_back: bool
     """Whether the tokens so far matter, and not only how many there are."""
 
@@ -117,7 +125,7 @@ def pack(params: RequestParams, V: int, semantics: StackSemantics) -> PackedPara
     looks_back = counts_tokens or params.dry_multiplier or params.no_repeat_ngram_size
     return PackedParams(
         np.frombuffer(_header(slot, params) + b"".join(slot.lists), dtype=np.int32),
-        tuple((plane, mask.bits().numpy()) for plane, mask in enumerate(slot.masks) if mask is not None),
+        tuple(PackedMask(plane, mask.bits().numpy()) for plane, mask in enumerate(slot.masks) if mask is not None),
         bool(looks_back) or any(len(word) > 1 for word in params.bad_words),
     )
 

@@ -1,4 +1,4 @@
-"""What one request asks for, and the checks of it."""
+"""The parameters of one request, and their checks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fastlogits.checks import finite_number, is_integer, is_number, one_of, whol
 from fastlogits.token_mask import TokenMask, checked_set
 
 Scope: TypeAlias = Literal["all", "output"]
+"""The tokens that a penalty counts: prompt and output, or the output alone."""
 
 _LARGEST_BASE = torch.finfo(torch.float64).max ** (1 / layout.LONGEST)
 _LARGEST = torch.finfo(torch.float32).max
@@ -25,15 +26,15 @@ _LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class RequestParams:
-    """What one request wants; everything is off by default. Immutable, and checked when it is made.
+    """The parameters of one request; each is off by default. Immutable, and checked when it is made.
 
-    Making one object and adding it for many requests saves host time: what a batch makes of it is kept with it.
+    Add one object for many requests where you can: a batch keeps its packed form with it, which saves host time.
 
     Args:
-        temperature: what the logits are divided by, finite and at least 0; 0 is greedy: the largest logit after
-            penalties and masks, whatever the truncations.
-        top_k: at least 1; None, 0 or -1 for off, and all three are kept as None. This and the other truncations are
-            those of the warpers of their names.
+        temperature: the divisor of the logits, finite and at least 0. 0 is greedy: the request gets its largest logit
+            after penalties and masks, whatever the truncations.
+        top_k: at least 1; None, 0 or -1 for off, all three kept as None. What this and the other truncations keep is
+            said at the warpers of their names.
         top_p: between 0 and 1; 1 or None for off.
         min_p: between 0 and 1; 0 or None for off.
         typical_p: above 0 and at most 1; 1 or None for off.
@@ -44,30 +45,30 @@ class RequestParams:
         top_a: between 0 and 1; 0 or None for off.
         repetition_penalty: above 0 and finite; 1 is off.
         presence_penalty: finite, subtracted from the logit of each token that has occurred; 0 is off.
-        frequency_penalty: finite, subtracted once for every time that it has occurred; 0 is off.
-        repetition_scope: where the repetition penalty looks: ``"all"``, prompt and output, or only the ``"output"``;
-            None for what the semantics of the batch say.
-        presence_scope: likewise for the presence and frequency penalties.
+        frequency_penalty: finite, subtracted once for each time that the token has occurred; 0 is off.
+        repetition_scope: the tokens that the repetition penalty counts: ``"all"`` for prompt and output, or only the
+            ``"output"``. None follows the semantics of the batch.
+        presence_scope: the same for the presence and frequency penalties.
         dry_multiplier: see ``DRYLogitsProcessor``; 0 is off.
-        dry_base: likewise.
-        dry_allowed_length: likewise.
-        dry_breakers: likewise, a ``TokenMask`` or token ids.
-        logit_bias: finite or -inf, added to the logits of these token ids. An id may be a text of digits, as in
-            OpenAI's interface.
-        allowed_token_ids: the only tokens that may come, a ``TokenMask`` or token ids; None for all.
-        banned_token_ids: tokens that never come, a ``TokenMask`` or token ids.
-        bad_words: sequences of token ids, none empty: the last token of each is banned where the others precede it.
-        no_repeat_ngram_size: no n-gram of so many tokens comes twice; 0 is off.
-        min_tokens: for so many output tokens the ``stop_token_ids`` are banned.
+        dry_base: see ``DRYLogitsProcessor``.
+        dry_allowed_length: see ``DRYLogitsProcessor``.
+        dry_breakers: see ``DRYLogitsProcessor``; a ``TokenMask`` or token ids.
+        logit_bias: finite or -inf, added to the logits of these token ids. An id may be text of digits, as in OpenAI's
+            interface.
+        allowed_token_ids: the only allowed tokens, a ``TokenMask`` or token ids; None for all.
+        banned_token_ids: tokens that are never allowed, a ``TokenMask`` or token ids.
+        bad_words: sequences of token ids, none empty. The last token of a sequence is banned if the others precede it.
+        no_repeat_ngram_size: no n-gram of so many tokens may occur twice; 0 is off.
+        min_tokens: the ``stop_token_ids`` are banned for so many output tokens.
         stop_token_ids: token ids that end the text.
-        first_tokens_suppressed: tokens that the output doesn't begin with, a ``TokenMask`` or token ids.
-        first_window: for how many output tokens that holds, at least 1.
-        forced_tokens: the first output tokens, whatever all else says.
-        bitmask: None to obey the bitmask of a step that has one; True to require one, so that a step without is an
-            error; False to obey none.
-        seed: an integer of up to 64 bits; None for one that is drawn when the request is added.
-        logprobs: for how many of the likeliest tokens log-probabilities are wanted besides the drawn token's; None for
-            none at all.
+        first_tokens_suppressed: tokens that are banned at the beginning of the output, a ``TokenMask`` or token ids.
+        first_window: how many output tokens that beginning has, at least 1.
+        forced_tokens: the first output tokens, which nothing else changes.
+        bitmask: None obeys the bitmask of a step if there is one; True requires one, so that a step without is an
+            error; False obeys none.
+        seed: an integer of up to 64 bits; None for a random one when the request is added.
+        logprobs: for how many of the most likely tokens log-probabilities are wanted, besides that of the sampled
+            token; None for none at all.
 
     Numbers may be numpy's scalars, or tensors of no dimension on the CPU; they are kept as Python's.
 
@@ -127,12 +128,12 @@ class RequestParams:
 
 
 def _single(value: float) -> float:
-    """A number in float32, as a slot holds it: what is within a range may be rounded out of it."""
+    """A number in float32, as a slot holds it. Rounding may move it out of its range."""
     return c_float(value).value if abs(value) <= _LARGEST else math.nan
 
 
 def _python(value: Any) -> float | None:
-    """A number as Python's; None for what is none."""
+    """A number as Python's; None for anything else."""
     if type(value) in (float, int):
         return value  # type: ignore[no-any-return]
     return float(value) if is_number(value) else None
@@ -150,7 +151,7 @@ def _is_in(bounds: Range, value: float) -> bool:
 def _check_rule(name: str, value: Any, kind: RuleKind) -> float:
     bounds = RULES[kind].range
     number = _python(value)
-    # What is in the range may be rounded out of it.
+    # Rounding to float32 may move it out of the range.
     if number is None or not _is_in(bounds, number) or not (number == bounds.off or _is_in(bounds, _single(number))):
         raise ValueError(f"{name} must be {bounds.words}, got {value!r}")
     return number
@@ -252,5 +253,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "seed": partial(whole_number, low=-(2**63), high=2**64 - 1),
     "logprobs": whole_number,
 }
-# What is left as it is needs no check: most of the parameters of most requests.
+# A default needs no check, and most parameters of most requests are defaults.
 _CHECKED = [(each.name, each.default, _CHECKS[each.name]) for each in fields(RequestParams)]
