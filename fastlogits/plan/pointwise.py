@@ -566,6 +566,7 @@ class _Builder:
         source = stage.tokens
         if stage.counted:
             assert isinstance(source, History)
+            assert not stage.extra
             found, plane = self._set(), self._plane()
             self._find(found, source, None)
             history = self.tasks.pop()

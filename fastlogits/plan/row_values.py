@@ -68,15 +68,15 @@ class CallRows(NamedTuple):
         return (column >= as_column(self.prompt_length)) & (column < self.length)
 
     def last(self, back: int = 1) -> torch.Tensor:
-        """The last token of each row ``[B]``, or the one ``back`` - 1 before it; -1 where there is none."""
+        """The last token of each row ``[B, 1]``, or the one that is ``back - 1`` before it; -1 where there is none."""
         ids, position = self.input_ids, self.cache_position
         if isinstance(position, int):
             end = min(position + 1, ids.shape[1])
-            return ids[:, end - back] if end >= back else ids.new_full((ids.shape[0],), -1)
+            return ids[:, end - back, None] if end >= back else ids.new_full((ids.shape[0], 1), -1)
         at = position.clamp(max=ids.shape[1] - 1).reshape(-1, 1).expand(ids.shape[0], 1) + 1 - back
         # Behind the one that stands for no token.
         padded = torch.nn.functional.pad(ids, (1, 0), value=-1)
-        return padded.gather(1, (at + 1).clamp(min=0).long()).squeeze(1)
+        return padded.gather(1, (at + 1).clamp(min=0).long())
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +84,18 @@ class RowValues:
     """A function that computes some values of each row of a call; ``values[i]`` is one of them, for a stage.
 
     Args:
-        function: takes a ``CallRows``, and returns a tensor on its device: ``[B]``, or ``[B, count]``. It makes a few
-            small operations of torch, never waits for the device, and may be captured in a CUDA graph.
+        function: takes a ``CallRows``, and returns a tensor ``[B, count]`` on its device, or ``[B]`` for one value. It
+            makes a few small operations of torch, never waits for the device, and may be captured in a CUDA graph.
         description: what it computes, in a few words.
         count: how many values it computes.
         positioned: whether it asks which step of the run it is in.
         keeps_notes: whether it carries something from call to call; of functions that are ``positioned``.
 
     Example:
-        >>> length = RowValues(lambda rows: torch.full((rows.B,), rows.length), "the length")
-        >>> length[0].describe()
-        'the length'
+        >>> from fastlogits.plan.stages import RowBias
+        >>> last = RowValues(lambda rows: 0.5 * rows.last(), "half of the last token", positioned=False)
+        >>> RowBias((3,), last[0]).describe()
+        'add half of the last token to 1 token'
     """
 
     function: Callable[[CallRows], torch.Tensor]

@@ -314,7 +314,7 @@ class Bias(_OfTokens):
         counted: what is added to each once for every time that it occurs in ``tokens``, which is a ``History`` then.
         when: when it is added; None for always.
         argument: what the processor calls ``tokens``, for error messages; or ``extra``, where there are some.
-        extra: tokens that get ``value`` too, once, whether or not they are among ``tokens``.
+        extra: tokens that get ``value`` too, once, whether or not they are among ``tokens``; none with ``counted``.
         rounds_once: whether ``value`` is added as a float32 on a CPU too, where torch may first round it to the dtype
             of the scores.
     """

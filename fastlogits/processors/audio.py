@@ -81,8 +81,8 @@ class WhisperTimeStampLogitsProcessor(StagedProcessor, _WhisperTimeStamp):
         ids = torch.nn.functional.pad(rows.input_ids, (1, 0), value=-1)  # a token of no row, which is no timestamp
         column = torch.arange(ids.shape[1], device=rows.device)
         is_timestamp = (ids >= first) & (column > begin) & (column <= length)
-        ends = (rows.last() >= first).unsqueeze(1) & (length > begin)  # [B, 1], as below
-        pairs = ends & ((rows.last(2) >= first).unsqueeze(1) | (length == begin + 1))
+        ends = (rows.last() >= first) & (length > begin)  # [B, 1], as below
+        pairs = ends & ((rows.last(2) >= first) | (length == begin + 1))
         opens = ends & ~pairs
         last = (is_timestamp * column).amax(1, keepdim=True)
         # The second timestamp of a pair may repeat the first; later ones may not repeat it again.

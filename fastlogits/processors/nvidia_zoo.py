@@ -408,13 +408,13 @@ class MaxTimeLogitsProcessor(StagedProcessor):
 
 
 def _boost_of_end(token: int, factor: float, p: float, sentence_ends: TokenMask | None, rows: CallRows) -> torch.Tensor:
-    """What is added to the end of each row ``[B]``."""
+    """What is added to the end of each row ``[B, 1]``."""
     going = _is_going(token, sentence_ends, rows)
     step = rows.step
     if isinstance(step, int):
         boost = torch.full((), factor * max(0, step) ** p / 10**p, dtype=torch.float64, device=rows.device)
     else:
-        boost = factor * step.flatten().clamp(min=0).double() ** p / 10**p
+        boost = factor * step.clamp(min=0).double() ** p / 10**p
     return boost.where(going, -0.0)
 
 
@@ -542,13 +542,13 @@ def _force_unsure(
 def _is_late(
     token: int, max_time: float, sentence_ends: TokenMask | None, memory: _Memory, rows: CallRows
 ) -> torch.Tensor:
-    """Which rows ``[B]`` have had their time, and haven't ended."""
+    """Which rows ``[B, 1]`` have had their time, and haven't ended."""
     recalled = memory.of(rows)
     now = _now(rows.device)
     started = recalled.state[:, 0]
     started = started.where(started > 0, now)
     recalled.note(started)
-    return (now - started > max_time * 1e6) & _is_going(token, sentence_ends, rows)
+    return (now - started > max_time * 1e6).unsqueeze(1) & _is_going(token, sentence_ends, rows)
 
 
 def _forced(scores: torch.Tensor, due: torch.Tensor, phrase: tuple[int, ...], said: torch.Tensor) -> torch.Tensor:
@@ -726,8 +726,8 @@ def _now(device: torch.device) -> int:
 
 
 def _is_going(token: int, sentence_ends: TokenMask | None, rows: CallRows) -> torch.Tensor:
-    """Rows ``[B]`` that haven't generated a token, and whose last one ends a sentence, if that is asked for."""
-    going = ~((rows.input_ids == token) & rows.generated()).any(1)
+    """Rows ``[B, 1]`` that haven't generated a token, and whose last one ends a sentence, if that is asked for."""
+    going = ~((rows.input_ids == token) & rows.generated()).any(1, keepdim=True)
     return going if sentence_ends is None else going & _are_in(sentence_ends, rows.last())
 
 
