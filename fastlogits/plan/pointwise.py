@@ -12,7 +12,18 @@ from fastlogits_kernels.pointwise import fold as ops
 from fastlogits_kernels.pointwise import search as tasks
 from fastlogits_kernels.pointwise.fold import NOWHERE, Chain, Op, fold
 from fastlogits_kernels.pointwise.pack_ids import pack_ids
-from fastlogits_kernels.pointwise.search import Gate, Operands, Position, Search, Sequences, Task, Texts, endings, sums
+from fastlogits_kernels.pointwise.search import (
+    Gate,
+    Operands,
+    Position,
+    Repetitions,
+    Search,
+    Sequences,
+    Task,
+    Texts,
+    endings,
+    sums,
+)
 from fastlogits_kernels.runtime.bits import pack_bits
 from fastlogits_kernels.runtime.launcher import is_collecting, table_on
 from fastlogits_kernels.runtime.recent import hold, is_capturing, recent
@@ -37,6 +48,7 @@ from fastlogits.plan.stages import (
     ForceRows,
     Given,
     History,
+    LowerRepetitions,
     Member,
     Penalize,
     Repeated,
@@ -51,7 +63,8 @@ from fastlogits.plan.stages import (
 from fastlogits.token_mask import TokenMask, fitted
 
 FOLDED = (
-    AllowFrom, Ban, BanRange, Bias, Clean, Decay, Force, ForceRows, Penalize, RowBias, Scale, SequenceBias
+    AllowFrom, Ban, BanRange, Bias, Clean, Decay, Force, ForceRows, LowerRepetitions, Penalize, RowBias, Scale,
+    SequenceBias,
 )  # fmt: skip
 """The stages that map each logit by itself."""
 
@@ -247,7 +260,7 @@ class Pointwise(Part):
 
 def _reads_tokens(stage: Stage) -> bool:
     """Whether a stage reads the tokens of each row, and not only how many there are."""
-    if isinstance(stage, SequenceBias):
+    if isinstance(stage, (SequenceBias, LowerRepetitions)):
         return stage.needs_history
     return getattr(stage, "blank", None) is not None or isinstance(getattr(stage, "tokens", None), (History, Repeated))
 
@@ -314,6 +327,7 @@ class _Builder:
         self._sequences: dict[int, Sequences] = {}
         self._decays: dict[int, tuple[int, float]] = {}
         self._ends: dict[int, int] = {}
+        self._repetitions: dict[int, Repetitions] = {}
         self._biases: list[torch.Tensor] = []
 
     def add(self, stage: Stage) -> None:
@@ -349,6 +363,8 @@ class _Builder:
             self.ops.append(Op(ops.ADD_VALUE.value, found, value))
         elif isinstance(stage, SequenceBias):
             self._add_sequences(stage)
+        elif isinstance(stage, LowerRepetitions):
+            self._lower_repetitions(stage)
         elif isinstance(stage, Decay):
             value = self._row_value()
             # So far below, the kernel's int32 could not hold how far beyond it a length is.
@@ -406,6 +422,7 @@ class _Builder:
             self._sequences,
             self._decays,
             self._ends,
+            self._repetitions,
         )
         search = Search(all_tasks, gates, self.sets, self.planes, self.row_values, self._values, operands, texts)
         return Chain(self.ops, search, self.numbers, self.divisors, self._put(self._biases))
@@ -583,6 +600,16 @@ class _Builder:
             self.ops.append(Op(ops.SINK.value, found))
         elif stage.value:
             self.ops.append(Op(ops.ADD.value, found, self._number(stage.value), 0 if stage.rounds_once else -1))
+
+    def _lower_repetitions(self, stage: LowerRepetitions) -> None:
+        found, plane = self._set(), self._plane()
+        breakers = fitted("sequence_breakers", stage.breakers, self.V)
+        range_ = tasks.NO_STOP if stage.range_ is None else _as_int32(stage.range_)
+        at = self._in_table([range_, self._mask(breakers)])
+        numbers = self._in_numbers(list(stage.penalties))
+        self._repetitions[at] = Repetitions(range_, breakers.row(self.device), stage.penalties)
+        self.tasks.append(Task(tasks.REPETITIONS.value, found, -1, at, numbers, plane))
+        self.ops.append(Op(ops.SUBTRACT.value, found, b=plane))
 
     def _add_sequences(self, stage: SequenceBias) -> None:
         beyond = sorted({token for ids, _ in stage.sequences for token in ids if token >= self.V})

@@ -393,6 +393,37 @@ class SequenceBias(Stage):
 
 
 @dataclass(frozen=True, eq=False)
+class LowerRepetitions(Stage):
+    """Tokens that would extend a repetition are lowered: those that follow where the sequence's end occurs before.
+
+    Args:
+        penalties: of matches of 0, 1, ... tokens, each no lower than the one before; longer ones get the last.
+        breakers: tokens that no match holds, and that get no penalty.
+        range_: how many of the last tokens are looked at, at least 1; None for all.
+    """
+
+    kind = "bias"
+    penalties: tuple[float, ...]
+    breakers: TokenSet
+    range_: int | None = None
+
+    @property
+    def needs_history(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        shortest = next((n for n, penalty in enumerate(self.penalties) if penalty), None)
+        if shortest is None:
+            return "lower no repetitions"
+        within = "" if self.range_ is None else f" of the last {self.range_}"
+        most = len(self.penalties) - 1
+        return (
+            f"lower what follows the last {shortest} or more tokens elsewhere{within}, by {self.penalties[shortest]:g}"
+            f" to {self.penalties[-1]:g} for {most}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Decay(Stage):
     """Scores of the tokens that end the text grow by ``|score| * (factor ** (length - start) - 1)`` beyond ``start``.
 

@@ -21,8 +21,8 @@ UNROLLED = tl.constexpr(16)
 class Text(NamedTuple):
     """Token ids of a row, ``length`` in all. With drafts the first ``stored`` are at ``ptr``, the others are drafts.
 
-    ``narrow`` says whether ids are taken as int32, and as -1 where that doesn't hold them; else they are compared as
-    they are. No function returns a text: Triton makes tensors of constants that are returned, and of None.
+    Unless ``narrow`` is None, ids are taken as int32, and as -1 where that doesn't hold them; else they are compared as
+    they are. No function returns a text: of a constant that is returned, Triton makes a tensor.
     """
 
     ptr: tl.tensor
@@ -31,7 +31,7 @@ class Text(NamedTuple):
     stored: tl.tensor = None
     drafts_ptr: tl.tensor = None
     stride_draft: tl.tensor = None
-    narrow: tl.constexpr = False
+    narrow: tl.constexpr = None
 
 
 class WordRange(NamedTuple):
@@ -40,6 +40,14 @@ class WordRange(NamedTuple):
     first: tl.tensor
     last: tl.tensor
     V: tl.tensor
+
+
+@triton.jit
+def index_at(ptr, offset):
+    """A position: an offset, to which the number at a pointer is added where that isn't None."""
+    if ptr is not None:
+        offset += tl.load(ptr).to(tl.int32)
+    return offset
 
 
 @triton.jit
@@ -53,7 +61,7 @@ def token_at(text, i, inside):
     """Ids at some places of a text; -1 where they are not inside. What is inside lies within the text."""
     if text.drafts_ptr is None:
         token = tl.load(text.ptr + i.to(tl.int64) * text.stride, mask=inside, other=-1)
-        if text.narrow:
+        if text.narrow is not None:
             token = narrow(token)
     else:
         drafted = inside & (i >= text.stored)
@@ -66,15 +74,14 @@ def token_at(text, i, inside):
 
 @triton.jit
 def is_mine(token, words):
-    """Whether int32 ids are tokens of the vocabulary that have bits in a range of words."""
-    in_range = ((token >> 5) >= words.first) & ((token >> 5) < words.last)
-    return (token >= 0) & (token < words.V) & in_range
+    """Whether ids are tokens of the vocabulary that have bits in a range of words."""
+    return (token >= words.first * 32) & (token < tl.minimum(words.last * 32, words.V))
 
 
 @triton.jit
 def mark(set_ptr, token, found):
     """Set the bits of the found tokens, which are of this program's range."""
-    bit = tl.full(token.shape, 1, tl.int32) << (token & 31)
+    bit = tl.full(token.shape, 1, tl.int32) << (token & 31).to(tl.int32)
     tl.atomic_or(set_ptr + (token >> 5), bit, mask=found, sem="relaxed")
 
 
@@ -102,7 +109,7 @@ def mark_text(set_ptr, text, start, stop, words, BLOCK: tl.constexpr):
     """Mark the tokens of a part of a text."""
     for i in range(start, stop, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        token = narrow(token_at(text, at, at < stop))
+        token = token_at(text, at, at < stop)
         mark(set_ptr, token, is_mine(token, words))
 
 
@@ -120,7 +127,7 @@ def mark_repeated(set_ptr, text, source, size, words, UNROLL: tl.constexpr, BLOC
         else:
             for j in range(1, size):
                 found &= token_at(source, at - j, inside) == token_at(text, text.length - j, text.length >= j)
-        token = narrow(token_at(source, at, found))
+        token = token_at(source, at, found)
         mark(set_ptr, token, found & is_mine(token, words))
 
 

@@ -57,12 +57,13 @@ MUTATIONS = [
     # -- masks --
     Mutation(
         "a window one step too long", f"{KERNELS}/pointwise/mask.py",
-        "is_open = step < tl.load(window_ptr)", "is_open = step <= tl.load(window_ptr)",
+        "is_open = length - start < tl.load(window_ptr)", "is_open = length - start <= tl.load(window_ptr)",
         ("kernels/pointwise/test_mask.py::test_mask_tokens",),
     ),
     Mutation(
         "the step counts from -1", f"{KERNELS}/pointwise/mask.py",
-        "    step = cache_position + 1 - prompt_length", "    step = cache_position - prompt_length",
+        "length = index_at(cache_position_ptr, cache_position) + 1",
+        "length = index_at(cache_position_ptr, cache_position)",
         ("kernels/pointwise/test_mask.py::test_mask_tokens",),
     ),
     Mutation(
@@ -138,17 +139,18 @@ MUTATIONS = [
     ),
     Mutation(
         "the prompt counts as generated", f"{KERNELS}/pointwise/search.py",
-        "start = tl.maximum(prompt_length, 0)", "start = 0",
+        "start = tl.maximum(here.prompt_length, 0)", "start = 0",
         ("plan/test_pointwise.py::test_kernels_equal_torch",),
     ),
     Mutation(
-        "an n-gram needs one token more", f"{KERNELS}/pointwise/search.py",
-        "if seen >= SIZE - 1:", "if seen >= SIZE:",
+        "an n-gram needs one token more", f"{KERNELS}/history.py",
+        "(text.length >= size - 1)", "(text.length >= size)",
         ("plan/test_pointwise.py::test_a_history_as_long_as_the_prefix_of_an_ngram",),
     ),
     Mutation(
         "the phase of a gate ignored", f"{KERNELS}/pointwise/search.py",
-        "((index - tl.load(here + 4)) % tl.load(here + 3) == 0)", "(index % tl.load(here + 3) == 0)",
+        "((index - tl.load(gate_ptr + _PHASE)) % tl.load(gate_ptr + _PERIOD) == 0)",
+        "(index % tl.load(gate_ptr + _PERIOD) == 0)",
         ("plan/test_pointwise.py::test_kernels_equal_torch",),
     ),
     Mutation(
@@ -161,6 +163,36 @@ MUTATIONS = [
         "prefix = input_ids[:, length - size + 1 : length]",
         "prefix = input_ids[:, max(0, length - size) : length - 1]",
         ("plan/test_pointwise.py::test_a_history_as_long_as_the_prefix_of_an_ngram",),
+    ),
+    Mutation(
+        "the shortest repetition counts", f"{KERNELS}/pointwise/search.py",
+        "tl.atomic_max(bits_ptr", "tl.atomic_min(bits_ptr",
+        ("processors/test_extras.py::test_dry",),
+    ),
+    Mutation(
+        "a penalty of a repetition left from before", f"{KERNELS}/pointwise/search.py",
+        "mask=matches & is_mine(token, words))", "mask=matches & (token < 0))",
+        ("plan/test_pointwise.py::test_penalties_of_repetitions_do_not_add_up",),
+    ),
+    Mutation(
+        "a breaker within a match", f"{KERNELS}/history.py",
+        "tl.where(holds(breakers_ptr, wanted, limit), at < 0, at >= n)", "at >= n",
+        ("processors/test_extras.py::test_dry",),
+    ),
+    Mutation(
+        "a breaker penalised (torch)", f"{KERNELS}/pointwise/places.py",
+        "(penalty > 0) & ~_holds(is_breaker, token)", "(penalty > 0)",
+        ("processors/test_extras.py::test_dry",),
+    ),
+    Mutation(
+        "a match that begins before the range (torch)", f"{KERNELS}/pointwise/places.py",
+        "((at - begin[row, 0]).unsqueeze(1) >= back)", "(at.unsqueeze(1) >= back)",
+        ("processors/test_extras.py::test_dry",),
+    ),
+    Mutation(
+        "a penalty of a repetition rounded first (torch)", f"{KERNELS}/pointwise/fold.py",
+        "(found.take(x) - found.values).to(x.dtype)", "found.take(x) - found.values.to(x.dtype)",
+        ("processors/test_extras.py::test_dry",),
     ),
     Mutation(
         "two temperatures folded into one", f"{PACKAGE}/plan/pointwise.py",

@@ -25,6 +25,7 @@ from fastlogits.plan.stages import (
     ForceRows,
     Given,
     History,
+    LowerRepetitions,
     Member,
     Penalize,
     Repeated,
@@ -93,6 +94,9 @@ whens = st.builds(
 # Powers of two: dividing and multiplying by the reciprocal are then the same, on every backend.
 factors = st.sampled_from([0.25, 0.5, 2.0, 4.0])
 values = st.integers(-16, 16).map(lambda n: n / 8)
+penalties = st.lists(st.integers(0, 8), min_size=1, max_size=4).map(
+    lambda steps: (0.0, *(sum(steps[: n + 1]) / 8 for n in range(50)))
+)
 
 
 def row_values(scale, shift):
@@ -125,6 +129,7 @@ stages = st.one_of(
     st.builds(Bias, some, values, st.just(0.0), st.none() | whens),
     st.builds(Bias, histories, values, values),
     st.builds(Bias, texts, values),
+    st.builds(LowerRepetitions, penalties, some, st.none() | st.integers(1, 9)),
     st.builds(
         lambda found: SequenceBias(tuple(found.items())),
         st.dictionaries(
@@ -146,7 +151,7 @@ stages = st.one_of(
     chain=st.lists(stages, min_size=1, max_size=6).filter(
         lambda chain: sum(isinstance(s, AllowFrom) for s in chain) < 2
     ),
-    shape=st.sampled_from([(2, 1, 1), (2, 7, 4), (5, 9, 5)]),
+    shape=st.sampled_from([(2, 1, 1), (2, 7, 4), (4, 9, 5)]),
     dtype=st.sampled_from(DTYPES),
     on_device=st.booleans(),
     in_place=st.booleans(),
@@ -479,3 +484,53 @@ def test_more_than_two_to_the_31_elements():
     assert found[0, :2].tolist() == [1.25, 0.5]
     assert found[-1, -2:].tolist() == [0.5, 1.25]
     assert found[-1, 0] == 0.5
+
+
+# -- Repetitions -------------------------------------------------------------------------------------------------------
+
+
+PENALTIES = tuple(0.0 if n < 1 else 0.5 * 2.0 ** (n - 1) for n in range(51))
+
+
+def test_repetitions_are_lowered_within_the_pass(kernels, device):
+    """Rows that end at other places of the same ids, between two maps, in each dtype, with a stride and in place."""
+    ids = torch.tensor([[5, 1, 2, 3, 9, 1, 2, 3, 1, 2], [7, 7, 7, 7, 7, 7, 80, 7, -1, 7]], device=device)
+    stages = [Scale(2.0), LowerRepetitions(PENALTIES, (9,)), Bias((3,), 1.0)]
+    for length in (torch.tensor([10, 6], device=device), torch.tensor([8, 8], device=device), 10):
+        run = Run(length, 2) if isinstance(length, torch.Tensor) else None
+        for dtype in DTYPES:
+            wide = torch.randn(2, V + 9, device=device).to(dtype)
+            scores = wide[:, 5 : 5 + V]
+            expected = kernels.torch(stages, ids, scores, run and Run(length - 1, 2))
+            found = kernels.triton(stages, ids, scores, run and Run(length - 1, 2))
+            assert torch.equal(found, expected)
+            assert not torch.equal(expected, kernels.torch([stages[0], stages[2]], ids, scores))
+            assert torch.equal(kernels.triton(stages, ids, scores, run and Run(length - 1, 2), in_place=True), expected)
+
+
+def test_penalties_of_repetitions_do_not_add_up(kernels, device):
+    """The largest counts, whatever the plane held before; ids outside the vocabulary match, and get nothing."""
+    ids = torch.tensor([[90, 4, 6, 90, 4, 6, 3, 90, 4]], device=device)
+    stages = [LowerRepetitions(PENALTIES, ()), LowerRepetitions(PENALTIES, (4,)), LowerRepetitions(PENALTIES, (6,), 3)]
+    scores = torch.zeros(1, V, device=device)
+    for run in (kernels.torch, kernels.triton):
+        found = run(stages[:1], ids, scores)
+        assert found.nonzero().tolist() == [[0, 6]]
+        assert found[0, 6] == -1.0  # two tokens, of which one is in no vocabulary
+        assert not run(stages[1:], ids, scores).any()
+
+
+def test_a_repetition_is_not_matched_beyond_the_first_token(kernels, device):
+    ids = torch.tensor([[-1, 3, -2, 3], [3, 3, 3, 3], [-2, -1, -2, -1]], device=device)
+    scores = torch.zeros(3, V, device=device)
+    for run in (kernels.torch, kernels.triton):
+        found = run([LowerRepetitions(PENALTIES, ())], ids, scores)
+        assert found.nonzero().tolist() == [[1, 3]]
+        assert found[1, 3] == -2.0
+
+
+def test_a_breaker_matches_no_id_that_is_negative(kernels, device):
+    ids = torch.tensor([[-1, 5, 3], [-5, 5, -5]], device=device)
+    for run in (kernels.torch, kernels.triton):
+        found = run([LowerRepetitions(PENALTIES, (0, 3))], ids, torch.zeros(2, V, device=device))
+        assert found.nonzero().tolist() == [[1, 5]]

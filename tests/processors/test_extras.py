@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -24,6 +25,7 @@ from fastlogits import (
 )
 from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
+from tests.campaign.sanitizer_cases import forced
 from tests.models import VOCAB_SIZE, tiny_llama
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,8 +139,9 @@ def test_dry(data):
         assert same(processed[row], expected), (ids[row], processed[row], expected)
         assert same(processor(ids[row : row + 1], scores[row : row + 1])[0], processed[row])
     assert same(processor.apply_(ids, scores.clone()), processed)
-    with as_on_a_device():
-        assert same(processor.stage().function(ids, scores), processed)
+    if HAS_TRITON and (scores.dtype != torch.bfloat16 or DEVICE == "cuda"):  # which Triton's interpreter truncates
+        with forced(True):
+            assert same(processor(ids, scores), processed)
 
 
 def test_dry_length_is_capped():

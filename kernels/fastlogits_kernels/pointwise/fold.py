@@ -9,14 +9,15 @@ each token that has a value of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
 
-from fastlogits_kernels.pointwise.places import find_places, find_row_value
+from fastlogits_kernels.pointwise.places import Places, find_places, find_row_value
 from fastlogits_kernels.pointwise.search import (
     Position,
     Search,
@@ -46,6 +47,7 @@ CLEAN = tl.constexpr(10)  # NaN to 0, infinities to the largest finite values; a
 ADD_VALUE = tl.constexpr(11)  # x + row value a
 REPLACE = tl.constexpr(12)  # the row's value of the token's rank in the set, where that is in a ring of a + 1 of them
 REPLACE_PTX = tl.constexpr(13)  # the same in PTX; in both, set b holds the rank at which each word begins
+SUBTRACT = tl.constexpr(14)  # x - plane b, which is not rounded before
 
 
 class Op(NamedTuple):
@@ -57,6 +59,10 @@ class Op(NamedTuple):
     b: int = -1
 
 
+# Where the fields of a map stand in the flat tuple that the kernel is compiled for.
+OP_KIND, OP_SET, OP_A, OP_B = (tl.constexpr(i) for i in range(len(Op._fields)))
+OP_SIZE = tl.constexpr(len(Op._fields))
+
 FORCE_KERNEL = False
 """Take the kernels for tensors on the CPU too; for tests, with Triton's interpreter."""
 
@@ -64,59 +70,87 @@ _UNALIGNED = ["bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr", "numbers
 _STEPWISE = ["W", "row_blocks", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row"]
 
 
+class Tokens(NamedTuple):
+    """Where logits stand: their row, a scalar; words, lanes and ids, which broadcast to the shape of the logits."""
+
+    row: tl.tensor
+    word: tl.tensor
+    lane: tl.tensor
+    token: tl.tensor
+    inside: tl.tensor
+
+
+class Maps(NamedTuple):
+    """What the maps of a chain read: sets, planes of values, biases, values of rows, and parameters."""
+
+    bits_ptr: tl.tensor
+    planes_ptr: tl.tensor
+    biases_ptr: tl.tensor
+    row_values_ptr: tl.tensor
+    numbers_ptr: tl.tensor
+    stride_set: tl.tensor
+    stride_bits_row: tl.tensor
+    stride_plane: tl.tensor
+    stride_values_row: tl.tensor
+
+
 @triton.jit
-def fold_logits(
-    # logits float32, of any shape, rounded to dtype; where they stand: row a scalar, the others broadcast to the shape
-    x, row, word, lane, token, inside,
-    # what the sets and values say
-    bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-    # shapes and strides
-    V, W, stride_set, stride_bits_row, stride_plane, stride_values_row,
-    # constants
-    dtype: tl.constexpr, OPS: tl.constexpr, MAX: tl.constexpr,
-):  # fmt: skip
-    """The maps of a chain, one after the other."""
-    bit = 1 << lane
-    for i in tl.static_range(0, len(OPS), 4):
-        if OPS[i + 1] >= 0:
-            here = bits_ptr + OPS[i + 1] * stride_set + row * stride_bits_row + word
-            held = tl.load(here, mask=word < W, other=0)
+def _plane_values(maps, at, plane: tl.constexpr, found, V):
+    """What a plane says of the found tokens; 0 of the others."""
+    here = maps.planes_ptr + plane * maps.stride_plane + at.row * V + at.token
+    return tl.load(here, mask=at.inside & found, other=0.0)
+
+
+@triton.jit
+def fold_logits(x, at, maps, V, W, dtype: tl.constexpr, OPS: tl.constexpr, MAX: tl.constexpr):
+    """The maps of a chain, one after the other, on float32 logits of any shape that are rounded to ``dtype`` between.
+
+    ``maps`` may be any tuple with the fields of ``Maps``; ``MAX`` is the largest number of the dtype.
+    """
+    bit = 1 << at.lane
+    for i in tl.static_range(0, len(OPS), OP_SIZE):
+        if OPS[i + OP_SET] >= 0:
+            here = maps.bits_ptr + OPS[i + OP_SET] * maps.stride_set + at.row * maps.stride_bits_row + at.word
+            held = tl.load(here, mask=at.word < W, other=0)
             found = (held & bit) != 0
-        if OPS[i] == BAN:
+        if OPS[i + OP_KIND] == BAN:
             x = tl.where(found, float("-inf"), x)
-        if OPS[i] == SINK:
+        if OPS[i + OP_KIND] == SINK:
             x = tl.where(found, x + float("-inf"), x)
-        if OPS[i] == PENALIZE:
-            penalty = tl.load(numbers_ptr + OPS[i + 2])
-            x = tl.where(found, tl.where(x < 0, x * penalty, x * tl.load(numbers_ptr + OPS[i + 3])), x)
-        if OPS[i] == SCALE:
-            x = x * tl.load(numbers_ptr + OPS[i + 3])
-        if OPS[i] == ADD:
-            x = tl.where(found, x + tl.load(numbers_ptr + OPS[i + 2]), x)
-        if OPS[i] == ADD_COUNTED:
-            here = planes_ptr + OPS[i + 3] * stride_plane + row * V + token
-            count = tl.load(here, mask=inside & found, other=0.0)
-            x = tl.where(found, x + count * tl.load(numbers_ptr + OPS[i + 2]), x)
-        if OPS[i] == ADD_VALUE:
-            x = tl.where(found, x + tl.load(row_values_ptr + row * stride_values_row + OPS[i + 2]), x)
-        if OPS[i] == ADD_PLANE:
-            here = planes_ptr + OPS[i + 3] * stride_plane + row * V + token
-            x += tl.load(here, mask=inside & found, other=0.0).to(dtype).to(tl.float32)
-        if OPS[i] == ADD_ROW:
-            x += tl.load(biases_ptr + OPS[i + 2] * V + token, mask=inside & found, other=0.0).to(dtype).to(tl.float32)
-        if OPS[i] == GROW:
-            growth = (tl.abs(x) * tl.load(row_values_ptr + row * stride_values_row + OPS[i + 2])).to(dtype)
+        if OPS[i + OP_KIND] == PENALIZE:
+            penalty = tl.load(maps.numbers_ptr + OPS[i + OP_A])
+            x = tl.where(found, tl.where(x < 0, x * penalty, x * tl.load(maps.numbers_ptr + OPS[i + OP_B])), x)
+        if OPS[i + OP_KIND] == SCALE:
+            x = x * tl.load(maps.numbers_ptr + OPS[i + OP_B])
+        if OPS[i + OP_KIND] == ADD:
+            x = tl.where(found, x + tl.load(maps.numbers_ptr + OPS[i + OP_A]), x)
+        if OPS[i + OP_KIND] == ADD_COUNTED:
+            count = _plane_values(maps, at, OPS[i + OP_B], found, V)
+            x = tl.where(found, x + count * tl.load(maps.numbers_ptr + OPS[i + OP_A]), x)
+        if OPS[i + OP_KIND] == ADD_VALUE:
+            value = tl.load(maps.row_values_ptr + at.row * maps.stride_values_row + OPS[i + OP_A])
+            x = tl.where(found, x + value, x)
+        if OPS[i + OP_KIND] == ADD_PLANE:
+            x += _plane_values(maps, at, OPS[i + OP_B], found, V).to(dtype).to(tl.float32)
+        if OPS[i + OP_KIND] == SUBTRACT:
+            x -= _plane_values(maps, at, OPS[i + OP_B], found, V)
+        if OPS[i + OP_KIND] == ADD_ROW:
+            bias = tl.load(maps.biases_ptr + OPS[i + OP_A] * V + at.token, mask=at.inside & found, other=0.0)
+            x += bias.to(dtype).to(tl.float32)
+        if OPS[i + OP_KIND] == GROW:
+            factor = tl.load(maps.row_values_ptr + at.row * maps.stride_values_row + OPS[i + OP_A])
+            growth = (tl.abs(x) * factor).to(dtype)
             x = tl.where(found & (tl.abs(x) < float("inf")), x + growth.to(tl.float32), x)
-        if OPS[i] == FORCE:
-            forced = tl.load(row_values_ptr + row * stride_values_row + OPS[i + 2]) != 0
+        if OPS[i + OP_KIND] == FORCE:
+            forced = tl.load(maps.row_values_ptr + at.row * maps.stride_values_row + OPS[i + OP_A]) != 0
             x = tl.where(forced, tl.where(found, 0.0, float("-inf")), x)
-        if OPS[i] == CLEAN:
+        if OPS[i + OP_KIND] == CLEAN:
             x = tl.where(x != x, 0.0, tl.where(x == float("inf"), MAX, tl.where(x == float("-inf"), -MAX, x)))
-        if (OPS[i] == REPLACE) or (OPS[i] == REPLACE_PTX):
-            here = bits_ptr + OPS[i + 3] * stride_set + row * stride_bits_row + word
-            rank = tl.load(here, mask=word < W, other=0)
-            values_ptr = planes_ptr + row * stride_plane
-            x = _replaced(x, held, bit, rank, values_ptr, OPS[i + 2], OPS[i] == REPLACE_PTX)
+        if (OPS[i + OP_KIND] == REPLACE) or (OPS[i + OP_KIND] == REPLACE_PTX):
+            here = maps.bits_ptr + OPS[i + OP_B] * maps.stride_set + at.row * maps.stride_bits_row + at.word
+            rank = tl.load(here, mask=at.word < W, other=0)
+            values_ptr = maps.planes_ptr + at.row * maps.stride_plane
+            x = _replaced(x, held, bit, rank, values_ptr, OPS[i + OP_A], OPS[i + OP_KIND] == REPLACE_PTX)
         x = x.to(dtype).to(tl.float32)
     return x
 
@@ -191,12 +225,11 @@ def _fold_kernel(
     dtype = scores_ptr.dtype.element_ty
     x = tl.load(scores_ptr + row * stride_row + token.to(tl.int64) * stride_token, mask=inside).to(tl.float32)
 
-    x = fold_logits(
-        x, row, word, lane, token, inside,
+    maps = Maps(
         bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-        V, W, stride_set, stride_bits_row, stride_plane, stride_values_row,
-        dtype, OPS, MAX,
+        stride_set, stride_bits_row, stride_plane, stride_values_row,
     )  # fmt: skip
+    x = fold_logits(x, Tokens(row, word, lane, token, inside), maps, V, W, dtype, OPS, MAX)
     tl.store(out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token, x.to(dtype), mask=inside)
 
 
@@ -253,6 +286,8 @@ def chain_of(handle: int) -> Chain:
     return _chains[handle]
 
 
+# Maps that read a value of each token of their set.
+_OF_PLANES = tuple(kind.value for kind in (ADD_COUNTED, ADD_PLANE, SUBTRACT))
 # Maps that read a value of the row.
 _BY_ROW = tuple(kind.value for kind in (GROW, FORCE, ADD_VALUE))
 # Maps that do nothing where their set is empty.
@@ -344,6 +379,87 @@ def _static_sets(scores: torch.Tensor, chain: Chain, position: Position) -> Stat
     return search.static(position, scores.shape[1]) if search.sets and search.is_static and on_host else None
 
 
+def _scaled(x: torch.Tensor, op: Op, chain: Chain, new: bool) -> torch.Tensor:
+    return x / chain.numbers[op.a] if new else x.div_(chain.numbers[op.a])
+
+
+def _cleaned(x: torch.Tensor, op: Op, chain: Chain, new: bool) -> torch.Tensor:
+    limit = torch.finfo(x.dtype).max
+    return torch.nan_to_num(x, 0.0, limit, -limit) if new else x.nan_to_num_(0.0, limit, -limit)
+
+
+def _banned(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> float:
+    return float("-inf")
+
+
+def _sunk(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    return found.take(x) + float("-inf")
+
+
+def _penalized(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    old, penalty = found.take(x), chain.numbers[op.a]
+    return torch.where(old < 0, old * penalty, old / penalty)
+
+
+def _added(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    wide = x.dtype if op.b < 0 else torch.promote_types(x.dtype, torch.float32)
+    return (found.take(x).to(wide) + chain.numbers[op.a]).to(x.dtype)
+
+
+def _added_counted(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert found.values is not None
+    return found.take(x) + (found.values * chain.numbers[op.a]).to(x.dtype)
+
+
+def _added_plane(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert found.values is not None
+    return found.take(x) + found.values
+
+
+def _subtracted(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert found.values is not None
+    return (found.take(x) - found.values).to(x.dtype)
+
+
+def _added_value(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert isinstance(value, torch.Tensor)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (found.take(x).to(wide) + found.value_of_rows(value.to(wide))).to(x.dtype)
+
+
+def _added_row(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert chain.biases is not None
+    return found.take(x) + found.take(chain.biases[op.a : op.a + 1]).to(x.dtype)
+
+
+def _grown(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert value is not None
+    old = found.take(x)
+    if isinstance(value, torch.Tensor):
+        value = value.to(torch.promote_types(x.dtype, torch.float32))
+    growth = (old.abs() * found.value_of_rows(value)).to(x.dtype)
+    return old + growth.masked_fill(~old.isfinite(), 0.0)
+
+
+def _forced(x: torch.Tensor, places: list[Places], value: _RowValue) -> torch.Tensor:
+    """Scores ``[B, V]`` of which the tokens that are forced have 0, in the rows where a value says so."""
+    forced = torch.full_like(x, float("-inf"), memory_format=torch.contiguous_format)
+    for found in places:
+        forced = found.put(forced, 0.0)
+    return torch.where(value.bool(), forced, x) if isinstance(value, torch.Tensor) else forced
+
+
+_RowValue: TypeAlias = "float | torch.Tensor | None"
+_MAPS_OF_ALL = {SCALE.value: _scaled, CLEAN.value: _cleaned}
+"""What each map makes of all scores: a new tensor, or the same one."""
+_MAPS_OF_TOKENS: dict[int, Callable[[torch.Tensor, Places, Op, Chain, _RowValue], torch.Tensor | float]] = {
+    BAN.value: _banned, SINK.value: _sunk, PENALIZE.value: _penalized, ADD.value: _added,
+    ADD_COUNTED.value: _added_counted, ADD_PLANE.value: _added_plane, SUBTRACT.value: _subtracted,
+    ADD_ROW.value: _added_row, ADD_VALUE.value: _added_value, GROW.value: _grown,
+}  # fmt: skip
+"""What each map makes of the scores of some tokens."""
+
+
 def reference_fold(
     scores: torch.Tensor,
     out: torch.Tensor | None,
@@ -357,19 +473,11 @@ def reference_fold(
     recorded = has_gradient(scores)
     if out is not None and recorded:
         return out.copy_(reference_fold(scores.clone(), None, chain, input_ids, position, allowed))
-    numbers = chain.numbers
     # A new tensor is made by the first map that does something; where a graph records them, by each.
-    untouched = out is None
-    x = scores if out is None else out
-    wide = torch.promote_types(x.dtype, torch.float32)
+    x, untouched = (scores, True) if out is None else (out, False)
     for op in chain.ops:
-        if op.kind == SCALE.value:
-            x = x / numbers[op.a] if untouched else x.div_(numbers[op.a])
-            untouched = recorded
-            continue
-        if op.kind == CLEAN.value:
-            limit = torch.finfo(x.dtype).max
-            x = torch.nan_to_num(x, 0.0, limit, -limit) if untouched else x.nan_to_num_(0.0, limit, -limit)
+        if op.kind in _MAPS_OF_ALL:
+            x = _MAPS_OF_ALL[op.kind](x, op, chain, untouched)
             untouched = recorded
             continue
         value = find_row_value(chain.search, op.a, position) if op.kind in _BY_ROW else None
@@ -378,50 +486,22 @@ def reference_fold(
         if op.kind == FORCE.value and isinstance(value, torch.Tensor) and value.is_cpu and not value.any():
             continue
         places = find_places(chain.search, op.set, x, input_ids, position, allowed)
+        if op.kind in _OF_PLANES:
+            # What the kernels need beside it to know where the plane is written has no values.
+            places = [found for found in places if found.values is not None]
         if recorded:
             places = [found.as_mask(x) for found in places]
         if op.kind == FORCE.value:
-            assert value is not None
-            forced = torch.full_like(x, float("-inf"), memory_format=torch.contiguous_format)
-            for found in places:
-                forced = found.put(forced, 0.0)
-            forced = forced if isinstance(value, float) else torch.where(value.bool(), forced, x)
+            forced = _forced(x, places, value)
             x = forced if untouched else x.copy_(forced)
             untouched = recorded
             continue
-        if not places:
-            continue
-        if untouched and not recorded:
+        if places and untouched and not recorded:
             x, untouched = scores.clone(memory_format=torch.contiguous_format), False
-        # All are taken before one is put: a token that is in two places has one value.
-        taken = [None if op.kind == BAN.value else found.take(x) for found in places]
-        for found, old in zip(places, taken, strict=True):
-            if old is None:
-                x = found.put(x, float("-inf"))
-                continue
-            if op.kind == SINK.value:
-                x = found.put(x, old + float("-inf"))
-            elif op.kind == PENALIZE.value:
-                penalty = numbers[op.a]
-                x = found.put(x, torch.where(old < 0, old * penalty, old / penalty))
-            elif op.kind == ADD.value:
-                x = found.put(x, (old.to(wide if op.b >= 0 else x.dtype) + numbers[op.a]).to(x.dtype))
-            elif op.kind == ADD_COUNTED.value and found.values is not None:
-                x = found.put(x, old + (found.values * numbers[op.a]).to(x.dtype))
-            elif op.kind == ADD_PLANE.value and found.values is not None:
-                x = found.put(x, old + found.values)
-            elif op.kind == ADD_VALUE.value:
-                assert isinstance(value, torch.Tensor)
-                x = found.put(x, (old.to(wide) + found.value_of_rows(value.to(wide))).to(x.dtype))
-            elif op.kind == ADD_ROW.value:
-                assert chain.biases is not None
-                x = found.put(x, old + found.take(chain.biases[op.a : op.a + 1]).to(x.dtype))
-            elif op.kind == GROW.value:
-                assert value is not None
-                if isinstance(value, torch.Tensor):
-                    value = value.to(wide)
-                growth = (old.abs() * found.value_of_rows(value)).to(x.dtype)
-                x = found.put(x, old + growth.masked_fill(~old.isfinite(), 0.0))
+        # All are made before one is put: a token that is in two places has one value.
+        made = [_MAPS_OF_TOKENS[op.kind](x, found, op, chain, value) for found in places]
+        for found, values in zip(places, made, strict=True):
+            x = found.put(x, values)
     return x
 
 

@@ -1,4 +1,4 @@
-"""What ``token_sets`` finds, in torch: where the tokens are, not bits; the reference, and the path of the CPU."""
+"""What a search finds, in torch: where the tokens are, not bits. The reference, and the path of the CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastlogits_kernels.history import LONGEST
 from fastlogits_kernels.pointwise.columns import fill_columns
 from fastlogits_kernels.pointwise.search import (
     ALLOWED,
@@ -18,12 +19,14 @@ from fastlogits_kernels.pointwise.search import (
     RANGE,
     REPEATED,
     REPEATED_FROM,
+    REPETITIONS,
     ROWS,
     STATIC,
     STEP,
     SUMS,
     VALUE,
     Position,
+    Repetitions,
     Search,
     Sequences,
     Task,
@@ -45,14 +48,17 @@ class Places:
         return cls("columns", tokens, values)
 
     @classmethod
-    def pairs(cls, rows: torch.Tensor, tokens: torch.Tensor, V: int) -> Places | None:
-        """Rows and tokens, int64 ``[N]``; tokens outside the vocabulary don't count."""
+    def pairs(
+        cls, rows: torch.Tensor, tokens: torch.Tensor, V: int, values: torch.Tensor | None = None
+    ) -> Places | None:
+        """Rows, tokens and their values, int64 ``[N]``; tokens outside the vocabulary don't count."""
         if not tokens.shape[0]:
             return None
         if not _all_known(tokens, V):
             known = (tokens >= 0) & (tokens < V)
             rows, tokens = rows[known], tokens[known]
-        return cls("pairs", (rows, tokens), None)
+            values = None if values is None else values[known]
+        return cls("pairs", (rows, tokens), values)
 
     @classmethod
     def dense(cls, mask: torch.Tensor) -> Places:
@@ -209,6 +215,8 @@ def _find(
         text = None if kind == REPEATED.value else search.operands.sources[task.b]  # type: ignore[index]
         in_prompt = kind == REPEATED.value and task.b == PROMPT.value
         return _find_repeated(task.a, text, V, input_ids, position, in_prompt)
+    if kind == REPETITIONS.value:
+        return _find_repetitions(search.texts.repetitions[task.a], x, input_ids, position)
     return _find_history(search, task, x, input_ids, position)
 
 
@@ -335,3 +343,39 @@ def _find_sequences(
     if totals is not None:
         return Places.columns(sequences.last, totals)
     return Places.pairs(torch.cat(rows), torch.cat(tokens), V) if rows else None
+
+
+def _find_repetitions(
+    repetitions: Repetitions, x: torch.Tensor, input_ids: torch.Tensor, position: Position
+) -> Places | None:
+    """Tokens that would extend what the history repeats, with the largest penalty of each."""
+    (B, L), V, device = input_ids.shape, x.shape[1], x.device
+    range_, is_breaker, penalties = repetitions
+    seen = torch.as_tensor(_length(position), device=device).reshape(-1, 1).clamp(0, L).expand(B, 1)
+    begin = (seen - range_).clamp(min=0)
+    if L < 2:
+        return None
+    last = input_ids.gather(1, (seen - 1).clamp(min=0))
+    column = torch.arange(L - 1, device=device)
+    # Few places hold the last token at all.
+    row, at = ((input_ids[:, :-1] == last) & (column >= begin) & (column < seen - 1)).nonzero(as_tuple=True)
+    back = torch.arange(min(LONGEST, L - 1), device=device)
+    tail = input_ids.gather(1, (seen - 1 - back).clamp(min=0))  # from the end; [B, N]
+    matches = input_ids[row.unsqueeze(1), (at.unsqueeze(1) - back).clamp(min=0)] == tail[row]  # [M, N]
+    matches &= ((at - begin[row, 0]).unsqueeze(1) >= back) & ~_holds(is_breaker, tail)[row]
+    # A match is as long as its first difference is far from the end.
+    matched = back.where(~matches, back.shape[0]).amin(1)
+    token = input_ids[row, at + 1].long()
+    penalty = torch.tensor(penalties, dtype=torch.promote_types(x.dtype, torch.float32), device=device)[matched]
+    counts = (token >= 0) & (token < V) & (penalty > 0) & ~_holds(is_breaker, token)
+    # Of a token that follows several matches, the longest counts.
+    where, of = (row[counts] * V + token[counts]).unique(return_inverse=True)
+    largest = penalty.new_zeros(where.shape[0]).scatter_reduce_(0, of, penalty[counts], "amax")
+    return Places.pairs(where // V, where % V, V, largest)
+
+
+def _holds(row: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Whether a set, bool ``[V]``, holds tokens."""
+    V = row.shape[0]
+    held: torch.Tensor = row[tokens.clamp(0, V - 1).long()] & (tokens >= 0) & (tokens < V)
+    return held

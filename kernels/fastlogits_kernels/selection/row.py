@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlogits_kernels.pointwise.fold import fold_logits
+from fastlogits_kernels.pointwise.fold import Tokens, fold_logits
 from fastlogits_kernels.rules import CODES, RULES
 from fastlogits_kernels.rules import TINY_TEMPERATURE as _TINY_TEMPERATURE
 from fastlogits_kernels.runtime.launcher import tl, triton
@@ -280,12 +280,7 @@ def folded(x, row, word, lane, token, inside, scores, maps, OPS: tl.constexpr, M
     """Given logits of a row as the chain makes them."""
     # Between maps the logits are rounded to the dtype whose largest number is said; to float32 for a sample.
     dtype: tl.constexpr = tl.float32 if MAX == FLOAT32_MAX else scores.ptr.dtype.element_ty
-    x = fold_logits(
-        x, row, word, lane, token, inside,
-        maps.bits_ptr, maps.planes_ptr, maps.biases_ptr, maps.row_values_ptr, maps.numbers_ptr,
-        scores.V, scores.W, maps.stride_set, maps.stride_bits_row, maps.stride_plane, maps.stride_values_row,
-        dtype, OPS, MAX,
-    )  # fmt: skip
+    x = fold_logits(x, Tokens(row, word, lane, token, inside), maps, scores.V, scores.W, dtype, OPS, MAX)
     if len(OPS) > 0:
         x = tl.where(inside, x, float("-inf"))
     return x
