@@ -282,6 +282,11 @@ MUTATIONS = [
         ("kernels/selection/test_selection.py::test_a_sample_that_misleads",),
     ),
     Mutation(
+        "a goal that is not reached never doubted", f"{SELECTION}/refine.py",
+        "wrong = wrong | open_below", "wrong = wrong & open_below",
+        ("test_select.py::test_a_goal_that_a_later_rule_leaves_no_room_for[typical min]",),
+    ),
+    Mutation(
         "what was taken for kept never doubted", f"{SELECTION}/refine.py",
         "wrong = (sure.number > 0) & (sure.number >= goal) & (sure.mass >= mass_goal)",
         "wrong = wrong & (sure.number > 0)",

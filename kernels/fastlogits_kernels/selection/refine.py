@@ -440,11 +440,12 @@ def _apply(
                     kept = _cut_ties(some, kept, edge, keep, found.number - found.above, V, BANDED)
             if KIND_GOAL != NO_GOAL:
                 open_below = open_below & (found.key > KEY_OF_INFINITY)
-        elif KIND_GOAL != NO_GOAL:
-            # What is here is not enough; there may be more.
+        elif KIND_GOAL == DISTANCE_GOAL:
+            # What is here is not enough; there may be more, of larger logits too.
             wrong = wrong | open_below
-        else:
+        elif KIND_GOAL == NO_GOAL:
             edge = tl.full([], LOWEST, tl.int32)
+        # Else all of it stays, and what is below the bound: unless a later rule drops that, the row is left open.
     if KIND_GOAL == NO_GOAL:
         edge = tl.minimum(edge, top_key)
         open_below = open_below & (edge < bound)

@@ -27,6 +27,10 @@ CHAINS = {
     "p k": (Rule("top_p", 0.9), Rule("top_k", 50)),
     "min k p": (Rule("min_p", 0.05), Rule("top_k", 50), Rule("top_p", 0.9)),
     "k p min": (Rule("top_k", 50), Rule("top_p", 0.9), Rule("min_p", 0.05)),
+    "k min": (Rule("top_k", 50), Rule("min_p", 0.05)),
+    "p min": (Rule("top_p", 0.9), Rule("min_p", 0.05)),
+    "k min of 9": (Rule("top_k", 50), Rule("min_p", 0.3, 9)),
+    "typical min": (Rule("typical", 0.9), Rule("min_p", 0.05)),
     "min of 4": (Rule("min_p", 0.9, 4),),
     "p of 3": (Rule("top_p", 0.1, 3),),
     "epsilon": (Rule("epsilon", 0.002),),
@@ -358,6 +362,24 @@ def test_a_sample_that_misleads(slots):
         if slots == "list":
             selection.slots = (1,)  # hardly any candidates are refined in registers
         check_truncation(scores, FLAT[chain], launch.select(scores, selection))
+
+
+@pytest.mark.parametrize("chain", ["k min", "p min", "typical min", "k min of 9"])
+def test_a_goal_that_a_later_rule_leaves_no_room_for(chain):
+    """Where min-p drops all that is no candidate, fewer than top-k wants suffice; not where a band has them."""
+    V = 12_000
+    noise = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+    scores, sampled = noise * 3, is_sampled(V)
+    # In the last row a tenth of the mass lies beyond a band that no sample has seen to the end.
+    scores[2] = -15.0
+    near, far = (of.nonzero().flatten()[:count] for of, count in ((sampled, 300), (~sampled, 120)))
+    scores[2, near], scores[2, far] = noise[2, near] * 0.1, noise[2, far] * 0.1 - 1
+    scores = scores.to(DEVICE)
+    work = workspace(scores, CHAINS[chain])
+    if chain in ("k min", "p min"):
+        assert work[0, row.COUNT_AT.value] < 50
+        assert work[:2, row.DONE_AT.value].all()
+    check_truncation(scores, CHAINS[chain], selected(scores, CHAINS[chain]))
 
 
 def test_tokens_are_the_reference_draw(monkeypatch):
