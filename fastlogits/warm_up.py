@@ -14,6 +14,7 @@ from fastlogits_kernels.runtime.recent import is_capturing
 
 from fastlogits.checks import LOGITS_DTYPES, device_of, whole_number
 from fastlogits.plan.barrier import Barrier
+from fastlogits.plan.observation import Observation
 from fastlogits.plan.part import AnyPlan
 from fastlogits.plan.rows import RowsPart
 from fastlogits.plan.stages import When
@@ -204,7 +205,7 @@ def not_rehearsed(plan: AnyPlan | None) -> list[str]:
             found += not_rehearsed(part.inner)
         elif isinstance(part, Barrier):
             found.append(f"{part.members[0].name}, which fastlogits doesn't know")
-        elif isinstance(part, RowsPart) and not part.launches:
+        elif isinstance(part, Observation) or (isinstance(part, RowsPart) and not part.launches):
             found.append(f"{part.members[0].name}, which is some operations of torch")
     return found
 

@@ -623,3 +623,21 @@ def test_a_tiny_temperature_doesnt_overflow_in_float16(temperature, rules, devic
     assert not found.isnan().any()
     assert (found < INF).all()
     assert found.argmax(1).tolist() == logits.argmax(1).tolist()
+
+
+# -- As many log-probabilities as there are ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [32, 33, 50])
+def test_top_logprobs_around_what_the_kernels_look_for(count, device):
+    logits = gauss(2, 50).to(device)
+    found = fl.Sampler(temperature=0.0, logprobs="raw", top_logprobs=count)(logits, seeds=1, positions=0)
+    expected = torch.sort(logits.log_softmax(-1), -1, descending=True)
+    assert torch.equal(found.top_tokens, expected.indices[:, :count])
+    torch.testing.assert_close(found.top_logprobs, expected.values[:, :count])
+
+
+def test_no_more_top_logprobs_than_tokens(device):
+    sampler = fl.Sampler(logprobs="raw", top_logprobs=51)
+    with pytest.raises(ValueError, match="top_logprobs must be at most 50, the size of the vocabulary, got 51"):
+        sampler(gauss(2, 50).to(device), seeds=1, positions=0)

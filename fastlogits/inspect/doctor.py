@@ -19,6 +19,7 @@ from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
 from fastlogits.inspect.check import check
+from fastlogits.inspect.hooks import transformers_is_seen, tried_hooks, vllm_problems
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "rich", "matplotlib", "pandas")
 _B, _V, _L = 4, 32003, 64
@@ -48,9 +49,25 @@ def findings(device: torch.device) -> Iterator[Finding]:
             problem = f"{type(error).__name__}: {error}"
         took = f"{time.perf_counter() - start:.1f} s"
         yield Finding(f"self-test: {subject}", f"right, {took}" if problem is None else problem, problem is None)
+    yield from _hooks()
     yield Finding("launcher", launcher(device))
     for name, reason in lost_on(device).items():  # which the tests have found
         yield Finding(f"kernels of {name}", f"torch instead: {reason}", False)
+
+
+def _hooks() -> Iterator[Finding]:
+    """Whether what depends on the inside of transformers and vLLM still holds."""
+    tried = list(tried_hooks())
+    broken = [each for each in tried if each.problem is not None]
+    installed = f"transformers {_version('transformers')}"
+    seen = "" if transformers_is_seen() else "; no test has seen this version"
+    yield Finding("hooks", f"{len(tried) - len(broken)} of {len(tried)} hold in {installed}{seen}", not broken)
+    for hook, problem in broken:
+        yield Finding(
+            f"hook of {hook.purpose}", f"{problem}. It depends on this: {hook.depends_on}. {hook.without}", False
+        )
+    for lost in vllm_problems() or ():
+        yield Finding("hook into vLLM", lost, False)
 
 
 def path(device: torch.device) -> str:

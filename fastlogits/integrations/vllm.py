@@ -12,7 +12,6 @@ Over HTTP, whose extra arguments hold text and numbers only, the value is the sa
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,6 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+
+from fastlogits.integrations.vllm_hooks import config_of_caller, keep_outputs
 
 if TYPE_CHECKING:
     from fastlogits.integrations.requests import LiveBatch, LiveRequest, Refuse, RequestOptions
@@ -71,7 +72,7 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
         """
         if (sampling_params.extra_args or {}).get("fastlogits") is None:
             return
-        config = _config_of_caller()
+        config = config_of_caller()
         if config is not None and config.speculative_config is not None and not _is_newer(config):
             raise ValueError(
                 f"{_WHERE} must be left out with speculative decoding, for which vLLM's older runner loads no logits "
@@ -98,7 +99,7 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
         if batch_update is not None and not self._is_second:
             self._older.update(batch_update)
             if self._older.requests:
-                _keep_outputs(sys._getframe(1).f_locals.get("self"))
+                keep_outputs()
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Newer runner: a request takes a slot."""
@@ -119,26 +120,6 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
 
 
 _WHERE = "extra_args['fastlogits']"
-
-
-def _config_of_caller() -> Any:
-    """The configuration of the engine that checks a request; None for a caller that has none.
-
-    vLLM hands it to no processor where requests come in, but the object that calls them there holds it.
-    """
-    frame = sys._getframe(2)
-    for _ in range(_CALLERS):
-        config = getattr(frame.f_locals.get("self"), "vllm_config", None)
-        if config is not None:
-            return config
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return None
-
-
-# Of vLLM's calls between its input processor and a logits processor there are two.
-_CALLERS = 4
 
 
 def _is_newer(config: Any) -> bool:
@@ -173,16 +154,6 @@ def _running(sampling_params: Any, vocab_size: int | None) -> RequestOptions | N
 
     say_left_out(left_out)
     return None if options.is_nothing else options
-
-
-def _keep_outputs(batch: Any) -> None:
-    """Ask the older runner's batch to fill in output tokens.
-
-    Under asynchronous scheduling it does so for penalties, for bad words and where a logits processor was named when
-    the engine started, but not for an entry point, whose lists would hold -1 for every token.
-    """
-    if getattr(batch, "logitsprocs_need_output_token_ids", None) is False:
-        batch.logitsprocs_need_output_token_ids = True
 
 
 class _OlderRunner:

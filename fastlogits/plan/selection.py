@@ -146,4 +146,5 @@ class Selection(Part):
         selection = launch.Selection(self._rules, 2**20, torch.device("cpu"))
         sums = selection.sums > 0
         searches = self._before is not None and self._before.searches
-        return Cost(selection.launches + searches, 1 + sums)
+        values = 0 if self._before is None else self._before.cost().row_values
+        return Cost(selection.launches + searches, 1 + sums, row_values=values)

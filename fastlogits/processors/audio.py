@@ -13,8 +13,8 @@ from transformers.generation.logits_process import DiaEOSDelayPatternLogitsProce
 from transformers.generation.logits_process import WhisperNoSpeechDetection as _WhisperNoSpeechDetection
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor as _WhisperTimeStamp
 
-from fastlogits.checks import check_rows
-from fastlogits.plan.stages import Rows
+from fastlogits.plan.row_values import CallRows, RowValues
+from fastlogits.plan.stages import Ban, BanRange, Observe, Rows, Several, Stage, When
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.processors.guidance import conditional_and_not
 
@@ -46,38 +46,60 @@ class WhisperTimeStampLogitsProcessor(StagedProcessor, _WhisperTimeStamp):
         tensor([[-inf, -inf, 0., -inf, -inf, 0., 0.]])
     """
 
-    def stage(self) -> Rows:
-        """A mask that depends on the row's timestamps and on its sums."""
-        function = partial(WhisperTimeStampLogitsProcessor._rows, self)
-        return Rows("mask", function, f"timestamps from token {self.timestamp_begin} on, in pairs and in order")
-
-    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        check_rows("WhisperTimeStampLogitsProcessor", input_ids, scores)
+    def stage(self) -> Several:
+        """Four bans, of which three are ranges of the row; then one that depends on the sums of the row."""
         first = self.timestamp_begin
-        out = scores.clone()
-        out[:, self.no_timestamps_token_id] = -_INF
-        generated = input_ids[:, self.begin_index :]
-        count = generated.shape[1]
-        if count:
-            is_timestamp = generated >= first
-            ends = is_timestamp[:, -1:]
-            pairs = ends & is_timestamp[:, -2:-1] if count > 1 else ends  # [B, 1], as below
-            opens = ends & ~pairs
-            # Where the row's last timestamp is, or 0: a token of text there forbids no timestamp.
-            index = (is_timestamp * torch.arange(count, device=generated.device)).amax(1, keepdim=True)
-            # The second timestamp of a pair may repeat the first; later ones may not repeat it again.
-            lowest = generated.gather(1, index) + ~opens
-            token = torch.arange(first, scores.shape[1], device=scores.device)
-            out[:, first:].masked_fill_(pairs | (token < lowest), -_INF)
-            out[:, : self.eos_token_id].masked_fill_(opens, -_INF)
-        if input_ids.shape[1] == self.begin_index:
-            out[:, :first] = -_INF
-            if self.max_initial_timestamp_index is not None:
-                out[:, first + self.max_initial_timestamp_index + 1 :] = -_INF
+        ranges = RowValues(
+            partial(WhisperTimeStampLogitsProcessor._ranges, self),
+            f"an end that timestamps from token {first} on set",
+            count=3,
+            positioned=False,
+        )
+        text_stop, timestamps_stop, late_start = (ranges[i] for i in range(ranges.count))
+        bans: list[Stage] = [
+            Ban((self.no_timestamps_token_id,), lenient=True),
+            BanRange(0, text_stop),
+            BanRange(first, timestamps_stop),
+            BanRange(late_start),
+        ]
         if self._detect_timestamp_from_logprob:
-            logprobs = torch.log_softmax(out.float(), -1)
-            likely = logprobs[:, first:].logsumexp(-1) > logprobs[:, :first].amax(-1)
-            out[:, :first].masked_fill_(likely.unsqueeze(1), -_INF)
+            function = partial(WhisperTimeStampLogitsProcessor._force_likely, self)
+            description = f"timestamps from token {first} on where they are likelier than any other token"
+            bans.append(Rows("mask", function, description, reads_history=False))
+        return Several(tuple(bans))
+
+    def _ranges(self, rows: CallRows) -> torch.Tensor:
+        """For each row where the ban of text stops, where that of timestamps stops, and where that of late ones starts.
+
+        Where nothing is banned, text stops at 0, timestamps at 0 at the latest, and late ones start behind the last.
+        """
+        V, first, begin = rows.V, self.timestamp_begin, self.begin_index
+        forbidden = self.no_timestamps_token_id
+        if not -V <= forbidden < V:
+            raise IndexError(f"no_timestamps_token_id: token id {forbidden} is outside the vocabulary of {V} tokens")
+        length = rows.length
+        ids = torch.nn.functional.pad(rows.input_ids, (1, 0), value=-1)  # a token of no row, which is no timestamp
+        column = torch.arange(ids.shape[1], device=rows.device)
+        is_timestamp = (ids >= first) & (column > begin) & (column <= length)
+        ends = (rows.last() >= first) & (length > begin)  # [B, 1], as below
+        pairs = ends & ((rows.last(2) >= first) | (length == begin + 1))
+        opens = ends & ~pairs
+        last = (is_timestamp * column).amax(1, keepdim=True)
+        # The second timestamp of a pair may repeat the first; later ones may not repeat it again.
+        lowest = ids.gather(1, last).long() + ~opens
+        is_first = length == begin
+        late = V
+        if self.max_initial_timestamp_index is not None:
+            late = slice(first + self.max_initial_timestamp_index + 1, None).indices(V)[0]
+        text_stop = opens * slice(self.eos_token_id).indices(V)[1] + is_first * first
+        return torch.cat((text_stop, lowest.maximum(pairs * V), torch.full_like(lowest, V) - is_first * (V - late)), 1)
+
+    def _force_likely(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        first = self.timestamp_begin
+        logprobs = torch.log_softmax(scores.float(), -1)
+        likely = logprobs[:, first:].logsumexp(-1) > logprobs[:, :first].amax(-1)
+        out = scores.clone()
+        out[:, :first].masked_fill_(likely.unsqueeze(1), -_INF)
         return out
 
 
@@ -99,21 +121,19 @@ class WhisperNoSpeechDetection(StagedProcessor, _WhisperNoSpeechDetection):
         tensor([0.2500])
     """
 
-    def stage(self) -> Rows:
-        """A look at the scores as they are here, which nothing may pass by."""
-        function = partial(WhisperNoSpeechDetection._rows, self)
-        return Rows("opaque", function, f"note the probability of token {self.no_speech_token} at the first step")
+    def stage(self) -> Observe:
+        """A look at the scores of one call."""
+        function = partial(WhisperNoSpeechDetection._note, self)
+        return Observe(function, self.begin_index, f"note the probability of token {self.no_speech_token}")
 
-    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] == self.begin_index:
-            seen, is_logprobs = scores, self.is_scores_logprobs
-            if self.start_of_trans_offset > 1:
-                with torch.no_grad():
-                    logits = self.model(**self.inputs).logits
-                seen, is_logprobs = logits[:, self.begin_index - self.start_of_trans_offset], False
-            probs = seen.exp() if is_logprobs else seen.float().softmax(-1)
-            self._no_speech_prob = probs[:, self.no_speech_token]
-        return scores
+    def _note(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
+        seen, is_logprobs = scores, self.is_scores_logprobs
+        if self.start_of_trans_offset > 1:
+            with torch.no_grad():
+                logits = self.model(**self.inputs).logits
+            seen, is_logprobs = logits[:, self.begin_index - self.start_of_trans_offset], False
+        probs = seen.exp() if is_logprobs else seen.float().softmax(-1)
+        self._no_speech_prob = probs[:, self.no_speech_token]
 
 
 class BarkEosPrioritizerLogitsProcessor(StagedProcessor, _BarkEosPrioritizer):
@@ -177,22 +197,17 @@ class AlternatingCodebooksLogitsProcessor(StagedProcessor, _AlternatingCodebooks
         tensor([[-inf, -inf, -inf, 0., 0.]])
     """
 
-    def stage(self) -> Rows:
-        """One of two masks, by the parity of the length."""
-        function = partial(AlternatingCodebooksLogitsProcessor._rows, self)
-        return Rows("mask", function, f"two codebooks in turn, from length {self.input_start_len}")
-
-    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def stage(self) -> Several:
+        """Two bans, at every other length each."""
         second = self.semantic_vocab_size + self.codebook_size
-        is_first = (input_ids.shape[-1] - self.input_start_len) % 2 == 0
-        if is_first:
-            # A small part of the vocabulary: only that is read.
-            start = min(self.semantic_vocab_size, scores.shape[1])
-            allowed = scores[:, start:second]
-            return torch.nn.functional.pad(allowed, (start, scores.shape[1] - start - allowed.shape[1]), value=-_INF)
-        out = scores.clone()
-        out[:, :second] = -_INF
-        return out
+        first_codebook = tuple(range(self.semantic_vocab_size, second))
+        start = self.input_start_len
+        return Several(
+            (
+                Ban(first_codebook, When("length", period=2, phase=start), lenient=True, inverted=True),
+                Ban(tuple(range(second)), When("length", period=2, phase=start + 1), lenient=True),
+            )
+        )
 
 
 class DiaClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _DiaGuidance):

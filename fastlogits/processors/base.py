@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import count
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -24,6 +23,7 @@ from fastlogits.plan.causes import checked_processors
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import Member, Opaque, Stage
+from fastlogits.transformers.hooks import assembles
 from fastlogits.warm_up import WarmUp
 
 if TYPE_CHECKING:
@@ -416,7 +416,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
 
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
-        if _assembles(frame):
+        if assembles(frame):
             return self._for_generate(frame.f_locals)
         return iter(super().__iter__())
 
@@ -473,14 +473,6 @@ def positions_for_others(prompt_length: Index | None, cache_position: Index | No
     """What a call tells of its position, for processors with more than two parameters."""
     told = {"prompt_length": prompt_length, "cache_position": cache_position}
     return {name: index for name, index in told.items() if index is not None}
-
-
-def _assembles(frame: FrameType) -> bool:
-    """Whether a frame is transformers', assembling a run's list, or runs the list as a model's remote code does."""
-    module = str(frame.f_globals.get("__name__", ""))
-    if module.partition(".")[0] == "transformers_modules":
-        return True
-    return module.startswith("transformers.") and frame.f_code.co_name == "_merge_criteria_processor_list"
 
 
 def their_class(cls: type) -> type | None:

@@ -21,8 +21,9 @@ from torch.nn.functional import pad
 
 from fastlogits.checks import check_rows, finite_number, whole_number
 from fastlogits.plan.position import Index, prompt_of
+from fastlogits.plan.row_values import CallRows, RowValues
 from fastlogits.plan.run import Run
-from fastlogits.plan.stages import Ban, Rows
+from fastlogits.plan.stages import Ban, Bias, ForceRows, History, Repeated, RowBias, Rows, Several
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.token_mask import TokenMask, ids_on
 from fastlogits.token_text import token_texts
@@ -75,12 +76,12 @@ class GenLengthLogitsProcessor(StagedProcessor):
         self.boost_token = _boosted(tokenizer, boost_token_str)
         self.sentence_ends = _sentence_ends(tokenizer) if complete_sentences else None
 
-    def stage(self) -> Rows:
-        """A bias on one token."""
-        function = partial(_raise_end, self.boost_token, self.boost_factor, self.p, self.sentence_ends)
+    def stage(self) -> RowBias:
+        """A bias of its own for each row, on one token."""
+        function = partial(_boost_of_end, self.boost_token, self.boost_factor, self.p, self.sentence_ends)
         where = " after a sentence" if self.complete_sentences else ""
-        description = f"raise token {self.boost_token}{where} by {self.boost_factor:g} * (step / 10) ** {self.p:g}"
-        return Rows("bias", function, description, positioned=True)
+        boost = RowValues(function, f"{self.boost_factor:g} * (step / 10) ** {self.p:g}{where}")
+        return RowBias((self.boost_token,), boost[0], "boost_token_str")
 
 
 class CiteFromPromptLogitsProcessor(StagedProcessor):
@@ -124,13 +125,13 @@ class CiteFromPromptLogitsProcessor(StagedProcessor):
         self.conditional_boost_factor = finite_number("conditional_boost_factor", conditional_boost_factor)
         self.eos_token_id = _end_of_text(tokenizer) if boost_eos else None
 
-    def stage(self) -> Rows:
-        """A bias of its own for each row."""
-        function = partial(_cite, self.boost_factor, self.conditional_boost_factor, self.eos_token_id)
-        description = f"add {self.boost_factor:+g} to tokens of the prompt"
+    def stage(self) -> Several:
+        """A bias on the prompt's tokens, and one on those that would go on as the prompt does."""
+        eos = () if self.eos_token_id is None else (self.eos_token_id,)
+        stages = [Bias(History("prompt"), self.boost_factor, argument="eos_token_id", extra=eos, rounds_once=True)]
         if self.conditional_boost_factor:
-            description += f", {self.conditional_boost_factor:+g} to those that follow the last token there"
-        return Rows("bias", function, description, positioned=True)
+            stages.append(Bias(Repeated(2, span="prompt"), self.conditional_boost_factor, rounds_once=True))
+        return Several(tuple(stages))
 
 
 class MultipleChoiceLogitsProcessor(StagedProcessor):
@@ -395,75 +396,26 @@ class MaxTimeLogitsProcessor(StagedProcessor):
         self.sentence_ends = _sentence_ends(tokenizer) if complete_sentences else None
         self._memory = _Memory(1)
 
-    def stage(self) -> Rows:
+    def stage(self) -> ForceRows:
         """A forced token in some rows."""
-        function = partial(_force_end, self.boost_token, self.max_time, self.sentence_ends, self._memory)
+        function = partial(_is_late, self.boost_token, self.max_time, self.sentence_ends, self._memory)
         where = " after a sentence" if self.complete_sentences else ""
-        description = f"force token {self.boost_token}{where} after {self.max_time:g} s"
-        return Rows("force", function, description, positioned=True, keeps_notes=True)
+        late = RowValues(function, f"after {self.max_time:g} s{where}", keeps_notes=True)
+        return ForceRows((self.boost_token,), late[0], "boost_token_str")
 
 
 # -- What the stages do -------------------------------------------------------------------------------------------
 
 
-def _raise_end(
-    token: int,
-    factor: float,
-    p: float,
-    sentence_ends: TokenMask | None,
-    input_ids: torch.Tensor,
-    scores: torch.Tensor,
-    cache_position: Index,
-    prompt_length: Index,
-) -> torch.Tensor:
-    check_rows("GenLengthLogitsProcessor", input_ids, scores)
-    _check_tokens(scores, token)
-    step = cache_position + 1 - prompt_length
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    boost: float | torch.Tensor
+def _boost_of_end(token: int, factor: float, p: float, sentence_ends: TokenMask | None, rows: CallRows) -> torch.Tensor:
+    """What is added to the end of each row ``[B, 1]``."""
+    going = _is_going(token, sentence_ends, rows)
+    step = rows.step
     if isinstance(step, int):
-        boost = factor * max(0, step) ** p / 10**p
+        boost = torch.full((), factor * max(0, step) ** p / 10**p, dtype=torch.float64, device=rows.device)
     else:
-        boost = (factor * step.clamp(min=0).double() ** p / 10**p).to(wide)
-    going = _is_going(token, sentence_ends, input_ids, cache_position, prompt_length)
-    processed = scores.clone()
-    processed[:, token] = torch.where(going, scores[:, token].to(wide) + boost, scores[:, token])
-    return processed
-
-
-def _cite(
-    factor: float,
-    conditional_factor: float,
-    eos: int | None,
-    input_ids: torch.Tensor,
-    scores: torch.Tensor,
-    cache_position: Index,
-    prompt_length: Index,
-) -> torch.Tensor:
-    check_rows("CiteFromPromptLogitsProcessor", input_ids, scores)
-    prompt = prompt_of(input_ids, prompt_length)
-    cited = prompt
-    if eos is not None:
-        _check_tokens(scores, eos)
-        cited = pad(cited, (0, 1), value=eos)
-    processed = _add_once(scores, cited, factor)
-    if not conditional_factor:
-        return processed
-    last = _last(input_ids, cache_position).unsqueeze(1)
-    step = _column(cache_position) + 1 - _column(prompt_length)
-    follows = (prompt[:, :-1] == last) & (step > 0)
-    return _add_once(processed, prompt[:, 1:].where(follows, -1), conditional_factor)
-
-
-def _add_once(scores: torch.Tensor, tokens: torch.Tensor, value: float) -> torch.Tensor:
-    """Scores with a value added to those of some tokens of each row, int ``[B, N]``, once however often they occur."""
-    inside = (tokens >= 0) & (tokens < scores.shape[1])
-    tokens = tokens.where(inside, 0).long()
-    current = scores.gather(1, tokens)
-    # What isn't in the vocabulary writes a score that is there already: it is never the further of the two.
-    moved = (current.to(torch.promote_types(scores.dtype, torch.float32)) + value).to(scores.dtype)
-    moved = moved.where(inside, current)
-    return scores.scatter_reduce(1, tokens, moved, "amax" if value > 0 else "amin")
+        boost = factor * step.clamp(min=0).double() ** p / 10**p
+    return boost.where(going, -0.0)
 
 
 def _choose(
@@ -514,7 +466,7 @@ def _force_last(
 ) -> torch.Tensor:
     check_rows("ForceLastPhraseLogitsProcessor", input_ids, scores)
     _check_tokens(scores, eos, *phrase)
-    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(CallRows.of(input_ids, scores, cache_position, prompt_length, run))
     said = recalled.state[:, 0]
     due = torch.where(said == 0, scores.argmax(1) == eos, said < len(phrase))
     recalled.note(said + due)
@@ -543,7 +495,7 @@ def _force_triggered(
 ) -> torch.Tensor:
     check_rows("TriggerPhraseLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *phrase)
-    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(CallRows.of(input_ids, scores, cache_position, prompt_length, run))
     # The phrase begins at the next step at the latest where ``said`` is 1; then it is one more than is said of it.
     said, times, started = recalled.state.unbind(1)
     fires = torch.zeros_like(said, dtype=torch.bool)
@@ -551,7 +503,7 @@ def _force_triggered(
         fires |= scores.argmax(1) == trigger.token
     now = 0
     if trigger.time is not None:
-        now = _now(scores)
+        now = _now(scores.device)
         started = started.where(started > 0, now)
         fires |= now - started > trigger.time * 1e6
     fires &= (said == 0) & (times < trigger.count)
@@ -577,7 +529,7 @@ def _force_unsure(
 ) -> torch.Tensor:
     check_rows("PreventHallucinationLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *phrase)
-    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(CallRows.of(input_ids, scores, cache_position, prompt_length, run))
     said, unsure = recalled.state.unbind(1)
     likeliest = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).amax(-1)
     unsure = unsure + (likeliest < minp)
@@ -587,26 +539,16 @@ def _force_unsure(
     return _forced(scores, due, phrase, said)
 
 
-def _force_end(
-    token: int,
-    max_time: float,
-    sentence_ends: TokenMask | None,
-    memory: _Memory,
-    input_ids: torch.Tensor,
-    scores: torch.Tensor,
-    cache_position: Index,
-    prompt_length: Index,
-    run: Run,
+def _is_late(
+    token: int, max_time: float, sentence_ends: TokenMask | None, memory: _Memory, rows: CallRows
 ) -> torch.Tensor:
-    check_rows("MaxTimeLogitsProcessor", input_ids, scores)
-    _check_tokens(scores, token)
-    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
-    now = _now(scores)
+    """Which rows ``[B, 1]`` have had their time, and haven't ended."""
+    recalled = memory.of(rows)
+    now = _now(rows.device)
     started = recalled.state[:, 0]
     started = started.where(started > 0, now)
     recalled.note(started)
-    due = (now - started > max_time * 1e6) & _is_going(token, sentence_ends, input_ids, cache_position, prompt_length)
-    return _forced(scores, due, (token,), torch.zeros_like(started))
+    return (now - started > max_time * 1e6).unsqueeze(1) & _is_going(token, sentence_ends, rows)
 
 
 def _forced(scores: torch.Tensor, due: torch.Tensor, phrase: tuple[int, ...], said: torch.Tensor) -> torch.Tensor:
@@ -675,15 +617,12 @@ class _Memory:
         self._captured: list[_Notes] = []
         """What captured graphs read and write, which must outlive its run."""
 
-    def of(
-        self, run: Run, input_ids: torch.Tensor, scores: torch.Tensor, cache_position: Index, prompt_length: Index
-    ) -> _Recalled:
-        """What is known of the rows of a call."""
+    def of(self, rows: CallRows) -> _Recalled:
+        """What is known of the rows of a call, which has a run."""
+        input_ids, device = rows.input_ids, rows.device
         B, L = input_ids.shape
-        device = scores.device
-        notes = self._notes(run, scores)
-        length = _column(cache_position) + 1
-        step = length - _column(prompt_length)
+        notes = self._notes(rows)
+        length, step = rows.length, rows.step
         if isinstance(step, int):
             step = torch.full((1, 1), step, device=device)
         step = step.flatten()
@@ -703,11 +642,12 @@ class _Memory:
         state = notes.values[slot, best % N].where(known.unsqueeze(1), 0)
         return _Recalled(state, notes, step % self._STEPS, text)
 
-    def _notes(self, run: Run, scores: torch.Tensor) -> _Notes:
-        """The notes of a run, with room for the rows of some scores."""
-        B = scores.shape[0]
+    def _notes(self, rows: CallRows) -> _Notes:
+        """The notes of a run, with room for the rows of a call."""
+        B, device, run = rows.B, rows.device, rows.run
+        assert run is not None
         # A draft model of another vocabulary writes other texts.
-        key = (scores.device, scores.shape[1])
+        key = (device, rows.V)
         kept = run.kept_for(self)
         notes: _Notes | None = kept.get(key)
         if notes is None:
@@ -716,15 +656,12 @@ class _Memory:
             notes = last if owner is None or owner() is None else None
         room = max(64, 1 << (B - 1).bit_length())
         if notes is None or notes.texts.shape[1] < room:
-            if is_capturing(scores.device):
+            if is_capturing(device):
                 raise RuntimeError("call the plan once, in this thread, before it is captured in a CUDA graph")
-            if notes is None:
-                notes = _Notes.empty(self._STEPS, room, self._width, scores.device)
-            else:
-                notes = notes.of_more(room)
+            notes = _Notes.empty(self._STEPS, room, self._width, device) if notes is None else notes.of_more(room)
         kept[key] = notes
         self._lasting[key] = ref(run), notes
-        if is_capturing(scores.device):
+        if is_capturing(device):
             hold(self._captured, notes)
         return notes
 
@@ -781,34 +718,17 @@ def _weights(column: torch.Tensor) -> torch.Tensor:
     return (x ^ (x >> 31)) | 1
 
 
-def _now(scores: torch.Tensor) -> int:
+def _now(device: torch.device) -> int:
     """The host's clock in microseconds, above 0."""
-    if is_capturing(scores.device):
+    if is_capturing(device):
         raise RuntimeError("a processor that reads the clock can't be captured in a CUDA graph: it would stand still")
     return int(monotonic() * 1e6) + 1
 
 
-def _column(index: Index) -> Index:
-    return index if isinstance(index, int) else index.reshape(-1, 1)
-
-
-def _last(input_ids: torch.Tensor, cache_position: Index) -> torch.Tensor:
-    """The last token of each row ``[B]``, -1 where there is none."""
-    if isinstance(cache_position, int):
-        end = min(cache_position + 1, input_ids.shape[1])
-        return input_ids[:, end - 1] if end > 0 else input_ids.new_full((input_ids.shape[0],), -1)
-    at = cache_position.reshape(-1, 1).clamp(max=input_ids.shape[1] - 1).expand(input_ids.shape[0], 1) + 1
-    return pad(input_ids, (1, 0), value=-1).gather(1, at.long()).squeeze(1)
-
-
-def _is_going(
-    token: int, sentence_ends: TokenMask | None, input_ids: torch.Tensor, cache_position: Index, prompt_length: Index
-) -> torch.Tensor:
-    """Rows ``[B]`` that haven't generated a token, and whose last one ends a sentence, if that is asked for."""
-    column = torch.arange(input_ids.shape[1], device=input_ids.device)
-    generated = (column >= _column(prompt_length)) & (column <= _column(cache_position))
-    going = ~((input_ids == token) & generated).any(1)
-    return going if sentence_ends is None else going & _are_in(sentence_ends, _last(input_ids, cache_position))
+def _is_going(token: int, sentence_ends: TokenMask | None, rows: CallRows) -> torch.Tensor:
+    """Rows ``[B, 1]`` that haven't generated a token, and whose last one ends a sentence, if that is asked for."""
+    going = ~((rows.input_ids == token) & rows.generated()).any(1, keepdim=True)
+    return going if sentence_ends is None else going & _are_in(sentence_ends, rows.last())
 
 
 def _are_in(mask: TokenMask, ids: torch.Tensor) -> torch.Tensor:

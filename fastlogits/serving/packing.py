@@ -197,8 +197,8 @@ def _put_lists(slot: _Slot, params: RequestParams) -> None:
         for ids in params.bad_words:
             slot.check_ids("bad_words", ids)
             table += [ids[-1], len(ids) - 1, *ids[-2::-1], *[-1] * (width - 1 - len(ids))]
-        slot.put(layout.WORDS, struct.pack(f"={len(table)}i", *table), len(table))
-        slot.put(layout.WIDTH, b"", width)
+        slot.put(layout.SEQUENCES, struct.pack(f"={len(table)}i", *table), len(table))
+        slot.put(layout.SEQUENCE_WIDTH, b"", width)
 
 
 def _put_dry(slot: _Slot, params: RequestParams) -> None:

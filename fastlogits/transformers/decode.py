@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from types import FrameType, MappingProxyType
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from fastlogits_kernels.selection import launch
 from fastlogits.checks import is_integer
 from fastlogits.sampling import FusedDraw, Sampler
 from fastlogits.transformers.accelerate import RunList
+from fastlogits.transformers.hooks import arguments_of_generate, is_synced, keeps_tokenizer, with_tokens
 
 __all__ = ["decode"]
 
@@ -22,6 +21,7 @@ __all__ = ["decode"]
 _PART = 2**32
 
 
+@keeps_tokenizer
 def decode(
     model: Any,
     input_ids: torch.Tensor,
@@ -73,11 +73,11 @@ def decode(
         >>> torch.equal(first, second)
         True
     """
-    called = _arguments_of_generate(sys._getframe(1), model)
+    called = arguments_of_generate(sys._getframe(1), model)
     _check_method(generation_config, called.get("assistant_model"))
     if streamer is None:
         streamer = called.get("streamer")
-    synced_gpus = synced_gpus or _synced(model, called.get("synced_gpus"))
+    synced_gpus = synced_gpus or is_synced(model, called.get("synced_gpus"))
     run = logits_processor
     if not isinstance(run, RunList):
         run = RunList(logits_processor, input_ids.shape[1])
@@ -102,66 +102,6 @@ def decode(
     if getattr(output, "scores", None) is not None:
         output.scores = tuple(scores.as_subclass(torch.Tensor) for scores in output.scores)
     return output
-
-
-# -- What generate doesn't hand on --------------------------------------------------------------------------------
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _arguments_of_generate(frame: FrameType, model: Any) -> Mapping[str, Any]:
-    """The arguments of the ``generate`` that decodes by this: a decoding method of one's own isn't given all.
-
-    It is the nearest of the model: a function of the user may stand between.
-    """
-    for caller in _callers(frame):
-        code = caller.f_code
-        if (
-            code.co_name == "generate"
-            and "custom_generate" in code.co_varnames
-            and caller.f_locals.get("self") is model
-        ):
-            return caller.f_locals
-    return {}
-
-
-def _synced(model: Any, asked: bool | None) -> bool:
-    """What ``generate`` makes of ``synced_gpus``: where it isn't given, the way that the model is spread decides."""
-    found = model._extract_generation_mode_kwargs(None, {}, asked, None, None)
-    return bool(found.get("synced_gpus"))
-
-
-class _Signature(inspect.Signature):
-    """The signature of ``decode``, by which ``generate`` tells what to hand on.
-
-    Before it looks here, transformers takes the tokenizer out of the arguments that it hands on, and then drops it.
-    So it is put back while it looks.
-    """
-
-    __slots__ = ()
-
-    @property
-    def parameters(self) -> MappingProxyType[str, inspect.Parameter]:
-        """The parameters by name."""
-        for caller in _callers(sys._getframe(1)):
-            if caller.f_code.co_name == "_extract_generation_mode_kwargs":
-                taken, rest = caller.f_locals.get("generation_mode_kwargs", {}), caller.f_locals.get("kwargs")
-                if "tokenizer" in taken and isinstance(rest, dict):
-                    rest["tokenizer"] = taken["tokenizer"]
-                break
-            if caller.f_code.co_filename != inspect.__file__:
-                break
-        return super().parameters
-
-
-_plain = inspect.signature(decode)
-decode.__signature__ = _Signature(  # type: ignore[attr-defined]
-    list(_plain.parameters.values()), return_annotation=_plain.return_annotation
-)
 
 
 # -- Arguments ----------------------------------------------------------------------------------------------------
@@ -251,9 +191,9 @@ class _Drawing(RunList):
         positions = self._starts + (input_ids.shape[1] - self._start)
         if self._fused is not None and not kwargs and launch.takes_scores(scores):
             tokens, _ = self._fused(scores, self._seeds, positions, input_ids, self._process.run)
-            return _drawn(scores, tokens)
+            return with_tokens(scores, tokens)
         scores = self._process(input_ids, scores, **kwargs)
-        return _drawn(scores, self._sampler(scores, self._seeds, positions).tokens)
+        return with_tokens(scores, self._sampler(scores, self._seeds, positions).tokens)
 
 
 class _Choosing(RunList):
@@ -269,25 +209,4 @@ class _Choosing(RunList):
         if kwargs or not launch.takes_scores(scores):
             return self._process(input_ids, scores, **kwargs)
         tokens, _ = self._fused(scores, self._anything, self._anything, input_ids, self._process.run)
-        return _drawn(scores, tokens)
-
-
-def _drawn(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    drawn: Any = scores.as_subclass(_Drawn)
-    drawn.tokens = tokens
-    return drawn  # type: ignore[no-any-return]
-
-
-class _Drawn(torch.Tensor):
-    """Scores whose largest, to the loop that asks for it, is the token that was drawn."""
-
-    tokens: torch.Tensor
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.argmax, torch.Tensor.argmax):
-            return args[0].tokens
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return with_tokens(scores, tokens)

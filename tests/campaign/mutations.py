@@ -476,28 +476,29 @@ MUTATIONS = [
         ("serving/test_batch.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
     ),
     Mutation(
-        "draft tokens unseen", f"{KERNELS}/serving/steps.py",
-        "    seen = stored + local\n", "    seen = stored\n",
+        "draft tokens unseen", f"{KERNELS}/serving/search.py",
+        "seen = place.stored + place.local", "seen = place.stored",
         ("serving/test_batch.py::test_draft_rows_see_the_history_and_their_own_prefix",),
     ),
     Mutation(
-        "draft tokens one row too early (torch)", f"{KERNELS}/serving/layout.py",
+        "draft tokens one row too early (torch)", f"{KERNELS}/serving/reference.py",
         "rows.draft_ids[row - local + 1 : row + 1]", "rows.draft_ids[row - local : row]",
         ("serving/test_batch.py::test_draft_rows_see_the_history_and_their_own_prefix",),
     ),
     Mutation(
-        "a stale tally", f"{KERNELS}/serving/steps.py",
-        "tl.store(tallies_ptr + here, 0, mask=place < total)", "tl.store(tallies_ptr + here, 0, mask=place < 0)",
+        "a stale tally", f"{KERNELS}/serving/search.py",
+        "tl.store(edits.tallies_ptr + here, 0, mask=place < total)",
+        "tl.store(edits.tallies_ptr + here, 0, mask=place < 0)",
         ("serving/test_batch.py::test_a_step_repeated_until_the_places_of_its_edits_come_round",),
     ),
     Mutation(
-        "a token written behind a full history", f"{KERNELS}/serving/steps.py",
+        "a token written behind a full history", f"{KERNELS}/serving/history.py",
         "mask=(slot >= 0) & (place < L))", "mask=(slot >= 0) & (place <= L))",
         ("serving/test_batch.py::test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request",),
     ),
     Mutation(
-        "a first window one step too long (torch)", f"{KERNELS}/serving/layout.py",
-        "if step < record.number(FIRST_WINDOW):", "if step <= record.number(FIRST_WINDOW):",
+        "a first window one step too long (torch)", f"{KERNELS}/serving/reference.py",
+        "if request.step < record.number(FIRST_WINDOW):", "if request.step <= record.number(FIRST_WINDOW):",
         ("serving/test_batch.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
     ),
     # -- inside generate --

@@ -22,7 +22,8 @@ from fastlogits_kernels.pointwise import bitmask
 from fastlogits_kernels.pointwise import fold
 from fastlogits_kernels.pointwise import mask as mask_tokens
 from fastlogits_kernels.pointwise import pack_ids
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving import history as slot_histories
+from fastlogits_kernels.serving import search as slot_sets
 from fastlogits_kernels.pointwise import search as token_sets
 from fastlogits_kernels import synthid
 
@@ -92,8 +93,8 @@ for dtype in ("fp32", "bf16"):
     cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
     absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
     cases[f"slot_sets plain {dtype}"] = (slot_sets._slot_sets_kernel, dtype, absent, search | {"DRAWS": False}, 8)
-cases["append"] = (slot_sets._append_kernel, "fp32", (), {"BLOCK": 32})
-cases["swap"] = (slot_sets._swap_kernel, "fp32", (), {"BLOCK": 1024})
+cases["append"] = (slot_histories._append_kernel, "fp32", (), {"BLOCK": 32})
+cases["swap"] = (slot_histories._swap_kernel, "fp32", (), {"BLOCK": 1024})
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
 for form, (done, more, first, wraps) in {
@@ -171,6 +172,13 @@ def test_registers_spills_and_widths_of_a_selection(capability):
 def test_a_key_says_all_that_a_kernel_is_compiled_for():
     """Two launches of one key are one to Triton: else the second would run what was compiled for the first."""
     assert told("-m", "tests.kernels.launches", "keys") == []
+
+
+def test_another_process_finds_what_this_one_has_compiled():
+    """Whatever either compiled first, and side by side: else a cache on disk is of no use."""
+    assert told("-m", "tests.kernels.launches", "sources", 1) == told("-m", "tests.launches", "sources", 2)
+    # In Triton 3.6 their order is one of addresses.
+    assert told("-m", "tests.kernels.launches", "clashes") == []
 
 
 def test_one_row_of_one_token_compiles():

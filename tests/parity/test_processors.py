@@ -179,8 +179,25 @@ def undecided(name, arguments, ids, scores) -> torch.Tensor:
             kept.append(~same(processor(ids, shifted + noise), shifted + noise))
     for each in kept:
         found |= each != kept[0]
+    if boundary == "top_h":
+        found |= undecided_of_entropy(value, scores)
     # Which of several equal scores it is that stays is up to a sort.
     return (scores.unsqueeze(2) == torch.where(found, scores, math.nan).unsqueeze(1)).any(2) | found
+
+
+def undecided_of_entropy(top_h, scores) -> torch.Tensor:
+    """The same of top-h, whose entropy may be smaller than what it is rounded by.
+
+    transformers subtracts the logarithm of a sum from logits, as far as their dtype goes.
+    """
+    top, tokens = scores.double().sort(descending=True)
+    p = top[:, :100].softmax(-1)
+    sums = torch.where(p > 0, -p * p.log(), 0.0).cumsum(-1)
+    largest = torch.where(top.isfinite(), top, 0.0).abs().amax(-1, keepdim=True)
+    off = torch.finfo(scores.dtype).eps * (1 + largest)
+    near = (sums - top_h * sums[:, -1:]).abs() <= off
+    near[:, 0] = False
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, tokens[:, :100], near)
 
 
 def but_for_ties(found, expected, scores, right) -> torch.Tensor:
@@ -332,6 +349,22 @@ def test_int32_ids_where_transformers_takes_them(name, data):
     expected, error = call(theirs, ids.clone(), scores.clone())
     assume(error is None and not zoo.was_corrected(name, arguments, ids, scores))
     check(name, arguments, case, ids, scores, ours(ids, scores), expected, PATH)
+
+
+def test_what_an_entropy_leaves_undecided():
+    """transformers' own class isn't held to what it can't tell itself, and to all that it can."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1.0, 30.0):
+        for top_h in (0.5, 1.0):
+            scores = torch.randn(200, 8, generator=generator) * scale
+            arguments = {"top_h": top_h, "filter_value": -1e4}
+            processor = build(reference, "TopHLogitsWarper", arguments)
+            fates = [same(processor(None, each), each) for each in (scores, scores.double())]
+            open_ones = undecided("TopHLogitsWarper", arguments, None, scores)
+            assert not (fates[0] ^ fates[1])[~open_ones].any()
+            if scale == 1:  # with all of the entropy the least likely token is up to rounding, and no other
+                assert open_ones.sum(1).float().mean() < 1.05 * (top_h == 1) + 0.05
+    assert (fates[0] ^ fates[1]).any()
 
 
 @pytest.mark.parametrize("name", PRESENT)

@@ -15,7 +15,7 @@ from fastlogits_kernels.selection import launch
 from fastlogits_kernels.truncate.dispatch import _flattened
 
 import fastlogits as fl
-from tests.conftest import tiny_llama
+from tests.models import tiny_llama
 
 V, L = 50, 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

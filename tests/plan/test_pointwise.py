@@ -12,19 +12,23 @@ from hypothesis import strategies as st
 import fastlogits as fl
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.pointwise import Pointwise
+from fastlogits.plan.row_values import RowValues
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import (
     AllowFrom,
     Ban,
+    BanRange,
     Bias,
     Clean,
     Decay,
     Force,
+    ForceRows,
     Given,
     History,
     Member,
     Penalize,
     Repeated,
+    RowBias,
     Scale,
     SequenceBias,
     When,
@@ -89,7 +93,28 @@ whens = st.builds(
 # Powers of two: dividing and multiplying by the reciprocal are then the same, on every backend.
 factors = st.sampled_from([0.25, 0.5, 2.0, 4.0])
 values = st.integers(-16, 16).map(lambda n: n / 8)
+
+
+def row_values(scale, shift):
+    """Values of each row, some of them 0: by its place, its last token and its step."""
+
+    def computed(rows):
+        step = torch.full((1, 1), rows.step, device=rows.device) if isinstance(rows.step, int) else rows.step
+        place = torch.arange(rows.B, device=rows.device)
+        return (place + rows.last().flatten().clamp(min=0) + step.flatten() - shift) * scale
+
+    return RowValues(computed, "something")[0]
+
+
+of_rows = st.builds(row_values, values, st.integers(0, 9))
+ends = st.integers(0, V + 5) | st.builds(row_values, st.sampled_from([1.0, 8.0, 31.0, -5.0]), st.integers(-40, 9))
 stages = st.one_of(
+    st.builds(Ban, st.builds(Repeated, st.integers(1, 3), st.none(), st.just("prompt"))),
+    st.builds(BanRange, ends, st.none() | ends),
+    st.builds(Bias, histories, values, extra=some, rounds_once=st.booleans()),
+    st.builds(Bias, st.builds(Repeated, st.integers(1, 3), st.none(), st.just("prompt")), values),
+    st.builds(RowBias, some, of_rows),
+    st.builds(ForceRows, some, of_rows),
     st.builds(Ban, some, st.none() | whens),
     st.builds(Ban, some, whens, some),
     st.builds(Ban, histories),
@@ -163,6 +188,12 @@ def test_positions_on_the_device_differ_by_row(kernels, device):
         Decay((12,), 3, 2.0),
         Force((13,), When("length", 2, 3)),
         Bias(History("prompt"), 0.5, 0.25),
+        Bias(History("prompt"), 1.5, extra=(1, 30)),
+        Bias(Repeated(2, span="prompt"), 2.5),
+        RowBias((14, 15), RowValues(lambda rows: rows.last() * 0.5, "half of the last token")[0]),
+        BanRange(20, RowValues(lambda rows: 20 + rows.length + 0 * rows.last(), "the length")[0]),
+        BanRange(RowValues(lambda rows: rows.last(2) + 40, "the token before", positioned=False)[0], 43),
+        ForceRows((16,), RowValues(lambda rows: rows.generated().expand(rows.B, -1).sum(1) > 2, "late")[0]),
     ]
     scores = torch.arange(3 * V, device=device).reshape(3, V).float() - 100
     alone = [

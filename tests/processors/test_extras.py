@@ -24,7 +24,7 @@ from fastlogits import (
 )
 from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
-from tests.conftest import VOCAB_SIZE, tiny_llama
+from tests.models import VOCAB_SIZE, tiny_llama
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")

@@ -13,8 +13,10 @@ from fastlogits_kernels.runtime import launcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastlogits.plan.plan import Plan
+from fastlogits.plan.stages import Member
 from fastlogits.processors import audio, beams, constrained, guidance, watermark
-from tests.conftest import VOCAB_SIZE
+from tests.models import VOCAB_SIZE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULES = (audio, beams, constrained, guidance, watermark)
@@ -74,7 +76,7 @@ def compare(name, arguments, calls, equal=bit_equal, reads=()):
     expecting = getattr(theirs, name)(**copy.deepcopy(arguments))
     fast = cls(**copy.deepcopy(arguments))
     twin = getattr(theirs, name)(**copy.deepcopy(arguments))
-    functions = {fast: fast, twin: cls.stage(twin).function}
+    functions = {fast: fast, twin: Plan.compile([Member(name, cls.stage(twin))])}
     for ids, scores in calls:
         # Two of transformers' classes write what they are given.
         expected = expecting(ids.clone(), scores.clone())

@@ -11,8 +11,9 @@ from fastlogits_kernels.pointwise.fold import launch_fold
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.bits import pack_bits
 from fastlogits_kernels.serving import steps as slot_sets
-from fastlogits_kernels.serving.layout import Rows, reference_slots
-from fastlogits_kernels.serving.steps import launch_slot_sets
+from fastlogits_kernels.serving.layout import Rows
+from fastlogits_kernels.serving.reference import reference_slots
+from fastlogits_kernels.serving.search import launch_slot_sets
 
 import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams, TokenMask
@@ -293,8 +294,8 @@ def test_kernels_find_in_many_ranges_what_torch_finds(draws, device):
     expected, numbers = reference_slots(logits, step.slots, rows, step.semantics, draws)
     made = step.workspace
     # What an earlier step has left must not matter.
-    launch_slot_sets(step, logits, rows._replace(slots=slots.roll(1)), draws)
-    found = launch_slot_sets(step, logits, rows, draws)
+    launch_slot_sets(made, logits, rows._replace(slots=slots.roll(1)), draws)
+    found = launch_slot_sets(made, logits, rows, draws)
     out = torch.empty_like(logits)
     launch_fold(logits, out, made.chain, found)
     assert_same(out, expected)

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import fastlogits as fl
-from tests.conftest import VOCAB_SIZE, tiny_llama
+from tests.models import VOCAB_SIZE, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

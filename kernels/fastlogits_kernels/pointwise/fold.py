@@ -36,15 +36,16 @@ BAN = tl.constexpr(0)  # -inf
 SINK = tl.constexpr(1)  # x - inf: NaN stays NaN
 PENALIZE = tl.constexpr(2)  # x < 0: x * numbers[a]; else x / numbers[a], by way of numbers[b]
 SCALE = tl.constexpr(3)  # x / numbers[a], by way of numbers[b]; all tokens
-ADD = tl.constexpr(4)  # x + numbers[a]
+ADD = tl.constexpr(4)  # x + numbers[a]; unless b >= 0, torch may round that to a narrow dtype of x first, on a CPU
 ADD_COUNTED = tl.constexpr(5)  # x + numbers[a] * plane b
 ADD_PLANE = tl.constexpr(6)  # x + plane b, rounded
 ADD_ROW = tl.constexpr(7)  # x + row a of the biases, rounded
 GROW = tl.constexpr(8)  # x + |x| * row value a, where x is finite
 FORCE = tl.constexpr(9)  # where row value a is 1: 0 in the set, -inf elsewhere
 CLEAN = tl.constexpr(10)  # NaN to 0, infinities to the largest finite values; all tokens
-REPLACE = tl.constexpr(11)  # the row's value of the token's rank in the set, where that is in a ring of a + 1 of them
-REPLACE_PTX = tl.constexpr(12)  # the same in PTX; in both, set b holds the rank at which each word begins
+ADD_VALUE = tl.constexpr(11)  # x + row value a
+REPLACE = tl.constexpr(12)  # the row's value of the token's rank in the set, where that is in a ring of a + 1 of them
+REPLACE_PTX = tl.constexpr(13)  # the same in PTX; in both, set b holds the rank at which each word begins
 
 
 class Op(NamedTuple):
@@ -96,6 +97,8 @@ def fold_logits(
             here = planes_ptr + OPS[i + 3] * stride_plane + row * V + token
             count = tl.load(here, mask=inside & found, other=0.0)
             x = tl.where(found, x + count * tl.load(numbers_ptr + OPS[i + 2]), x)
+        if OPS[i] == ADD_VALUE:
+            x = tl.where(found, x + tl.load(row_values_ptr + row * stride_values_row + OPS[i + 2]), x)
         if OPS[i] == ADD_PLANE:
             here = planes_ptr + OPS[i + 3] * stride_plane + row * V + token
             x += tl.load(here, mask=inside & found, other=0.0).to(dtype).to(tl.float32)
@@ -250,6 +253,8 @@ def chain_of(handle: int) -> Chain:
     return _chains[handle]
 
 
+# Maps that read a value of the row.
+_BY_ROW = tuple(kind.value for kind in (GROW, FORCE, ADD_VALUE))
 # Maps that do nothing where their set is empty.
 _SPARSE = tuple(kind.value for kind in (BAN, SINK, ADD, ADD_ROW))
 _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -356,6 +361,7 @@ def reference_fold(
     # A new tensor is made by the first map that does something; where a graph records them, by each.
     untouched = out is None
     x = scores if out is None else out
+    wide = torch.promote_types(x.dtype, torch.float32)
     for op in chain.ops:
         if op.kind == SCALE.value:
             x = x / numbers[op.a] if untouched else x.div_(numbers[op.a])
@@ -366,8 +372,10 @@ def reference_fold(
             x = torch.nan_to_num(x, 0.0, limit, -limit) if untouched else x.nan_to_num_(0.0, limit, -limit)
             untouched = recorded
             continue
-        value = find_row_value(chain.search, op.a, position) if op.kind in (GROW.value, FORCE.value) else None
+        value = find_row_value(chain.search, op.a, position) if op.kind in _BY_ROW else None
         if isinstance(value, float) and value == 0.0:
+            continue
+        if op.kind == FORCE.value and isinstance(value, torch.Tensor) and value.is_cpu and not value.any():
             continue
         places = find_places(chain.search, op.set, x, input_ids, position, allowed)
         if recorded:
@@ -385,29 +393,33 @@ def reference_fold(
             continue
         if untouched and not recorded:
             x, untouched = scores.clone(memory_format=torch.contiguous_format), False
-        for found in places:
-            if op.kind == BAN.value:
+        # All are taken before one is put: a token that is in two places has one value.
+        taken = [None if op.kind == BAN.value else found.take(x) for found in places]
+        for found, old in zip(places, taken, strict=True):
+            if old is None:
                 x = found.put(x, float("-inf"))
                 continue
-            old = found.take(x)
             if op.kind == SINK.value:
                 x = found.put(x, old + float("-inf"))
             elif op.kind == PENALIZE.value:
                 penalty = numbers[op.a]
                 x = found.put(x, torch.where(old < 0, old * penalty, old / penalty))
             elif op.kind == ADD.value:
-                x = found.put(x, old + numbers[op.a])
+                x = found.put(x, (old.to(wide if op.b >= 0 else x.dtype) + numbers[op.a]).to(x.dtype))
             elif op.kind == ADD_COUNTED.value and found.values is not None:
                 x = found.put(x, old + (found.values * numbers[op.a]).to(x.dtype))
             elif op.kind == ADD_PLANE.value and found.values is not None:
                 x = found.put(x, old + found.values)
+            elif op.kind == ADD_VALUE.value:
+                assert isinstance(value, torch.Tensor)
+                x = found.put(x, (old.to(wide) + found.value_of_rows(value.to(wide))).to(x.dtype))
             elif op.kind == ADD_ROW.value:
                 assert chain.biases is not None
                 x = found.put(x, old + found.take(chain.biases[op.a : op.a + 1]).to(x.dtype))
             elif op.kind == GROW.value:
                 assert value is not None
                 if isinstance(value, torch.Tensor):
-                    value = value.to(torch.promote_types(x.dtype, torch.float32))
+                    value = value.to(wide)
                 growth = (old.abs() * found.value_of_rows(value)).to(x.dtype)
                 x = found.put(x, old + growth.masked_fill(~old.isfinite(), 0.0))
     return x
@@ -448,7 +460,7 @@ def _call(
 
 _INPUTS = (
     "int chain, Tensor? input_ids=None, Tensor? allowed=None, SymInt cache_offset=0, SymInt prompt_offset=0, "
-    "Tensor? cache_position=None, Tensor? prompt_length=None"
+    "Tensor? cache_position=None, Tensor? prompt_length=None, Tensor? values=None"
 )
 register(
     f"fold(Tensor scores, {_INPUTS}) -> Tensor",

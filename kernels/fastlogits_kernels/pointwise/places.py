@@ -15,12 +15,14 @@ from fastlogits_kernels.pointwise.search import (
     GENERATED,
     HISTORY,
     PROMPT,
+    RANGE,
     REPEATED,
     REPEATED_FROM,
     ROWS,
     STATIC,
     STEP,
     SUMS,
+    VALUE,
     Position,
     Search,
     Sequences,
@@ -30,7 +32,7 @@ from fastlogits_kernels.runtime.bits import unpack_bits
 
 
 class Places:
-    """Tokens of a set, as torch reads and writes them in ``[B, V]``; made by one of three class methods."""
+    """Tokens of a set, as torch reads and writes them in ``[B, V]``; made by one of the class methods."""
 
     def __init__(self, form: str, at: Any, values: torch.Tensor | None) -> None:
         self._form, self._at = form, at
@@ -51,6 +53,11 @@ class Places:
             known = (tokens >= 0) & (tokens < V)
             rows, tokens = rows[known], tokens[known]
         return cls("pairs", (rows, tokens), None)
+
+    @classmethod
+    def dense(cls, mask: torch.Tensor) -> Places:
+        """Many tokens of each row, bool ``[B, V]`` or ``[1, V]``, which get one value: they aren't taken."""
+        return cls("dense", mask, None)
 
     @classmethod
     def of_rows(cls, tokens: torch.Tensor, V: int, values: torch.Tensor | None = None) -> Places | None:
@@ -77,7 +84,9 @@ class Places:
         """``x`` with the tokens' elements written, in place but for a mask; a token there twice has one value."""
         if self._form == "mask":
             return torch.where(self._at, values, x)
-        if self._form == "rows":
+        if self._form == "dense":
+            x.masked_fill_(self._at, values)
+        elif self._form == "rows":
             x.scatter_(1, self._at, values)
         elif self._form == "pairs":
             x[self._at] = values
@@ -134,9 +143,16 @@ def gate_is_open(search: Search, gate: int, position: Position) -> bool | torch.
     return is_open
 
 
+_OF_ROWS = (GATE.value, DECAY.value, VALUE.value)
+"""Tasks that find a value of each row rather than tokens."""
+
+
 def find_row_value(search: Search, plane: int, position: Position) -> float | torch.Tensor:
     """A value of all rows, or of each: floating-point ``[B or 1, 1]``, a growth in float64."""
-    task = next(task for task in search.tasks if task.plane == plane and task.kind in (GATE.value, DECAY.value))
+    task = next(task for task in search.tasks if task.plane == plane and task.kind in _OF_ROWS)
+    if task.kind == VALUE.value:
+        assert position.values is not None
+        return position.values[:, task.a : task.a + 1]
     if task.kind == GATE.value:
         is_open = gate_is_open(search, task.gate, position)
         return float(is_open) if isinstance(is_open, bool) else is_open.float()
@@ -159,7 +175,7 @@ def find_places(
     found = [
         _find(search, task, x, input_ids, position, allowed)
         for task in search.tasks
-        if task.set == which and task.kind not in (GATE.value, DECAY.value)
+        if task.set == which and task.kind not in _OF_ROWS
     ]
     return [places for places in found if places is not None]
 
@@ -181,15 +197,18 @@ def _find(
         return search.places[task.a]  # type: ignore[no-any-return]
     if kind == ALLOWED.value:
         assert allowed is not None
-        banned = ~(allowed if allowed.dtype == torch.bool else unpack_bits(allowed, V)).expand(x.shape)
-        rows, tokens = banned.nonzero(as_tuple=True)
-        return Places.pairs(rows, tokens, V)
+        return Places.dense(~(allowed if allowed.dtype == torch.bool else unpack_bits(allowed, V)))
+    if kind == RANGE.value:
+        start, stop = (_end_of_range(search, end, position) for end in (task.a, task.b))
+        token = torch.arange(V, device=x.device)
+        return Places.dense(((token >= start) & (token < stop)).expand(x.shape))
     assert input_ids is not None
     if kind in (ENDINGS.value, SUMS.value):
         return _find_sequences(search.texts.sequences[task.a], x, input_ids, position)
     if kind in (REPEATED.value, REPEATED_FROM.value):
         text = None if kind == REPEATED.value else search.operands.sources[task.b]  # type: ignore[index]
-        return _find_repeated(task.a, text, V, input_ids, position)
+        in_prompt = kind == REPEATED.value and task.b == PROMPT.value
+        return _find_repeated(task.a, text, V, input_ids, position, in_prompt)
     return _find_history(search, task, x, input_ids, position)
 
 
@@ -234,9 +253,18 @@ def _find_history(
     return Places.of_rows(ids, V, counts.gather(1, column_of))
 
 
+def _end_of_range(search: Search, end: int, position: Position) -> int | torch.Tensor:
+    """Where a range begins or ends: for all rows, or for each ``[B, 1]``."""
+    if end < 0:
+        return search.texts.ends[-1 - end]
+    assert position.values is not None
+    return position.values[:, end : end + 1]
+
+
 def _find_repeated(
-    size: int, text: torch.Tensor | None, V: int, input_ids: torch.Tensor, position: Position
+    size: int, text: torch.Tensor | None, V: int, input_ids: torch.Tensor, position: Position, in_prompt: bool
 ) -> Places | None:
+    """Tokens that complete an n-gram of a text, or of the sequence; of its prompt, where generated tokens begin it."""
     B, L = input_ids.shape
     length = _length(position)
     source = input_ids if text is None else text
@@ -259,6 +287,12 @@ def _find_repeated(
     windows = source.shape[1] - size + 1
     if windows <= 0:
         return None
+    if in_prompt:
+        prompt_length = _prompt_length(position)
+        last_of_window = torch.arange(size - 1, source.shape[1], device=source.device)
+        generated = _length(position) - prompt_length >= size - 1
+        here = (last_of_window < prompt_length) & generated
+        inside = here if inside is None else inside & here
     matches = inside
     for j in range(size - 1):
         same = source[:, j : j + windows] == prefix[:, j : j + 1]

@@ -26,12 +26,14 @@ ROWS = tl.constexpr(1)  # the row's own set in block a of the rows
 ALLOWED = tl.constexpr(2)  # what the row's allowed set lacks
 HISTORY = tl.constexpr(3)  # tokens of the sequence: span a, from the starts of row b on
 COUNTS = tl.constexpr(4)  # the same, counted into plane ``plane``
-REPEATED = tl.constexpr(5)  # tokens that would repeat an a-gram of the sequence
+REPEATED = tl.constexpr(5)  # tokens that would repeat an a-gram of span b of the sequence: all of it, or the prompt
 REPEATED_FROM = tl.constexpr(6)  # tokens that would repeat an a-gram of block b of the sources
 ENDINGS = tl.constexpr(7)  # last tokens of the sequences at table[a] whose other tokens end the history
 SUMS = tl.constexpr(8)  # the same, values added up into plane ``plane``
 GATE = tl.constexpr(9)  # row value ``plane``: 1 where the gate is open, else 0
 DECAY = tl.constexpr(10)  # row value ``plane``: numbers[b] ** (length - table[a]) - 1 beyond that length, else 0
+VALUE = tl.constexpr(11)  # row value ``plane``: column a of the given values
+RANGE = tl.constexpr(12)  # tokens from a to below b: columns of the given values, or table[-1 - a] where a < 0
 
 # Spans of a history.
 ALL = tl.constexpr(0)
@@ -75,12 +77,15 @@ class Position(NamedTuple):
     prompt_offset: int = 0
     cache_position: torch.Tensor | None = None
     prompt_length: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    """What was computed for each row there, float64 ``[B, N]`` and contiguous; None where a chain asks for nothing."""
 
 
 _STEPWISE = ["B", "W", "L", "source_length", "splits", "stride_ids_row", "stride_id", "stride_allowed", "stride_cache"]
 _STEPWISE += ["stride_prompt", "cache_offset", "prompt_offset"]
 _UNALIGNED = ["ids_ptr", "masks_ptr", "rows_ptr", "sources_ptr", "starts_ptr", "gates_ptr", "table_ptr", "numbers_ptr"]
-_UNALIGNED += ["allowed_ptr", "cache_position_ptr", "prompt_length_ptr", "bits_ptr", "planes_ptr", "row_values_ptr"]
+_UNALIGNED += ["allowed_ptr", "cache_position_ptr", "prompt_length_ptr", "values_ptr"]
+_UNALIGNED += ["bits_ptr", "planes_ptr", "row_values_ptr"]
 
 
 @triton.jit
@@ -225,6 +230,19 @@ def _write_sums(plane_ptr, table_ptr, numbers_ptr, ids_ptr, seen, stride_id, DTY
 
 
 @triton.jit
+def _end_of_range(values_ptr, table_ptr, END: tl.constexpr, V):
+    """Where a range begins or ends in a row whose values are at ``values_ptr``, as a token of the vocabulary or V."""
+    end = tl.load(values_ptr + END) if END >= 0 else tl.load(table_ptr + (-1 - END))
+    return tl.minimum(tl.maximum(end, 0), V).to(tl.int32)
+
+
+@triton.jit
+def _first_bits(count):
+    """Words whose lowest bits are set, as many as ``count`` says: all of them from 32 on."""
+    return tl.where(count >= 32, -1, ~(-1 << (tl.maximum(count, 0) & 31)))
+
+
+@triton.jit
 def _power(base, exponent):
     """``base ** exponent`` in the precision of the base, by repeated squaring; 1 for exponents below 1."""
     left = tl.maximum(exponent, 0)
@@ -240,7 +258,7 @@ def _power(base, exponent):
 def _token_sets_kernel(
     # inputs
     ids_ptr, masks_ptr, rows_ptr, sources_ptr, starts_ptr, gates_ptr, table_ptr, numbers_ptr, allowed_ptr,
-    cache_position_ptr, prompt_length_ptr,
+    cache_position_ptr, prompt_length_ptr, values_ptr,
     # outputs
     bits_ptr, planes_ptr, row_values_ptr, rounds_like_ptr,
     # shapes
@@ -250,7 +268,7 @@ def _token_sets_kernel(
     # position
     cache_offset, prompt_offset,
     # constants
-    TASKS: tl.constexpr, SETS: tl.constexpr, ROW_VALUES: tl.constexpr, BLOCK: tl.constexpr,
+    TASKS: tl.constexpr, SETS: tl.constexpr, ROW_VALUES: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     split = program % splits
@@ -272,6 +290,8 @@ def _token_sets_kernel(
     last = tl.minimum(first + range_words, W)
     if ids_ptr is not None:
         ids_ptr += row * stride_ids_row
+    if values_ptr is not None:
+        values_ptr += row * VALUES
 
     for s in tl.static_range(SETS):
         if which == s:
@@ -294,6 +314,10 @@ def _token_sets_kernel(
                             value |= tl.load(rows_ptr + rows_start + word, mask=word < last, other=0)
                         if TASKS[t] == ALLOWED:
                             value |= ~tl.load(allowed_ptr + row * stride_allowed + word, mask=word < last, other=0)
+                        if TASKS[t] == RANGE:
+                            start = _end_of_range(values_ptr, table_ptr, TASKS[t + 3], V)
+                            stop = _end_of_range(values_ptr, table_ptr, TASKS[t + 4], V)
+                            value |= _first_bits(stop - word * 32) & ~_first_bits(start - word * 32)
                 tl.store(set_ptr + word, value, mask=word < last)
             tl.debug_barrier()
 
@@ -316,8 +340,12 @@ def _token_sets_kernel(
                             TASKS[t] == COUNTS, BLOCK,
                         )  # fmt: skip
                     if TASKS[t] == REPEATED:
+                        text_length = seen
+                        if TASKS[t + 4] == PROMPT:
+                            generated = step >= TASKS[t + 3] - 1
+                            text_length = tl.where(generated, tl.minimum(prompt_length, seen), 0)
                         _add_repeated(
-                            set_ptr, ids_ptr, seen, stride_id, ids_ptr, seen, first, last, stride_id, V,
+                            set_ptr, ids_ptr, text_length, stride_id, ids_ptr, seen, first, last, stride_id, V,
                             TASKS[t + 3], BLOCK,
                         )  # fmt: skip
                     if TASKS[t] == REPEATED_FROM:
@@ -347,6 +375,9 @@ def _token_sets_kernel(
                     power = _power(tl.load(numbers_ptr + TASKS[t + 4]), times)
                     value = tl.where(times > 0, power - 1.0, 0.0).to(tl.float32)
                     tl.store(row_values_ptr + row * ROW_VALUES + TASKS[t + 5], value)
+                if TASKS[t] == VALUE:
+                    value = tl.load(values_ptr + TASKS[t + 3]).to(tl.float32)
+                    tl.store(row_values_ptr + row * ROW_VALUES + TASKS[t + 5], value)
 
 
 class Operands(NamedTuple):
@@ -363,7 +394,7 @@ class Operands(NamedTuple):
     gates: torch.Tensor | None = None
     """Gates, int32 ``[G, 5]``."""
     table: torch.Tensor | None = None
-    """Sequences, as ``endings`` and ``sums`` lay them out, and lengths, int32."""
+    """Sequences, as ``endings`` and ``sums`` lay them out, lengths, and fixed ends of ranges, int32."""
     numbers: torch.Tensor | None = None
     """Biases of the sequences and factors of growth, float64."""
 
@@ -413,6 +444,8 @@ class Texts(NamedTuple):
     """The sequences at each offset of the table."""
     decays: dict[int, tuple[int, float]]
     """Start and factor of the growth whose start is at each offset of the table."""
+    ends: dict[int, int]
+    """The fixed end of a range at each offset of the table."""
 
 
 @dataclass(eq=False)
@@ -424,13 +457,15 @@ class Search:
     sets: int = 0
     planes: int = 0
     row_values: int = 0
+    values: int = 0
+    """How many values of each row are given."""
     operands: Operands = field(default_factory=Operands)
-    texts: Texts = field(default_factory=lambda: Texts([], [], {}, {}))
+    texts: Texts = field(default_factory=lambda: Texts([], [], {}, {}, {}))
 
     def __post_init__(self) -> None:
         self.flat = tuple(number for task in self.tasks for number in task)
         # Searches of one form share their compiled kernel, whatever they read.
-        self.form = form_of((self.flat, self.sets, self.row_values))
+        self.form = form_of((self.flat, self.sets, self.row_values, self.values))
         self.is_static = all(
             task.kind == GATE.value or (task.kind == STATIC.value and task.b < 0) for task in self.tasks
         )
@@ -555,7 +590,7 @@ def launch_token_sets(
         L = input_ids.shape[1]
         stride_ids_row, stride_id = input_ids.stride()
         ids_dtype = input_ids.dtype
-    cache_offset, prompt_offset, cache_position, prompt_length = position
+    cache_offset, prompt_offset, cache_position, prompt_length, values = position
     if allowed is not None and allowed.dtype == torch.bool:
         allowed = pack_bits(allowed)
     masks, rows, sources, starts, gates, table, numbers = search.operands
@@ -566,11 +601,11 @@ def launch_token_sets(
     )  # fmt: skip
     _token_sets_launcher(key, B * sets * splits, (
         input_ids, masks, rows, sources, starts, gates, table, numbers, allowed, cache_position, prompt_length,
-        found, planes, row_values, scores,
+        values, found, planes, row_values, scores,
         B, V, W, L, 0 if sources is None else sources.shape[2], splits,
         stride_ids_row, stride_id, 0 if allowed is None or allowed.shape[0] == 1 else allowed.stride(0),
         row_stride(cache_position), row_stride(prompt_length),
         cache_offset, prompt_offset,
-        search.flat, sets, search.row_values, _BLOCK,
+        search.flat, sets, search.row_values, search.values, _BLOCK,
     ))  # fmt: skip
     return TokenSets(found, planes, row_values)

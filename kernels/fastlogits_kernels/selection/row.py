@@ -564,7 +564,7 @@ _STORE = """
 
 
 _START = ".reg .pred some, asks<8>;"
-_COLLECT, _COLLECT_OPERANDS = for_tokens(
+_COLLECT_ONE, _COLLECT_ONE_OPERANDS = for_tokens(
     "out:b candidate x token counter:l pairs:l slots", f"{_START}\nmov.b32 $out0, 0;\n" + _CHOSEN + _STORE, 4
 )
 
@@ -600,7 +600,7 @@ def collect(candidate, x, token, counter, pairs, slots, PORTABLE: tl.constexpr):
     else:
         check_tokens(x, 4)
         tl.inline_asm_elementwise(
-            _COLLECT, _COLLECT_OPERANDS,
+            _COLLECT_ONE, _COLLECT_ONE_OPERANDS,
             [candidate.to(tl.int32), x, token, counter.to(tl.int64), pairs.to(tl.int64), slots],
             dtype=tl.int8, is_pure=False, pack=4,
         )  # fmt: skip

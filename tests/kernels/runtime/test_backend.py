@@ -17,6 +17,7 @@ from fastlogits_kernels.runtime import launcher as runtime
 from fastlogits_kernels.runtime.backend import CompileError, KernelError
 from fastlogits_kernels.selection import launch
 from fastlogits_kernels.selection import logprobs as report
+from fastlogits_kernels.serving import search
 from fastlogits_kernels.serving import steps as slot_sets
 from fastlogits_kernels.truncate.dispatch import truncate
 from fastlogits_kernels.truncate.reference import reference_truncate
@@ -169,7 +170,7 @@ def test_a_batch_of_requests_whose_kernels_cannot_be_compiled(monkeypatch, fresh
     if broken == "selection":
         break_selection(monkeypatch, "rows")
     elif broken == "slots":
-        break_kernels(monkeypatch, slot_sets._slot_sets_launcher)
+        break_kernels(monkeypatch, search._slot_sets_launcher)
     else:
         break_kernels(monkeypatch, sys.modules["fastlogits_kernels.selection.keep"]._keep_launcher)
     with pytest.warns(RuntimeWarning, match="falls back to torch"):
