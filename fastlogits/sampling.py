@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+_ARGUMENTS = {order: [(name, argument_of(name)) for name in names] for order, names in ORDERS.items()}
+"""The rules of each order, with the names of their parameters."""
+
+
 class SamplingOptions(TypedDict, total=False):
     """The fields of ``SamplingParams``, as keyword arguments of ``Sampler`` and ``sample``."""
 
@@ -119,14 +123,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         one_of("order", self.order, tuple(ORDERS))
         one_of("ties", self.ties, get_args(Ties))
-        checked = {argument_of(kind): _checked_rule(kind, self.__dict__[argument_of(kind)]) for kind in RULES}
-        self.__dict__.update(checked, temperature=_checked_temperature(self.temperature))
+        given = self.__dict__
+        given["temperature"] = _checked_temperature(self.temperature)
+        for name, argument in _ARGUMENTS["transformers"]:
+            if given[argument] is not None:
+                given[argument] = _checked_rule(name, given[argument])
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The truncations that are on, in their order."""
-        values = [(kind, self.__dict__[argument_of(kind)]) for kind in ORDERS[self.order]]
-        return tuple([Rule(kind, value, ties=self.ties) for kind, value in values if value is not None])
+        given = self.__dict__
+        acting = [(name, given[argument]) for name, argument in _ARGUMENTS[self.order]]
+        return tuple([Rule(name, value, ties=self.ties) for name, value in acting if value is not None])
 
 
 class Sampler:
@@ -510,13 +518,11 @@ def _with_options(params: SamplingParams | None, options: SamplingOptions) -> Sa
     return replace(params, **options) if options else params
 
 
-def _checked_rule(kind: RuleKind, value: float | torch.Tensor | None) -> float | torch.Tensor | None:
+def _checked_rule(kind: RuleKind, value: float | torch.Tensor) -> float | torch.Tensor | None:
     """The parameter of a rule; None where it is off for all rows."""
     if isinstance(value, torch.Tensor):
         check_row_values(kind, value)
         return value
-    if value is None:
-        return None
     bounds = RULES[kind].range
     if RULES[kind].integer:
         if not is_integer(value) or value < -1:

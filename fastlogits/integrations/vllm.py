@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from fastlogits.integrations.requests import LiveBatch, LiveRequest, Refuse, RequestOptions
     from fastlogits.serving.batch import BatchProcessor
 
-# vLLM takes lower temperatures for greedy decoding.
+# vLLM treats lower temperatures as greedy decoding.
 _GREEDY = 1e-5
-# Rows that there is room for at first; each takes a bit a token for some sets of tokens.
+# Rows that there is room for at first. Each row takes a bit for each token for some sets of tokens.
 _FEW_ROWS = 64
 
 
 def _interfaces() -> tuple[type, ...]:
-    """What the installed vLLM wants a logits processor to be: its older runner's class, its newer one's, or both."""
+    """The classes of logits processors of the installed vLLM: its older runner's, its newer runner's, or both."""
     found = []
     for module in ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor"):
         with suppress(ImportError):
@@ -52,8 +52,8 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
     the logits before vLLM's temperature, min-p, top-k and top-p. In vLLM's newer runner they see penalties applied
     already, in its older one penalties come after them; bans, bias and bad words of vLLM's own come before them in
     both. What vLLM has an argument for is refused here, so that nothing is applied twice. Values out of range and token
-    ids outside the vocabulary are refused when the request comes in. Should a running request have an option that can't
-    be honoured, the others are, and a warning names it.
+    ids outside the vocabulary are refused when the request comes in. If a running request has an option that can't be
+    honoured, the others are, and a warning names it.
 
     vLLM's older runner calls ``update_state`` and ``apply(logits)``, its newer one ``add_request``,
     ``apply_staged_writes`` and ``apply(logits, context)``, also with the rows of speculative decoding. With speculative
@@ -64,7 +64,7 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Check what a request asks for, where it comes in.
+        """Check the options of a new request.
 
         Raises:
             ValueError: see ``read_options``; forced tokens beside a grammar, which may forbid them; or the older runner
@@ -145,7 +145,7 @@ def _options(sampling_params: Any, vocab_size: int | None, refuse: Refuse | None
 
 
 def _running(sampling_params: Any, vocab_size: int | None) -> RequestOptions | None:
-    """The same in an engine's worker: what can't be honoured is logged, since whoever else runs must not suffer."""
+    """The same in an engine's worker, which logs what it can't honour: an exception would stop the other requests."""
     left_out: list[str] = []
     options = _options(sampling_params, vocab_size, left_out.append)
     if options is None:
@@ -161,7 +161,7 @@ class _OlderRunner:
 
     def __init__(self, vllm_config: Any) -> None:
         self.requests: dict[int, LiveRequest] = {}
-        # What it may come to can be gigabytes: a batch begins small, and grows where it has to.
+        # The largest batch could take gigabytes, so it begins small and grows when it has to.
         self._max_requests: int = min(64, vllm_config.scheduler_config.max_num_seqs)
         self._max_length: int = min(4096, vllm_config.model_config.max_model_len)
         self._batch: LiveBatch | None = None

@@ -103,7 +103,7 @@ MUTATIONS = [
     ),
     Mutation(
         "masks merged with and", f"{PACKAGE}/token_mask.py",
-        "TokenMask(both[0] | both[1]", "TokenMask(both[0] & both[1]",
+        "_combined(other, torch.logical_or)", "_combined(other, torch.logical_and)",
         ("test_token_mask.py",),
     ),
     Mutation(
