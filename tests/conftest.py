@@ -24,6 +24,8 @@ if HAS_TRITON:
 
     interpreter.speed_up()
 
+pytest_plugins = ["tests.durations"]
+
 # The same examples each time, so that a failure is a change's own; FASTLOGITS_FUZZ=1 looks for new ones, round after
 # round in one process, where each makes the classes of tests anew.
 settings.register_profile("same", derandomize=True)

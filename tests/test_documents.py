@@ -1,6 +1,7 @@
 """What the documents show: their code compiles and names only what there is, their links lead somewhere."""
 
 import ast
+import doctest
 import re
 from pathlib import Path
 
@@ -32,3 +33,16 @@ def test_code_compiles_and_names_what_there_is(name):
 def test_links_lead_somewhere(name):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text()):
         assert link.startswith("https://") or ((ROOT / name).parent / link).exists(), link
+
+
+def test_the_processor_of_contributing_passes_its_test(device):
+    names = {"__name__": "contributing"}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL):
+        exec(block, names)
+    tested = [value for name, value in names.items() if name.startswith("test_")]
+    assert tested
+    for test in tested:
+        test(device)
+    cls = names["NoShoutingAtFirst"]
+    for example in doctest.DocTestFinder().find(cls, globs=names):
+        assert not doctest.DocTestRunner().run(example).failed
