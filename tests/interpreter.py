@@ -52,8 +52,8 @@ def _dtypes_once() -> None:
 
 
 def speed_up() -> None:
-    """Replace what is slow, where this version of Triton has it."""
-    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
+    """Replace what is slow, once, where this version of Triton has it."""
+    is_known = hasattr(interpreter, "_LangPatchScope") and hasattr(interpreter, "_get_np_dtype")
+    if is_known and interpreter._patch_lang.__module__ == interpreter.__name__:
         _patch_once()
-    if hasattr(interpreter, "_get_np_dtype"):
         _dtypes_once()
