@@ -12,11 +12,19 @@ if not torch.cuda.is_available():
 
 import pytest
 from fastlogits_kernels.runtime import backend
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from tests.models import BUILDERS, tiny_llama, tiny_t5
+
+if HAS_TRITON:
+    from tests import interpreter
+
+    interpreter.speed_up()
+
+pytest_plugins = ["tests.durations"]
 
 # The same examples each time, so that a failure is a change's own; FASTLOGITS_FUZZ=1 looks for new ones, round after
 # round in one process, where each makes the classes of tests anew.

@@ -1,6 +1,7 @@
 """What the documents show: their code compiles and names only what there is, their links lead somewhere."""
 
 import ast
+import doctest
 import re
 from pathlib import Path
 
@@ -42,3 +43,16 @@ def test_of_the_plots_the_repository_keeps_what_documents_show():
     }
     kept = re.findall(r"^!(.*)$", (ROOT / ".gitignore").read_text(), re.MULTILINE)
     assert sorted(kept) == sorted(path for path in shown if path.endswith((".png", ".svg")))
+
+
+def test_the_processor_of_contributing_passes_its_test(device):
+    names = {"__name__": "contributing"}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL):
+        exec(block, names)
+    tested = [value for name, value in names.items() if name.startswith("test_")]
+    assert tested
+    for test in tested:
+        test(device)
+    cls = names["NoShoutingAtFirst"]
+    for example in doctest.DocTestFinder().find(cls, globs=names):
+        assert not doctest.DocTestRunner().run(example).failed

@@ -10,7 +10,8 @@ import pytest
 from fastlogits_kernels.runtime import launcher
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
+# Slow whatever was measured: what Triton has compiled before, it takes from its cache.
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")]
 
 # In a process of its own: this one may have chosen the interpreter, which compiles nothing.
 COMPILE = r"""
