@@ -87,8 +87,7 @@ from fastlogits_kernels.selection.row import (
     TILE_W,
     Listed,
     Maps,
-    Sample,
-    Samples,
+    Sampling,
     Shape,
 )
 from fastlogits_kernels.selection.row_sums import sums_kernel
@@ -243,7 +242,7 @@ class _Layout(NamedTuple):
         sample = min(V, _SAMPLE)
         shape: Any = Shape(
             W, tiles, parts, slots, sums_at, parts_at, pairs_at, 0.95 * few, 0.95 * slots,
-            Sample(max(V, _SAMPLE) // RUN.value, sample, sample / V),
+            max(V, _SAMPLE) // RUN.value, sample, sample / V,
         )  # fmt: skip
         return cls(
             shape, _whole_lines(pairs_at + max(2 * pairs, _SAMPLE * sums)), few, triton.next_power_of_2(tiles),
@@ -270,14 +269,14 @@ class Selection:
         self.numbers = _numbers_on(device, *numbers)
         places: list[int] = []
         per_row = self.sums = 0
-        self.may_be_free = True
+        self.may_be_uncut = True
         for index, rule in enumerate(rules):
             by_row = isinstance(rule.value, torch.Tensor)
             places.append(per_row if by_row else -1 - index)
             per_row += by_row
-            if self.may_be_free:  # nothing may have been dropped before it
+            if self.may_be_uncut:  # nothing may have been dropped before it
                 self.sums = max(self.sums, rule.spec.sums)
-            self.may_be_free = self.may_be_free and by_row
+            self.may_be_uncut = self.may_be_uncut and by_row
         self.kinds = tuple(CODES[rule.kind] for rule in rules)
         self.leasts = tuple(rule.min_tokens_to_keep for rule in rules)
         self.places = tuple(places)
@@ -476,17 +475,17 @@ def _launches(
     selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors, given: _Tensors
 ) -> list[Launch]:
     """The launches of a call with some tensors; ``given`` is what their kernels are given of them."""
-    samples = _only_samples(tensors.scores, selection, found, tensors.tokens, tensors.seeds)
-    return (_sample_launches if samples else _select_launches)(selection, chain, found, tensors, given)
+    sampling = _only_samples(tensors.scores, selection, found, tensors.tokens, tensors.seeds)
+    return (_sample_launches if sampling else _select_launches)(selection, chain, found, tensors, given)
 
 
 def _rehearse_other(selection: Selection, chain: Chain, found: TokenSets | None, tensors: _Tensors) -> None:
     """Collect the launches of a draw from all tokens that another number of rows would make."""
     scores = tensors.scores
-    samples = _only_samples(scores, selection, found, tensors.tokens, tensors.seeds)
-    words_of_row = selection.layouts[scores.element_size()].words_of_row if samples else selection.words_to_sample
+    sampling = _only_samples(scores, selection, found, tensors.tokens, tensors.seeds)
+    words_of_row = selection.layouts[scores.element_size()].words_of_row if sampling else selection.words_to_sample
     other = tensors._replace(work=tensors.work.new_empty(len(scores), words_of_row))
-    launch_together((_select_launches if samples else _sample_launches)(selection, chain, found, other, other))
+    launch_together((_select_launches if sampling else _sample_launches)(selection, chain, found, other, other))
 
 
 def _select_launches(
@@ -501,9 +500,9 @@ def _select_launches(
     maps = _maps(chain, found, tensors, given)
     if B <= _FEW_ROWS:
         shape = shape._replace(capacity=min(shape.capacity, 0.85 * _SOME))
-    cut = (*shape[:-1], *shape.sample)
+    cut = tuple(shape)
     values = (selection.numbers, *given.rows)
-    samples: Any = Samples(given.seeds, given.positions, row_stride(seeds), row_stride(positions))
+    sampling: Any = Sampling(given.seeds, given.positions, row_stride(seeds), row_stride(positions))
     spans, lists = tensors.spans, 0 if found is None or found.listed is None else found.listed[2]
     listed: Any = Listed(given.listed, given.spans, 0 if spans is None else spans.stride(0), lists, B * lists)
     stride_row, stride_token = scores.stride()
@@ -523,7 +522,10 @@ def _select_launches(
     # A thread that draws has all tokens of an octet: of float32 logits, or such as are folded, two times 16 bytes.
     # Logits are looked at as they are given, where a chain does nothing, only bans tokens, or comes as lists.
     raw = lists > 0 or not chain.flat or (len(chain.flat) == 4 and chain.flat[0] == BAN.value)
-    halves = 2 if drawn and selection.may_be_free and not (raw and itemsize == 2) else 1
+    edited = chain.ops[0].set if raw and chain.ops else -1
+    banned = chain.ops[1].set if lists else edited
+    list_room = chain.ops[0].a + 1 if lists else 0
+    halves = 2 if drawn and selection.may_be_uncut and not (raw and itemsize == 2) else 1
     launches: list[Launch] = []
     if selection.sums:
         launches.append(Launch(launchers.sums, key, B * shape.tiles, (
@@ -532,28 +534,28 @@ def _select_launches(
         )))  # fmt: skip
     # The first launch waits for whatever was there before.
     launches.append(Launch(launchers.bounds if selection.sums else _launchers.bounds, key, B, (
-        given.scores, values, *maps, *samples, given.work, V, *cut, stride_row, stride_token, words_of_row,
+        given.scores, values, *maps, *sampling, given.work, V, *cut, stride_row, stride_token, words_of_row,
         chain.flat, largest, selection.kinds, selection.leasts, selection.places, selection.sums, selection.normalise,
         selection.bracketed, greedy, fits, _SAMPLE, _BITS, TILES, early,
     )))  # fmt: skip
     launches.append(Launch(launchers.filter, key, B * (lists + shape.parts), (
-        given.scores, *maps, *samples, *listed, given.out, given.work, V, *cut,
+        given.scores, *maps, *sampling, *listed, given.out, given.work, V, *cut,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row,
-        chain.flat, largest, selection.fill, selection.bracketed, selection.weighed, selection.may_be_free,
-        _BLOCK_BYTES // itemsize, halves, raw, portable, early,
+        chain.flat, largest, selection.fill, selection.bracketed, selection.weighed, selection.may_be_uncut,
+        _BLOCK_BYTES // itemsize, halves, raw, edited, banned, list_room, portable, early,
     )))  # fmt: skip
     more_than = -1
     for slots in selection.slots:
         # Logits of 16 bits tie a lot.
         slots = max(slots, _SOME) if scores.dtype != torch.float32 else slots
         launches.append(Launch(launchers.refining(slots), (*key, slots), B, (
-            *maps, *samples, given.work, given.out, given.tokens, V, *cut, stride_out, stride_out_token, words_of_row,
+            *maps, *sampling, given.work, given.out, given.tokens, V, *cut, stride_out, stride_out_token, words_of_row,
             selection.kinds, selection.leasts, selection.sums, selection.normalise, selection.banded,
             selection.lowest_ties, slots, more_than, PARTS, early,
         )))  # fmt: skip
         more_than = slots
     launches.append(Launch(launchers.rows, key, min(B, multiprocessors(scores.device)), (
-        given.scores, *maps, *samples, given.work, given.out, given.tokens, V, *cut, B, len(selection.kinds), more_than,
+        given.scores, *maps, *sampling, given.work, given.out, given.tokens, V, *cut, B, len(selection.kinds), more_than,
         stride_row, stride_token, stride_out, stride_out_token, words_of_row,
         chain.flat, largest, selection.fill, selection.normalise, selection.lowest_ties, portable, ROW_BLOCK, ROOM,
         PARTS, early,

@@ -9,7 +9,7 @@ from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.launcher import tl, triton
 from fastlogits_kernels.selection import launch, row
-from fastlogits_kernels.selection.row import noise_of
+from fastlogits_kernels.selection.noise import noise_of
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
@@ -315,7 +315,7 @@ LISTED = {
 def between_bounds(scores, work):
     """How many tokens of each row, which no temperature divides, lie between the bounds in its workspace."""
     low, up, first, last = (
-        work[:, at.value + i].view(torch.float32)[:, None] for at in (row.REACH_AT, row.SURE_AT) for i in (0, 1)
+        work[:, at.value + i].view(torch.float32)[:, None] for at in (row.RAW_RANGE_AT, row.RAW_CERTAIN_AT) for i in (0, 1)
     )
     return ((scores >= low) & (scores <= up) & ~((scores >= first) & (scores <= last))).sum(1)
 
