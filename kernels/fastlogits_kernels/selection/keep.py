@@ -17,7 +17,8 @@ from fastlogits_kernels.pointwise.search import TokenSets
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, tl, triton
 from fastlogits_kernels.selection.goals import fitted
-from fastlogits_kernels.selection.launch import Selection, maps_of
+from fastlogits_kernels.selection.launchers import maps_of
+from fastlogits_kernels.selection.layout import Selection
 from fastlogits_kernels.selection.row import (
     KEPT_AT,
     MAP_STRIDES,

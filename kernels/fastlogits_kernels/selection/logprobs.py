@@ -28,7 +28,8 @@ from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, row_stride, tl, triton
 from fastlogits_kernels.runtime.library import register
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.selection.launch import Selection, kept_in, launch_select, maps_of
+from fastlogits_kernels.selection.launch import Selection, kept_in, launch_select
+from fastlogits_kernels.selection.launchers import maps_of
 from fastlogits_kernels.selection.row import (
     LOWEST,
     MAP_STRIDES,

@@ -34,9 +34,9 @@ from fastlogits_kernels.selection.launch import (
     Selection,
     kept_in,
     launch_select,
-    overlaps,
     reference_distribution,
 )
+from fastlogits_kernels.selection.launchers import overlaps
 from fastlogits_kernels.selection.logprobs import KeptRows, Report, launch_report, report, takes
 from fastlogits_kernels.selection.row import TINY_TEMPERATURE, let_next_launch
 from fastlogits_kernels.serving.layout import (
