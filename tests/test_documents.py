@@ -3,6 +3,7 @@
 import ast
 import doctest
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")),
+    *(str(p.relative_to(ROOT)) for p in ROOT.glob("kernels/fastlogits_kernels/*/README.md")),
 ]
+KERNELS = [name for name in DOCUMENTS if name.startswith("kernels/")]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -56,3 +59,20 @@ def test_the_processor_of_contributing_passes_its_test(device):
     cls = names["NoShoutingAtFirst"]
     for example in doctest.DocTestFinder().find(cls, globs=names):
         assert not doctest.DocTestRunner().run(example).failed
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_names_of_kernels_exist(name):
+    """What the README of a folder of kernels writes as code is a name of the kernels, or a file beside it."""
+    sources = " ".join(path.read_text() for path in ROOT.glob("kernels/**/*.py"))
+    known = set(re.findall(r"\w+", sources))
+    for code in re.findall(r"`([^`\n]+)`", (ROOT / name).read_text()):
+        if code.endswith(".py"):
+            assert (ROOT / name).with_name(code).exists(), code
+        elif re.fullmatch(r"[\w.]+", code):
+            assert set(re.findall(r"\w+", code)) <= known, code
+
+
+def test_the_picture_of_the_selection_is_as_it_is_drawn():
+    drawn = runpy.run_path(str(ROOT / "docs/figures/selection.py"))
+    assert drawn["OUT"].read_text() == drawn["picture"]()

@@ -28,7 +28,7 @@ import torch
 from fastlogits_kernels.rules import RULES, Rule, argument_of
 from fastlogits_kernels.runtime import backend, launcher
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
-from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.serving import search
 
 import fastlogits as fl
@@ -51,8 +51,8 @@ def captured(hopper: bool = True, amd: bool = False) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(Launcher, "__call__", note),
-        mock.patch.object(launch, "is_portable", return_value=amd),
-        mock.patch.object(launch, "overlaps", return_value=hopper),
+        mock.patch.object(launchers, "is_portable", return_value=amd),
+        mock.patch.object(launchers, "overlaps", return_value=hopper),
         mock.patch.object(search, "overlaps", return_value=hopper),
         forced(True),
     ):

@@ -33,7 +33,7 @@ from fastlogits_kernels.pointwise.fold import popcount
 from fastlogits_kernels.pointwise.search import Listed, TokenSets
 from fastlogits_kernels.runtime.bits import words as words_of
 from fastlogits_kernels.runtime.launcher import Launcher, tl, triton
-from fastlogits_kernels.selection.launch import overlaps
+from fastlogits_kernels.selection.launchers import overlaps
 from fastlogits_kernels.selection.row import TINY_TEMPERATURE, let_next_launch
 from fastlogits_kernels.serving.layout import (
     ACTIVE,

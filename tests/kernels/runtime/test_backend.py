@@ -15,7 +15,7 @@ from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import backend
 from fastlogits_kernels.runtime import launcher as runtime
 from fastlogits_kernels.runtime.backend import CompileError, KernelError
-from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.selection import logprobs as report
 from fastlogits_kernels.serving import search
 from fastlogits_kernels.serving import steps as slot_sets
@@ -75,8 +75,8 @@ def break_kernels(monkeypatch, *launchers, at_launch=False):
 
 
 def break_selection(monkeypatch, name):
-    for launchers in (launch._launchers, launch._early):
-        found = getattr(launchers, name)
+    for made in (launchers.LAUNCHERS, launchers.EARLY):
+        found = getattr(made, name)
         break_kernels(monkeypatch, *(found.values() if isinstance(found, dict) else [found]))
 
 

@@ -8,8 +8,8 @@ from fastlogits_kernels import draw
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.launcher import tl, triton
-from fastlogits_kernels.selection import launch, row
-from fastlogits_kernels.selection.row import noise_of
+from fastlogits_kernels.selection import launch, layout, row
+from fastlogits_kernels.selection.noise import noise_of
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
@@ -97,7 +97,7 @@ def test_rows_without_a_distribution(chain):
 
 def is_sampled(V):
     """Which tokens of a large vocabulary the bounds of a row are guessed from."""
-    run, runs = row.RUN.value, launch._SAMPLE // row.RUN.value
+    run, runs = row.RUN.value, layout.SAMPLE // row.RUN.value
     sampled = torch.zeros(V, dtype=torch.bool)
     first = torch.arange(runs) * (V // run) // runs * run
     sampled[(first.unsqueeze(1) + torch.arange(run)).flatten()] = True
@@ -319,7 +319,9 @@ LISTED = {
 def between_bounds(scores, work):
     """How many tokens of each row, which no temperature divides, lie between the bounds in its workspace."""
     low, up, first, last = (
-        work[:, at.value + i].view(torch.float32)[:, None] for at in (row.REACH_AT, row.SURE_AT) for i in (0, 1)
+        work[:, at.value + i].view(torch.float32)[:, None]
+        for at in (row.RAW_RANGE_AT, row.RAW_CERTAIN_AT)
+        for i in (0, 1)
     )
     return ((scores >= low) & (scores <= up) & ~((scores >= first) & (scores <= last))).sum(1)
 
