@@ -93,7 +93,7 @@ def launch_select(
     tensors = Tensors(scores, work, out, tokens, temperature, seeds, positions, *sets, rows)
     launch_together(_launches(selection, chain, found, tensors, tensors))
     if is_collecting():
-        if _draws_all(selection, found, tokens, seeds):  # how depends on the number of rows: rehearse both
+        if _samples_all(selection, found, tokens, seeds):  # how depends on the number of rows: rehearse both
             _rehearse_other(selection, chain, found, tensors)
     elif relaunches is None:
         selection.saw(key, lambda: _laid_out(selection, chain, found, tensors))
@@ -149,7 +149,7 @@ def _launches(
 
 
 def _rehearse_other(selection: Selection, chain: Chain, found: TokenSets | None, tensors: Tensors) -> None:
-    """Collect the launches of a draw from all tokens that another number of rows would make."""
+    """Collect the launches of a sampling from all tokens that another number of rows would make."""
     scores = tensors.scores
     sampling = _only_samples(scores, selection, found, tensors.tokens, tensors.seeds)
     words_of_row = selection.layouts[scores.element_size()].words_of_row if sampling else selection.words_to_sample
@@ -158,12 +158,12 @@ def _rehearse_other(selection: Selection, chain: Chain, found: TokenSets | None,
 
 
 def _only_samples(scores: torch.Tensor, selection: Selection, found: TokenSets | None, tokens: Any, seeds: Any) -> bool:
-    """Whether tokens are drawn part by part."""
-    return scores.numel() <= _MOST_SAMPLED and _draws_all(selection, found, tokens, seeds)
+    """Whether tokens are sampled part by part."""
+    return scores.numel() <= _MOST_SAMPLED and _samples_all(selection, found, tokens, seeds)
 
 
-def _draws_all(selection: Selection, found: TokenSets | None, tokens: Any, seeds: Any) -> bool:
-    """Whether tokens are drawn where no rule drops anything, and no token has a value from a list."""
+def _samples_all(selection: Selection, found: TokenSets | None, tokens: Any, seeds: Any) -> bool:
+    """Whether tokens are sampled where no rule drops anything, and no token has a value from a list."""
     if selection.kinds or tokens is None or seeds is None:
         return False
     return found is None or found.listed is None or not found.listed[2]
@@ -258,7 +258,7 @@ def reference_tokens(
     position: Position,
     allowed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens as ``select_tokens`` draws them, and the distribution that they were drawn from, float32 ``[B, V]``."""
+    """Tokens as ``select_tokens`` samples them, and the distribution that they are from, float32 ``[B, V]``."""
     x, greedy = _folded(logits.float(), chain, input_ids, position, allowed), None
     if temperature is None:
         x = truncate(x, selection.given)
@@ -301,7 +301,7 @@ def select_tokens(
     position: Position = NOWHERE,
     allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A token drawn from what the rules keep of each row of ``logits`` ``[B, V]``, int64 ``[B]``.
+    """A token sampled from what the rules keep of each row of ``logits`` ``[B, V]``, int64 ``[B]``.
 
     Args:
         logits: float32, float16 or bfloat16 of any strides, taken as float32; never written.

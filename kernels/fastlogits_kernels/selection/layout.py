@@ -150,7 +150,7 @@ class Selection:
         self.launches = 3 + len(self.slots) + (self.sums > 0)
         """How many kernels a call launches."""
         self.words_to_sample = _whole_lines(LINE.value + SAMPLE_PART_WORDS.value * -(-V // SAMPLE_BLOCK))
-        """Words of a row of the workspace where tokens are drawn and no rule drops anything."""
+        """Words of a row of the workspace where tokens are sampled and no rule drops anything."""
         self.relaunches: dict[tuple[Any, ...], Relaunches] = {}
         """The launches of calls that have come more than once, laid out."""
         self._seen: set[tuple[Any, ...]] = set()

@@ -340,7 +340,7 @@ def select_and_report(
     allowed: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Report]:
-    """The tokens of ``select_tokens``, and a report on them in the distribution that they were drawn from.
+    """The tokens of ``select_tokens``, and a report on them in the distribution that they were sampled from.
 
     Args:
         logits: see ``select_tokens``.

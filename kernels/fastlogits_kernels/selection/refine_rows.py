@@ -12,15 +12,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastlogits_kernels.runtime.launcher import tl, triton
-from fastlogits_kernels.selection.collect import Collection, collect, load_candidates
+from fastlogits_kernels.selection.collect import Collection, load_candidates
 from fastlogits_kernels.selection.goals import (
     LEAST_TERM,
     Found,
     Goal,
     Interval,
-    below_of,
     can_act,
-    centre_of,
     cut_below,
     cutoff_found,
     cutoff_key_of,
@@ -35,13 +33,34 @@ from fastlogits_kernels.selection.goals import (
     search,
     stats_of,
     surprises_kept,
-    term_of,
     ties_kept,
-    unpacked,
-    weighed,
     with_ties,
 )
 from fastlogits_kernels.selection.noise import load_request, perturbed_key, store_token
+from fastlogits_kernels.selection.passes import (
+    BELOW,
+    BY_DISTANCE,
+    BY_LOGIT,
+    BY_RANK,
+    BY_TERM,
+    LIST,
+    MASS,
+    NOTHING,
+    ROW,
+    SQUARES,
+    SURPRISE,
+    Config,
+    Measure,
+    Pass,
+    Range,
+    Row,
+    Source,
+    is_candidate_of,
+    is_certain_of,
+    load_block,
+    measured,
+    pass_over,
+)
 from fastlogits_kernels.selection.row import (
     BANDED_AT,
     BOUND_AT,
@@ -81,87 +100,28 @@ from fastlogits_kernels.selection.row import (
     Kept,
     Maps,
     Output,
-    RowSums,
     Sampling,
     Scores,
     Shape,
     all_kept,
     cutoff,
-    exp,
-    is_candidate,
     is_kept,
     key_of,
     load_float,
     number_of,
     rank_of,
     scaled,
-    scaled_logits,
     store_kept,
     wait_for_launch,
-    weight_of,
 )
 from fastlogits_kernels.selection.row_sums import load_row_sums
 
-# Where a pass looks for tokens.
-ROW, LIST = (tl.constexpr(i) for i in range(2))
-# By what it orders them.
-_BY_LOGIT, _BY_RANK, _BY_DISTANCE, _BY_TERM = (tl.constexpr(i) for i in range(4))
-# What it adds up beside their number.
-_NOTHING, _MASS, _BELOW, _SURPRISE, _SQUARES = (tl.constexpr(i) for i in range(5))
 # What a pass is for.
 _FIND_TOP, _WEIGH, _WEIGH_BELOW, _ADD_SQUARES, _SEARCH, _COLLECT, _BISECT, _FOUND, _FIND_TERM, _ADD_TERMS, _DONE = (
     tl.constexpr(i) for i in range(11)
 )
 # What a search is for.
 _OF_RULE, _OF_TIES, _OF_SHARE, _OF_SHARED_TIES = (tl.constexpr(i) for i in range(4))
-
-
-class Source(NamedTuple):
-    """Where tokens are looked for, in the row or in a list of them; and how many."""
-
-    kind: tl.tensor
-    pairs: tl.tensor
-    size: tl.tensor
-
-
-class Range(NamedTuple):
-    """Which logits are candidates: see ``is_candidate``. Those between two raw logits are kept for certain."""
-
-    least: tl.tensor
-    banded: tl.tensor
-    centre: tl.tensor
-    raw_first: tl.tensor
-    raw_last: tl.tensor
-
-
-class Row(NamedTuple):
-    """What doesn't change while a row is processed.
-
-    ``collection`` is where a search collects; ``likely_low`` and ``likely_high`` are keys around the cut-off, as the
-    sample tells; ``top_key`` is the largest key where the ``sums`` of the row are known, else LOWEST.
-    """
-
-    index: tl.tensor
-    scores: Scores
-    range: Range
-    work: tl.tensor
-    collection: Collection
-    likely_low: tl.tensor
-    likely_high: tl.tensor
-    sums: RowSums
-    top_key: tl.tensor
-    n_rules: tl.tensor
-
-
-class Config(NamedTuple):
-    """What the compiler knows; passed on and never assigned, see ``Form``."""
-
-    form: Form
-    LOWEST_TIES: tl.constexpr
-    NORMALISE: tl.constexpr
-    PORTABLE: tl.constexpr
-    BLOCK: tl.constexpr
-    ROOM: tl.constexpr
 
 
 class Rule(NamedTuple):
@@ -172,54 +132,6 @@ class Rule(NamedTuple):
     value: tl.tensor
     goal: tl.tensor
     needs: tl.tensor
-
-
-class Measure(NamedTuple):
-    """What a pass measures: an order, an amount, and what these are about.
-
-    ``tie`` is the key of the tokens that are ordered by rank, ``centre`` of what distances are, ``top``, ``mass`` and
-    ``largest`` the largest logit, mass and term of the entropy of what is kept.
-    """
-
-    order: tl.tensor
-    amount: tl.tensor
-    tie: tl.tensor
-    centre: tl.tensor
-    top: tl.tensor
-    mass: tl.tensor
-    largest: tl.tensor
-
-
-class Pass(NamedTuple):
-    """What a pass does: count at or above three keys, or collect, between two keys; over how many tokens.
-
-    ``simple`` ones count or weigh, in the order of the logits or of distances. ``looks``: its tally says something.
-    """
-
-    first: tl.tensor
-    second: tl.tensor
-    third: tl.tensor
-    low: tl.tensor
-    high: tl.tensor
-    size: tl.tensor
-    simple: tl.tensor
-    searches: tl.tensor
-    collects: tl.tensor
-    looks: tl.tensor
-    knows_mass: tl.tensor
-
-
-class Tally(NamedTuple):
-    """What a pass has found: the least and the largest key, and numbers and amounts at or above each of three keys."""
-
-    least: tl.tensor
-    most: tl.tensor
-    number_1: tl.tensor
-    amount_1: tl.tensor
-    number_2: tl.tensor
-    amount_2: tl.tensor
-    number_3: tl.tensor
-    amount_3: tl.tensor
 
 
 class Totals(NamedTuple):
@@ -277,156 +189,6 @@ class Base(NamedTuple):
     bound: tl.tensor
 
 
-# -- A pass ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _is_certain(raw, of):
-    return (raw >= of.raw_first) & (raw <= of.raw_last)
-
-
-@triton.jit
-def _is_candidate(x, raw, of):
-    """Which tokens of a list are candidates: of those that were collected, a few too many."""
-    return is_candidate(x, of.least, of.banded, of.centre, True) & (_is_certain(raw, of) == 0)
-
-
-@triton.jit
-def _block(start, source, row, config):
-    """Logits, whether they are there, tokens, and ranks of a block of where tokens are looked for."""
-    place = start + tl.arange(0, config.BLOCK)
-    inside = place < source.size
-    if source.kind == ROW:
-        token = place
-        valid = inside
-        x = scaled_logits(row.index, token >> 5, token & 31, token, inside, row.scores, config.form)
-    else:
-        pair = tl.load(source.pairs + place, mask=inside, other=0)
-        token = (pair >> 32).to(tl.int32)
-        raw = pair.to(tl.int32).to(tl.float32, bitcast=True)
-        x = scaled(raw, row.index, row.scores.maps)
-        valid = inside & _is_candidate(x, raw, row.range)
-    return x, valid, token, rank_of(token, config.LOWEST_TIES)
-
-
-@triton.jit
-def _measured(x, valid, rank, kept, measure):
-    """What a pass orders tokens by, which of them count, and what it adds up of each."""
-    counts = is_kept(x, valid, rank, kept, True)
-    key = key_of(x)
-    amount = tl.zeros_like(rank).to(tl.int64)
-    if measure.order == _BY_RANK:
-        counts = counts & (key == measure.tie)
-        key = rank
-    elif measure.order == _BY_DISTANCE:
-        key = key_of(-tl.abs(x - measure.centre))
-    if (measure.amount == _SURPRISE) | (measure.order == _BY_TERM):
-        term = term_of(x, measure.top, measure.mass)
-        amount = (term / measure.largest * ONE).to(tl.int64)
-        if measure.order == _BY_TERM:
-            key = key_of(term)
-            amount = tl.zeros_like(amount)
-    elif measure.amount == _MASS:
-        amount = weight_of(x, measure.top)
-    elif measure.amount == _BELOW:
-        amount = below_of(x, measure.top, counts)
-    return key, counts, amount
-
-
-@triton.jit
-def _added(key, counts, amount, what, sums, least, most):
-    """Sums at or above three keys, and the least and the largest key between two, with those of some tokens."""
-    first, second, third = sums
-    each = weighed(counts, amount)
-    first += tl.where(key >= what.first, each, 0)
-    second += tl.where(key >= what.second, each, 0)
-    third += tl.where(key >= what.third, each, 0)
-    least = tl.minimum(least, tl.where(counts & (key >= what.low), key, HIGHEST))
-    most = tl.maximum(most, tl.where(counts & (key <= what.high), key, LOWEST))
-    return (first, second, third), least, most
-
-
-@triton.jit
-def _squares_added(x, counts, top, sums):
-    """Sums of the finite logits: their number, their distances from a centre and the squares, float64 as bits."""
-    number, distances, squares = sums
-    counts = counts & (tl.abs(x) < float("inf"))
-    off = tl.where(counts, x - centre_of(top), 0.0).to(tl.float64)
-    number = number.to(tl.float64, bitcast=True) + counts.to(tl.float64)
-    distances = distances.to(tl.float64, bitcast=True) + off
-    squares = squares.to(tl.float64, bitcast=True) + off * off
-    return number.to(tl.int64, bitcast=True), distances.to(tl.int64, bitcast=True), squares.to(tl.int64, bitcast=True)
-
-
-@triton.jit
-def _sum_of_bits(bits):
-    return tl.sum(bits.to(tl.float64, bitcast=True)).to(tl.int64, bitcast=True)
-
-
-@triton.jit
-def _tally_of(sums, least, most, what, squares):
-    """The tally of all threads; each sum over them costs time."""
-    first, second, third = sums
-    none, nothing = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
-    number_1, number_2, number_3 = none, none, none
-    amount_1, amount_2, amount_3 = nothing, nothing, nothing
-    least_of_all, most_of_all = none, none
-    if squares:
-        amount_1, amount_2, amount_3 = _sum_of_bits(first), _sum_of_bits(second), _sum_of_bits(third)
-    elif what.looks:
-        count_a, amount_a = unpacked(first)
-        number_1, amount_1 = tl.sum(count_a), tl.sum(amount_a)
-        most_of_all = tl.max(most)
-        if what.searches:
-            count_b, amount_b = unpacked(second)
-            count_c, amount_c = unpacked(third)
-            number_2, amount_2 = tl.sum(count_b), tl.sum(amount_b)
-            number_3, amount_3 = tl.sum(count_c), tl.sum(amount_c)
-            least_of_all = tl.min(least)
-    return Tally(least_of_all, most_of_all, number_1, amount_1, number_2, amount_2, number_3, amount_3)
-
-
-@triton.jit
-def _pass(what, source, kept, measure, row, config):
-    """Pass over the tokens: a tally of them, or those between two keys collected.
-
-    Each thread adds up for itself, and all of them once at the end. Squares of deviations are float64 numbers in the
-    same words.
-    """
-    nothing = tl.zeros([config.BLOCK], tl.int64)
-    sums = (nothing, nothing, nothing)
-    least, most = tl.full([config.BLOCK], HIGHEST, tl.int32), tl.full([config.BLOCK], LOWEST, tl.int32)
-    by_distance = measure.order == _BY_DISTANCE
-    cuts = (kept.cutoff > LOWEST) | (kept.farthest > LOWEST)
-    one = tl.where(measure.amount == _MASS, ONE, 0.0)
-    source = Source(source.kind, source.pairs, what.size)
-    for start in range(0, tl.where(what.simple, what.size, 0), config.BLOCK):
-        x, valid, token, rank = _block(start, source, row, config)
-        counts = valid
-        if cuts:
-            counts = is_kept(x, valid, rank, kept, True)
-        key = key_of(tl.where(by_distance, -tl.abs(x - measure.centre), x))
-        p = exp(x - measure.top) * one
-        amount = tl.where(p == p, p, 0.0).to(tl.int64)
-        if what.searches:
-            sums, least, most = _added(key, counts, amount, what, sums, least, most)
-        else:
-            first, second, third = sums
-            sums = (first + weighed(counts, amount), second, third)
-            most = tl.maximum(most, tl.where(counts, key, LOWEST))
-    for start in range(0, tl.where(what.simple, 0, what.size), config.BLOCK):
-        x, valid, token, rank = _block(start, source, row, config)
-        key, counts, amount = _measured(x, valid, rank, kept, measure)
-        if measure.amount == _SQUARES:
-            sums = _squares_added(x, counts, measure.top, sums)
-        elif what.collects:
-            between = counts & (key >= what.low) & (key <= what.high)
-            collect(between.to(tl.int32) != 0, x, token, row.collection, config.PORTABLE)
-        else:
-            sums, least, most = _added(key, counts, amount, what, sums, least, most)
-    return _tally_of(sums, least, most, what, measure.amount == _SQUARES)
-
-
 # -- Searches -------------------------------------------------------------------------------------------------------
 
 
@@ -441,7 +203,7 @@ def _pivots(interval, goal, row, told, turns, order):
     low, high = interval.low, interval.high
     turn = turns % 4
     highest = number_of((high - 1).to(tl.int32))
-    span = tl.where(order == _BY_DISTANCE, 16.0, 128.0)
+    span = tl.where(order == BY_DISTANCE, 16.0, 128.0)
     lowest = tl.maximum(number_of(low.to(tl.int32)), highest - span)
     apart = highest - lowest
     weighs = goal.amount > 0
@@ -457,7 +219,7 @@ def _pivots(interval, goal, row, told, turns, order):
     even = tl.minimum(tl.maximum(even, 0.1), 0.9)
     middle = tl.where(turn < 2, 0.5, even) * apart
     step = tl.where(turn < 2, 0.25, 0.083) * apart
-    by_number = (order != _BY_RANK) & (turn != 3) & (apart > 0) & (apart < float("inf"))
+    by_number = (order != BY_RANK) & (turn != 3) & (apart > 0) & (apart < float("inf"))
     first = tl.where(by_number, key_of(lowest + (middle - step)).to(tl.int64), low + (high - low) // 4)
     second = tl.where(by_number, key_of(lowest + middle).to(tl.int64), low + (high - low) // 2)
     third = tl.where(by_number, key_of(lowest + (middle + step)).to(tl.int64), low + (high - low) * 3 // 4)
@@ -518,8 +280,8 @@ def _end_of_search(state, source, row, config):
         if of_list:
             raw = x
             x = scaled(raw, row.index, row.scores.maps)
-            valid = valid & _is_candidate(x, raw, row.range)
-        key, counts, amount = _measured(x, valid, rank_of(token, config.LOWEST_TIES), state.kept, state.measure)
+            valid = valid & is_candidate_of(x, raw, row.range)
+        key, counts, amount = measured(x, valid, rank_of(token, config.LOWEST_TIES), state.kept, state.measure)
         counts = counts & (key >= interval.low.to(tl.int32)) & (key.to(tl.int64) < interval.high)
         found = search(key, counts, amount, interval, state.search.goal, True)
     return found
@@ -582,7 +344,7 @@ def _begin(index, uncut, stale, top_key, open_below, failed, row, config):
         phase = tl.where(ends, _FIND_TOP, phase)
         index = tl.where(ends, row.n_rules + 1, index)
     counts = ends | stale | (rule.needs == 0) | (rule.needs >= 3)
-    return index, rule, phase, failed, tl.where(counts, _NOTHING, _MASS), uncut
+    return index, rule, phase, failed, tl.where(counts, NOTHING, MASS), uncut
 
 
 @triton.jit
@@ -604,7 +366,7 @@ def _next_pass(state, source, row):
     rule, measure, interval = state.rule, state.measure, state.search.interval
     searches = state.phase == _SEARCH
     collects = state.phase == _COLLECT
-    of_order = tl.where(row.range.banded, _BY_DISTANCE, _BY_LOGIT)
+    of_order = tl.where(row.range.banded, BY_DISTANCE, BY_LOGIT)
     told = (source.kind == ROW) & (state.search.turns == 0) & (measure.order == of_order)
     told = told & (row.likely_high < HIGHEST) & (row.range.least > float("-inf"))
     first, second, third = _pivots(interval, state.search.goal, row, told, state.search.turns, measure.order)
@@ -618,8 +380,8 @@ def _next_pass(state, source, row):
     # The same of a cut-off that asks for the largest logit alone, where a pass has found that.
     knows_all = weighs & (rule.goal == NO_GOAL) & (rule.least == 1) & (row.top_key == LOWEST) & (rule.needs == 0)
     skips = knows_mass | knows_all | (state.phase == _BISECT) | (state.phase == _FOUND)
-    simple = (collects == 0) & ((measure.order == _BY_LOGIT) | (measure.order == _BY_DISTANCE))
-    simple = simple & ((measure.amount == _NOTHING) | (measure.amount == _MASS))
+    simple = (collects == 0) & ((measure.order == BY_LOGIT) | (measure.order == BY_DISTANCE))
+    simple = simple & ((measure.amount == NOTHING) | (measure.amount == MASS))
     return Pass(
         tl.where(searches, first, lowest).to(tl.int32), tl.where(searches, second, lowest).to(tl.int32),
         tl.where(searches, third, lowest).to(tl.int32),
@@ -677,7 +439,7 @@ def _after_top(state, tally, certain, row):
     top_key = tl.maximum(tally.most, certain.largest)
     # NaN is no candidate beside tokens that were kept for certain.
     failed = state.failed | ((certain.number > 0) & (tally.most > KEY_OF_INFINITY))
-    amount = tl.where(normalises, _MASS, _NOTHING)
+    amount = tl.where(normalises, MASS, NOTHING)
     measure = Measure(state.measure.order, amount, none, zero, number_of(top_key), zero + 1, zero + 1)
     return State(
         tl.where(normalises, _WEIGH, state.phase), state.index, state.rule, state.kept, top_key, state.totals,
@@ -703,9 +465,9 @@ def _after_weighing(state, what, tally, certain, row):
     lacks_squares = has_sums & (rule.needs == 3) & (summed == 0)
     phase = tl.where(lacks_below, _WEIGH_BELOW, tl.where(lacks_squares, _ADD_SQUARES, phase))
     phase = tl.where(of_share, _FIND_TERM, phase)
-    amount = tl.where(lacks_below, _BELOW, tl.where(lacks_squares, _SQUARES, measure.amount))
+    amount = tl.where(lacks_below, BELOW, tl.where(lacks_squares, SQUARES, measure.amount))
     measure = Measure(
-        tl.where(of_share, _BY_TERM, measure.order), tl.where(of_share, _NOTHING, amount), tl.full([], 0, tl.int32),
+        tl.where(of_share, BY_TERM, measure.order), tl.where(of_share, NOTHING, amount), tl.full([], 0, tl.int32),
         zero, measure.top, (mass.to(tl.float64) / ONE).to(tl.float32), zero + 1,
     )  # fmt: skip
     return State(
@@ -730,7 +492,7 @@ def _after_term(state, tally):
     none, zero = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float32)
     largest = tl.maximum(number_of(tally.most), LEAST_TERM)
     measure = Measure(
-        none + _BY_LOGIT, none + _SURPRISE, none, zero, state.measure.top, state.measure.mass, largest
+        none + BY_LOGIT, none + SURPRISE, none, zero, state.measure.top, state.measure.mass, largest
     )  # fmt: skip
     return _measuring(state, none + _ADD_TERMS, measure)
 
@@ -876,7 +638,7 @@ def _start_search(state, tally, base, row, config):
         totals.count, tl.where(by_mass, totals.mass, 0), beyond.number, beyond.amount,
     )  # fmt: skip
     measure = Measure(
-        tl.where(by_distance, _BY_DISTANCE, _BY_LOGIT), tl.where(by_mass, _MASS, _NOTHING), none,
+        tl.where(by_distance, BY_DISTANCE, BY_LOGIT), tl.where(by_mass, MASS, NOTHING), none,
         top - stats.distance, top, zero + 1, zero + 1,
     )  # fmt: skip
     phase = _next_of_search(interval, _is_short(base.source, config), row.collection.slots)
@@ -898,7 +660,7 @@ def _start_ties(state, found, source, row, config):
     zero = tl.full([], 0.0, tl.float32)
     return State(
         phase, state.index, state.rule, state.kept, state.top_key, state.totals,
-        Measure(none + _BY_RANK, none + _NOTHING, found.key, zero, measure.top, measure.mass, measure.largest),
+        Measure(none + BY_RANK, none + NOTHING, found.key, zero, measure.top, measure.mass, measure.largest),
         Search(task, interval, of.goal, Goal(none, nothing), none + 1, of.collected),
         state.cutoff_key, state.budget, state.open_below, state.uncut, state.failed,
     )  # fmt: skip
@@ -923,7 +685,7 @@ def _finish_rule(state, base):
         kept = cut_below(kept, number_of(state.top_key))
         task = none + _OF_SHARE
         phase = none + _WEIGH
-        measure = _of_amount(_MASS, state.top_key)
+        measure = _of_amount(MASS, state.top_key)
     begins = spends == 0
     return State(
         phase, state.index + begins.to(tl.int32), state.rule, kept, state.top_key, state.totals, measure,
@@ -981,7 +743,7 @@ def _apply_rules(state, base, row, config):
             tl.debug_barrier()
             tl.store(row.collection.counter, 0)
             tl.debug_barrier()
-        tally = _pass(what, base.source, state.kept, state.measure, row, config)
+        tally = pass_over(what, base.source, state.kept, state.measure, row, config)
         if what.collects:
             tl.debug_barrier()
             number = tl.load(row.collection.counter, volatile=True)
@@ -1054,7 +816,7 @@ def _start(row, shape, tried, greedy, config, SAMPLES: tl.constexpr, PARTS: tl.c
     bound = tl.where(listed & (row.range.banded == 0), tl.load(work + BOUND_AT), KEY_OF_MINUS_INFINITY)
     phase = tl.where(is_sampled_as_it_is, _DONE, tl.where(unknown, _FIND_TOP, phase))
     state = _first_state(
-        phase, tl.where(unknown, 0, index), rule, row.top_key, tl.where(unknown, _NOTHING, amount), listed,
+        phase, tl.where(unknown, 0, index), rule, row.top_key, tl.where(unknown, NOTHING, amount), listed,
         uncut | unknown,
     )  # fmt: skip
     return state, Base(source, certain, bound), row_state
@@ -1070,7 +832,7 @@ def _write(state, base, overwrites, request, out, row, config):
     best = tl.full([config.BLOCK], LOWEST, tl.int32)
     which = tl.full([config.BLOCK], HIGHEST, tl.int32)
     for start in range(0, source.size, config.BLOCK):
-        x, valid, token, rank = _block(start, source, row, config)
+        x, valid, token, rank = load_block(start, source, row, config)
         stays = is_kept(x, valid, rank, state.kept, True)
         if out.ptr is not None:
             y = x - log_mass
@@ -1085,7 +847,7 @@ def _write(state, base, overwrites, request, out, row, config):
                 place = start + tl.arange(0, config.BLOCK)
                 pair = tl.load(source.pairs + place, mask=place < source.size, other=0)
                 raw = pair.to(tl.int32).to(tl.float32, bitcast=True)
-                stays = stays | (_is_certain(raw, row.range) & (place < source.size))
+                stays = stays | (is_certain_of(raw, row.range) & (place < source.size))
             key = tl.where(stays, perturbed_key(x, token, request), LOWEST)
             better = (key > best) | ((key == best) & (token < which) & stays)
             which = tl.where(better, token, which)
