@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist wor
 test: $(VENV)/ready
 	$(PYTEST) $(ARGS)
 
-# Of each test as many cases as fit into a second, see tests/durations.py; what it leaves out is printed.
+# Of each test as many cases as fit into half a second, see tests/durations.py; what it leaves out is printed.
 test-fast: $(VENV)/ready
 	$(PYTEST) -m "not slow" $(ARGS)
 

@@ -18,7 +18,7 @@ import pytest
 
 TABLE = Path(__file__).with_name("durations.csv")
 ROOT = TABLE.parents[1]
-FAST_S = 1.0
+FAST_S = 0.5
 """What the cases of one test may take in the fast selection, in CPU seconds."""
 FIRST_S = 2.0
 """Tests of which a case takes this long start before all others, so that no process is left with one at the end."""
