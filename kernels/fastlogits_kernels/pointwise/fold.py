@@ -282,6 +282,8 @@ def chain_of(handle: int) -> Chain:
     return _chains[handle]
 
 
+# Maps that read a value of each token.
+_OF_PLANES = tuple(kind.value for kind in (ADD_COUNTED, ADD_PLANE, SUBTRACT))
 # Maps that do nothing where their set is empty.
 _SPARSE = tuple(kind.value for kind in (BAN, SINK, ADD, ADD_ROW))
 _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -469,6 +471,8 @@ def reference_fold(
         if isinstance(value, float) and value == 0.0:
             continue
         places = find_places(chain.search, op.set, x, input_ids, position, allowed)
+        if op.kind in _OF_PLANES:  # of a set that a mask is part of, only the tasks that have values
+            places = [found for found in places if found.values is not None]
         if recorded:
             places = [found.as_mask(x) for found in places]
         if op.kind == FORCE.value:
