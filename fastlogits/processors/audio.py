@@ -22,19 +22,20 @@ _INF = float("inf")
 
 
 class WhisperTimeStampLogitsProcessor(StagedProcessor, _WhisperTimeStamp):
-    """Hold Whisper to timestamps that come in pairs and never go back.
+    """Make Whisper's timestamps come in pairs, and never go back.
 
-    Text is forbidden after the first timestamp of a pair, timestamps after the second; no timestamp goes below the
-    last one. Where all timestamps together are likelier than any other token, a timestamp must follow.
+    After the first timestamp of a pair no text may follow, and after the second no timestamp. A timestamp is never
+    below the last one. If all timestamps together are more likely than any other token, a timestamp must follow.
 
     Args:
         generate_config: a generation config with ``no_timestamps_token_id``, after which the timestamps begin,
-            ``eos_token_id``, and optionally ``max_initial_timestamp_index``.
+            ``eos_token_id``, and optionally ``max_initial_timestamp_index``, the highest first timestamp.
         begin_index: number of tokens before the first generated one.
-        _detect_timestamp_from_logprob: whether likely timestamps are forced; None for what the config says, or True.
+        _detect_timestamp_from_logprob: whether likely timestamps are forced; None takes the config's value, or True.
 
     Raises:
-        ValueError: ``begin_index`` is None.
+        ValueError: ``begin_index`` is None; on a call, ``input_ids`` of other rows than the scores.
+        IndexError: on a call, ``no_timestamps_token_id`` is outside the vocabulary.
 
     Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, 2022 (arXiv 2212.04356).
 
@@ -104,15 +105,15 @@ class WhisperTimeStampLogitsProcessor(StagedProcessor, _WhisperTimeStamp):
 
 
 class WhisperNoSpeechDetection(StagedProcessor, _WhisperNoSpeechDetection):
-    """Record at the first step how likely Whisper finds silence; the scores stay as they are.
+    """Record the probability of silence at Whisper's first step; the scores don't change.
 
-    The probabilities ``(B,)`` stand in ``no_speech_prob``. ``set_model``, ``set_inputs`` and ``set_begin_index`` are
-    transformers'. Where the start of the transcription lies before the first step, the model runs once more.
+    ``no_speech_prob`` holds the probabilities ``(B,)``. ``set_model``, ``set_inputs`` and ``set_begin_index`` are those
+    of transformers. If the transcription starts before the first step, the model runs once more.
 
     Args:
         no_speech_token: the token that stands for silence.
         begin_index: number of tokens before the first generated one.
-        scores_is_logprobs: whether the scores are log-probabilities already.
+        scores_is_logprobs: whether the scores already are log-probabilities.
 
     Example:
         >>> detection = WhisperNoSpeechDetection(no_speech_token=1, begin_index=1)
@@ -137,11 +138,11 @@ class WhisperNoSpeechDetection(StagedProcessor, _WhisperNoSpeechDetection):
 
 
 class BarkEosPrioritizerLogitsProcessor(StagedProcessor, _BarkEosPrioritizer):
-    """Leave only the tokens that end the text where one of them is likelier than a threshold.
+    """Allow only the tokens that end the text if one of them is more likely than a threshold.
 
     Args:
         eos_token_id: the id or ids that end the text, an integer, a list or an integer tensor ``(N,)``.
-        min_eos_p: the threshold, above 0; None to leave the scores as they are.
+        min_eos_p: the threshold, a probability above 0; None changes nothing.
         device: device of the scores.
 
     Raises:
@@ -155,7 +156,7 @@ class BarkEosPrioritizerLogitsProcessor(StagedProcessor, _BarkEosPrioritizer):
     """
 
     def stage(self) -> Rows:
-        """A row is forced to its end, or left."""
+        """A force in the rows that may end."""
         ids: dict[torch.device, torch.Tensor] = {}
         return Rows(
             "force",
@@ -179,12 +180,12 @@ class BarkEosPrioritizerLogitsProcessor(StagedProcessor, _BarkEosPrioritizer):
 
 
 class AlternatingCodebooksLogitsProcessor(StagedProcessor, _AlternatingCodebooks):
-    """Hold Bark to its two codebooks in turn: the first at even steps, the second at odd ones.
+    """Allow Bark's two codebooks in turn: the first at even steps, the second at odd steps.
 
     Args:
-        input_start_len: length of the sequence at step 0.
+        input_start_len: length of the sequence at step 0, an integer of at least 0.
         semantic_vocab_size: number of semantic tokens, which come first in the vocabulary.
-        codebook_size: number of tokens of the first codebook, which follow them; all others are the second's.
+        codebook_size: number of tokens of the first codebook, which come next; all others belong to the second.
 
     Raises:
         ValueError: ``input_start_len`` is not an integer or is negative.
@@ -211,15 +212,15 @@ class AlternatingCodebooksLogitsProcessor(StagedProcessor, _AlternatingCodebooks
 
 
 class DiaClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _DiaGuidance):
-    """Mix conditional and unconditional logits of one batch, ``[2 * B, V]`` in, ``[B, V]`` out, and keep the best.
+    """Mix conditional and unconditional logits of one batch, ``[2 * B, V]`` to ``[B, V]``, and keep the best tokens.
 
     Args:
         guidance_scale: weight of the difference that is added to the conditional logits, above 1.
-        guidance_top_k: number of tokens of the mix to keep, with their conditional logits; None to return the mix.
+        guidance_top_k: how many of the best tokens of the mix keep their conditional logits; None returns the mix.
 
     Raises:
-        ValueError: ``guidance_scale`` of 1 or less, ``guidance_top_k`` below 1; on a call, scores without twice the
-            rows of ``input_ids``.
+        ValueError: ``guidance_scale`` of 1 or less, ``guidance_top_k`` below 1; on a call, scores that don't have
+            twice as many rows as ``input_ids``.
 
     Example:
         >>> processor = DiaClassifierFreeGuidanceLogitsProcessor(3.0, guidance_top_k=1)
@@ -243,11 +244,11 @@ class DiaClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _DiaGuidance):
 
 
 class DiaEOSChannelFilterLogitsProcessor(StagedProcessor, _DiaEOSChannelFilter):
-    """Let only Dia's first channel end the audio, and only where that is its best token; then nothing else is left.
+    """Let only Dia's first channel end the audio, and force it to where the end is its best token.
 
     Args:
-        num_channels: channels of a sequence, neighbouring rows, at least 1.
-        eos_token_id: the token that ends the audio, above 0; the special tokens above it are forbidden everywhere.
+        num_channels: channels of a sequence, which are neighbouring rows, at least 1.
+        eos_token_id: the token that ends the audio, above 0; the special tokens above it are forbidden in all channels.
 
     Raises:
         ValueError: an argument out of range.
@@ -281,15 +282,15 @@ class DiaEOSChannelFilterLogitsProcessor(StagedProcessor, _DiaEOSChannelFilter):
 
 
 class DiaEOSDelayPatternLogitsProcessor(StagedProcessor, _DiaEOSDelayPattern):
-    """End Dia's channels one after the other, each at its delay after the first.
+    """End Dia's channels one after the other, each some steps after the first.
 
-    From where the first channel's best token ends the audio, or the length runs out, a countdown runs for each
-    channel; at its end the channel is forced to end. The countdown is carried from call to call in ``active_batches``
-    and ``delay_pattern``, from the first call on, as in transformers: one object for one run, and no reordering of
-    rows. They are updated in place, so that a captured graph carries them on.
+    A countdown starts for each channel when the end of the audio is the first channel's best token, or when the
+    maximal length is reached. When a countdown is over, its channel is forced to end. ``active_batches`` and
+    ``delay_pattern`` hold the countdowns from call to call, as in transformers: use one object for one run, and don't
+    reorder rows. Both are updated in place, so that a captured graph goes on counting.
 
     Args:
-        delay_pattern: the delay of each channel in steps.
+        delay_pattern: the delay of each channel, in steps.
         eos_token_id: the token that ends the audio.
         max_generation_len: length at which all channels have ended.
         device: device of the scores.
@@ -306,7 +307,7 @@ class DiaEOSDelayPatternLogitsProcessor(StagedProcessor, _DiaEOSDelayPattern):
     """
 
     def stage(self) -> Rows:
-        """Channels are forced when their countdown, which earlier calls began, is over."""
+        """A force in the channels whose countdown is over."""
         function = partial(DiaEOSDelayPatternLogitsProcessor._rows, self)
         return Rows("force", function, f"end {self.num_channels} channels one after the other, each at its delay")
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: away from what a model says without the condition."""
+"""Classifier-free guidance: logits move away from those that a model gives without the condition."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def conditional_and_not(input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[
 
 
 class ClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _ClassifierFreeGuidance):
-    """Mix conditional and unconditional logits of one batch: ``[2 * B, V]`` in, ``[B, V]`` out.
+    """Mix conditional and unconditional logits of one batch: ``[2 * B, V]`` to ``[B, V]``.
 
     Args:
         guidance_scale: weight of the conditional logits, above 1.
 
     Raises:
-        ValueError: ``guidance_scale`` of 1 or less; on a call, scores without twice the rows of ``input_ids``.
+        ValueError: ``guidance_scale`` of 1 or less; on a call, scores that don't have twice as many rows as
+            ``input_ids``.
 
     Source: Copet et al., Simple and Controllable Music Generation, 2023 (arXiv 2306.05284).
 
@@ -56,13 +57,13 @@ class ClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _ClassifierFreeGuid
 class UnbatchedClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _UnbatchedClassifierFreeGuidance):
     """Mix the scores with those of the same model, or another one, run on an unconditional or negative prompt.
 
-    The model runs inside the call, once a step, with a cache of its own that the object carries from step to step:
-    one object for one run, and no reordering of rows.
+    The call runs the model once a step. The model's cache is kept from step to step: use one object for one run, and
+    don't reorder rows.
 
     Args:
-        guidance_scale: weight of the scores against the unconditional ones; 1 for the scores alone, less than 1 to
-            go towards the unconditional prompt.
-        model: the model; with the vocabulary of the scores.
+        guidance_scale: weight of the scores against the unconditional ones; 1 takes the scores alone, less than 1 moves
+            towards the unconditional prompt.
+        model: the model; it has the vocabulary of the scores.
         unconditional_ids: unconditional prompt, int64 ``(B, L)``; None for the last token of the prompt.
         unconditional_attention_mask: its mask, int64 ``(B, L)``; None for all ones.
         use_cache: whether the model keeps keys and values from step to step.

@@ -1,8 +1,8 @@
-"""The jobs of NVIDIA's logits-processor-zoo (0.2.1), under its names: per row, without a loop over rows.
+"""NVIDIA's logits-processor-zoo (0.2.1) under its names, for each row and without a loop over rows.
 
-Those that put a phrase into the text must know what happened before: a phrase may begin with a token that the text
-holds anyway, and how sure the model was is not in the text at all. They remember it for each row of a run. Rows may
-change places, become more or fewer, and be cut back; see ``_Memory`` for what is not known then.
+Processors that put a phrase into the text need to know earlier steps. A phrase may begin with a token that is in the
+text anyway, and the text doesn't say how sure the model was. So they keep notes for each row of a run. Rows may change
+places, become more or fewer, and be cut back; ``_Memory`` says what is not known then.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _MOST_STEPS = 2**31
 
 
 class GenLengthLogitsProcessor(StagedProcessor):
-    r"""Make the end of the text likelier, or less likely, the more has been generated.
+    r"""Make the end of the text more or less likely as the text grows.
 
-    Its score is raised by ``boost_factor * (step / 10) ** p`` in rows that haven't generated it yet.
+    In rows that haven't ended, ``boost_factor * (step / 10) ** p`` is added to the score of the end of the text.
 
     Args:
         tokenizer: a tokenizer of transformers.
-        boost_factor: a finite number, sensibly from -1 to 1; a negative one makes for longer texts.
-        p: power of the number of generated tokens, 0 to 32.
-        complete_sentences: whether only rows count whose last token ends a sentence or a line. That is any token
-            whose text ends with a full stop or a line break, such as ``".\n"``; the original knows two tokens.
-        boost_token_str: the text of a token that takes the place of the end of the text, such as ``"</think>"``.
+        boost_factor: a finite number, usually from -1 to 1; a negative one makes texts longer.
+        p: exponent of the number of generated tokens, 0 to 32.
+        complete_sentences: whether only rows count whose last token ends a sentence or a line: any token whose text
+            ends with a full stop or a line break, such as ``".\n"``. The original knows two such tokens.
+        boost_token_str: text of the token that is used instead of the end of the text, such as ``"</think>"``.
 
     Raises:
         ValueError: an argument out of range, text that is not one token, a tokenizer without an end of text; on a
@@ -81,25 +81,24 @@ class GenLengthLogitsProcessor(StagedProcessor):
         function = partial(_boost_of_end, self.boost_token, self.boost_factor, self.p, self.sentence_ends)
         where = " after a sentence" if self.complete_sentences else ""
         boost = RowValues(function, f"{self.boost_factor:g} * (step / 10) ** {self.p:g}{where}")
-        return RowBias((self.boost_token,), boost[0], "boost_token_str")
+        return RowBias((self.boost_token,), boost[0], "boost_token")
 
 
 class CiteFromPromptLogitsProcessor(StagedProcessor):
-    """Make tokens of the prompt likelier, or less likely.
+    """Make tokens of the prompt more or less likely.
 
-    Each row has its own prompt, which is all that ``input_ids`` hold before the run, padding and special tokens
-    included.
+    Each row has its own prompt: all tokens of ``input_ids`` before the run, including padding and special tokens.
 
     Args:
         tokenizer: a tokenizer of transformers.
-        boost_factor: what is added to the scores of the prompt's tokens, a finite number.
-        boost_eos: whether the end of the text is among them.
-        conditional_boost_factor: what is added to the scores of tokens that follow the last generated token somewhere
-            in the prompt, a finite number; not at the first step.
+        boost_factor: added to the scores of the prompt's tokens, a finite number.
+        boost_eos: whether the end of the text counts as a token of the prompt.
+        conditional_boost_factor: added to the scores of tokens that follow the last generated token somewhere in the
+            prompt, a finite number; not at the first step.
 
     Raises:
         ValueError: a factor that is not a finite number, a tokenizer without an end of text; on a call, an end of
-            text outside the vocabulary, or a run whose start isn't known.
+            text outside the vocabulary, ``input_ids`` of other rows than the scores, or a run whose start isn't known.
 
     Example:
         >>> from tokenizers import Tokenizer, models
@@ -135,18 +134,18 @@ class CiteFromPromptLogitsProcessor(StagedProcessor):
 
 
 class MultipleChoiceLogitsProcessor(StagedProcessor):
-    r"""Let the model answer with one of some choices: all other tokens are forbidden, at every step.
+    r"""Allow only tokens that answer with one of some choices, at every step.
 
-    The choices keep their scores, so that it takes their probabilities among themselves. The original leaves the
-    other tokens the lowest score of the row instead, with which a sampler may still draw one.
+    The choices keep their scores, and so their probabilities relative to each other. The original gives all other
+    tokens the lowest score of the row, so that a sampler may still take one.
 
     Args:
         tokenizer: a tokenizer of transformers.
         choices: texts of the choices, each of one token; None for ``"1"`` to ``"4"``.
-        delimiter: what follows a choice where the prompt lists them, text of one token.
+        delimiter: text of one token, which follows each choice where the prompt lists them.
         boost_first_words: if not 0, ``boost_first_words`` times the score of the first token after ``"\nA."`` in the
-            prompt is added to the score of the choice ``"A"``, for those choices that the prompt lists in order. Of
-            the tokens with a text, such as that of the choice with and without a space before it, all are found.
+            prompt is added to the score of the choice ``"A"``, for the choices that the prompt lists in order. All
+            tokens with the text of a choice are found there, with and without a space before it.
 
     Raises:
         ValueError: text that is not one token, no choices or equal ones, a factor that is not a finite number; on a
@@ -194,9 +193,9 @@ class MultipleChoiceLogitsProcessor(StagedProcessor):
 
 
 class ForceLastPhraseLogitsProcessor(StagedProcessor):
-    """Put a phrase before the end of the text: where the end would be the likeliest token, the phrase comes first.
+    """Force a phrase before the end of the text, where the end becomes the most likely token.
 
-    Once it is complete the text may end. A forced token gets 0 and all others -inf, where the original leaves the
+    After the phrase the text may end. A forced token gets a score of 0 and all others -inf; the original gives the
     others the lowest score of the row.
 
     Args:
@@ -235,20 +234,20 @@ class ForceLastPhraseLogitsProcessor(StagedProcessor):
 
 
 class TriggerPhraseLogitsProcessor(StagedProcessor):
-    """Put a phrase into the text where a token would be the likeliest, or after some time.
+    """Force a phrase where a certain token becomes the most likely one, or after some time.
 
-    A forced token gets 0 and all others -inf, where the original leaves the others the lowest score of the row.
+    A forced token gets a score of 0 and all others -inf; the original gives the others the lowest score of the row.
 
     Args:
         tokenizer: a tokenizer of transformers.
         batch_size: not used; rows may be of any number.
         phrase: the phrase.
-        trigger_token_phrase: text of the token, which must be one; None for none.
-        trigger_time: seconds from the start of the run, or from the row's last phrase, after which the phrase comes
-            anyhow; None for never. The host's clock is read in each call, so that such a plan can't be captured in a
-            CUDA graph. In the original the phrase of one row starts the clock of all rows again.
-        trigger_count: number of times in a row of the batch, an integer of at least 0.
-        trigger_after: whether the phrase follows the token, rather than taking its place.
+        trigger_token_phrase: text of the one token; None for none.
+        trigger_time: seconds from the start of the run, or from the row's last phrase, after which the phrase is forced
+            anyway; None for never. Each call reads the host's clock, so such a plan can't be captured in a CUDA graph.
+            In the original the phrase of one row restarts the clock of all rows.
+        trigger_count: how often the phrase is forced in a row of the batch at most, an integer of at least 0.
+        trigger_after: whether the phrase follows the token, rather than replacing it.
 
     Raises:
         ValueError: neither token nor time, text that is not one token, an argument out of range; on a call, a token
@@ -303,17 +302,17 @@ class TriggerPhraseLogitsProcessor(StagedProcessor):
 
 
 class PreventHallucinationLogitsProcessor(StagedProcessor):
-    """Put a phrase into the text once the model has been unsure too often.
+    """Force a phrase when the model has been unsure too often.
 
-    It is unsure where its likeliest token has a probability below ``minp``. The first step after the phrase is free,
-    and after it the count starts again. A forced token gets 0 and all others -inf, where the original leaves the
-    others the lowest score of the row.
+    The model is unsure at a step if its most likely token has a probability below ``minp``. The first step after the
+    phrase isn't forced, and the count starts again after it. A forced token gets a score of 0 and all others -inf; the
+    original gives the others the lowest score of the row.
 
     Args:
         tokenizer: a tokenizer of transformers.
         batch_size: not used; rows may be of any number.
         minp: a probability, 0 to 1.
-        tolerate: number of unsure steps that are let pass, consecutive or not, an integer of at least 0.
+        tolerate: number of unsure steps that are tolerated, consecutive or not, an integer of at least 0.
         phrase: the phrase.
 
     Raises:
@@ -354,17 +353,17 @@ class PreventHallucinationLogitsProcessor(StagedProcessor):
 
 
 class MaxTimeLogitsProcessor(StagedProcessor):
-    """Force the end of the text once a run has taken some time, in rows that haven't ended yet.
+    """Force the end of the text after some time, in rows that haven't ended.
 
-    The time runs from the first step of a run, or from the first call of it that is seen. The host's clock is read in
-    each call, so that such a plan can't be captured in a CUDA graph.
+    The time starts at the first step of a run, or at the first call of it. Each call reads the host's clock, so such a
+    plan can't be captured in a CUDA graph.
 
     Args:
         tokenizer: a tokenizer of transformers.
         max_time: seconds, a finite number of at least 0.
         complete_sentences: whether a row goes on until its last token ends a sentence or a line; see
             ``GenLengthLogitsProcessor``.
-        boost_token_str: the text of a token that takes the place of the end of the text, such as ``"</think>"``.
+        boost_token_str: text of the token that is used instead of the end of the text, such as ``"</think>"``.
 
     Raises:
         ValueError: an argument out of range, text that is not one token, a tokenizer without an end of text; on a
@@ -401,7 +400,7 @@ class MaxTimeLogitsProcessor(StagedProcessor):
         function = partial(_is_late, self.boost_token, self.max_time, self.sentence_ends, self._memory)
         where = " after a sentence" if self.complete_sentences else ""
         late = RowValues(function, f"after {self.max_time:g} s{where}", keeps_notes=True)
-        return ForceRows((self.boost_token,), late[0], "boost_token_str")
+        return ForceRows((self.boost_token,), late[0], "boost_token")
 
 
 # -- What the stages do -------------------------------------------------------------------------------------------
@@ -587,23 +586,22 @@ class _Notes(NamedTuple):
 
 
 class _Memory:
-    """A few integers for each row of a run, carried from step to step.
+    """A few integers for each row of a run, which are kept from step to step.
 
-    A call finds what was noted one step earlier in the same place of the batch, if the text there was the row's own:
-    all its tokens but the last, compared by a hash. If it was not, rows have changed places, and the nearest place
-    with the row's text is taken. So rows with equal texts keep what is theirs, rows may move, and become more or
-    fewer, and a text that is cut back and goes on otherwise finds what held there. At the first step of a run, and
-    for a text that wasn't seen one step earlier, all is 0. Nothing waits for the device, and a captured graph notes as
-    it runs.
+    A call reads the notes of one step earlier in the same place of the batch, if the text there was the row's own: all
+    its tokens but the last, compared by a hash. If not, rows have changed places, and the nearest place with the row's
+    text is taken. So rows with equal texts keep their own notes, rows may move and become more or fewer, and a text
+    that is cut back finds the notes of its length. At the first step of a run, and for a text that wasn't there one
+    step earlier, all integers are 0. The host never waits for the device, and a captured graph keeps notes too.
 
-    Of rows with equal texts nobody can tell which is which once they change places, or one of them goes: what was
-    noted in a place then stays there.
+    If rows with equal texts change places, or one of them ends, nobody can tell them apart: the notes stay in their
+    places.
 
-    Each run has its own notes, of its last 64 steps. A list that is called with ``prompt_length`` makes a run of each
-    call: these go on with the notes of the last such call in their thread.
+    Each run has its own notes, of its last 64 steps. A list that is called with ``prompt_length`` makes a run for each
+    call: such a call takes the notes of the last one in its thread.
 
-    A processor has one for its life, not one for each of its plans: an attribute that is set in the middle of a run, or
-    a copy made there, forgets nothing.
+    A processor has one memory, not one for each of its plans. So an attribute that is set during a run, or a copy that
+    is made then, forgets nothing.
 
     Args:
         width: how many integers.

@@ -114,7 +114,7 @@ MUTATIONS = [
     Mutation(
         "rows of a source dealt round", f"{PACKAGE}/plan/allowed.py",
         "rows.repeat_interleave(copies, 0)", "rows.repeat(copies, 1)",
-        ("processors/test_extras.py::test_zoo_whatever_becomes_of_the_rows", "processors/test_only_tokens_from.py"),
+        ("processors/test_nvidia_zoo.py::test_zoo_whatever_becomes_of_the_rows", "processors/test_only_tokens_from.py"),
     ),
     # -- the fold and its search --
     Mutation(
@@ -245,7 +245,7 @@ MUTATIONS = [
         "column >= prompt_length.reshape(-1, 1), -1", "column > prompt_length.reshape(-1, 1), -1",
         (
             "processors/test_only_tokens_from.py",
-            "processors/test_extras.py::test_zoo_a_row_alone_and_rows_at_steps_of_their_own",
+            "processors/test_nvidia_zoo.py::test_zoo_a_row_alone_and_rows_at_steps_of_their_own",
         ),
     ),
     Mutation(
@@ -471,7 +471,7 @@ MUTATIONS = [
     Mutation(
         "a tournament without its losers", f"{KERNELS}/synthid.py",
         "p *= 1 + g - mass\n", "p *= 1 + g\n",
-        ("processors/test_special.py::TestSynthIDKernel::test_is_the_reference",),
+        ("processors/test_watermark.py::TestSynthIDKernel::test_is_the_reference",),
     ),
     Mutation(
         "temperature after the truncations", f"{PACKAGE}/sampling.py",

@@ -19,8 +19,9 @@ from fastlogits.processors.dry import DRYLogitsProcessor
 from tests import zoo as entries
 from tests.installed import COMPLETES_FROM_ALL_OF_A_TEXT, IS_4, PENALISES_COPIES, TAKES_LENGTHS_OF_ROWS
 from tests.parity.test_processors import undecided
-from tests.processors.test_extras import EOS, JOBS, TEXT, TOKENIZER, A, C, V, same
-from tests.processors.test_extras import B as OTHER
+from tests.processors.test_nvidia_zoo import JOBS, TEXT
+from tests.processors.toy import EOS, TOKENIZER, A, C, V, same
+from tests.processors.toy import B as OTHER
 
 few = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 

@@ -12,7 +12,7 @@ import fastlogits as fl
 from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
 from tests.installed import IS_4, TAKES_LENGTHS_OF_ROWS
-from tests.processors.test_extras import TOKENIZER
+from tests.processors.toy import TOKENIZER
 
 INF = math.inf
 V = 16

@@ -1,189 +1,44 @@
-"""Processors that transformers doesn't have, each against a loop over rows and tokens written from its definition."""
+"""NVIDIA's zoo: each job as a loop over the steps of one row, which gets what it needs to know from the step before."""
 
 import copy
 import itertools
 import pickle
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
-from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from fastlogits import (
-    AllowedTokensLogitsProcessor,
-    FrequencyPenaltyLogitsProcessor,
-    LogitBiasLogitsProcessor,
-    LogitsProcessorList,
-    MinTokensLogitsProcessor,
-    PresencePenaltyLogitsProcessor,
-    TokenMask,
-)
+from fastlogits import LogitsProcessorList
 from fastlogits.processors import nvidia_zoo as zoo
-from fastlogits.processors.dry import DRYLogitsProcessor
-from tests.campaign.sanitizer_cases import forced
-from tests.models import VOCAB_SIZE, tiny_llama
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INF = float("inf")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-few = settings(deadline=None, max_examples=60)
-
-V = 16
-PAD, EOS, STOP, LINE, ONE, TWO, A, B, C = 0, 2, 3, 4, 5, 6, 7, 8, 9
-VOCABULARY = {"<pad>": PAD, "<s>": 1, "</s>": EOS, ".": STOP, "\n": LINE, "1": ONE, "2": TWO, "a": A, "b": B, "c": C}
-PHRASE = (LINE, A, B)  # begins with a token that texts hold anyway
-
-
-def make_tokenizer():
-    rest = {f"w{i}": i for i in range(len(VOCABULARY), V)}
-    raw = Tokenizer(models.WordLevel({**VOCABULARY, **rest}, unk_token="w15"))
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(" "), "removed"), pre_tokenizers.Split(Regex(r"\n|\."), "isolated")]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>", bos_token="<s>")
-
-
-TOKENIZER = make_tokenizer()
-
-
-def same(a, b):
-    a, b = a.cpu(), b.cpu()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
-
-
-def scores_of(text, dtype=torch.float32):
-    """What the model says after a text: a fixed function of it; some tokens are likelier than others."""
-    generator = torch.Generator().manual_seed(hash(tuple(text)) % 2**40)
-    scores = torch.randn(V, generator=generator) * 2
-    scores[[EOS, C, LINE]] += 1.0
-    return scores.to(dtype)
-
-
-def add(row, token, value):
-    """Rounded once, to the dtype of the row."""
-    row[token] = row[token].to(torch.promote_types(row.dtype, torch.float32)) + value
-
-
-@contextmanager
-def as_on_a_device():
-    """Take the ways that are for devices, where nothing may wait."""
-    torch.Tensor.is_cpu = False
-    try:
-        yield
-    finally:
-        del torch.Tensor.is_cpu
-
-
-def only(row, token):
-    forced = torch.full_like(row, -INF)
-    forced[token] = 0
-    return forced
-
-
-# -- DRY ----------------------------------------------------------------------------------------------------------
-
-
-def dry_row(ids, row, multiplier, base, allowed, breakers, range_):
-    ids, row = ids[-range_:] if range_ else ids, row.clone()
-    longest = {}
-    for i in range(len(ids) - 1):  # a match ends at i
-        n = 0
-        while n < 50 and n <= i and ids[i - n] == ids[-1 - n] and ids[i - n] not in breakers:
-            n += 1
-        longest[ids[i + 1]] = max(n, longest.get(ids[i + 1], 0))
-    for token, n in longest.items():
-        if n >= max(1, allowed) and token not in breakers and token < len(row):
-            add(row, token, -multiplier * base ** (n - allowed))
-    return row
-
-
-@settings(deadline=None, max_examples=200)
-@given(data=st.data())
-def test_dry(data):
-    draw = data.draw
-    tokens = draw(st.sampled_from([2, 3, 9, 12]))  # 12: some are outside the vocabulary of 10
-    length = draw(st.sampled_from([0, 1, 2, 3, 10, 30, 140]))
-    rows = draw(st.integers(1, 4))
-    torch.manual_seed(draw(st.integers(0, 10**6)))
-    ids = torch.randint(0, tokens, (rows, length), dtype=draw(st.sampled_from([torch.int32, torch.int64])))
-    if length > 30:  # long repetitions
-        ids[0, -draw(st.integers(1, 60)) :] = 1
-        ids[-1, 70:] = ids[-1, :70]
-    scores = torch.randn(rows, 30)[:, 7:17].to(draw(st.sampled_from(DTYPES)))
-    if draw(st.booleans()):
-        scores[0, 3], scores[0, 4] = -INF, float("nan")
-    arguments = {
-        "multiplier": draw(st.sampled_from([0.0, 0.8, 3.0])),
-        "base": draw(st.sampled_from([1.0, 1.75, 4.0])),
-        "allowed_length": draw(st.integers(0, 4)),
-        "range_": draw(st.sampled_from([0, 0, 1, 5, 20])),
-    }
-    breakers = draw(st.sets(st.integers(0, 9), max_size=2))
-    given_breakers = TokenMask.from_ids(breakers, 10) if draw(st.booleans()) else list(breakers)
-    processor = DRYLogitsProcessor(**arguments, sequence_breakers=given_breakers)
-    ids, scores = ids.to(DEVICE), scores.to(DEVICE)
-    before, seen = scores.clone(), ids.clone()
-    processed = processor(ids, scores)
-    assert same(scores, before)
-    assert torch.equal(ids, seen)
-    for row in range(rows):
-        expected = dry_row(
-            ids[row].tolist(), scores[row], arguments["multiplier"], arguments["base"], arguments["allowed_length"],
-            breakers, arguments["range_"],
-        )  # fmt: skip
-        assert same(processed[row], expected), (ids[row], processed[row], expected)
-        assert same(processor(ids[row : row + 1], scores[row : row + 1])[0], processed[row])
-    assert same(processor.apply_(ids, scores.clone()), processed)
-    if HAS_TRITON and (scores.dtype != torch.bfloat16 or DEVICE == "cuda"):  # which Triton's interpreter truncates
-        with forced(True):
-            assert same(processor(ids, scores), processed)
-
-
-def test_dry_length_is_capped():
-    processor = DRYLogitsProcessor(1.0, 2.0, 2)
-    processed = processor(torch.ones(1, 400, dtype=torch.int64, device=DEVICE), torch.zeros(1, 3, device=DEVICE))
-    assert processed.tolist() == [[0.0, -(2.0**48), 0.0]]
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("multiplier", -1.0), ("multiplier", INF), ("multiplier", True), ("multiplier", "1"), ("base", 0.9),
-        ("base", float("nan")), ("base", 1e9), ("allowed_length", -1), ("allowed_length", 1.5), ("range_", -2),
-        ("sequence_breakers", [1.5]), ("sequence_breakers", "abc"),
-    ],
+from tests.models import tiny_llama
+from tests.processors.toy import (
+    DEVICE,
+    DTYPES,
+    EOS,
+    INF,
+    LINE,
+    ONE,
+    PAD,
+    PHRASE,
+    STOP,
+    TOKENIZER,
+    TWO,
+    A,
+    B,
+    C,
+    V,
+    add,
+    as_on_a_device,
+    captured,
+    only,
+    same,
+    scores_of,
 )  # fmt: skip
-def test_dry_refuses(argument, value):
-    with pytest.raises(ValueError, match=argument):
-        DRYLogitsProcessor(**{"multiplier": 1.0, argument: value})
-
-
-def test_dry_refuses_breakers_outside_the_vocabulary():
-    processor = DRYLogitsProcessor(1.0, sequence_breakers=[7])
-    with pytest.raises(ValueError, match="sequence_breakers: token id 7"):
-        processor(torch.ones(1, 3, dtype=torch.int64, device=DEVICE), torch.zeros(1, 5, device=DEVICE))
-
-
-def test_dry_breaks_the_loop_of_a_model(llama):
-    inputs = torch.tensor([[1, 5, 6, 7, 5, 6, 7, 5, 6]])
-    processors = LogitsProcessorList([DRYLogitsProcessor(50.0, 4.0, 1)])
-    result = llama.generate(
-        inputs, logits_processor=processors, max_new_tokens=25, do_sample=False, output_logits=True,
-        output_scores=True, return_dict_in_generate=True, eos_token_id=-1,
-    )  # fmt: skip
-    for step, (logits, scores) in enumerate(zip(result.logits, result.scores, strict=True)):
-        ids = result.sequences[0, : inputs.shape[1] + step].tolist()
-        assert same(scores[0], dry_row(ids, logits[0], 50.0, 4.0, 1, (), 0))
-    pairs = list(itertools.pairwise(result.sequences[0, inputs.shape[1] :].tolist()))
-    assert len(set(pairs)) > len(pairs) - 3
-
-
-# -- The zoo: each job as a loop over the steps of one row, which gets what it needs to know from the step before ---
 
 
 def gen_length(factor, p, complete=False, token=EOS):
@@ -614,158 +469,23 @@ def test_zoo_without_a_text(job):
     assert empty.shape == (0, V)
 
 
-# -- What serving engines have ------------------------------------------------------------------------------------
-
-
-@few
-@given(data=st.data())
-def test_serving_engines_processors(data):
-    draw = data.draw
-    rows, length, dtype = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.sampled_from(DTYPES))
-    prompt_length = draw(st.integers(0, length))
-    torch.manual_seed(draw(st.integers(0, 10**6)))
-    ids = torch.randint(0, V, (rows, length), dtype=draw(st.sampled_from([torch.int32, torch.int64])), device=DEVICE)
-    scores = torch.randn(rows, 3 * V, device=DEVICE)[:, V : 2 * V].to(dtype)
-    penalty, minimum = draw(st.sampled_from([-1.5, 0.0, 0.7])), draw(st.integers(0, 6))
-    bias = draw(st.dictionaries(st.integers(0, V - 1), st.sampled_from([-100.0, -INF, 0.3]), max_size=4))
-    tokens = draw(st.sets(st.integers(0, V - 1), min_size=1, max_size=4))
-
-    def presence(row, generated):
-        for token in set(generated):
-            row[token] -= penalty
-
-    def frequency(row, generated):
-        for token in set(generated):
-            row[token] -= penalty * generated.count(token)
-
-    def biased(row, generated):
-        for token, value in bias.items():
-            row[token] += value
-
-    def allowed(row, generated):
-        for token in set(range(V)) - tokens:
-            row[token] = -INF
-
-    def unending(row, generated):
-        for token in tokens if len(generated) < minimum else ():
-            row[token] = -INF
-
-    text_bias = {str(token): value for token, value in bias.items()}
-    cases = [
-        (PresencePenaltyLogitsProcessor(penalty), presence),
-        (FrequencyPenaltyLogitsProcessor(penalty), frequency),
-        (LogitBiasLogitsProcessor(bias), biased),
-        (LogitBiasLogitsProcessor(text_bias), biased),
-        (AllowedTokensLogitsProcessor(tokens), allowed),
-        (AllowedTokensLogitsProcessor(TokenMask.from_ids(tokens, V)), allowed),
-        (MinTokensLogitsProcessor(minimum, tokens), unending),
-    ]
-    before = scores.clone()
-    for processor, rule in cases:
-        processed = processor.for_run(prompt_length)(ids, scores)
-        assert same(scores, before)
-        for row in range(rows):
-            expected = scores[row].clone()
-            rule(expected, ids[row, prompt_length:].tolist())
-            # A count times a penalty is rounded once or twice.
-            assert torch.allclose(processed[row].cpu(), expected.cpu(), rtol=1e-2 if dtype != torch.float32 else 1e-6)
-            alone = processor.for_run(prompt_length)(ids[row : row + 1], scores[row : row + 1])
-            assert same(alone[0], processed[row])
-        order = torch.randint(0, rows, (rows + 1,), device=DEVICE)
-        assert same(processor.for_run(prompt_length)(ids[order], scores[order]), processed[order])
-
-
-def test_serving_engines_processors_in_generate(llama):
-    processors = LogitsProcessorList(
-        [
-            PresencePenaltyLogitsProcessor(0.5),
-            FrequencyPenaltyLogitsProcessor(0.25),
-            LogitBiasLogitsProcessor({5: 2.0, 7: -INF}),
-            AllowedTokensLogitsProcessor(range(2, 40)),
-            MinTokensLogitsProcessor(4, [EOS, 9]),
-        ]
-    )
-    prompt = torch.tensor([[1, 5, 6, 7], [1, 9, 9, 3]])
-    result = llama.generate(
-        prompt, logits_processor=processors, max_new_tokens=8, do_sample=False, output_logits=True,
-        output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    for step, (logits, scores) in enumerate(zip(result.logits, result.scores, strict=True)):
-        for row in range(2):
-            expected = logits[row].clone()
-            generated = result.sequences[row, 4 : 4 + step].tolist()
-            for token in set(generated):
-                expected[token] -= 0.5
-                expected[token] -= 0.25 * generated.count(token)
-            expected[5] += 2.0
-            banned = [7, 0, 1, *range(40, VOCAB_SIZE), *([EOS, 9] if step < 4 else [])]
-            expected[banned] = -INF
-            assert torch.allclose(scores[row], expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: PresencePenaltyLogitsProcessor(INF), "penalty"),
-        (lambda: FrequencyPenaltyLogitsProcessor("1"), "penalty"),
-        (lambda: LogitBiasLogitsProcessor([1]), "logit_bias"),
-        (lambda: LogitBiasLogitsProcessor({-1: 1.0}), "logit_bias"),
-        (lambda: LogitBiasLogitsProcessor({1: INF}), "logit_bias"),
-        (lambda: LogitBiasLogitsProcessor({1.5: 1.0}), "logit_bias"),
-        (lambda: AllowedTokensLogitsProcessor([]), "allowed_token_ids"),
-        (lambda: AllowedTokensLogitsProcessor([-3]), "allowed_token_ids"),
-        (lambda: MinTokensLogitsProcessor(-1, [1]), "min_tokens"),
-        (lambda: MinTokensLogitsProcessor(1, [1.5]), "stop_token_ids"),
-        (lambda: LogitBiasLogitsProcessor({99: 1.0})(None, torch.zeros(1, V)), "99"),
-        (lambda: AllowedTokensLogitsProcessor([99])(None, torch.zeros(1, V)), "allowed_token_ids.*99"),
-        (lambda: PresencePenaltyLogitsProcessor(1.0)(torch.ones(1, 1).int(), torch.zeros(1, V)), "run starts"),
-        (lambda: MinTokensLogitsProcessor(1, [1])(torch.ones(1, 1).int(), torch.zeros(1, V)), "run starts"),
-    ],
-)
-def test_serving_engines_processors_refuse(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-# -- On the GPU ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("job", [*JOBS, "dry"])
+@each_job
 def test_captured_once_and_replayed_without_a_sync(job):
-    make, rule = JOBS.get(job, (lambda: DRYLogitsProcessor(1.0, 2.0, 1, [3]), None))
+    make, rule = JOBS[job]
     texts = [list(LISTED[0]), list(LISTED[1])]
     length, position = torch.tensor([8, 8], device=DEVICE), torch.tensor([7, 7], device=DEVICE)
     ids, scores = torch.zeros(2, 30, dtype=torch.int64, device=DEVICE), torch.zeros(2, V, device=DEVICE)
     processors = LogitsProcessorList([make()])
-
-    def call():
-        if job == "dry":
-            return processors(ids, scores)
-        return processors(ids, scores, prompt_length=length, cache_position=position)
-
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, result = captured(lambda: processors(ids, scores, prompt_length=length, cache_position=position))
     for _ in range(15):
         for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.tensor(text, device=DEVICE)
             scores[row] = scores_of(text).to(DEVICE)
         graph.replay()
         for row, text in enumerate(texts):
-            if job == "dry":
-                expected = dry_row(ids[row].tolist(), scores[row], 1.0, 2.0, 1, {3}, 0)
-            else:
-                expected = replayed(rule, text, 8)
-            assert same(captured[row], expected)
-            text.append(int(captured[row].argmax()))
+            assert same(result[row], replayed(rule, text, 8))
+            text.append(int(result[row].argmax()))
         position += 1
 
 
