@@ -167,7 +167,7 @@ MUTATIONS = [
     Mutation(
         "the shortest repetition counts", f"{KERNELS}/pointwise/search.py",
         "tl.atomic_max(bits_ptr", "tl.atomic_min(bits_ptr",
-        ("processors/test_extras.py::test_dry",),
+        ("processors/test_dry.py::test_dry",),
     ),
     Mutation(
         "a penalty of a repetition left from before", f"{KERNELS}/pointwise/search.py",
@@ -177,22 +177,22 @@ MUTATIONS = [
     Mutation(
         "a breaker within a match", f"{KERNELS}/history.py",
         "tl.where(holds(breakers_ptr, wanted, limit), at < 0, at >= n)", "at >= n",
-        ("processors/test_extras.py::test_dry",),
+        ("processors/test_dry.py::test_dry",),
     ),
     Mutation(
         "a breaker penalised (torch)", f"{KERNELS}/pointwise/places.py",
         "(penalty > 0) & ~_holds(is_breaker, token)", "(penalty > 0)",
-        ("processors/test_extras.py::test_dry",),
+        ("processors/test_dry.py::test_dry",),
     ),
     Mutation(
         "a match that begins before the range (torch)", f"{KERNELS}/pointwise/places.py",
         "((at - begin[row, 0]).unsqueeze(1) >= back)", "(at.unsqueeze(1) >= back)",
-        ("processors/test_extras.py::test_dry",),
+        ("processors/test_dry.py::test_dry",),
     ),
     Mutation(
         "a penalty of a repetition rounded first (torch)", f"{KERNELS}/pointwise/fold.py",
         "(found.take(x) - found.values).to(x.dtype)", "found.take(x) - found.values.to(x.dtype)",
-        ("processors/test_extras.py::test_dry",),
+        ("processors/test_dry.py::test_dry",),
     ),
     Mutation(
         "two temperatures folded into one", f"{PACKAGE}/plan/pointwise.py",
