@@ -41,6 +41,7 @@ from fastlogits.plan.stages import (
     Decay,
     Force,
     History,
+    LowerRepetitions,
     Member,
     Penalize,
     Repeated,
@@ -211,6 +212,7 @@ def _stages(V: int) -> list[Any]:
     return [
         Penalize(History(), 2.0), Ban(few, When("step", stop=3)), Ban(Repeated(2)), Scale(0.5), SequenceBias(sequences),
         Bias(History("generated", 1), 0.5, 0.25), Decay(few, 5, 2.0), Force(few[:1], When("step", 10**6)), Clean(),
+        LowerRepetitions((0.0, *(n / 4 for n in range(50))), few[1:2], 20),
     ]  # fmt: skip
 
 
