@@ -13,7 +13,7 @@ _GREY, _BLUE, _ORANGE = "#808890", "#3b82f6", "#e07b22"
 _ROW = 64
 """Height of a row of boxes."""
 
-# Boxes: column, row, title, what stands below it, colour. Arrows: from box to box, by their titles.
+# Boxes: column, row, title, what stands below it, colour. Arrows: from box to box, by column and row.
 Box = tuple[float, float, str, str, str]
 Arrow = tuple[str, str]
 
@@ -40,8 +40,11 @@ SERVING: tuple[list[Box], list[Arrow]] = (
         (1, 2, "selection", "replace, ban, truncate, sample", _ORANGE),
         (0, 2, "logits", "read by the selection", _GREY),
     ],
-    [("0,0", "1,0"), ("0,1", "1,0"), ("1,0", "2,0"), ("1,0", "2,1"), ("2,1", "1,2"), ("2,2", "1,2"), ("0,2", "1,2")],
-)
+    [
+        ("0,0", "1,0"), ("0,1", "1,0"), ("1,0", "2,0"), ("1,0", "2,1"), ("1,0", "2,2"), ("2,0", "1,2"), ("2,1", "1,2"),
+        ("2,2", "1,2"), ("0,2", "1,2"),
+    ],
+)  # fmt: skip
 
 
 def drawn(boxes: list[Box], arrows: list[Arrow]) -> str:
