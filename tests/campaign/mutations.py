@@ -186,8 +186,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a match that begins before the range (torch)", f"{KERNELS}/pointwise/places.py",
-        "((at - begin[row, 0]).unsqueeze(1) >= back)", "(at.unsqueeze(1) >= back)",
-        ("processors/test_dry.py::test_dry",),
+        "before = at - begin[row, 0]", "before = at",
+        ("plan/test_pointwise.py::test_kernels_equal_torch",),
     ),
     Mutation(
         "a penalty of a repetition rounded first (torch)", f"{KERNELS}/pointwise/fold.py",

@@ -44,6 +44,7 @@ from fastlogits.plan.stages import (
     Force,
     ForceRows,
     History,
+    LowerRepetitions,
     Member,
     Penalize,
     Repeated,
@@ -219,6 +220,7 @@ def _stages(V: int) -> list[Any]:
         BanRange(last, V - 1), BanRange(V // 2, last), ForceRows(few[:1], late),
         Penalize(History(), 2.0), Ban(few, When("step", stop=3)), Ban(Repeated(2)), Scale(0.5), SequenceBias(sequences),
         Bias(History("generated", 1), 0.5, 0.25), Decay(few, 5, 2.0), Force(few[:1], When("step", 10**6)), Clean(),
+        LowerRepetitions((0.0, *(n / 4 for n in range(50))), few[1:2], 20),
     ]  # fmt: skip
 
 

@@ -349,20 +349,30 @@ def _find_repetitions(
     repetitions: Repetitions, x: torch.Tensor, input_ids: torch.Tensor, position: Position
 ) -> Places | None:
     """Tokens that would extend what the history repeats, with the largest penalty of each."""
-    (B, L), V, device = input_ids.shape, x.shape[1], x.device
+    V, device, length = x.shape[1], x.device, _length(position)
     range_, is_breaker, penalties = repetitions
-    seen = torch.as_tensor(_length(position), device=device).reshape(-1, 1).clamp(0, L).expand(B, 1)
-    begin = (seen - range_).clamp(min=0)
+    if isinstance(length, int):
+        seen = max(0, min(length, input_ids.shape[1]))
+        input_ids = input_ids[:, max(0, seen - range_) : seen]
+    B, L = input_ids.shape
     if L < 2:
         return None
-    last = input_ids.gather(1, (seen - 1).clamp(min=0))
-    column = torch.arange(L - 1, device=device)
-    # Few places hold the last token at all.
-    row, at = ((input_ids[:, :-1] == last) & (column >= begin) & (column < seen - 1)).nonzero(as_tuple=True)
     back = torch.arange(min(LONGEST, L - 1), device=device)
-    tail = input_ids.gather(1, (seen - 1 - back).clamp(min=0))  # from the end; [B, N]
+    # Few places hold the last token at all.
+    if isinstance(length, int):
+        tail = input_ids.flip(1)[:, : back.shape[0]]  # from the end; [B, N]
+        row, at = (input_ids[:, :-1] == tail[:, :1]).nonzero(as_tuple=True)
+        before = at
+    else:
+        ends = length.clamp(0, L).expand(B, 1)
+        begin = (ends - range_).clamp(min=0)
+        tail = input_ids.gather(1, (ends - 1 - back).clamp(min=0))
+        column = torch.arange(L - 1, device=device)
+        inside = (column >= begin) & (column < ends - 1)
+        row, at = ((input_ids[:, :-1] == tail[:, :1]) & inside).nonzero(as_tuple=True)
+        before = at - begin[row, 0]
     matches = input_ids[row.unsqueeze(1), (at.unsqueeze(1) - back).clamp(min=0)] == tail[row]  # [M, N]
-    matches &= ((at - begin[row, 0]).unsqueeze(1) >= back) & ~_holds(is_breaker, tail)[row]
+    matches &= (before.unsqueeze(1) >= back) & ~_holds(is_breaker, tail)[row]
     # A match is as long as its first difference is far from the end.
     matched = back.where(~matches, back.shape[0]).amin(1)
     token = input_ids[row, at + 1].long()
