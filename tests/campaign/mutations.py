@@ -138,6 +138,36 @@ MUTATIONS = [
         ("plan/test_pointwise.py::test_rows_far_apart",),
     ),
     Mutation(
+        "a range one token too long", f"{KERNELS}/pointwise/search.py",
+        "_first_bits(stop - word * 32) &", "_first_bits(stop + 1 - word * 32) &",
+        ("plan/test_pointwise.py::test_positions_on_the_device_differ_by_row",),
+    ),
+    Mutation(
+        "a prompt that goes on before anything is generated", f"{KERNELS}/pointwise/search.py",
+        "generated = step >= TASKS[t + 3] - 1", "generated = step >= 0",
+        ("processors/test_row_values.py::test_in_a_list_with_neighbours[kernels-False-cite less]",),
+    ),
+    Mutation(
+        "a value of another row", f"{KERNELS}/pointwise/search.py",
+        "        values_ptr += row * VALUES", "        values_ptr += 0 * VALUES",
+        ("plan/test_pointwise.py::test_positions_on_the_device_differ_by_row",),
+    ),
+    Mutation(
+        "a token in two places gets a bias twice (torch)", f"{KERNELS}/pointwise/fold.py",
+        "x = found.put(x, (old.to(wide if op.b", "x = found.put(x, (found.take(x).to(wide if op.b",
+        ("processors/test_row_values.py::test_in_a_list_with_neighbours[torch-False-cite]",),
+    ),
+    Mutation(
+        "a look at every call", f"{PACKAGE}/plan/observation.py",
+        "input_ids.shape[1] == self._stage.length", "input_ids.shape[1] >= self._stage.length",
+        ("processors/test_observation.py",),
+    ),
+    Mutation(
+        "a look before the stages that stand before it", f"{PACKAGE}/plan/observation.py",
+        "seen = part(input_ids, seen, run, kwargs)", "part(input_ids, seen, run, kwargs)",
+        ("processors/test_observation.py",),
+    ),
+    Mutation(
         "the prompt counts as generated", f"{KERNELS}/pointwise/search.py",
         "start = tl.maximum(here.prompt_length, 0)", "start = 0",
         ("plan/test_pointwise.py::test_kernels_equal_torch",),

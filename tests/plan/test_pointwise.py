@@ -185,6 +185,12 @@ def test_positions_on_the_device_differ_by_row(kernels, device):
     lengths = [4, 5, 2]
     prompts = [1, 2, 2]
     chain = [
+        Bias(History("prompt"), 1.5, extra=(1, 30)),
+        Bias(Repeated(2, span="prompt"), 2.5),
+        RowBias((14, 15), RowValues(lambda rows: rows.last() * 0.5, "half of the last token")[0]),
+        BanRange(20, RowValues(lambda rows: 20 + rows.length + 0 * rows.last(), "the length")[0]),
+        BanRange(RowValues(lambda rows: rows.last(2) + 40, "the token before", positioned=False)[0], 43),
+        ForceRows((16,), RowValues(lambda rows: rows.last() == 5, "at token 5")[0]),
         Penalize(History("generated"), 2.0),
         Ban(Repeated(2)),
         SequenceBias((((1, 7), -INF), ((2, 1, 8), 3.0), ((6,), 1.0))),
@@ -193,12 +199,6 @@ def test_positions_on_the_device_differ_by_row(kernels, device):
         Decay((12,), 3, 2.0),
         Force((13,), When("length", 2, 3)),
         Bias(History("prompt"), 0.5, 0.25),
-        Bias(History("prompt"), 1.5, extra=(1, 30)),
-        Bias(Repeated(2, span="prompt"), 2.5),
-        RowBias((14, 15), RowValues(lambda rows: rows.last() * 0.5, "half of the last token")[0]),
-        BanRange(20, RowValues(lambda rows: 20 + rows.length + 0 * rows.last(), "the length")[0]),
-        BanRange(RowValues(lambda rows: rows.last(2) + 40, "the token before", positioned=False)[0], 43),
-        ForceRows((16,), RowValues(lambda rows: rows.generated().expand(rows.B, -1).sum(1) > 2, "late")[0]),
     ]
     scores = torch.arange(3 * V, device=device).reshape(3, V).float() - 100
     alone = [

@@ -68,7 +68,8 @@ FUSED = {
     "early timestamps": (lambda: timestamps(fl, 2), of_transformers(lambda module: timestamps(module, 2))),
 }
 each = pytest.mark.parametrize("name", list(FUSED))
-PROMPT = [LINE, A, B]
+# Its last token stands there twice, and the end of the text between.
+PROMPT = [B, EOS, B]
 # Texts that end in all ways: none generated, a sentence, the end of the text, timestamps alone, in pairs and in order.
 GENERATED = [
     [[]] * 3, [[A], [FIRST], [EOS]], [[A, STOP], [FIRST, FIRST + 1], [A, FIRST + 2]],
