@@ -144,17 +144,17 @@ MUTATIONS = [
     ),
     Mutation(
         "a prompt that goes on before anything is generated", f"{KERNELS}/pointwise/search.py",
-        "generated = step >= TASKS[t + 3] - 1", "generated = step >= 0",
+        "tl.where(here.step >= a - 1, tl", "tl.where(here.step >= 0, tl",
         ("processors/test_row_values.py::test_in_a_list_with_neighbours[kernels-False-cite less]",),
     ),
     Mutation(
         "a value of another row", f"{KERNELS}/pointwise/search.py",
-        "        values_ptr += row * VALUES", "        values_ptr += 0 * VALUES",
+        "values_ptr + row * VALUES", "values_ptr + 0 * VALUES",
         ("plan/test_pointwise.py::test_positions_on_the_device_differ_by_row",),
     ),
     Mutation(
         "a token in two places gets a bias twice (torch)", f"{KERNELS}/pointwise/fold.py",
-        "x = found.put(x, (old.to(wide if op.b", "x = found.put(x, (found.take(x).to(wide if op.b",
+        "x = found.put(x, values)", "x = found.put(x, _MAPS_OF_TOKENS[op.kind](x, found, op, chain, value))",
         ("processors/test_row_values.py::test_in_a_list_with_neighbours[torch-False-cite]",),
     ),
     Mutation(
