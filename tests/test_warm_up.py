@@ -176,11 +176,11 @@ def test_positions_on_the_device_and_other_ids_are_those_that_are_given(kernels,
 
 
 def test_what_was_made_for_a_run_is_looked_into(kernels):
-    inner = fl.LogitsProcessorList([fl.DRYLogitsProcessor(0.8), Unknown()]).for_run()
+    inner = fl.LogitsProcessorList([fl.XTCLogitsProcessor(0.5, 0.1), Unknown()]).for_run()
     done = fl.LogitsProcessorList([inner, fl.TopKLogitsWarper(5)]).warm_up(V, device=CPU)
     assert done.needed
     assert done.skipped == (
-        "DRYLogitsProcessor, which is some operations of torch",
+        "XTCLogitsProcessor, which is some operations of torch",
         "Unknown, which fastlogits doesn't know",
     )
     assert not inner._run._first_lengths

@@ -21,6 +21,7 @@ from fastlogits.plan.stages import (
     Force,
     ForceRows,
     Member,
+    Mix,
     Observe,
     Opaque,
     Rows,
@@ -81,7 +82,8 @@ def _fuses(group: list[Member], member: Member) -> bool:
     first, stage = group[0].stage, member.stage
     if isinstance(stage, Truncate):
         return isinstance(first, Truncate)
-    if not (isinstance(stage, FOLDED) and isinstance(first, FOLDED)):
+    # What mixes rows has fewer of them behind it than before.
+    if not (isinstance(stage, FOLDED) and isinstance(first, FOLDED)) or isinstance(stage, Mix):
         return False
     # A fold reads one set of allowed rows, and bans don't move across what brings a score back from -inf.
     parted = any(isinstance(each.stage, (Clean, Force, ForceRows)) for each in group)
@@ -125,7 +127,9 @@ def fused_to_token(parts: Sequence[Part], joins_truncations: bool) -> Draw:
     if joins_truncations and isinstance(last, Truncation) and _can_draw(last.rules):
         rules = last.rules
         rest.pop()
-    return Draw(rest, _popped_fold(rest), rules)
+    # The rows of what mixes are not those of the seeds.
+    mixes = bool(rest) and isinstance(rest[-1], Pointwise) and rest[-1].mixes
+    return Draw(rest, None if mixes else _popped_fold(rest), rules)
 
 
 def _popped_fold(parts: list[Part]) -> Pointwise | None:

@@ -50,6 +50,7 @@ from fastlogits.plan.stages import (
     History,
     LowerRepetitions,
     Member,
+    Mix,
     Penalize,
     Repeated,
     RowBias,
@@ -64,7 +65,7 @@ from fastlogits.token_mask import TokenMask, fitted
 
 FOLDED = (
     AllowFrom, Ban, BanRange, Bias, Clean, Decay, Force, ForceRows, LowerRepetitions, Penalize, RowBias, Scale,
-    SequenceBias,
+    Mix, SequenceBias,
 )  # fmt: skip
 """The stages that map each logit by itself."""
 
@@ -80,6 +81,8 @@ class Pointwise(Part):
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(members)
         self._stages = [member.stage for member in members]
+        self.mixes = isinstance(self._stages[0], Mix)
+        """Whether it makes one row of two."""
         allows = [stage for stage in self._stages if isinstance(stage, AllowFrom)]
         self._allowed = AllowedRows(allows) if allows else None
         self._needs_position = any(stage.needs_position for stage in self._stages)
@@ -89,7 +92,7 @@ class Pointwise(Part):
         self._readers = [member for member in members if _reads_tokens(member.stage)]
         self._ignored = [ignore for stage in self._stages if (ignore := _ignored_by_row(stage)) is not None]
         self._by_row = any(map(_differs_by_row, self._stages))
-        self.searches = self._needs_history or self._by_row
+        self.searches = self._by_row or any(stage.needs_history for stage in self._stages[self.mixes :])
         """Whether a launch goes before the pass, to find the tokens that the stages speak of."""
         self._kept: dict[tuple[Any, ...], Chain] = {}
         self._captured: list[Chain] = []
@@ -107,14 +110,35 @@ class Pointwise(Part):
         """Fold the scores of one call."""
         if self._masks is not None:
             return self._masks(input_ids, scores, run, in_place)
+        if self.mixes:
+            scores, mates = self.halves(input_ids, scores)
+            return fold(scores, *self.inputs(input_ids, scores, run, mates=mates))
         return fold(scores, *self.inputs(input_ids, scores, run), in_place)
 
+    def halves(self, input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows that it maps, and those that it mixes into them, if any.
+
+        Raises:
+            ValueError: there aren't two rows for each row of ``input_ids``.
+        """
+        if not self.mixes:
+            return scores, None
+        if is_collecting():  # how many rows there are changes no kernel
+            return scores, scores
+        return split_halves(input_ids, scores)
+
     def inputs(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, capturing: bool | None = None
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None,
+        capturing: bool | None = None,
+        mates: torch.Tensor | None = None,
     ) -> tuple[Chain, torch.Tensor | None, Position, torch.Tensor | None]:
         """What the operation takes besides the scores: the chain, the ids that it reads, its position, its rows.
 
-        ``capturing`` says whether a graph captures the call, where that has been asked already.
+        ``capturing`` says whether a graph captures the call, where that has been asked already; ``mates`` are the rows
+        that are mixed into ``scores``.
         """
         device = scores.device
         B, V = scores.shape
@@ -145,6 +169,8 @@ class Pointwise(Part):
                 position = Position(cache_offset, prompt_offset, cache, prompt)
             if self._values:
                 position = position._replace(values=self._computed(input_ids, scores, position, run))
+        if mates is not None:
+            position = position._replace(mates=mates)
         allowed = None if self._allowed is None else self._allowed(input_ids, scores, run)
         return chain, ids, position, allowed
 
@@ -258,6 +284,21 @@ class Pointwise(Part):
         recent(self._kept, (V, device, B), make)
 
 
+def split_halves(input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of scores ``[2 * B, V]``, with the condition and without it.
+
+    Raises:
+        ValueError: there aren't two rows for each row of ``input_ids``.
+    """
+    B = input_ids.shape[0]
+    if scores.shape[0] != 2 * B:
+        raise ValueError(
+            f"scores must have two rows for each row of input_ids, all conditional ones first: got {scores.shape[0]} "
+            f"rows for {B} rows of input_ids"
+        )
+    return scores[:B], scores[B:]
+
+
 def _reads_tokens(stage: Stage) -> bool:
     """Whether a stage reads the tokens of each row, and not only how many there are."""
     if isinstance(stage, (SequenceBias, LowerRepetitions)):
@@ -352,6 +393,8 @@ class _Builder:
                 self._check_inside(stage.tokens.ids)
             at = self._divisor(stage.penalty)
             self.ops.append(Op(ops.PENALIZE.value, self._found(stage.tokens), at, at + 1))
+        elif isinstance(stage, Mix):
+            self.ops.append(Op(ops.MIX.value, -1, self._number(stage.scale), self._plane()))
         elif isinstance(stage, Scale):
             at = self._divisor(stage.divisor)
             self.ops.append(Op(ops.SCALE.value, -1, at, at + 1))

@@ -511,6 +511,29 @@ class Clean(Stage):
 
 
 @dataclass(frozen=True, eq=False)
+class Mix(Stage):
+    """Conditional and unconditional scores become one: ``(c - u) * scale + u``, ``[2 * B, V]`` in and ``[B, V]`` out.
+
+    Args:
+        scale: weight of the conditional scores, which are the first half of the rows.
+    """
+
+    kind = "mix"
+    scale: float
+
+    @property
+    def needs_history(self) -> bool:
+        return True  # how many rows it has
+
+    @property
+    def keeps_bans(self) -> bool:
+        return False
+
+    def describe(self) -> str:
+        return f"conditional and unconditional halves, scale {self.scale:g}"
+
+
+@dataclass(frozen=True, eq=False)
 class Truncate(Stage):
     """Tokens outside a set of likely ones get a fill value: rules in order, each on what the one before has left."""
 

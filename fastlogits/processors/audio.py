@@ -13,10 +13,10 @@ from transformers.generation.logits_process import DiaEOSDelayPatternLogitsProce
 from transformers.generation.logits_process import WhisperNoSpeechDetection as _WhisperNoSpeechDetection
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor as _WhisperTimeStamp
 
+from fastlogits.plan.pointwise import split_halves
 from fastlogits.plan.row_values import CallRows, RowValues
 from fastlogits.plan.stages import Ban, BanRange, Observe, Rows, Several, Stage, When
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.processors.guidance import conditional_and_not
 
 _INF = float("inf")
 
@@ -235,7 +235,7 @@ class DiaClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _DiaGuidance):
         return Rows("mix", function, f"conditional and unconditional halves, scale {self.guidance_scale:g}{kept}")
 
     def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        conditional, unconditional = conditional_and_not(input_ids, scores)
+        conditional, unconditional = split_halves(input_ids, scores)
         mixed: torch.Tensor = (conditional - unconditional).mul_(self.guidance_scale).add_(conditional)
         if self.guidance_top_k is None:
             return mixed

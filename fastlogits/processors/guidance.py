@@ -10,19 +10,8 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor as _UnbatchedClassifierFreeGuidance,
 )
 
-from fastlogits.plan.stages import Rows
+from fastlogits.plan.stages import Mix, Rows
 from fastlogits.processors.base import StagedProcessor
-
-
-def conditional_and_not(input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two halves of scores ``[2 * B, V]``, with the condition and without it."""
-    B = input_ids.shape[0]
-    if scores.shape[0] != 2 * B:
-        raise ValueError(
-            f"scores must have two rows for each row of input_ids, all conditional ones first: got {scores.shape[0]} "
-            f"rows for {B} rows of input_ids"
-        )
-    return scores[:B], scores[B:]
 
 
 class ClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _ClassifierFreeGuidance):
@@ -43,15 +32,9 @@ class ClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _ClassifierFreeGuid
         tensor([[ 3., -2.]])
     """
 
-    def stage(self) -> Rows:
+    def stage(self) -> Mix:
         """Two rows become one."""
-        function = partial(ClassifierFreeGuidanceLogitsProcessor._rows, self)
-        return Rows("mix", function, f"conditional and unconditional halves, scale {self.guidance_scale:g}")
-
-    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        conditional, unconditional = conditional_and_not(input_ids, scores)
-        mixed: torch.Tensor = (conditional - unconditional).mul_(self.guidance_scale).add_(unconditional)
-        return mixed
+        return Mix(float(self.guidance_scale))
 
 
 class UnbatchedClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _UnbatchedClassifierFreeGuidance):

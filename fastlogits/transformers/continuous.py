@@ -27,6 +27,7 @@ from fastlogits.plan.stages import (
     Force,
     History,
     Member,
+    Mix,
     Repeated,
     Rows,
     SequenceBias,
@@ -517,7 +518,9 @@ class _Histories:
 
 def _joins(stage: Stage) -> bool:
     """Whether a stage needs no more of a request than a fold is given."""
-    return not values_of(stage) if isinstance(stage, FOLDED) else isinstance(stage, Rows) and not stage.needs_history
+    if isinstance(stage, FOLDED):
+        return not values_of(stage) and not isinstance(stage, Mix)
+    return isinstance(stage, Rows) and not stage.needs_history
 
 
 def _reads_tokens(stage: Stage) -> bool:

@@ -24,6 +24,7 @@ from fastlogits_kernels.pointwise.search import (
     StaticSets,
     TokenSets,
     launch_token_sets,
+    planes_of,
 )
 from fastlogits_kernels.runtime.backend import Operation, has_gradient
 from fastlogits_kernels.runtime.bits import words
@@ -47,6 +48,7 @@ CLEAN = tl.constexpr(10)  # NaN to 0, infinities to the largest finite values; a
 ADD_VALUE = tl.constexpr(11)  # x + row value a
 REPLACE = tl.constexpr(12)  # the row's value of the token's rank in the set, where that is in a ring of a + 1 of them
 REPLACE_PTX = tl.constexpr(13)  # the same in PTX; in both, set b holds the rank at which each word begins
+MIX = tl.constexpr(15)  # (x - plane b) * numbers[a] + plane b, rounded after each; all tokens
 SUBTRACT = tl.constexpr(14)  # x - plane b, which is not rounded before
 
 
@@ -122,6 +124,10 @@ def fold_logits(x, at, maps, V, W, dtype: tl.constexpr, OPS: tl.constexpr, MAX: 
             x = tl.where(found, tl.where(x < 0, x * penalty, x * tl.load(maps.numbers_ptr + OPS[i + OP_B])), x)
         if OPS[i + OP_KIND] == SCALE:
             x = x * tl.load(maps.numbers_ptr + OPS[i + OP_B])
+        if OPS[i + OP_KIND] == MIX:
+            mate = _plane_values(maps, at, OPS[i + OP_B], at.inside, V)
+            x = (x - mate).to(dtype).to(tl.float32)
+            x = (x * tl.load(maps.numbers_ptr + OPS[i + OP_A])).to(dtype).to(tl.float32) + mate
         if OPS[i + OP_KIND] == ADD:
             x = tl.where(found, x + tl.load(maps.numbers_ptr + OPS[i + OP_A]), x)
         if OPS[i + OP_KIND] == ADD_COUNTED:
@@ -304,8 +310,8 @@ def set_strides(found: TokenSets | None, W: int) -> tuple[int, int, int, int]:
         return 0, 0, 0, 0
     bits, planes, row_values, _ = found
     return (
-        bits.stride(0),
-        0 if bits.shape[1] == 1 else W,
+        0 if bits is None else bits.stride(0),
+        0 if bits is None or bits.shape[1] == 1 else W,
         0 if planes is None else planes.stride(0),
         0 if row_values is None or row_values.shape[0] == 1 else row_values.stride(0),
     )
@@ -363,13 +369,16 @@ def find_sets(
     allowed: torch.Tensor | None,
 ) -> TokenSets | None:
     """What the tokens of a chain's maps are at a position: a launch, where they aren't the same for all rows."""
-    if not chain.search.sets or not scores.numel():
+    search = chain.search
+    if not scores.numel() or not (search.sets or search.planes):
         return None
+    if not search.sets:
+        return TokenSets(None, planes_of(search, scores, position))
     static = _static_sets(scores, chain, position)
     if static is not None:
-        return static.found
+        return static.found._replace(planes=planes_of(search, scores, position)) if search.planes else static.found
     check_rows(scores, input_ids, allowed)
-    return launch_token_sets(scores, chain.search, input_ids, position, allowed)
+    return launch_token_sets(scores, search, input_ids, position, allowed)
 
 
 def _static_sets(scores: torch.Tensor, chain: Chain, position: Position) -> StaticSets | None:
@@ -476,6 +485,11 @@ def reference_fold(
     # A new tensor is made by the first map that does something; where a graph records them, by each.
     x, untouched = (scores, True) if out is None else (out, False)
     for op in chain.ops:
+        if op.kind == MIX.value:
+            assert position.mates is not None  # it comes first
+            x = (x - position.mates) * chain.numbers[op.a] + position.mates
+            untouched = recorded
+            continue
         if op.kind in _MAPS_OF_ALL:
             x = _MAPS_OF_ALL[op.kind](x, op, chain, untouched)
             untouched = recorded
@@ -540,7 +554,7 @@ def _call(
 
 _INPUTS = (
     "int chain, Tensor? input_ids=None, Tensor? allowed=None, SymInt cache_offset=0, SymInt prompt_offset=0, "
-    "Tensor? cache_position=None, Tensor? prompt_length=None, Tensor? values=None"
+    "Tensor? cache_position=None, Tensor? prompt_length=None, Tensor? values=None, Tensor? mates=None"
 )
 register(
     f"fold(Tensor scores, {_INPUTS}) -> Tensor",

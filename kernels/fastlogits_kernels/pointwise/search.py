@@ -99,6 +99,8 @@ class Position(NamedTuple):
     prompt_length: torch.Tensor | None = None
     values: torch.Tensor | None = None
     """What was computed for each row there, float64 ``[B, N]`` and contiguous; None where a chain asks for nothing."""
+    mates: torch.Tensor | None = None
+    """Logits ``[B, V]`` that a chain mixes into those that it maps; None where it mixes none."""
 
 
 _STEPWISE = ["B", "W", "L", "source_length", "splits", "stride_ids_row", "stride_id", "stride_allowed", "stride_cache"]
@@ -538,8 +540,8 @@ class Listed(NamedTuple):
 class TokenSets(NamedTuple):
     """What was found."""
 
-    bits: torch.Tensor
-    """Packed sets, int32 ``[S, B, W]``; ``[S, 1, W]`` where all rows share them."""
+    bits: torch.Tensor | None
+    """Packed sets, int32 ``[S, B, W]``; ``[S, 1, W]`` where all rows share them; None where there are none."""
     planes: torch.Tensor | None = None
     """Values float32 ``[P, B, V]``, written at the tokens of their sets only."""
     row_values: torch.Tensor | None = None
@@ -586,6 +588,19 @@ _PROGRAMS = 256
 _token_sets_launcher = Launcher(_token_sets_kernel, num_warps=8)
 
 
+def planes_of(search: Search, scores: torch.Tensor, position: Position) -> torch.Tensor | None:
+    """Room for the planes of a search, float32 ``[P, B, V]``; the first one holds the logits that are mixed in."""
+    mates = position.mates
+    if mates is not None and search.planes == 1 and mates.dtype == torch.float32 and mates.is_contiguous():
+        return mates.unsqueeze(0)
+    if not search.planes:
+        return None
+    planes = torch.empty(search.planes, *scores.shape, dtype=torch.float32, device=scores.device)
+    if mates is not None:
+        planes[0].copy_(mates)
+    return planes
+
+
 def launch_token_sets(
     scores: torch.Tensor,
     search: Search,
@@ -603,7 +618,7 @@ def launch_token_sets(
     W = words_of(V)
     sets = search.sets
     found = torch.empty(sets, B, W, dtype=torch.int32, device=device)
-    planes = torch.empty(search.planes, B, V, dtype=torch.float32, device=device) if search.planes else None
+    planes = planes_of(search, scores, position)
     row_values = torch.empty(B, search.row_values, dtype=torch.float32, device=device) if search.row_values else None
     if input_ids is None:
         L, stride_ids_row, stride_id, ids_dtype = 0, 0, 0, None
@@ -611,7 +626,7 @@ def launch_token_sets(
         L = input_ids.shape[1]
         stride_ids_row, stride_id = input_ids.stride()
         ids_dtype = input_ids.dtype
-    cache_offset, prompt_offset, cache_position, prompt_length, values = position
+    cache_offset, prompt_offset, cache_position, prompt_length, values, _ = position
     if allowed is not None and allowed.dtype == torch.bool:
         allowed = pack_bits(allowed)
     masks, rows, sources, starts, gates, table, numbers = search.operands

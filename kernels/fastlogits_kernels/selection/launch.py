@@ -228,7 +228,7 @@ def _call(
 register(
     "select(Tensor scores, int selection, int chain=-1, Tensor? input_ids=None, Tensor? allowed=None, "
     "SymInt cache_offset=0, SymInt prompt_offset=0, Tensor? cache_position=None, Tensor? prompt_length=None, "
-    "Tensor? values=None) -> Tensor",
+    "Tensor? values=None, Tensor? mates=None) -> Tensor",
     _call,
     lambda scores, *inputs: scores.new_empty(scores.shape),
 )
