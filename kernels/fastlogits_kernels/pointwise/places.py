@@ -66,6 +66,12 @@ class Places:
         return cls("dense", mask, None)
 
     @classmethod
+    def slices(cls, starts: list[int], stops: list[int], V: int) -> Places:
+        """The same where they are neighbours, by the ends in each row, which may be outside the vocabulary."""
+        ends = [(max(0, start), min(V, stop)) for start, stop in zip(starts, stops, strict=True)]
+        return cls("slices", [(row, *each) for row, each in enumerate(ends) if each[0] < each[1]], None)
+
+    @classmethod
     def of_rows(cls, tokens: torch.Tensor, V: int, values: torch.Tensor | None = None) -> Places | None:
         """Tokens of each row, int64 ``[B, K]``, and their values; those outside the vocabulary don't count."""
         if not tokens.numel():
@@ -92,6 +98,9 @@ class Places:
             return torch.where(self._at, values, x)
         if self._form == "dense":
             x.masked_fill_(self._at, values)
+        elif self._form == "slices":
+            for row, start, stop in self._at:
+                x[row, start:stop] = values
         elif self._form == "rows":
             x.scatter_(1, self._at, values)
         elif self._form == "pairs":
@@ -206,6 +215,8 @@ def _find(
         return Places.dense(~(allowed if allowed.dtype == torch.bool else unpack_bits(allowed, V)))
     if kind == RANGE.value:
         start, stop = (_end_of_range(search, end, position) for end in (task.a, task.b))
+        if x.is_cpu:  # where reading the ends waits for nothing
+            return Places.slices(_of_each_row(start, x.shape[0]), _of_each_row(stop, x.shape[0]), V)
         token = torch.arange(V, device=x.device)
         return Places.dense(((token >= start) & (token < stop)).expand(x.shape))
     assert input_ids is not None
@@ -267,6 +278,11 @@ def _end_of_range(search: Search, end: int, position: Position) -> int | torch.T
         return search.texts.ends[-1 - end]
     assert position.values is not None
     return position.values[:, end : end + 1]
+
+
+def _of_each_row(end: int | torch.Tensor, B: int) -> list[int]:
+    """An end of a range in each row."""
+    return [end] * B if isinstance(end, int) else [int(each) for each in end.flatten().tolist()]
 
 
 def _find_repeated(
