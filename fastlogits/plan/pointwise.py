@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from fastlogits_kernels.pointwise import fold as ops
 from fastlogits_kernels.pointwise import search as tasks
-from fastlogits_kernels.pointwise.fold import NOWHERE, Chain, Op, fold
+from fastlogits_kernels.pointwise.fold import Chain, Op, fold
 from fastlogits_kernels.pointwise.pack_ids import pack_ids
 from fastlogits_kernels.pointwise.search import (
+    NOTHING,
+    Call,
     Gate,
     Operands,
-    Position,
     Repetitions,
     Search,
     Sequences,
@@ -34,7 +35,7 @@ from fastlogits.compilers import constant
 from fastlogits.plan.allowed import AllowedRows
 from fastlogits.plan.masks import Masks, is_plain_mask
 from fastlogits.plan.part import NO_ARGUMENTS, Cost, Merge, Part
-from fastlogits.plan.position import Index, split
+from fastlogits.plan.position import split
 from fastlogits.plan.row_values import CallRows, RowValue, RowValues
 from fastlogits.plan.run import Run, known
 from fastlogits.plan.stages import (
@@ -134,8 +135,8 @@ class Pointwise(Part):
         run: Run | None,
         capturing: bool | None = None,
         mates: torch.Tensor | None = None,
-    ) -> tuple[Chain, torch.Tensor | None, Position, torch.Tensor | None]:
-        """What the operation takes besides the scores: the chain, the ids that it reads, its position, its rows.
+    ) -> tuple[Chain, Call]:
+        """What the operation takes besides the scores: the chain, and what a call tells it.
 
         ``capturing`` says whether a graph captures the call, where that has been asked already; ``mates`` are the rows
         that are mixed into ``scores``.
@@ -149,43 +150,41 @@ class Pointwise(Part):
             chain = self._chain(scores)
         if is_capturing(device) if capturing is None else capturing:
             hold(self._captured, chain)
-        position, ids = NOWHERE, None
+        call = NOTHING
         if self._needs_history:
-            if input_ids.device != device:
-                raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {device}")
-            if self._readers:
-                ids = input_ids if input_ids.shape[0] == B else self._of_all_rows(input_ids, scores)
-            for ignore in self._ignored:
-                if ignore.shape[0] != input_ids.shape[0]:
-                    raise ValueError(_incompatible(ignore, input_ids.shape[0], "input_ids have"))
-            if self._needs_position:
-                run = known(run, self.members)
-            if run is None:
-                position = Position(input_ids.shape[1] - 1)
-            else:
-                cache_position, prompt_length = run.locate(input_ids, scores)
-                cache_offset, cache = split(cache_position)
-                prompt_offset, prompt = split(prompt_length)
-                position = Position(cache_offset, prompt_offset, cache, prompt)
-            if self._values:
-                position = position._replace(values=self._computed(input_ids, scores, position, run))
-        if mates is not None:
-            position = position._replace(mates=mates)
-        allowed = None if self._allowed is None else self._allowed(input_ids, scores, run)
-        return chain, ids, position, allowed
+            call = self._at(input_ids, scores, run)
+        if self._allowed is not None:
+            call = call._replace(allowed=self._allowed(input_ids, scores, run))
+        return chain, call if mates is None else call._replace(mates=mates)
 
-    def _computed(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, position: Position, run: Run | None
-    ) -> torch.Tensor:
+    def _at(self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None) -> Call:
+        """The tokens of a call, where its rows stand, and the values of each."""
+        if input_ids.device != scores.device:
+            raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {scores.device}")
+        ids = None
+        if self._readers:
+            ids = input_ids if input_ids.shape[0] == scores.shape[0] else self._of_all_rows(input_ids, scores)
+        for ignore in self._ignored:
+            if ignore.shape[0] != input_ids.shape[0]:
+                raise ValueError(_incompatible(ignore, input_ids.shape[0], "input_ids have"))
+        if self._needs_position:
+            run = known(run, self.members)
+        cache_position, prompt_length = (input_ids.shape[1] - 1, 0) if run is None else run.locate(input_ids, scores)
+        cache_offset, cache = split(cache_position)
+        prompt_offset, prompt = split(prompt_length)
+        values = None
+        if self._values:
+            rows = CallRows.of(input_ids, scores, cache_position, prompt_length, run)
+            values = self._computed(rows, scores)
+        return Call(ids, None, cache_offset, prompt_offset, cache, prompt, values)
+
+    def _computed(self, rows: CallRows, scores: torch.Tensor) -> torch.Tensor:
         """The values of each row that the stages read, float64 ``[B, N]``."""
         for member in self._of_rows:
-            check_rows(member.name, input_ids, scores)
+            check_rows(member.name, rows.input_ids, scores)
         B = scores.shape[0]
         if is_collecting():  # launches, none of which is made: nothing may count as a step
             return scores.new_zeros(B, sum(values.count for values in self._values), dtype=torch.float64)
-        cache_position: Index = position.cache_offset if position.cache_position is None else position.cache_position
-        prompt_length: Index = position.prompt_offset if position.prompt_length is None else position.prompt_length
-        rows = CallRows.of(input_ids, scores, cache_position, prompt_length, run)
         found = [values.function(rows).reshape(B, values.count).double() for values in self._values]
         return torch.cat(found, 1) if len(found) > 1 else found[0].contiguous()
 

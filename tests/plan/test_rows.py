@@ -311,7 +311,7 @@ def test_operations_never_read_past_what_they_are_given(backend, device):
     ids, scores = torch.ones(2, 4, dtype=torch.int64, device=device), torch.zeros(3, V, device=device)
     chain = Pointwise([Member("n-grams", Ban(Repeated(2)))]).inputs(ids, scores[:2], None)[0]
     with pytest.raises(ValueError, match="input_ids must have the 3 rows"):
-        fold_kernels.fold(scores, chain, ids, fold_kernels.Position(3))
+        fold_kernels.fold(scores, chain, fold_kernels.Call(ids, cache_offset=3))
     words = torch.ones(2, 1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="allowed must have 1 row or the 3 rows"):
         mask_tokens(scores, Bans(allowed=words))

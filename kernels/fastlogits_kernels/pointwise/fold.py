@@ -19,7 +19,8 @@ import torch
 
 from fastlogits_kernels.pointwise.places import Places, find_places, find_row_value
 from fastlogits_kernels.pointwise.search import (
-    Position,
+    NOTHING,
+    Call,
     Search,
     StaticSets,
     TokenSets,
@@ -344,16 +345,14 @@ def run_kernels(
     scores: torch.Tensor,
     out: torch.Tensor | None,
     chain: Chain,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> torch.Tensor:
     """The fold in Triton; ``out`` is ``scores`` itself, or None for a new tensor."""
     B, V = scores.shape
-    static = _static_sets(scores, chain, position)
+    static = _static_sets(scores, chain, call)
     if static is not None and chain.is_idle(static):
         return scores
-    found = find_sets(scores, chain, input_ids, position, allowed)
+    found = find_sets(scores, chain, call)
     if out is None:
         out = empty_out(scores)
     if B and V:
@@ -364,28 +363,26 @@ def run_kernels(
 def find_sets(
     scores: torch.Tensor,
     chain: Chain,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> TokenSets | None:
-    """What the tokens of a chain's maps are at a position: a launch, where they aren't the same for all rows."""
+    """What the tokens of a chain's maps are at a call: a launch, where they aren't the same for all rows."""
     search = chain.search
     if not scores.numel() or not (search.sets or search.planes):
         return None
     if not search.sets:
-        return TokenSets(None, planes_of(search, scores, position))
-    static = _static_sets(scores, chain, position)
+        return TokenSets(None, planes_of(search, scores, call))
+    static = _static_sets(scores, chain, call)
     if static is not None:
-        return static.found._replace(planes=planes_of(search, scores, position)) if search.planes else static.found
-    check_rows(scores, input_ids, allowed)
-    return launch_token_sets(scores, search, input_ids, position, allowed)
+        return static.found._replace(planes=planes_of(search, scores, call)) if search.planes else static.found
+    check_rows(scores, call.input_ids, call.allowed)
+    return launch_token_sets(scores, search, call)
 
 
-def _static_sets(scores: torch.Tensor, chain: Chain, position: Position) -> StaticSets | None:
-    """The sets of a chain at a position, where they are the same for all rows and the host knows which they are."""
+def _static_sets(scores: torch.Tensor, chain: Chain, call: Call) -> StaticSets | None:
+    """The sets of a chain at a call, where they are the same for all rows and the host knows which they are."""
     search = chain.search
-    on_host = position.cache_position is None and position.prompt_length is None
-    return search.static(position, scores.shape[1]) if search.sets and search.is_static and on_host else None
+    on_host = call.cache_position is None and call.prompt_length is None
+    return search.static(call, scores.shape[1]) if search.sets and search.is_static and on_host else None
 
 
 def _scaled(x: torch.Tensor, op: Op, chain: Chain, new: bool) -> torch.Tensor:
@@ -473,33 +470,31 @@ def reference_fold(
     scores: torch.Tensor,
     out: torch.Tensor | None,
     chain: Chain,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> torch.Tensor:
     """The same in torch, and the path of the CPU: a copy of the scores, then each map where its tokens are."""
-    check_rows(scores, input_ids, allowed)
+    check_rows(scores, call.input_ids, call.allowed)
     recorded = has_gradient(scores)
     if out is not None and recorded:
-        return out.copy_(reference_fold(scores.clone(), None, chain, input_ids, position, allowed))
+        return out.copy_(reference_fold(scores.clone(), None, chain, call))
     # A new tensor is made by the first map that does something; where a graph records them, by each.
     x, untouched = (scores, True) if out is None else (out, False)
     for op in chain.ops:
         if op.kind == MIX.value:
-            assert position.mates is not None  # it comes first
-            x = (x - position.mates) * chain.numbers[op.a] + position.mates
+            assert call.mates is not None  # it comes first
+            x = (x - call.mates) * chain.numbers[op.a] + call.mates
             untouched = recorded
             continue
         if op.kind in _MAPS_OF_ALL:
             x = _MAPS_OF_ALL[op.kind](x, op, chain, untouched)
             untouched = recorded
             continue
-        value = find_row_value(chain.search, op.a, position) if op.kind in _BY_ROW else None
+        value = find_row_value(chain.search, op.a, call) if op.kind in _BY_ROW else None
         if isinstance(value, float) and value == 0.0:
             continue
         if op.kind == FORCE.value and isinstance(value, torch.Tensor) and value.is_cpu and not value.any():
             continue
-        places = find_places(chain.search, op.set, x, input_ids, position, allowed)
+        places = find_places(chain.search, op.set, x, call)
         if op.kind in _OF_PLANES:
             # What the kernels need beside it to know where the plane is written has no values.
             places = [found for found in places if found.values is not None]
@@ -527,27 +522,23 @@ def _fold(
     scores: torch.Tensor,
     out: torch.Tensor | None,
     chain: Chain,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> torch.Tensor:
     if _OPERATION.takes(scores, FORCE_KERNEL) and scores.dtype in _MAX and not has_gradient(scores):
-        return run_kernels(scores, out, chain, input_ids, position, allowed)
+        return run_kernels(scores, out, chain, call)
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating-point of shape (B, V), got {scores.dtype} of {tuple(scores.shape)}")
-    return reference_fold(scores, out, chain, input_ids, position, allowed)
+    return reference_fold(scores, out, chain, call)
 
 
 def _call(
     scores: torch.Tensor,
     out: torch.Tensor | None,
     handle: int,
-    input_ids: torch.Tensor | None = None,
-    allowed: torch.Tensor | None = None,
-    *position: Any,
+    *call: Any,
 ) -> torch.Tensor:
     # The dispatcher leaves out what is at its default.
-    folded = _fold(scores, out, chain_of(handle), input_ids, Position(*position), allowed)
+    folded = _fold(scores, out, chain_of(handle), Call(*call))
     # A registered operation may not return what it was given.
     return folded.clone() if folded is scores and out is None else folded
 
@@ -568,16 +559,10 @@ register(
 )
 
 
-NOWHERE = Position()
-"""For chains that ask for no position."""
-
-
 def fold(
     scores: torch.Tensor,
     chain: Chain,
-    input_ids: torch.Tensor | None = None,
-    position: Position = NOWHERE,
-    allowed: torch.Tensor | None = None,
+    call: Call = NOTHING,
     in_place: bool = False,
 ) -> torch.Tensor:
     """Apply a chain to ``scores`` ``[B, V]``: a new tensor, or ``scores`` itself where nothing changes it.
@@ -587,7 +572,7 @@ def fold(
     """
     if torch.compiler.is_compiling() and not has_gradient(scores):
         if in_place:
-            torch.ops.fastlogits.fold_(scores, chain.handle, input_ids, allowed, *position)
+            torch.ops.fastlogits.fold_(scores, chain.handle, *call)
             return scores
-        return torch.ops.fastlogits.fold(scores, chain.handle, input_ids, allowed, *position)  # type: ignore[no-any-return]
-    return _fold(scores, scores if in_place else None, chain, input_ids, position, allowed)
+        return torch.ops.fastlogits.fold(scores, chain.handle, *call)  # type: ignore[no-any-return]
+    return _fold(scores, scores if in_place else None, chain, call)

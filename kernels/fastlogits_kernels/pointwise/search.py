@@ -90,17 +90,29 @@ class Gate(NamedTuple):
         return self.start <= index < self.stop and (index - self.phase) % self.period == 0
 
 
-class Position(NamedTuple):
-    """Where each row stands: offsets on the host, to which integer tensors ``[]`` or ``[B]`` may be added."""
+class Call(NamedTuple):
+    """What a call tells a chain besides its scores; all tensors are on the device of the scores."""
 
+    input_ids: torch.Tensor | None = None
+    """Tokens so far, int32 or int64 ``[B, L]``; None where no task reads them."""
+    allowed: torch.Tensor | None = None
+    """The allowed set of each row, packed int32 ``[B or 1, W]`` or bool; None where no task reads it."""
     cache_offset: int = 0
+    """Index of the newest token; where that differs by row, what is added to ``cache_position``."""
     prompt_offset: int = 0
+    """Tokens of the prompt, likewise beside ``prompt_length``."""
     cache_position: torch.Tensor | None = None
+    """Integers ``[]`` or ``[B]``."""
     prompt_length: torch.Tensor | None = None
+    """Integers ``[]`` or ``[B]``."""
     values: torch.Tensor | None = None
-    """What was computed for each row there, float64 ``[B, N]`` and contiguous; None where a chain asks for nothing."""
+    """What was computed for each row, float64 ``[B, N]`` and contiguous; None where a chain asks for nothing."""
     mates: torch.Tensor | None = None
     """Logits ``[B, V]`` that a chain mixes into those that it maps; None where it mixes none."""
+
+
+NOTHING = Call()
+"""For chains that ask for nothing."""
 
 
 _STEPWISE = ["B", "W", "L", "source_length", "splits", "stride_ids_row", "stride_id", "stride_allowed", "stride_cache"]
@@ -496,10 +508,10 @@ class Search:
         self.places: dict[int, Any] = {}
         """Where torch has found the tokens of each block of the rows, which stay."""
 
-    def static(self, position: Position, V: int) -> StaticSets:
+    def static(self, call: Call, V: int) -> StaticSets:
         """What is found where gated masks are all that there is, and positions are those of the host."""
-        length = position.cache_offset + 1
-        step = length - position.prompt_offset
+        length = call.cache_offset + 1
+        step = length - call.prompt_offset
         open_gates = tuple([gate.is_open(step, length) for gate in self.gates])
         found = self._static.get(open_gates)
         if found is None:
@@ -588,9 +600,9 @@ _PROGRAMS = 256
 _token_sets_launcher = Launcher(_token_sets_kernel, num_warps=8)
 
 
-def planes_of(search: Search, scores: torch.Tensor, position: Position) -> torch.Tensor | None:
+def planes_of(search: Search, scores: torch.Tensor, call: Call) -> torch.Tensor | None:
     """Room for the planes of a search, float32 ``[P, B, V]``; the first one holds the logits that are mixed in."""
-    mates = position.mates
+    mates = call.mates
     if mates is not None and search.planes == 1 and mates.dtype == torch.float32 and mates.is_contiguous():
         return mates.unsqueeze(0)
     if not search.planes:
@@ -601,32 +613,22 @@ def planes_of(search: Search, scores: torch.Tensor, position: Position) -> torch
     return planes
 
 
-def launch_token_sets(
-    scores: torch.Tensor,
-    search: Search,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
-) -> TokenSets:
-    """Run a search in one launch, for ``scores`` ``[B, V]`` of which only shape, dtype and device are used.
-
-    ``input_ids``, int32 or int64 ``[B, L]``, and ``allowed``, packed int32 ``[B or 1, W]`` or bool, may be None where
-    no task reads them.
-    """
+def launch_token_sets(scores: torch.Tensor, search: Search, call: Call) -> TokenSets:
+    """Run a search in one launch, for ``scores`` ``[B, V]`` of which only shape, dtype and device are used."""
     device = scores.device
     B, V = scores.shape
     W = words_of(V)
     sets = search.sets
     found = torch.empty(sets, B, W, dtype=torch.int32, device=device)
-    planes = planes_of(search, scores, position)
+    planes = planes_of(search, scores, call)
     row_values = torch.empty(B, search.row_values, dtype=torch.float32, device=device) if search.row_values else None
+    input_ids, allowed, cache_offset, prompt_offset, cache_position, prompt_length, values, _ = call
     if input_ids is None:
         L, stride_ids_row, stride_id, ids_dtype = 0, 0, 0, None
     else:
         L = input_ids.shape[1]
         stride_ids_row, stride_id = input_ids.stride()
         ids_dtype = input_ids.dtype
-    cache_offset, prompt_offset, cache_position, prompt_length, values, _ = position
     if allowed is not None and allowed.dtype == torch.bool:
         allowed = pack_bits(allowed)
     masks, rows, sources, starts, gates, table, numbers = search.operands

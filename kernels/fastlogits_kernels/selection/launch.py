@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from fastlogits_kernels.draw import draw
-from fastlogits_kernels.pointwise.fold import NOWHERE, Chain, chain_of, find_sets, reference_fold
-from fastlogits_kernels.pointwise.search import Position, TokenSets
+from fastlogits_kernels.pointwise.fold import Chain, chain_of, find_sets, reference_fold
+from fastlogits_kernels.pointwise.search import NOTHING, Call, TokenSets
 from fastlogits_kernels.rules import TINY_TEMPERATURE, Rule
 from fastlogits_kernels.runtime.backend import Operation
 from fastlogits_kernels.runtime.launcher import Launch, Relaunches, empty_out, is_collecting, launch_together
@@ -173,9 +173,7 @@ def select(
     scores: torch.Tensor,
     selection: Selection,
     chain: Chain | None = None,
-    input_ids: torch.Tensor | None = None,
-    position: Position = NOWHERE,
-    allowed: torch.Tensor | None = None,
+    call: Call = NOTHING,
 ) -> torch.Tensor:
     """``scores`` ``[B, V]`` folded, and what the rules keep of them: a new contiguous tensor.
 
@@ -183,16 +181,14 @@ def select(
         scores: float32, float16 or bfloat16 of any strides; never written.
         selection: the rules.
         chain: what is done to the logits before; None for nothing.
-        input_ids: what the chain reads.
-        position: likewise.
-        allowed: likewise.
+        call: what the chain reads.
     """
     if torch.compiler.is_compiling():
         handle = -1 if chain is None else chain.handle
         return torch.ops.fastlogits.select(  # type: ignore[no-any-return]
-            scores, selection.handle, handle, input_ids, allowed, *position
+            scores, selection.handle, handle, *call
         )
-    return _select(scores, selection, chain, input_ids, position, allowed)
+    return _select(scores, selection, chain, call)
 
 
 @OPERATION.falls_back
@@ -200,15 +196,13 @@ def _select(
     scores: torch.Tensor,
     selection: Selection,
     chain: Chain | None,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> torch.Tensor:
     if not OPERATION.takes(scores, FORCE_KERNEL):
-        return reference_select(scores, selection, chain, input_ids, position, allowed)
+        return reference_select(scores, selection, chain, call)
     out = empty_out(scores)
     if scores.numel():
-        found = None if chain is None else find_sets(scores, chain, input_ids, position, allowed)
+        found = None if chain is None else find_sets(scores, chain, call)
         launch_select(scores, selection, chain, found, out=out)
     return out
 
@@ -217,12 +211,10 @@ def _call(
     scores: torch.Tensor,
     selection: int,
     chain: int = -1,
-    input_ids: torch.Tensor | None = None,
-    allowed: torch.Tensor | None = None,
-    *position: Any,
+    *call: Any,
 ) -> torch.Tensor:
     maps = None if chain < 0 else chain_of(chain)
-    return _select(scores, selections[selection], maps, input_ids, Position(*position), allowed)
+    return _select(scores, selections[selection], maps, Call(*call))
 
 
 register(
@@ -238,12 +230,10 @@ def reference_select(
     scores: torch.Tensor,
     selection: Selection,
     chain: Chain | None,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> torch.Tensor:
     """The same in torch, one after the other."""
-    x = truncate(_folded(scores, chain, input_ids, position, allowed), selection.given)
+    x = truncate(_folded(scores, chain, call), selection.given)
     return x.log_softmax(-1) if selection.normalise else x
 
 
@@ -254,12 +244,10 @@ def reference_tokens(
     positions: torch.Tensor,
     temperature: torch.Tensor | None,
     chain: Chain | None,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens as ``select_tokens`` samples them, and the distribution that they are from, float32 ``[B, V]``."""
-    x, greedy = _folded(logits.float(), chain, input_ids, position, allowed), None
+    x, greedy = _folded(logits.float(), chain, call), None
     if temperature is None:
         x = truncate(x, selection.given)
     else:
@@ -282,11 +270,9 @@ def reference_distribution(
 def _folded(
     scores: torch.Tensor,
     chain: Chain | None,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> torch.Tensor:
-    return scores if chain is None else reference_fold(scores, None, chain, input_ids, position, allowed)
+    return scores if chain is None else reference_fold(scores, None, chain, call)
 
 
 @OPERATION.falls_back
@@ -297,9 +283,7 @@ def select_tokens(
     positions: torch.Tensor,
     temperature: torch.Tensor | None = None,
     chain: Chain | None = None,
-    input_ids: torch.Tensor | None = None,
-    position: Position = NOWHERE,
-    allowed: torch.Tensor | None = None,
+    call: Call = NOTHING,
 ) -> torch.Tensor:
     """A token sampled from what the rules keep of each row of ``logits`` ``[B, V]``, int64 ``[B]``.
 
@@ -311,18 +295,16 @@ def select_tokens(
         temperature: what the logits are divided by, ``[B]`` or of no dimensions; rows of another than a positive finite
             number are greedy. None for 1.
         chain: what is done to the logits before; None for nothing.
-        input_ids: what the chain reads.
-        position: likewise.
-        allowed: likewise.
+        call: what the chain reads.
     """
     if not OPERATION.takes(logits, FORCE_KERNEL):
         tokens, _ = reference_tokens(
-            logits, selection, seeds, positions, temperature, chain, input_ids, position, allowed
+            logits, selection, seeds, positions, temperature, chain, call
         )  # fmt: skip
         return tokens
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if logits.numel():
-        found = None if chain is None else find_sets(logits, chain, input_ids, position, allowed)
+        found = None if chain is None else find_sets(logits, chain, call)
         launch_select(
             logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
         )

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastlogits_kernels.pointwise.fold import NOWHERE, Chain, find_sets
-from fastlogits_kernels.pointwise.search import Position, TokenSets
+from fastlogits_kernels.pointwise.fold import Chain, find_sets
+from fastlogits_kernels.pointwise.search import NOTHING, Call, TokenSets
 from fastlogits_kernels.runtime.backend import Operation
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, row_stride, tl, triton
@@ -335,9 +335,7 @@ def select_and_report(
     count: int,
     temperature: torch.Tensor | None = None,
     chain: Chain | None = None,
-    input_ids: torch.Tensor | None = None,
-    position: Position = NOWHERE,
-    allowed: torch.Tensor | None = None,
+    call: Call = NOTHING,
     counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Report]:
     """The tokens of ``select_tokens``, and a report on them in the distribution that they were sampled from.
@@ -350,20 +348,18 @@ def select_and_report(
         count: see ``launch_report``.
         temperature: see ``select_tokens``.
         chain: see there.
-        input_ids: see there.
-        position: see there.
-        allowed: see there.
+        call: see there.
         counts: see ``launch_report``.
     """
     if not (takes(logits, count) and launch.takes_scores(logits)):
         tokens, processed = launch.reference_tokens(
-            logits, selection, seeds, positions, temperature, chain, input_ids, position, allowed
+            logits, selection, seeds, positions, temperature, chain, call
         )  # fmt: skip
         return tokens, report(processed, tokens, count, counts)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if not logits.numel():
         return tokens, launch_report(logits, tokens, count, counts)
-    found = None if chain is None else find_sets(logits, chain, input_ids, position, allowed)
+    found = None if chain is None else find_sets(logits, chain, call)
     work = launch_select(
         logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
     )

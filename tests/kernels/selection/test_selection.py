@@ -233,7 +233,7 @@ def test_rows_that_nothing_is_dropped_of(monkeypatch, V, dtype):
     off = torch.tensor([1.0] * 9 + [0.5], device=DEVICE)
     for temperature in (None, torch.tensor(0.7, device=DEVICE), by_row):
         given = (scores, launch.Selection((), V, scores.device), seeds, seeds, temperature)
-        wanted, _ = launch.reference_tokens(*given, None, None, launch.NOWHERE, None)
+        wanted, _ = launch.reference_tokens(*given, None, launch.NOTHING)
         assert torch.equal(launch.select_tokens(*given), wanted)
         with monkeypatch.context() as context:
             context.setattr(launch, "_MOST_SAMPLED", 0)
