@@ -11,7 +11,7 @@ import torch
 from fastlogits_kernels.rules import ORDERS
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.serving import layout
-from fastlogits_kernels.serving.layout import Rows, Slots
+from fastlogits_kernels.serving.layout import Slots, StepRows
 from fastlogits_kernels.serving.steps import Step, append_tokens, process_rows, sample_rows, swap_slots
 
 from fastlogits import warm_up as warming
@@ -572,7 +572,7 @@ class BatchProcessor:
         bitmask: torch.Tensor | None,
         draft_ids: Ids | None,
         local_position: Ids | None,
-    ) -> tuple[Rows, list[int] | None]:
+    ) -> tuple[StepRows, list[int] | None]:
         """The rows of a step, checked, and their slots if the host knows them."""
         self._check_logits(logits)
         B = logits.shape[0]
@@ -592,7 +592,7 @@ class BatchProcessor:
         if known is not None:
             self._check_masks(known, bitmask)
             self._check_order(known, positions, local)
-        return Rows(of, positions.on_device, mask, drafts.on_device, local.on_device), known
+        return StepRows(of, positions.on_device, mask, drafts.on_device, local.on_device), known
 
     def _optional_index(self, argument: str, value: Ids | None) -> Index:
         return NOT_GIVEN if value is None else read_index(argument, value, self.device)

@@ -39,7 +39,7 @@ from benchmarks.workloads import (
     Contender,
     drawn_from,
 )
-from tests import zoo
+from tests import entries
 
 ROOT = Path(__file__).parents[2]
 _TINY = ["--device", "cpu", "--quick", "--vocab", "64", "--batch", "1", "--ids", "3"]
@@ -162,7 +162,7 @@ def test_every_class_is_measured_and_right(tiny_run, tmp_path, capsys):
     assert {row["workload"] for row in rows} >= set(CLASSES) | set(CHAINS)
     assert {row["contender"] for row in rows if row["workload"] == "TopPLogitsWarper"} >= {THEIRS, FAST}
     assert "CPU: no class slower than that of transformers" in capsys.readouterr().out
-    assert set(CLASSES) == set(zoo.names())
+    assert set(CLASSES) == set(entries.names())
 
 
 def test_only_some_workloads(tiny_run, tmp_path):

@@ -11,7 +11,7 @@ from fastlogits_kernels.pointwise.fold import launch_fold
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.bits import pack_bits
 from fastlogits_kernels.serving import steps as slot_sets
-from fastlogits_kernels.serving.layout import Rows
+from fastlogits_kernels.serving.layout import StepRows
 from fastlogits_kernels.serving.reference import reference_slots
 from fastlogits_kernels.serving.search import launch_slot_sets
 
@@ -290,7 +290,7 @@ def test_kernels_find_in_many_ranges_what_torch_finds(draws, device):
         batch.add(RequestParams(**each, seed=i), prompt[: 1530 - 30 * i], [3] * (i == 4))
     logits = (torch.randn(count + 1, vocab, generator=torch.Generator().manual_seed(0)) * 3).to(device)
     slots = torch.tensor([*range(count), -1], device=device)
-    step, rows = batch._step, Rows(slots, bitmask=bitmask_of(count + 1, 1, vocab).to(device))
+    step, rows = batch._step, StepRows(slots, bitmask=bitmask_of(count + 1, 1, vocab).to(device))
     expected, numbers = reference_slots(logits, step.slots, rows, step.semantics, draws)
     made = step.workspace
     # What an earlier step has left must not matter.
@@ -429,7 +429,7 @@ def test_a_slot_holds_nothing_of_the_request_before(device, path):
         assert torch.equal(batch.apply(logits, [0]), alone.apply(logits, [0]))
         batch.remove(0)
         # On a GPU a row may name a slot that the host knows to be free.
-        rows = Rows(torch.tensor([0], device=device))
+        rows = StepRows(torch.tensor([0], device=device))
         assert torch.equal(slot_sets.process_rows(batch._step, logits, rows, torch.empty_like(logits)), logits)
     assert torch.equal(batch.apply(logits, [-1]), logits)
 

@@ -89,7 +89,7 @@ class Slots(NamedTuple):
     """How many of them are the prompt, ``[S]``."""
 
 
-class Rows(NamedTuple):
+class StepRows(NamedTuple):
     """The rows of a step. Index tensors are int32 or int64 ``[B]``; all on one device."""
 
     slots: torch.Tensor

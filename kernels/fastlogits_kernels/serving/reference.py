@@ -45,9 +45,9 @@ from fastlogits_kernels.serving.layout import (
     STOPS,
     TEMPERATURE,
     Numbers,
-    Rows,
     Semantics,
     Slots,
+    StepRows,
 )
 
 
@@ -111,7 +111,7 @@ class _Request(NamedTuple):
 
 
 def reference_slots(
-    scores: torch.Tensor, slots: Slots, rows: Rows, semantics: Semantics, draws: bool
+    scores: torch.Tensor, slots: Slots, rows: StepRows, semantics: Semantics, draws: bool
 ) -> tuple[torch.Tensor, Numbers]:
     """What the requests make of ``scores`` ``[B, V]`` before temperature and rules, float32, and their numbers.
 
@@ -121,7 +121,7 @@ def reference_slots(
     if scores.device.type != "cpu":  # row by row, each element would be waited for
         of_slots: Any = [table.cpu() for table in slots]
         of_rows: Any = [None if index is None else index.cpu() for index in rows]
-        x, numbers = reference_slots(scores.cpu(), Slots(*of_slots), Rows(*of_rows), semantics, draws)
+        x, numbers = reference_slots(scores.cpu(), Slots(*of_slots), StepRows(*of_rows), semantics, draws)
         return x.to(scores.device), Numbers(*(each.to(scores.device) for each in numbers))
     B = scores.shape[0]
     x = scores.float().clone(memory_format=torch.contiguous_format)
@@ -158,7 +158,7 @@ def _write_numbers(numbers: Numbers, row: int, record: _Record, length: int) -> 
     numbers.longs[1, row] = length
 
 
-def _seen(slots: Slots, rows: Rows, row: int, slot: int) -> tuple[torch.Tensor, int]:
+def _seen(slots: Slots, rows: StepRows, row: int, slot: int) -> tuple[torch.Tensor, int]:
     """The tokens that a row sees, int64 within 32 bits, and the length of its sequence, which may be longer."""
     known = min(max(int(slots.lengths[slot]), 0), slots.history.shape[1])
     local = 0 if rows.local_position is None else min(max(int(rows.local_position[row]), 0), row)

@@ -72,9 +72,9 @@ from fastlogits_kernels.serving.layout import (
     TALLIED,
     TEMPERATURE,
     Numbers,
-    Rows,
     Semantics,
     Slots,
+    StepRows,
     bits_of,
 )
 
@@ -558,7 +558,7 @@ class Workspace:
         self.numbers = Numbers.empty(rows, device)
 
 
-def launch_slot_sets(made: Workspace, scores: torch.Tensor, rows: Rows, draws: bool) -> TokenSets:
+def launch_slot_sets(made: Workspace, scores: torch.Tensor, rows: StepRows, draws: bool) -> TokenSets:
     """Find what the requests of the rows ask for: one launch.
 
     Args:

@@ -25,7 +25,7 @@ from fastlogits_kernels.selection.launch import (
 from fastlogits_kernels.selection.logprobs import KeptRows, Report, launch_report, report, takes
 from fastlogits_kernels.serving import search
 from fastlogits_kernels.serving.history import launch_append, launch_swap
-from fastlogits_kernels.serving.layout import Numbers, Rows, Semantics, Slots
+from fastlogits_kernels.serving.layout import Numbers, Semantics, Slots, StepRows
 from fastlogits_kernels.serving.reference import reference_append, reference_slots, reference_swap
 from fastlogits_kernels.serving.search import BANNED, EDITED, RANKS, Sizes, launch_slot_sets
 
@@ -98,7 +98,9 @@ def _takes(scores: torch.Tensor) -> bool:
     return _OPERATION.takes(scores, FORCE_KERNEL)
 
 
-def _reference(step: Step, scores: torch.Tensor, rows: Rows, draws: bool) -> tuple[torch.Tensor, torch.Tensor, Numbers]:
+def _reference(
+    step: Step, scores: torch.Tensor, rows: StepRows, draws: bool
+) -> tuple[torch.Tensor, torch.Tensor, Numbers]:
     """Scores after temperature and rules, float32, and which rows are greedy."""
     x, numbers = reference_slots(scores, step.slots, rows, step.semantics, draws)
     return *reference_distribution(x, numbers.temperature, step.rules(numbers)), numbers
@@ -113,7 +115,7 @@ def _fitted(processed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @_OPERATION.falls_back
-def process_rows(step: Step, scores: torch.Tensor, rows: Rows, out: torch.Tensor) -> torch.Tensor:
+def process_rows(step: Step, scores: torch.Tensor, rows: StepRows, out: torch.Tensor) -> torch.Tensor:
     """Write the processed ``scores`` ``[B, V]`` to ``out``, which may be ``scores`` itself; returns ``out``."""
     if not scores.numel():
         return out
@@ -133,7 +135,11 @@ def process_rows(step: Step, scores: torch.Tensor, rows: Rows, out: torch.Tensor
 
 @_OPERATION.falls_back
 def sample_rows(
-    step: Step, scores: torch.Tensor, rows: Rows, logprobs: Literal["raw", "processed"] | None = None, count: int = 0
+    step: Step,
+    scores: torch.Tensor,
+    rows: StepRows,
+    logprobs: Literal["raw", "processed"] | None = None,
+    count: int = 0,
 ) -> tuple[torch.Tensor, Report | None]:
     """A token of each row, int64 ``[B]``, and a report on it in the logits as they are or as they are drawn from.
 

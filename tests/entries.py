@@ -1,6 +1,6 @@
 """Every processor of transformers: what to construct it with at random, and what of its result must agree.
 
-``ZOO[name]`` says it for the class of that name. Arguments come as a dictionary, to be copied for each side:
+``ENTRIES[name]`` says it for the class of that name. Arguments come as a dictionary, to be copied for each side:
 ``build(module, name, arguments)`` does both.
 """
 
@@ -127,8 +127,8 @@ def names() -> list[str]:
 
 
 def kinds(chosen: Callable[[Entry], bool]) -> list[str]:
-    """The names of ``ZOO`` that this transformers has and that ``chosen`` takes."""
-    return [name for name in names() if name in ZOO and chosen(ZOO[name])]
+    """The names of ``ENTRIES`` that this transformers has and that ``chosen`` takes."""
+    return [name for name in names() if name in ENTRIES and chosen(ENTRIES[name])]
 
 
 def was_corrected(name: str, arguments: dict[str, Any], ids: torch.Tensor, scores: torch.Tensor) -> bool:
@@ -436,7 +436,7 @@ def _dia_delay(draw, case):
     }
 
 
-ZOO: dict[str, Entry] = {
+ENTRIES: dict[str, Entry] = {
     "MinLengthLogitsProcessor": Entry(_min_length),
     "MinNewTokensLengthLogitsProcessor": Entry(_min_new_tokens),
     "TemperatureLogitsWarper": Entry(_temperature),
