@@ -8,7 +8,7 @@ OLD_VENV := .venv-4.57
 ENGINES_VENV := .venv-engines
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-matrix test-engines fuzz lint bench figures export clean
+.PHONY: demo test test-fast test-matrix test-engines fuzz lint bench figures export clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -19,6 +19,10 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist wor
 
 test: $(VENV)/ready
 	$(PYTEST) $(ARGS)
+
+# Of each test as many cases as fit into half a second, see tests/durations.py; what it leaves out is printed.
+test-fast: $(VENV)/ready
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-matrix: test $(OLD_VENV)/ready
 	$(subst $(VENV),$(OLD_VENV),$(PYTEST)) $(ARGS)

@@ -28,7 +28,7 @@ _VOCABS, _QUICK_VOCABS = (32000, 128256, 151936), (128256,)
 _MAIN_SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
 # What a chain costs in vocabularies of other sizes.
 _WIDTHS, _OF_ANY_WIDTH = ((64, 32000), (64, 262144)), "chain 9"
-# Fewer logits than these would take hundreds of rotating inputs to outgrow an L2, and time little but the launch.
+# Fewer logits would need hundreds of inputs to outgrow an L2, and the time would be the launch's.
 _LEAST_COLD = 2**20
 
 
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     run = Run(SHORT_BUDGET_S if options.quick or options.main else BUDGET_S, peers, options.only_ours)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     start = time.monotonic()
-    # What is imported by now stays: with that out of its way, the collection that each capture begins with is short.
+    # Each capture begins with a garbage collection, which is short without what is imported by now.
     gc.collect()
     gc.freeze()
     try:
@@ -109,7 +109,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _documents(arguments: Sequence[str]) -> int:
-    """Draw plots, write the report, or fill the documents, from results that are there."""
+    """Draw plots, write the report, or fill the documents, from the results files."""
     parser = argparse.ArgumentParser(f"python -m benchmarks {arguments[0]}")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     if arguments[0] == "readme":
@@ -168,7 +168,7 @@ def _kinds(options: argparse.Namespace, workload: Workload, batch: int) -> list[
     if options.quick and not options.logits:
         kinds = [kind for kind in kinds if kind[0] == GAUSS]
     if options.main and not options.logits:
-        # A mixture has flat rows too; other dtypes once.
+        # The mixture has flat rows too. Other dtypes are measured once.
         kinds = [(logits, dtype) for logits, dtype in kinds if logits == GAUSS or (
             logits != FLAT and dtype == torch.float32)]  # fmt: skip
     return kinds

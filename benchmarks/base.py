@@ -24,12 +24,12 @@ _TURNS = 3
 def compare(ref: str, arguments: Sequence[str], console: Console, turns: int = _TURNS) -> int:
     """Measure both in turns, and print what became slower or faster.
 
-    The commit is checked out as a worktree of git in a temporary folder. Both sides run these benchmarks, so a
-    contender that the other commit lacks is told, and has no time.
+    The commit is checked out as a worktree of git in a temporary folder. Both sides run these benchmarks. A contender
+    that the other commit lacks is named, and has no time.
 
     Args:
         ref: what git takes for a commit.
-        arguments: those of the command line; what concerns the comparison and the results file is left out.
+        arguments: of the command line; those for the comparison and the results file are left out.
         console: where to print.
         turns: how often each side runs.
 

@@ -12,15 +12,18 @@ from benchmarks.inputs import HISTORY
 from benchmarks.processors import CLASSES
 from fastlogits.inspect.members import fresh_members
 from fastlogits.plan.masks import is_plain_mask
+from fastlogits.plan.observation import Observation
 from fastlogits.plan.part import Part
 from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.rows import RowsPart
 from fastlogits.plan.selection import Selection
-from fastlogits.plan.stages import Rows
+from fastlogits.plan.stages import Rows, stages_of
 
 _V = 1000
-_WAITS = ("WatermarkLogitsProcessor", "PrefixConstrainedLogitsProcessor", "MaxTimeLogitsProcessor")
-"""Those whose answer is on the host, so that each call waits for it or can't be captured."""
+_WAITS = ("WatermarkLogitsProcessor", "PrefixConstrainedLogitsProcessor")
+"""Those whose answer is on the host, so that each call waits for it."""
+_READS_THE_CLOCK = ("MaxTimeLogitsProcessor",)
+"""Those that can't be captured."""
 
 
 def _tokenizer() -> Any:
@@ -91,11 +94,12 @@ def uncatalogued() -> set[str]:
 def _row(processor: Any) -> str:
     name = type(processor).__name__
     (member,) = fresh_members([processor])
-    stage = member.stage
-    kind = stage.law if isinstance(stage, Rows) else stage.kind
+    kinds = [stage.law if isinstance(stage, Rows) else stage.kind for stage in stages_of(member.stage)]
+    kind = ", ".join(dict.fromkeys(kinds))
     does = " ".join((type(processor).__doc__ or "").partition("\n\n")[0].split()).replace("|", "\\|").replace("``", "`")
     costs = list(dict.fromkeys(_cost(part) for part in processor.plan.parts))
     cost = "torch; asks the host at each call" if name in _WAITS else "; ".join(costs)
+    cost += "; reads the host's clock at each call" if name in _READS_THE_CLOCK else ""
     return f"| `{name}` | {kind} | {does} | {cost} |"
 
 
@@ -103,10 +107,13 @@ def _cost(part: Part) -> str:
     if isinstance(part, Pointwise):
         if all(map(is_plain_mask, (member.stage for member in part.members))):
             return "none of its own: the shared pass"
-        return "the shared pass" + (", the shared search before it" if part.searches else "")
+        values = ", values of each row in torch" if part.cost().row_values else ""
+        return "the shared pass" + (", the shared search before it" if part.searches else "") + values
     if isinstance(part, Selection):
         more = ", where it comes first a read more" if part.cost().reads > 1 else ""
         return f"the shared selection{more}"
+    if isinstance(part, Observation):
+        return "nothing, but in the one call that it looks at"
     if isinstance(part, RowsPart) and part.is_normalisation:
         return "nothing after truncations, else torch"
     return "torch, on whole rows"

@@ -4,8 +4,8 @@
     python -m benchmarks cliffs --vocab 32000 --alone    # each rule by itself
     python -m benchmarks cliffs --dtype bfloat16
 
-GPU time by graph replay, after a temperature of 0.7, beside top-p on gauss at the same size: what takes more than three
-times as long is listed, and all of it is written to ``benchmarks/results/cliffs``.
+GPU time by graph replay, after a temperature of 0.7. What takes more than three times as long as top-p on gauss of the
+same size is listed, and everything is written to ``benchmarks/results/cliffs``.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ VALUES = {
     "top_k": 50, "top_p": 0.9, "min_p": 0.05, "top_a": 0.2, "typical": 0.9, "epsilon": 3e-4, "eta": 3e-4, "top_h": 0.5,
     "top_n_sigma": 1.0,
 }  # fmt: skip
-"""What people ask of each rule."""
+"""A usual value of each rule."""
 CLIFF = 3.0
-"""So many times top-p on gauss are too many."""
+"""More than so many times top-p on gauss is too much."""
 TEMPERATURE = 0.7
 
 Kind = Callable[[Case], torch.Tensor]
@@ -71,7 +71,7 @@ token banned."""
 
 
 def rule_sets(alone: bool) -> list[tuple[str, ...]]:
-    """The names of rules that act one after the other."""
+    """The rules of each call, in their order."""
     return [*((kind,) for kind in RULES), *(() if alone else itertools.combinations(RULES, 2))]
 
 
@@ -116,7 +116,7 @@ def measured(case: Case, alone: bool, budget_s: float) -> list[dict[str, str]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print what takes too long, and keep all of it."""
+    """Measure, print what takes too long, and keep everything."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks cliffs", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=128256)

@@ -1,10 +1,10 @@
-"""What a first call waits for: seconds of compiling, in fresh processes with an empty cache, then with a full one.
+"""How long a first call compiles, in fresh processes: with an empty cache, then with a full one.
 
     python -m benchmarks compile                    # the main workloads, on a GPU
     python -m benchmarks compile --workload serving 'draw *' --dtype bfloat16
 
-A process is ready (packages imported, the GPU at work, the logits there) before the clock starts, which stops when the
-first call of fastlogits has its result. What Triton compiles for itself in an empty cache, once for a machine, counts.
+The clock starts when the process is ready: packages imported, the GPU running, the logits made. It stops when the first
+call of fastlogits has its result. What Triton compiles for itself in an empty cache counts.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _IDS = 10
 
 
 class First(NamedTuple):
-    """What a first call waited for."""
+    """The times of a first call."""
 
     cold_s: float
     """With an empty cache."""
     cached_s: float
-    """With the cache that this left, in another process."""
+    """With that cache, in another process."""
     kernels: int
-    """How many kernels it holds then."""
+    """Kernels in that cache."""
 
 
 def first_calls(name: str, case: Case, turns: int = 1) -> dict[str, First]:
-    """The medians of some turns, for each of our contenders in a workload: each turn is two fresh processes.
+    """The medians of some turns for each of our contenders. A turn is two fresh processes.
 
     Raises:
         RuntimeError: a process failed; the message says what it printed last.

@@ -1,4 +1,4 @@
-"""The figures in the documents, taken from the results files: nobody types one.
+"""The figures in the documents, written from the results files.
 
 A document marks where they go, and ``python -m benchmarks readme`` fills what stands between the marks:
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.catalogue import catalogue
-from benchmarks.inputs import MANY_IDS
+from benchmarks.inputs import MANY_IDS, MEANINGS
 from benchmarks.matrix import markdown
 from benchmarks.results import Record, newest, read_folder, slug
 from benchmarks.tables import METRICS
@@ -40,11 +40,11 @@ _MEANS = {
     "T min-p": "temperature, min-p 0.05",
     "T typical": "temperature, typical 0.9",
     "T large k": "temperature, top-k 2000",
-    "draw T k p": "temperature, top-k 50, top-p 0.9, to a token",
-    "draw T p": "temperature, top-p 0.9, to a token",
-    "draw T": "temperature, to a token",
-    "serving": "a batch of requests, each with its own parameters, to logits",
-    "serving tokens": "a batch of requests, each with its own parameters, to tokens",
+    "draw T k p": "temperature, top-k 50, top-p 0.9, sampling included",
+    "draw T p": "temperature, top-p 0.9, sampling included",
+    "draw T": "temperature, sampling included",
+    "serving": "a serving batch, each request with its own parameters",
+    "serving tokens": "a serving batch, each request with its own parameters, sampling included",
     "bitmask": "a grammar's bitmask, half of its bits, in place",
 }
 
@@ -102,7 +102,7 @@ _CLAIMS = (
     ("gpu_us", "first step", 1000, LOOP, FAST_),
     ("cpu_us", "first step", 1000, LOOP, FAST_),
 )
-"""What to set side by side, the first that was measured: a metric, a workload, its ids, another contender and ours."""
+"""What to compare, the first that was measured: a metric, a workload, its ids, another contender and ours."""
 
 
 def _claim(records: Sequence[Record]) -> str:
@@ -139,7 +139,7 @@ def _us(us: float | None) -> str:
 
 
 def _figure(logits: str, us: float | None) -> str:
-    """A figure, with the name of its logits where they are not those that most rows have."""
+    """A figure, with the name of its logits unless most rows have these."""
     return _us(us) if logits in _LOGITS[:2] else f"{logits} {_us(us)}"
 
 
@@ -197,7 +197,7 @@ def _rows(name: str, ids: int, dtype: str, records: Sequence[Record], sizes: Seq
 
 
 def _in_order(contenders: set[str]) -> list[str]:
-    """The published loop and transformers, others, ours, a copy; what else is for scale is left out."""
+    """The published loop and transformers, others, ours, a copy; other yardsticks are left out."""
     first = [name for name in (LOOP, THEIRS) if name in contenders]
     ours = [name for name in (FAST, FAST_, FAST_COPIED_) if name in contenders]
     copy = [COPY] if COPY in contenders else []
@@ -212,18 +212,19 @@ def _caption(records: Sequence[Record], metric: str, workloads: Sequence[str]) -
     chosen = [r for r in records if r.workload in workloads]
     last = max(chosen, key=lambda r: r.timestamp)
     threads = f", {last.threads} threads" if metric == "cpu_us" else ""
-    several = len({r.logits for r in chosen}) > 1
-    kinds = f"; where several figures stand, logits are {' / '.join(_LOGITS[:2])}, others named" if several else ""
+    kinds = [kind for kind in _LOGITS if any(r.logits == kind for r in chosen)]
+    meanings = "; ".join(f"{kind}: {MEANINGS[kind]}" for kind in kinds)
+    several = f"; a cell has {' / '.join(_LOGITS[:2])}, and other kinds of logits by name" if len(kinds) > 1 else ""
     commits = " and ".join(dict.fromkeys(r.commit for r in sorted(chosen, key=lambda r: r.timestamp)))
     versions = f"torch {last.torch}" + (f", Triton {last.triton}" if last.triton and metric != "cpu_us" else "")
     return (
-        f"{last.device}{threads}, {METRICS[metric]}, medians in microseconds{kinds} "
-        f"({versions}, transformers {last.transformers or 'not noted'}; commit {commits}):"
+        f"{last.device}{threads}, {METRICS[metric]}, medians in microseconds{several} "
+        f"({meanings}; {versions}, transformers {last.transformers or 'not noted'}; commit {commits}):"
     )
 
 
 def _slots(records: Sequence[Record]) -> str:
-    """What a slot takes, asked of batches of two sizes."""
+    """The bytes of a slot, for batches of two sizes."""
     sizes = ((128256, 4096), (151936, 32768))
     batches = [BatchProcessor(1, vocab, "cpu", max_length=length) for vocab, length in sizes]
     head = "".join(f" {vocab} tokens, `max_length` {length} |" for vocab, length in sizes)

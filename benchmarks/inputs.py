@@ -1,4 +1,4 @@
-"""What the workloads are given: sizes, logits of several kinds, histories, token sets."""
+"""The inputs of the workloads: sizes, logits of several kinds, histories, token sets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 HISTORY = 1024
 """Tokens of the history."""
 MANY_IDS = 10_000
-"""A set of this many ids or more is measured in place only, and not by the loop, which would launch a kernel each."""
+"""Sets of this many ids or more are measured in place only, without the loop, which launches a kernel for each."""
 
 GAUSS, ZIPF, MIXTURE, FLAT = "gauss", "zipf", "mixture", "flat"
 
@@ -102,33 +102,38 @@ LOGITS: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {
     MIXTURE: _mixture,
     FLAT: _flat,
 }
-"""Kinds of logits: N(0, 3); -1.5 ln(rank), permuted, as a model's fall; three rows of -3 ln(rank), with nearly all
-their mass in a few tokens, to each row N(0, 1); and N(0, 1), where no token stands out."""
+"""Kinds of logits; ``MEANINGS`` says what they are."""
+MEANINGS = {
+    GAUSS: "normal with deviation 3",
+    ZIPF: "-1.5 ln(rank), as a model's logits fall",
+    MIXTURE: "three rows of -3 ln(rank), nearly all of their mass in a few tokens, to each flat row",
+    FLAT: "normal with deviation 1, where no token stands out",
+}
 LEAST_BATCH = {MIXTURE: 4}
 """Rows that a kind of logits needs to be one."""
 
 
 def random_scores(case: Case) -> torch.Tensor:
-    """Logits ``[batch, vocab]`` of the case's kind and dtype, drawn on its device, the same ones each time."""
+    """Logits ``[batch, vocab]`` of the case's kind and dtype, made on its device, the same ones each time."""
     generator = torch.Generator(case.device).manual_seed(case.batch * case.vocab)
     return LOGITS[case.logits](case.batch, case.vocab, generator).to(case.dtype)
 
 
 def token_ids(case: Case) -> torch.Tensor:
-    """The tokens to forbid, distinct, int64 ``[ids]``: few are neighbours, as digits are, many lie anywhere."""
+    """The tokens to forbid, distinct, int64 ``[ids]``: a few are neighbours, as digits are; many are anywhere."""
     if case.ids <= 10:
         return torch.arange(case.ids) + min(15, case.vocab - case.ids)
     return torch.randperm(case.vocab, generator=torch.Generator().manual_seed(case.ids))[: case.ids]
 
 
 def history(batch: int, vocab: int, device: torch.device) -> torch.Tensor:
-    """Random tokens int64 ``[B, L]``, of which each row holds most more than once."""
+    """Random tokens int64 ``[B, L]``, most of them more than once in a row."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randint(0, min(vocab, 500), (batch, HISTORY), generator=generator).to(device)
 
 
 def rotating_inputs(case: Case) -> int:
-    """How many inputs of a case outgrow its GPU's L2 twice over; one where it may be warm."""
+    """How many inputs of a case are twice as large as the GPU's L2; one if it may be warm."""
     if not case.cold:
         return 1
     l2_bytes = torch.cuda.get_device_properties(case.device).L2_cache_size

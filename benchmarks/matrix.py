@@ -1,7 +1,7 @@
 """The versions that the tests pass with: ``python -m benchmarks.matrix``, a row of a results file for each combination.
 
-Each row gets an environment of its own under ``.venv-matrix``, made once. What pip resolves is written, not what was
-asked for. A row whose tests don't end in time is written as such.
+Each row gets an environment of its own under ``.venv-matrix``, made once. The file has the versions that pip resolved.
+It also says if the tests of a row didn't end in time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One page of HTML with everything that a folder's files hold: plots and tables, nothing loaded from elsewhere."""
+"""One page of HTML with the plots and tables of a folder's files; it loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def _table(records: Sequence[Record]) -> str:
         kind = "ours" if contender in OURS else "yardstick" if contender in YARDSTICKS else ""
         cells = "".join(f"<td>{_cell(by_size[size]) if size in by_size else ''}</td>" for size in sizes)
         rows.append(f"<tr class='{kind}'><td>{escape(contender)}</td>{cells}</tr>")
-    roofs = {(r.vocab, r.batch): r.roof_us for r in records if r.roof_us and r.metric != "host_us"}
-    if roofs:
-        cells = "".join(f"<td>{f'{roofs[size]:,.1f}' if size in roofs else ''}</td>" for size in sizes)
-        rows.append(f"<tr class='yardstick'><td>memory roof</td>{cells}</tr>")
+    limits = {(r.vocab, r.batch): r.roof_us for r in records if r.roof_us and r.metric != "host_us"}
+    if limits:
+        cells = "".join(f"<td>{f'{limits[size]:,.1f}' if size in limits else ''}</td>" for size in sizes)
+        rows.append(f"<tr class='yardstick'><td>memory-bandwidth limit</td>{cells}</tr>")
     return f"<table>{''.join(rows)}</table>"
 
 

@@ -1,4 +1,4 @@
-"""Plots of the results files, as SVG and PNG: drawn anywhere, of what was measured anywhere."""
+"""Plots of the results files, as SVG and PNG. Any machine can draw them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SHORT = {FAST: "fastlogits", FAST_: "fastlogits in place", THEIRS: "transformer
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """Draw what a folder's files hold into it: for each device and metric up to four plots.
+    """Plot a folder's files into the folder: up to five plots for each device and metric.
 
     Returns:
         The files written.
@@ -49,7 +49,7 @@ def draw_all(folder: Path) -> list[Path]:
 
 
 def speed_up(records: Sequence[Record]) -> Figure | None:
-    """Times faster than a workload's baseline, by batch size; a panel each for a workload and kind of logits."""
+    """Times faster than a workload's baseline, by batch size; one panel for each workload and kind of logits."""
     panels = {}
     for key, group in _grouped(records, lambda r: (r.workload, r.ids, r.logits, r.dtype)).items():
         workload = WORKLOADS.get(key[0])
@@ -85,8 +85,8 @@ def speed_up(records: Sequence[Record]) -> Figure | None:
     return _legend(figure, axes)
 
 
-def against_roof(records: Sequence[Record]) -> Figure | None:
-    """Time against that of moving a workload's bytes at the bandwidth measured in the same run."""
+def against_memory_limit(records: Sequence[Record]) -> Figure | None:
+    """Time against the memory-bandwidth limit: the time to move a workload's bytes, measured in the same run."""
     shown = [
         r for r in records
         if r.roof_us and r.contender not in YARDSTICKS and r.workload in WORKLOADS and WORKLOADS[r.workload].main
@@ -94,7 +94,7 @@ def against_roof(records: Sequence[Record]) -> Figure | None:
     if not shown:
         return None
     figure, (axis,) = _grid(1, size=(8.0, 6.0))
-    figure.suptitle("Time against the measured memory roof; on the line nothing could be faster from memory")
+    figure.suptitle("Time against the memory-bandwidth limit: from memory, nothing could be below the line")
     for group, colour in (("theirs", _THEIRS), ("others", _OTHERS[0]), ("ours", _OURS)):
         of_group = [r for r in shown if _group(r.contender) == group]
         if of_group:
@@ -103,16 +103,16 @@ def against_roof(records: Sequence[Record]) -> Figure | None:
                 s=14, alpha=0.7, color=colour, label={"ours": "fastlogits", "theirs": THEIRS}.get(group, group),
             )  # fmt: skip
     ends = [min(r.roof_us or 1 for r in shown), max(r.roof_us or 1 for r in shown)]
-    axis.plot(ends, ends, color="black", linewidth=1, label="roof")
+    axis.plot(ends, ends, color="black", linewidth=1, label="limit")
     empty = [r.median for r in records if r.contender == EMPTY and r.median]
     if empty:
         axis.axhline(min(empty), color=_YARDSTICK, linewidth=1, linestyle=":", label=EMPTY)
-    axis.set(xscale="log", yscale="log", xlabel="roof, us", ylabel="measured, us")
+    axis.set(xscale="log", yscale="log", xlabel="memory-bandwidth limit, us", ylabel="measured, us")
     return _legend(figure, [axis])
 
 
 def _costs(records: Sequence[Record], of: Callable[[Record], int]) -> dict[str, list[tuple[int, float]]]:
-    """A line for each contender, and for a copy: its medians against a number of each record."""
+    """A line for each contender, and for a copy: its medians against a number of the record."""
     return {
         name: sorted((of(r), r.median or 0.0) for r in line)
         for name, line in _grouped(records, lambda r: r.contender).items()
@@ -165,7 +165,7 @@ def by_vocabulary(records: Sequence[Record]) -> Figure | None:
 
 
 def headline(records: Sequence[Record]) -> Figure | None:
-    """The speed-ups of a few workloads, on logits N(0, 3) of float32."""
+    """The speed-ups of a few workloads, on gauss logits of float32."""
     return speed_up(
         [
             r
@@ -178,7 +178,7 @@ def headline(records: Sequence[Record]) -> Figure | None:
 _PLOTS: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
     "headline": headline,
     "speed-up": speed_up,
-    "roof": against_roof,
+    "memory-limit": against_memory_limit,
     "chain-length": by_length,
     "vocabulary": by_vocabulary,
 }

@@ -1,4 +1,4 @@
-"""What a run yields: one result per contender, size and metric, and the CSV file that they are appended to."""
+"""The results of a run: one per contender, size and metric, and the CSV file that they are appended to."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class Result:
 
     Args:
         metric: "gpu_us", "host_us" or "cpu_us".
-        timing: None where the contender computed something wrong or can't be timed this way.
-        remark: the reason then; its part before a colon is for tables.
-        peak_bytes: most bytes that the call has allocated at once; None where nobody counts.
-        roof_us: what moving the bytes of the workload takes at the bandwidth measured in the run; None for yardsticks.
+        timing: None if the contender computed something wrong or can't be timed this way.
+        remark: the reason then; the part before a colon is for tables.
+        peak_bytes: most bytes that the call has allocated at once; None if nothing counts them.
+        roof_us: the memory-bandwidth limit: the time to move the workload's bytes at the bandwidth measured in the run;
+            None for yardsticks.
     """
 
     workload: str
@@ -48,7 +49,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a results file: a result, with what it was measured on."""
+    """One row of a results file: a result, and what it was measured with."""
 
     timestamp: str
     commit: str
@@ -77,7 +78,7 @@ class Record:
 
     @property
     def what(self) -> tuple[object, ...]:
-        """All that a later measurement of the same thing has in common with it."""
+        """What a later measurement of the same thing has in common with it."""
         return (
             self.device, self.workload, self.contender, self.batch, self.vocab, self.ids, self.logits, self.dtype,
             self.cache, self.metric,
@@ -108,7 +109,7 @@ class Results:
         return None if found is None or found.timing is None else found.timing.median
 
     def ratio(self, result: Result, contender: str) -> float | None:
-        """How often another contender's time goes into this one's."""
+        """This result's time divided by another contender's."""
         other = self.time(result, contender)
         return None if other is None or result.timing is None else result.timing.median / other
 
@@ -119,7 +120,7 @@ def slug(device: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a row of a results file says of the code and the packages, without the device."""
+    """The columns of a results file for the code and the packages, without the device."""
     return {
         "commit": commit(),
         "python": platform.python_version(),
@@ -143,7 +144,7 @@ def commit() -> str:
 
 
 def records_of(results: Sequence[Result]) -> list[Record]:
-    """Results as rows of their device's file; what is only not installed is none."""
+    """Results as rows of their device's file, without contenders that aren't installed."""
     timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return [
         Record(timestamp=timestamp, **environment(), **_fields(result))

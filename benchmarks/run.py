@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -20,12 +21,12 @@ SHORT_BUDGET_S = {"cpu_us": 0.2, "gpu_us": 0.2, "host_us": 0.15}
 
 @dataclass
 class Run:
-    """What is measured, and what came of it.
+    """What is measured, and the results.
 
     Args:
         budget_s: seconds to spend on a case, by metric.
         peers: other packages to measure beside ours.
-        only_ours: whether to leave out all but fastlogits, and its yardsticks.
+        only_ours: whether to measure only fastlogits and its yardsticks.
     """
 
     budget_s: dict[str, float]
@@ -33,9 +34,9 @@ class Run:
     only_ours: bool = False
     results: Results = field(default_factory=Results)
     wrong: list[str] = field(default_factory=list)
-    """What fastlogits computed wrong."""
+    """Wrong results of fastlogits."""
     failed: list[str] = field(default_factory=list)
-    """What others did."""
+    """Wrong results of others."""
     bandwidths: dict[torch.device, float] = field(default_factory=dict)
     """Bytes per second of the devices' memory, as a copy moves them."""
 
@@ -45,57 +46,31 @@ class Run:
             self.bandwidths[case.device] = bandwidth(case.device)
         before = len(self.results.all)
         contenders = self._contenders(name, workload, case)
-        original = random_scores(case)
-        expected = workload.expected(case, original)
-        # All work on the same tensor, so that none finds its input warmer than another does.
-        scores = original.clone()
-        remarks, peaks = {}, {}
+        test = _Test(workload, case)
         for contender in contenders:
-            scores.copy_(original)
-            problem = problem_of(contender, scores, original, expected, workload.rounds)
-            if problem is not None:
-                remarks[contender.name] = problem
-            elif not contender.yardstick:
-                peaks[contender.name] = peak_bytes(contender.bind(scores), case.device)
-        inputs = [scores, *(original.clone() for _ in range(rotating_inputs(case) - 1))]
+            test.check(contender)
         roof_us = workload.moves(case) / self.bandwidths[case.device] * 1e6
         for metric in workload.metrics(case):
-            bunches: dict[str, Bunch] = {}
-            uncaptured = {}
+            timings = interleaved(test.bunches(contenders, metric), self.budget_s[metric])
             for contender in contenders:
-                if contender.name in remarks:
-                    continue
-                if metric != "gpu_us":
-                    bunches[contender.name] = WallBunch(contender.bind(scores), case.device)
-                    continue
-                try:
-                    replays = ReplayBunch([contender.bind(each) for each in inputs])
-                except NotCapturableError:
-                    uncaptured[contender.name] = "no graph"
-                    continue
-                scores.copy_(original)
-                found = replays.once()
-                if contender.yardstick or _is_right(contender, original, found, expected, workload.rounds):
-                    bunches[contender.name] = replays
-                else:
-                    remarks[contender.name] = "differs from plain torch as a replayed graph"
-            timings = interleaved(bunches, self.budget_s[metric])
-            for contender in contenders:
-                remark = remarks.get(contender.name) or uncaptured.get(contender.name)
-                timing, peak = timings.get(contender.name), peaks.get(contender.name)
-                roof = None if contender.yardstick else roof_us
+                remark = test.problems.get(contender.name) or (
+                    _NO_GRAPH if metric == "gpu_us" and contender.name in test.uncapturable else None
+                )
+                timing, peak = timings.get(contender.name), test.peaks.get(contender.name)
+                limit = None if contender.yardstick else roof_us
                 kind = (name, case, contender.name, contender.in_place, metric)
-                self.results.add(Result(*kind, timing, _remark(remark), peak, roof))
-            for peer in self.peers:
-                reason = peer.missing() if peer.takes(name, case) else None
-                if reason is not None:
-                    self.results.add(Result(name, case, peer.name, False, metric, None, reason))
+                self.results.add(Result(*kind, timing, _remark(remark), peak, limit))
+            self._note_missing_peers(name, case, metric)
         place = f"{name}, {case.device}, {case.size}, {case.set_name}, {case.kind}"
-        for contender in contenders:
-            if contender.name in remarks:
-                problems = self.wrong if contender.name in OURS else self.failed
-                problems.append(f"{place}: {contender.name} {remarks[contender.name]}")
+        for by, problem in test.problems.items():
+            (self.wrong if by in OURS else self.failed).append(f"{place}: {by} {problem}")
         return self.results.all[before:]
+
+    def _note_missing_peers(self, name: str, case: Case, metric: str) -> None:
+        for peer in self.peers:
+            reason = peer.missing() if peer.takes(name, case) else None
+            if reason is not None:
+                self.results.add(Result(name, case, peer.name, False, metric, None, reason))
 
     def _contenders(self, name: str, workload: Workload, case: Case) -> list[Contender]:
         contenders = workload.contenders(case)
@@ -107,9 +82,67 @@ class Run:
         return contenders + [contender for peer in present for contender in peer.contenders(name, case)]
 
 
+_NO_GRAPH = "no graph"
+
+
+class _Test:
+    """A case, with what was found wrong with its contenders."""
+
+    def __init__(self, workload: Workload, case: Case) -> None:
+        self._workload, self._case = workload, case
+        self._original = random_scores(case)
+        self._expected = workload.expected(case, self._original)
+        # All work on the same tensor, so that none finds its input warmer than another does.
+        self._scores = self._original.clone()
+        self.problems: dict[str, str] = {}
+        """By contender: what is wrong with its result."""
+        self.peaks: dict[str, int | None] = {}
+        self.uncapturable: set[str] = set()
+
+    @cached_property
+    def _inputs(self) -> list[torch.Tensor]:
+        return [self._scores, *(self._original.clone() for _ in range(rotating_inputs(self._case) - 1))]
+
+    def check(self, contender: Contender) -> None:
+        self._scores.copy_(self._original)
+        problem = problem_of(contender, self._scores, self._original, self._expected, self._workload.rounds)
+        if problem is not None:
+            self.problems[contender.name] = problem
+        elif not contender.yardstick:
+            self.peaks[contender.name] = peak_bytes(contender.bind(self._scores), self._case.device)
+
+    def bunches(self, contenders: Sequence[Contender], metric: str) -> dict[str, Bunch]:
+        """What to time: the contenders that are right, and can be timed this way."""
+        found = {}
+        for contender in contenders:
+            if contender.name in self.problems:
+                continue
+            bunch = self._replays(contender) if metric == "gpu_us" else self._calls(contender)
+            if bunch is not None:
+                found[contender.name] = bunch
+        return found
+
+    def _calls(self, contender: Contender) -> Bunch:
+        return WallBunch(contender.bind(self._scores), self._case.device)
+
+    def _replays(self, contender: Contender) -> Bunch | None:
+        try:
+            replays = ReplayBunch([contender.bind(each) for each in self._inputs])
+        except NotCapturableError:
+            self.uncapturable.add(contender.name)
+            return None
+        self._scores.copy_(self._original)
+        found = replays.once()
+        rounds = self._workload.rounds
+        if contender.yardstick or _is_right(contender, self._original, found, self._expected, rounds):
+            return replays
+        self.problems[contender.name] = "differs from plain torch as a replayed graph"
+        return None
+
+
 def _remark(problem: str | None) -> str:
-    """A problem in a word for tables, its first line behind it."""
-    if problem is None or problem == "no graph":
+    """A problem in a word for tables, then its first line."""
+    if problem is None or problem == _NO_GRAPH:
         return problem or ""
     return ("failed: " if problem.startswith("raised") else "wrong: ") + problem.splitlines()[0][:120]
 
@@ -122,7 +155,7 @@ def problem_of(
         return None
     try:
         processed = contender.bind(scores)()
-    except Exception as error:  # whatever a contender breaks with, the others are still to be measured
+    except Exception as error:  # whatever it is, the others are still to be measured
         return f"raised {type(error).__name__}: {error}"
     if not _is_right(contender, original, processed, expected, rounds):
         return "differs from plain torch"
@@ -144,9 +177,9 @@ def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
 def _is_right(
     contender: Contender, scores: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, rounds: bool
 ) -> bool:
-    """Whether a result is the expected one: in every bit, or, where it ``rounds``, but for what rounding explains.
+    """Whether a result is the expected one: in every bit, or up to rounding where the workload ``rounds``.
 
-    That is a unit or two in the last places, and a token in a hundred thousand that a threshold keeps or drops.
+    Rounding explains a unit or two in the last place, and one token in a hundred thousand kept or dropped.
     """
     if contender.agrees is not None:
         return contender.agrees(scores, found, expected)

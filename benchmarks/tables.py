@@ -17,7 +17,7 @@ from benchmarks.workloads import OURS, WORKLOADS, YARDSTICKS
 METRICS = {"gpu_us": "GPU time (graph replay)", "host_us": "host time of an eager call", "cpu_us": "wall time"}
 # Columns of a terminal in which four batch sizes fit with their ratios.
 _WIDE = 125
-_ROOF = "memory roof"
+_LIMIT = "memory-bandwidth limit"
 
 
 def described(device: torch.device) -> str:
@@ -54,11 +54,11 @@ def print_tables(results: Results, console: Console) -> None:
             for result in rows:
                 cells.setdefault(result.contender, {})[result.case.batch] = _cell(results, result, baseline)
                 if result.roof_us is not None and metric != "host_us":
-                    roof = Text(_us(result.roof_us) + (" " * 10 if baseline else ""))
-                    cells.setdefault(_ROOF, {})[result.case.batch] = roof
-            cells |= {_ROOF: cells.pop(_ROOF)} if _ROOF in cells else {}
+                    limit = Text(_us(result.roof_us) + (" " * 10 if baseline else ""))
+                    cells.setdefault(_LIMIT, {})[result.case.batch] = limit
+            cells |= {_LIMIT: cells.pop(_LIMIT)} if _LIMIT in cells else {}
             for i, (contender, by_batch) in enumerate(cells.items()):
-                style = "bold" if contender in OURS else "dim" if contender in (*YARDSTICKS, _ROOF) else ""
+                style = "bold" if contender in OURS else "dim" if contender in (*YARDSTICKS, _LIMIT) else ""
                 across = [by_batch.get(batch, Text("")) for batch in batches]
                 table.add_row("" if i else str(vocab), contender, *across, style=style)
         console.print(table)

@@ -1,4 +1,4 @@
-"""The figures that fastlogits is held to, and whether a run met them."""
+"""The targets of fastlogits, and whether a run met them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OUT_OF_PLACE, _IN_PLACE = (FAST, FAST_DEVICE), (FAST_, FAST_DEVICE_)
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target, what was measured against it where it is hardest to meet, and whether it was met there."""
+    """A target, its worst measurement, and whether that meets it."""
 
     target: str
     measured: str
@@ -50,7 +50,7 @@ class _Target:
     speed_up: bool = False
 
     def verdict(self, results: Results) -> Verdict | None:
-        """None where the run measured nothing of it."""
+        """None if the run measured nothing of it."""
         ratios = [
             (ratio, result)
             for result in results.all

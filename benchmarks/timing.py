@@ -1,4 +1,4 @@
-"""How calls are timed: on the host's clock or by graph replay, in bunches, with all contenders interleaved."""
+"""Timing of calls: by the host's clock or by graph replay, in bunches, with all contenders interleaved."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import TypeAlias
 import torch
 
 Call: TypeAlias = Callable[[], torch.Tensor]
-"""A contender at work on its tensors; nothing is left to give."""
+"""A contender with its tensors; it takes no arguments."""
 
 Bunch: TypeAlias = Callable[[], float]
 """Runs a call as often as a clock needs and returns microseconds per call."""
 
-# Long against the resolution of the clocks; and at 4 us or more a launch, too short to fill the queue of a GPU (about
-# a thousand launches), whereupon the host would begin to wait.
+# Long against the resolution of the clocks. Too short to fill the queue of a GPU, which holds about a thousand launches
+# of 4 us or more: then the host would wait.
 _BUNCH_US = 1500.0
 _MAX_CALLS = 500
 _SLOW_US = 10_000.0
@@ -74,15 +74,15 @@ class ReplayBunch:
     """GPU time of a call: a graph that holds one call, replayed back-to-back between two events.
 
     Args:
-        calls: the same call, each time on other tensors; they are replayed in turn. One suffices where its inputs
-            may be warm, otherwise together they should outgrow the L2.
+        calls: the same call, each time on other tensors; they are replayed in turn. One suffices if its inputs
+            may be warm; otherwise they should outgrow the L2 together.
 
     Raises:
         NotCapturableError: the call can't be captured.
     """
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        calls[0]()  # a first call may wait where it builds what the others use
+        calls[0]()  # the first call may wait while it builds what the others use
         if _waits_for_gpu(calls[0]):
             raise NotCapturableError("it waits for the GPU")
         captured = [_capture(call) for call in calls]

@@ -1,6 +1,6 @@
-"""What is measured: workloads, each with its inputs, its contenders, the result that they must have, and its bytes.
+"""The workloads: their inputs, contenders, expected results and bytes.
 
-A workload is one entry of ``WORKLOADS``. Those of other packages beside it are in ``benchmarks.peers``.
+A workload is one entry of ``WORKLOADS``. The contenders of other packages are in ``benchmarks.peers``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks.processors import (
 from benchmarks.timing import Call
 from fastlogits import SuppressFirstTokens
 from fastlogits.demo.article_loop import ArticleLoop
+from fastlogits.sampling import SamplingOptions
 
 LOOP = "article loop"
 TRANSFORMERS = "transformers SuppressTokensAtBegin"
@@ -50,11 +51,11 @@ OURS = (FAST, FAST_, FAST_DEVICE, FAST_DEVICE_, FAST_COPIED_)
 FIRST_STEP, LATER_STEP, BITMASK = "first step", "later step", "bitmask"
 
 _PROMPT_LENGTH = 512
-# transformers sorts 256 rows for seconds on a CPU; what is asked there ends here.
+# transformers sorts 256 rows for seconds on a CPU, so no more logits than these are measured there.
 _MOST_ON_CPU = 64 * 128256
-# Rows whose draw is compared with that of the CPU.
+# Rows whose sampled tokens are compared with those of the CPU.
 _ROWS_ON_CPU = 16
-# After the first step no contender touches the logits, so a larger batch has nothing to tell.
+# After the first step no contender touches the logits, so that larger batches show nothing new.
 _MOST_LATER = 8
 
 Agrees: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], bool]
@@ -70,7 +71,7 @@ class Contender:
         bind: given scores ``[B, V]``, the call that processes them.
         in_place: whether the call writes its input.
         yardstick: whether it does another job, for scale; its result is not checked.
-        agrees: how its result is checked where it has another form; None for equality with the expected one.
+        agrees: how its result is checked if it has another form; None for equality with the expected one.
     """
 
     name: str
@@ -89,17 +90,17 @@ class Workload:
     """A job, the ways to do it and the times to take.
 
     Args:
-        contenders: those of a case; none where the workload doesn't hold for the case.
+        contenders: the contenders of a case; none if the workload doesn't apply to the case.
         expected: given the case and scores, the result in plain torch.
         metrics: what is timed in a case.
-        baseline: the contender to whose time the others are set in tables.
+        baseline: the contender that tables compare the others with.
         takes_ids: whether it is measured for several numbers of ids.
-        quick: whether a quick run holds it.
-        main: whether a main run holds it.
-        rounds: whether results are right that differ from the expected ones by rounding.
+        quick: whether a quick run includes it.
+        main: whether a main run includes it.
+        rounds: whether results may differ from the expected ones by rounding.
         inputs: the kinds of logits that it is measured on, names of ``LOGITS``.
         dtypes: their dtypes.
-        moves: bytes that a case must move at least; those of one read and one write of the logits by default.
+        moves: the bytes that a case must move; by default one read and one write of the logits.
     """
 
     contenders: Callable[[Case], list[Contender]]
@@ -246,7 +247,7 @@ def _processors(name: str, made: Made, inputs: Sequence[str] = (GAUSS,)) -> Work
     )  # fmt: skip
 
 
-DRAWS: dict[str, dict[str, float]] = {
+DRAWS: dict[str, SamplingOptions] = {
     "draw T k p": {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
     "draw T p": {"temperature": 0.7, "top_p": 0.9},
     "draw T": {"temperature": 0.7},
@@ -256,7 +257,7 @@ _WARPERS = {"temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper
 
 
 def warped(name: str, scores: torch.Tensor) -> torch.Tensor:
-    """The logits that a draw is from, of transformers' warpers on float32 scores."""
+    """The logits that are sampled: transformers' warpers on float32 scores."""
     ids = torch.zeros(scores.shape[0], 1, dtype=torch.int64, device=scores.device)
     warpers = [getattr(theirs, _WARPERS[option])(value) for option, value in DRAWS[name].items()]
     found: torch.Tensor = theirs.LogitsProcessorList(warpers)(ids, scores.float())
@@ -264,11 +265,11 @@ def warped(name: str, scores: torch.Tensor) -> torch.Tensor:
 
 
 def drawn_from(name: str, same: bool = False) -> Agrees:
-    """Whether each token drawn is one that the warpers keep; which one it is, is up to the noise.
+    """Whether the warpers keep each sampled token; which one it is depends on the noise.
 
     Args:
-        name: the draw.
-        same: whether the noise is ours, so that the first rows must draw what the CPU expects.
+        name: of the workload.
+        same: whether the noise is ours, so that the first rows must have the tokens of the CPU.
     """
 
     def agrees(scores: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -281,15 +282,15 @@ def drawn_from(name: str, same: bool = False) -> Agrees:
 
 
 def _draw(name: str) -> Workload:
-    """A token of each row: transformers' warpers, softmax and multinomial, and a sampler."""
-    options: Any = {option: int(value) if option == "top_k" else value for option, value in DRAWS[name].items()}
+    """Sampling: transformers' warpers, softmax and multinomial, and a sampler."""
+    params = fastlogits.SamplingParams(**DRAWS[name])
 
     def theirs_of(case: Case, scores: torch.Tensor) -> Call:
         return lambda: warped(name, scores).softmax(-1).multinomial(1).squeeze(1)
 
     def ours_of(case: Case, scores: torch.Tensor) -> Call:
         seeds = torch.arange(case.batch, device=case.device)
-        sampler = fastlogits.Sampler(**options)
+        sampler = fastlogits.Sampler(params=params)
         return lambda: sampler(scores, seeds, seeds).tokens
 
     def contenders(case: Case) -> list[Contender]:
@@ -302,10 +303,10 @@ def _draw(name: str) -> Workload:
         ]
 
     def expected(case: Case, scores: torch.Tensor) -> torch.Tensor:
-        # A row draws the same token in any batch, so that the first rows suffice.
+        # A row has the same token in any batch, so that the first rows suffice.
         rows = scores[:_ROWS_ON_CPU].cpu()
         seeds = torch.arange(len(rows))
-        return fastlogits.sample(rows, seeds=seeds, positions=seeds, **options).tokens.to(case.device)
+        return fastlogits.sample(rows, seeds=seeds, positions=seeds, params=params).tokens.to(case.device)
 
     return Workload(
         contenders, expected, _all_metrics, THEIRS,

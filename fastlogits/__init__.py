@@ -44,9 +44,7 @@ if TYPE_CHECKING:
     from fastlogits.processors.masks import (
         SuppressSpecificBOSTokenLogitsProcessor as SuppressSpecificBOSTokenLogitsProcessor,
     )
-    from fastlogits.processors.masks import (
-        SuppressTokensAtBeginLogitsProcessor as SuppressTokensAtBeginLogitsProcessor,
-    )
+    from fastlogits.processors.masks import SuppressTokensAtBeginLogitsProcessor as SuppressTokensAtBeginLogitsProcessor
     from fastlogits.processors.masks import SuppressTokensLogitsProcessor as SuppressTokensLogitsProcessor
     from fastlogits.processors.nvidia_zoo import CiteFromPromptLogitsProcessor as CiteFromPromptLogitsProcessor
     from fastlogits.processors.nvidia_zoo import ForceLastPhraseLogitsProcessor as ForceLastPhraseLogitsProcessor
@@ -88,8 +86,9 @@ if TYPE_CHECKING:
     )
     from fastlogits.processors.watermark import SynthIDTextWatermarkState as SynthIDTextWatermarkState
     from fastlogits.processors.watermark import WatermarkLogitsProcessor as WatermarkLogitsProcessor
-    from fastlogits.sampling import Sample as Sample
+    from fastlogits.sampled import Sample as Sample
     from fastlogits.sampling import Sampler as Sampler
+    from fastlogits.sampling import SamplingParams as SamplingParams
     from fastlogits.sampling import sample as sample
     from fastlogits.serving import BatchProcessor as BatchProcessor
     from fastlogits.serving import RequestParams as RequestParams
@@ -102,6 +101,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported on first use: importing fastlogits must not import transformers.
+# What type checkers read is above; `python -m tests.public_names` writes it from this table.
 _HOME = {
     "AllowedTokensLogitsProcessor": "processors.masks",
     "AlternatingCodebooksLogitsProcessor": "processors.audio",
@@ -146,8 +146,9 @@ _HOME = {
     "PreventHallucinationLogitsProcessor": "processors.nvidia_zoo",
     "RepetitionPenaltyLogitsProcessor": "processors.penalties",
     "RequestParams": "serving",
-    "Sample": "sampling",
+    "Sample": "sampled",
     "Sampler": "sampling",
+    "SamplingParams": "sampling",
     "SequenceBiasLogitsProcessor": "processors.sequences",
     "StagedProcessor": "processors.base",
     "SuppressFirstTokens": "processors.masks",

@@ -1,4 +1,7 @@
-"""The command line: ``python -m fastlogits demo``, ``explain``, ``check``, ``doctor`` and ``warm-up``."""
+"""The command line: ``python -m fastlogits demo``, ``explain``, ``check``, ``doctor`` and ``warm-up``.
+
+Each command imports what it alone needs.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from inspect import isroutine
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 _PROCESSORS = """\
 a Python expression with the names of fastlogits, such as 'TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)', or
 module:name, a list of processors or a function that returns one"""
 _WARM_UP = """\
 Compile the kernels of a list, a sampler or a serving batch now, several at once, into Triton's cache on disk
-(TRITON_CACHE_DIR, else ~/.triton/cache), so that no first call waits for them. Give what your program will run, for the
-same vocabulary and dtype: these decide what is compiled, and so does which processors or options there are. Their
-numbers, the number of rows and the requests that come don't. It needs the GPU that the kernels are for; without one it
-says so, and there is nothing to do."""
+(TRITON_CACHE_DIR, else ~/.triton/cache), so that no first call waits for them. Give what your program will run. What is
+compiled depends on the vocabulary, the dtype, and which processors or options there are; it doesn't depend on their
+values, on the number of rows, or on the requests. It needs the GPU that the kernels are for. Without a GPU there is
+nothing to do, and it says so."""
 _WARM_UP_EXAMPLES = """\
 examples:
   python -m fastlogits warm-up 'TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)' --vocab 128256 --dtype bfloat16
@@ -56,13 +59,34 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = _Parser(prog="python -m fastlogits", description="Logits processors at the speed of memory.")
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_demo, _add_explain, _add_check, _add_doctor, _add_warm_up):
+        add(commands)
+    options = parser.parse_args(arguments)
+    run: Callable[[argparse.ArgumentParser, argparse.Namespace], int] = options.run
+    return run(parser, options)
+
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
+def _add_demo(commands: _Commands) -> None:
     demo = commands.add_parser("demo", help="a chat model that answers with a list, and the processor that stops it")
     demo.add_argument("--model", help="path or hub id of a causal LM with a chat template; default: one trained here")
-    demo.add_argument("--device", default="cpu", help="where the model runs: cpu (default), cuda, cuda:1, ...")
-    explain = commands.add_parser("explain", help="the plan of a list: steps, merges and their laws, bytes")
+    demo.add_argument("--device", default=None, help="cpu (default), cuda, cuda:1, ...")
+    demo.set_defaults(run=_demo)
+
+
+def _add_explain(commands: _Commands) -> None:
+    explain = commands.add_parser("explain", help="the plan of a list: launches, what fuses and why, bytes")
     explain.add_argument("processors", help=_PROCESSORS)
     explain.add_argument("--bandwidth", type=_speed, help="GB/s of the GPU's memory, to tell the least time")
     explain.add_argument("--html", metavar="FILE", help="write it as HTML")
+    _add_logits(explain, batch=64)
+    explain.set_defaults(run=_explain)
+
+
+def _add_check(commands: _Commands) -> None:
     check = commands.add_parser("check", help="run a list through transformers and as a plan, and compare")
     check.add_argument("processors", help=_PROCESSORS)
     check.add_argument("--inputs", metavar="FILE", help="(input_ids, scores) as torch.save wrote them; default: random")
@@ -71,15 +95,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--history", type=_whole(0), default=64, help="tokens so far of random inputs; default: %(default)s"
     )
     check.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="of the random inputs")
-    check.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    for command, batch in ((explain, 64), (check, 4)):
-        command.add_argument("--batch", type=_whole(1), default=batch, help="rows of logits; default: %(default)s")
-        command.add_argument(
-            "--vocab", type=_whole(1), default=128256, help="tokens of the vocabulary; default: %(default)s"
-        )
-        command.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    _add_device(check)
+    _add_logits(check, batch=4)
+    check.set_defaults(run=_check)
+
+
+def _add_doctor(commands: _Commands) -> None:
     doctor = commands.add_parser("doctor", help="versions, devices, the path that will run, and a self-test")
-    doctor.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    _add_device(doctor)
+    doctor.set_defaults(run=_doctor)
+
+
+def _add_warm_up(commands: _Commands) -> None:
     warm_up = commands.add_parser(
         "warm-up",
         help="compile the kernels of a list, a sampler or a serving batch before the first call",
@@ -98,20 +125,27 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--serving", metavar="CONFIG", help=_SERVING)
     logits = warm_up.add_argument_group("the logits that it will get")
     logits.add_argument("--vocab", type=_whole(1), help="tokens of the vocabulary; needed unless CONFIG has vocab_size")
-    logits.add_argument(
-        "--dtype", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16"], help="default: float32"
-    )
+    logits.add_argument("--dtype", nargs="+", default=["float32"], choices=_DTYPES, help="default: float32")
     logits.add_argument("--batch", type=_whole(1), help="rows, where tensors among the arguments fix them; default: 1")
     logits.add_argument("--row-stride", type=_whole(1), help="logits.stride(0); default: that of contiguous logits")
-    logits.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    options = parser.parse_args(arguments)
-    # What a command needs is imported for it alone.
-    run = {"demo": _demo, "explain": _explain, "check": _check, "doctor": _doctor, "warm-up": _warm_up}[options.command]
-    return run(parser, options)
+    _add_device(logits)
+    warm_up.set_defaults(run=_warm_up)
+
+
+def _add_device(options: argparse._ActionsContainer) -> None:
+    options.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+
+
+def _add_logits(options: argparse._ActionsContainer, batch: int) -> None:
+    options.add_argument("--batch", type=_whole(1), default=batch, help="rows of logits; default: %(default)s")
+    options.add_argument(
+        "--vocab", type=_whole(1), default=128256, help="tokens of the vocabulary; default: %(default)s"
+    )
+    options.add_argument("--dtype", default="float32", choices=_DTYPES)
 
 
 def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """What reads an integer of an option."""
+    """A function that reads an integer of an option."""
 
     def read(text: str) -> int:
         try:
@@ -211,7 +245,8 @@ def _inputs(parser: argparse.ArgumentParser, path: str, device: Any) -> tuple[An
     is_pair = isinstance(found, (tuple, list)) and len(found) == 2
     if not (is_pair and all(isinstance(each, torch.Tensor) for each in found)):
         parser.error(f"{wanted}, got {path!r} with {type(found).__name__}")
-    return found[0], found[1]
+    input_ids, scores = found
+    return input_ids, scores
 
 
 def _doctor(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -236,7 +271,7 @@ def _warm_up(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
     from fastlogits_kernels.runtime.launcher import cache_folder
 
     config = None if options.serving is None else _serving_config(parser, options)
-    vocab = options.vocab if config is None else config[0]["vocab_size"]
+    vocab = options.vocab if config is None else config.of_batch["vocab_size"]
     if vocab is None:
         parser.error("--vocab must be the size of the vocabulary, the last dimension of the logits, got none")
     text = options.processors or options.list
@@ -246,10 +281,8 @@ def _warm_up(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
         dtype = getattr(torch, name)
         try:
             if config is not None:
-                from fastlogits import BatchProcessor
-
-                made, calls = config
-                done = BatchProcessor(**made, device=device).warm_up(dtype, **calls)
+                batch = _public("BatchProcessor")(**config.of_batch, device=device)
+                done = batch.warm_up(dtype, **config.of_warm_up)
             else:
                 warm_up = _sampler(parser, options.sampler) if processors is None else _list_of(processors)
                 rows = {} if options.batch is None else {"batch": options.batch}
@@ -264,9 +297,7 @@ def _warm_up(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
 
 
 def _list_of(processors: list[Any]) -> Callable[..., Any]:
-    from fastlogits import LogitsProcessorList
-
-    return LogitsProcessorList(processors).warm_up
+    return _public("LogitsProcessorList")(processors).warm_up  # type: ignore[no-any-return]
 
 
 def _sampler(parser: argparse.ArgumentParser, text: str) -> Callable[..., Any]:
@@ -287,10 +318,14 @@ _OF_WARM_UP = ("calls", "logprobs", "bitmask", "cache_position", "draft_ids", "s
 _OF_BATCH = ("max_requests", "vocab_size", "max_length", "semantics", "max_rows", "max_listed", "max_logprobs")
 
 
-def _serving_config(
-    parser: argparse.ArgumentParser, options: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, Any]]:
+class _ServingConfig(NamedTuple):
     """The arguments of a ``BatchProcessor``, and those of its warm-up."""
+
+    of_batch: dict[str, Any]
+    of_warm_up: dict[str, Any]
+
+
+def _serving_config(parser: argparse.ArgumentParser, options: argparse.Namespace) -> _ServingConfig:
     import json
 
     import torch
@@ -325,7 +360,10 @@ def _serving_config(
             if config[name] not in ("int32", "int64"):
                 parser.error(f'--serving must have "int32" or "int64" as {name}, got {config[name]!r}')
             config[name] = getattr(torch, config[name])
-    return tuple({name: config[name] for name in names if name in config} for names in (_OF_BATCH, _OF_WARM_UP))  # type: ignore[return-value]
+    return _ServingConfig(
+        {name: config[name] for name in _OF_BATCH if name in config},
+        {name: config[name] for name in _OF_WARM_UP if name in config},
+    )
 
 
 def _public(name: str) -> Any:

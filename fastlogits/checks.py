@@ -1,4 +1,4 @@
-"""Checks of arguments, with one wording: ``top_p must be a number from 0 to 1 (1 turns it off), got 1.5``.
+"""Checks of arguments, with one wording: ``top_p must be between 0 and 1 (1 turns it off), got 1.5``.
 
 Numbers may be Python's or numpy's scalars, and come out as Python's.
 """
@@ -10,6 +10,8 @@ from numbers import Integral, Real
 import torch
 from fastlogits_kernels.runtime.rows import HOW_TO_REPEAT
 
+LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What logits may be."""
 _INF = float("inf")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 _Method = TypeVar("_Method", bound=Callable[..., object])
 
 
@@ -16,4 +14,6 @@ def constant(method: _Method) -> _Method:
     A compiler that traces a call runs the method as it is, once: how plans, chains and tables are made is nothing that
     it could trace. It guards the arguments; what was kept is looked up by the caller, and guarded there.
     """
-    return torch.compiler.assume_constant_result(method)  # type: ignore[no-any-return, no-untyped-call]
+    # What torch.compiler.assume_constant_result does, without the second that its import of torch._dynamo takes.
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method

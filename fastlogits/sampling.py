@@ -1,10 +1,11 @@
-"""From logits to tokens: processors, temperature, truncations and a draw that each request has to itself."""
+"""From logits to tokens: processors, temperature, truncations, and noise that depends on the request alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeGuard, get_args
 
 import torch
 from fastlogits_kernels.draw import draw
@@ -25,6 +26,7 @@ from fastlogits_kernels.selection import launch
 from fastlogits_kernels.selection.logprobs import MOST, Report, report, select_and_report
 from fastlogits_kernels.truncate.dispatch import truncate
 
+from fastlogits import warm_up as warming
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
 from fastlogits.plan.causes import explain_failure, kind
 from fastlogits.plan.fusion import fused_to_logits, fused_to_token
@@ -34,76 +36,130 @@ from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.position import Index
 from fastlogits.plan.run import Run
 from fastlogits.processors.base import LogitsProcessorList, positions_for_others
+from fastlogits.sampled import Distribution, Sample
+from fastlogits.warm_up import WarmUp
 
 if TYPE_CHECKING:
-    from fastlogits.warm_up import WarmUp
-
-Distribution: TypeAlias = Literal["processed", "raw"]
+    from typing_extensions import Unpack
 
 
-class Sample(NamedTuple):
-    """The tokens of one step, and what was asked about them."""
-
-    tokens: torch.Tensor
-    """int64 ``[B]``."""
-    logprobs: torch.Tensor | None
-    """Log-probability of each token, float32 ``[B]``; NaN in a row of NaN, of +inf or of nothing but -inf."""
-    ranks: torch.Tensor | None
-    """How many tokens are at least as likely as it, int64 ``[B]``: 1 for the likeliest."""
-    top_tokens: torch.Tensor | None
-    """The likeliest tokens of each row, the lowest id first on ties, int64 ``[B, n]``."""
-    top_logprobs: torch.Tensor | None
-    """Their log-probabilities, float32 ``[B, n]``."""
-
-    @classmethod
-    def of(cls, tokens: torch.Tensor, found: Report | None, top_logprobs: int) -> Sample:
-        """Tokens with a report on them, if there is one, of so many of the likeliest tokens."""
-        if found is None:
-            return cls(tokens, None, None, None, None)
-        top = (found.top_tokens, found.top_logprobs) if top_logprobs else (None, None)
-        return cls(tokens, found.logprobs, found.ranks, *top)
+_ARGUMENTS = {order: [(name, argument_of(name)) for name in names] for order, names in ORDERS.items()}
+"""The rules of each order, with the names of their parameters."""
 
 
-class Sampler:
-    """Draws a token for each row of logits: what doesn't change from step to step is prepared here, once.
+class SamplingOptions(TypedDict, total=False):
+    """The fields of ``SamplingParams``, as keyword arguments of ``Sampler`` and ``sample``."""
 
-    A row's token depends on its own logits, parameters, seed and position, and on nothing else: not on the batch, its
-    place there, or the step before. It is ``argmax(x - log(E))`` over the kept tokens, the lowest id on ties, with the
-    processed logits ``x`` in float32 and exponential noise ``E`` from Philox4x32-10, a counter-based generator (Salmon
-    et al., SC 2011), keyed by the seed and counted by token id and position: a draw from their softmax. The noise has
-    48 bits; ``fastlogits_kernels.draw`` has its definition.
+    temperature: float | torch.Tensor | None
+    top_k: int | torch.Tensor | None
+    top_p: float | torch.Tensor | None
+    min_p: float | torch.Tensor | None
+    typical_p: float | torch.Tensor | None
+    epsilon: float | torch.Tensor | None
+    eta: float | torch.Tensor | None
+    top_h: float | torch.Tensor | None
+    top_n_sigma: float | torch.Tensor | None
+    top_a: float | torch.Tensor | None
+    order: Order
+    ties: Ties
 
-    The logits become float32, then pass the processors, the temperature and the truncations. Each parameter is a number
-    for all rows, or a tensor ``(B,)`` on the device of the logits: float32, or int32 or int64 for ``top_k``. Such a
-    tensor is read at each call. A value out of range raises where it is a number or on the CPU; on a device, where
-    nothing can be raised without waiting for it, such a truncation is off for that row, and such a temperature makes it
-    greedy.
 
-    A row whose temperature is 0 is greedy: it takes its largest logit after the processors, the lowest id on ties, and
-    for it neither temperature nor truncations count, in its log-probabilities either. A row with NaN gets the lowest id
-    of NaN, else one with +inf the lowest id of +inf; one of nothing but -inf gets token 0.
+@dataclass(frozen=True, eq=False)
+class SamplingParams:
+    """The temperature and the truncations of a sampler; each is off by default. Checked when it is made.
+
+    Each parameter is a number for all rows, or a tensor ``(B,)`` on the device of the logits: float32, or int32 or
+    int64 for ``top_k``. Such a tensor is read at each call. A value out of range raises if it is a number or on the
+    CPU. On a device nothing can be raised without waiting for it: there such a truncation is off for that row, and such
+    a temperature makes the row greedy.
 
     Args:
-        processors: a ``LogitsProcessorList``, or any list of processors, applied first; None for none.
-        temperature: what the logits are divided by, at least 0 and finite; None for 1. Below 1e-30 it counts as 0.
-        top_k: at least 1; V or more turns it off, and as a number 0 or -1 does too.
-        top_p: from 0 to 1; 1 turns it off.
-        min_p: from 0 to 1; 0 turns it off.
+        temperature: the divisor of the logits, finite and at least 0; None for 1. Below 1e-30 it counts as 0, which is
+            greedy.
+        top_k: at least 1; V or more turns it off, and as a number 0 or -1 does too. What this and the other
+            truncations keep is said at the warpers of their names.
+        top_p: between 0 and 1; 1 turns it off.
+        min_p: between 0 and 1; 0 turns it off.
         typical_p: above 0 and at most 1; 1 turns it off.
         epsilon: at least 0 and below 1; 0 turns it off.
         eta: at least 0 and below 1; 0 turns it off.
         top_h: above 0 and at most 1; 1 turns it off.
         top_n_sigma: above 0; inf turns it off.
-        top_a: from 0 to 1; 0 turns it off. For what each of them keeps see the warper of its name.
-        order: in which the truncations act, each on what the one before has left: ``"transformers"`` for top-n-sigma,
-            top-h, top-k, top-p, min-p, top-a, typical, epsilon, eta; ``"vllm"`` for top-n-sigma, min-p, top-k, top-p,
-            then the others in that order; ``"sglang"`` for top-n-sigma, top-p, top-k, min-p, then the others.
-        ties: of tokens that tie at the edge of top-k or top-p, keep them as transformers does (``"all"``: top-k all,
-            top-p as many as it takes, with the largest ids), or as many as it takes with the ``"lowest"`` ids.
+        top_a: between 0 and 1; 0 turns it off.
+        order: the order of the truncations, each of which acts on what the one before has left. ``"transformers"`` is
+            top-n-sigma, top-h, top-k, top-p, min-p, top-a, typical, epsilon, eta. ``"vllm"`` is top-n-sigma, min-p,
+            top-k, top-p, then the others as above. ``"sglang"`` is top-n-sigma, top-p, top-k, min-p, then the others.
+        ties: which of the tokens that tie at the cut-off of top-k or top-p are kept. ``"all"`` follows transformers:
+            top-k keeps all of them, top-p as many as it needs, those with the largest ids. With ``"lowest"`` both keep
+            as many as they need, those with the lowest ids.
+
+    Numbers may be numpy's scalars, and are kept as Python's. A truncation that is off is kept as None.
+
+    Raises:
+        ValueError: an argument out of range or of a wrong type; its message names it.
+
+    Example:
+        >>> SamplingParams(temperature=0.7, top_p=1.5)
+        Traceback (most recent call last):
+        ValueError: top_p must be between 0 and 1 (1 turns it off), got 1.5
+        >>> params = SamplingParams(temperature=0.7, top_k=1)
+        >>> Sampler(params=params)(torch.tensor([[1.0, 3.0, 2.0]]), seeds=7, positions=5).tokens
+        tensor([1])
+    """
+
+    temperature: float | torch.Tensor | None = None
+    top_k: int | torch.Tensor | None = None
+    top_p: float | torch.Tensor | None = None
+    min_p: float | torch.Tensor | None = None
+    typical_p: float | torch.Tensor | None = None
+    epsilon: float | torch.Tensor | None = None
+    eta: float | torch.Tensor | None = None
+    top_h: float | torch.Tensor | None = None
+    top_n_sigma: float | torch.Tensor | None = None
+    top_a: float | torch.Tensor | None = None
+    order: Order = "transformers"
+    ties: Ties = "all"
+
+    def __post_init__(self) -> None:
+        one_of("order", self.order, tuple(ORDERS))
+        one_of("ties", self.ties, get_args(Ties))
+        given = self.__dict__
+        given["temperature"] = _checked_temperature(self.temperature)
+        for name, argument in _ARGUMENTS["transformers"]:
+            if given[argument] is not None:
+                given[argument] = _checked_rule(name, given[argument])
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The truncations that are on, in their order."""
+        given = self.__dict__
+        acting = [(name, given[argument]) for name, argument in _ARGUMENTS[self.order]]
+        return tuple([Rule(name, value, ties=self.ties) for name, value in acting if value is not None])
+
+
+class Sampler:
+    """Samples a token for each row of logits. What doesn't change from step to step is prepared here, once.
+
+    A row's token depends on its own logits, parameters, seed and position, and on nothing else: not on the batch, its
+    place there, or the step before. It is ``argmax(x - log(E))`` over the kept tokens, the lowest id on ties. ``x`` are
+    the processed logits in float32. ``E`` is exponential noise from Philox4x32-10, a counter-based generator (Salmon et
+    al., SC 2011): its key is the seed, its counter the token id and the position. So the token is drawn from the
+    softmax of ``x``. The noise has 48 bits; ``fastlogits_kernels.draw`` defines it.
+
+    The logits become float32, then pass the processors, the temperature and the truncations.
+
+    A row of temperature 0 is greedy: it takes its largest logit after the processors, the lowest id on ties. Neither
+    temperature nor truncations count for it, in its log-probabilities either. A row with NaN gets the lowest id of NaN.
+    A row with +inf and no NaN gets the lowest id of +inf. A row of nothing but -inf gets token 0.
+
+    Args:
+        processors: a ``LogitsProcessorList``, or any list of processors, applied first; None for none.
+        params: temperature and truncations; None for none.
         logprobs: ``"raw"`` for log-probabilities of the logits as they are given, ``"processed"`` for those of the
-            distribution that is drawn from; None for none.
-        top_logprobs: for how many of the likeliest tokens log-probabilities are wanted besides. Up to 32 cost two
-            launches that read the logits once, with those of the token itself; for more of them the logits are sorted.
+            distribution that is sampled; None for none.
+        top_logprobs: for how many of the most likely tokens log-probabilities are wanted too. Up to 32 cost two
+            launches that read the logits once, the token's own included; for more of them the logits are sorted.
+        options: fields of ``SamplingParams``, which replace those of ``params``.
 
     Raises:
         ValueError: an argument out of range or of a wrong type.
@@ -115,27 +171,19 @@ class Sampler:
         tensor([1, 2])
     """
 
+    params: SamplingParams
+    """Temperature and truncations."""
+
     def __init__(
         self,
         processors: Iterable[Any] | None = None,
+        params: SamplingParams | None = None,
         *,
-        temperature: float | torch.Tensor | None = None,
-        top_k: int | torch.Tensor | None = None,
-        top_p: float | torch.Tensor | None = None,
-        min_p: float | torch.Tensor | None = None,
-        typical_p: float | torch.Tensor | None = None,
-        epsilon: float | torch.Tensor | None = None,
-        eta: float | torch.Tensor | None = None,
-        top_h: float | torch.Tensor | None = None,
-        top_n_sigma: float | torch.Tensor | None = None,
-        top_a: float | torch.Tensor | None = None,
-        order: Order = "transformers",
-        ties: Ties = "all",
         logprobs: Distribution | None = None,
         top_logprobs: int = 0,
+        **options: Unpack[SamplingOptions],
     ) -> None:
-        one_of("order", order, tuple(ORDERS))
-        one_of("ties", ties, get_args(Ties))
+        self.params = _with_options(params, options)
         one_of("logprobs", logprobs, (None, *get_args(Distribution)))
         top_logprobs = whole_number("top_logprobs", top_logprobs)
         if top_logprobs and logprobs is None:
@@ -143,26 +191,13 @@ class Sampler:
                 f"logprobs must be 'raw' or 'processed' where top_logprobs is {top_logprobs}, got None: it says whose "
                 "log-probabilities are meant"
             )
-        values: dict[RuleKind, float | torch.Tensor | None] = {
-            "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical": typical_p, "epsilon": epsilon, "eta": eta,
-            "top_h": top_h, "top_n_sigma": top_n_sigma, "top_a": top_a,
-        }  # fmt: skip
-        if isinstance(temperature, torch.Tensor):
-            if temperature.ndim != 1 or temperature.dtype != torch.float32:
-                raise ValueError(
-                    "temperature must be a number or a float32 tensor of shape (B,), got a tensor of "
-                    f"{temperature.dtype} of {tuple(temperature.shape)}"
-                )
-            _check_temperatures(temperature)
-        elif temperature is not None:
-            temperature = finite_number("temperature", temperature, 0)
-            temperature = temperature if temperature >= TINY_TEMPERATURE else 0.0
         if processors is not None and not isinstance(processors, LogitsProcessorList):
             processors = LogitsProcessorList(processors)
         self._processors: LogitsProcessorList | None = processors
-        self._temperature = temperature
-        acting = [(kind, _acting(kind, values[kind])) for kind in ORDERS[order]]
-        self._rules = tuple([Rule(kind, value, ties=ties) for kind, value in acting if value is not None])
+        temperature = self.params.temperature
+        is_greedy = isinstance(temperature, (int, float)) and temperature < TINY_TEMPERATURE
+        self._temperature = 0.0 if is_greedy else temperature
+        self._rules = self.params.rules
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
         self._fuses = launch.takes_rules(self._rules)
@@ -263,8 +298,6 @@ class Sampler:
             >>> Sampler(temperature=0.7, top_k=50).warm_up(128256, torch.bfloat16, device="cpu").kernels
             ()
         """
-        from fastlogits import warm_up as warming
-
         own = [each for each in (self._temperature, *(rule.value for rule in self._rules)) if _is_tensor(each)]
         where = own[0].device if device is None and own else warming.checked_device(device)
         rows = len(own[0]) if batch is None and own else whole_number("batch", 1 if batch is None else batch, 1)
@@ -455,45 +488,25 @@ def sample(
     input_ids: torch.Tensor | None = None,
     prompt_length: Index | None = None,
     cache_position: Index | None = None,
-    temperature: float | torch.Tensor | None = None,
-    top_k: int | torch.Tensor | None = None,
-    top_p: float | torch.Tensor | None = None,
-    min_p: float | torch.Tensor | None = None,
-    typical_p: float | torch.Tensor | None = None,
-    epsilon: float | torch.Tensor | None = None,
-    eta: float | torch.Tensor | None = None,
-    top_h: float | torch.Tensor | None = None,
-    top_n_sigma: float | torch.Tensor | None = None,
-    top_a: float | torch.Tensor | None = None,
-    order: Order = "transformers",
-    ties: Ties = "all",
+    params: SamplingParams | None = None,
     logprobs: Distribution | None = None,
     top_logprobs: int = 0,
+    **options: Unpack[SamplingOptions],
 ) -> Sample:
-    """Draw a token for each row of logits, once; in a loop over steps, make a ``Sampler`` and call that.
+    """Sample a token for each row of logits, once. In a loop over steps, make a ``Sampler`` and call that.
 
     Args:
         logits: float32, float16 or bfloat16 ``[B, V]``; never written.
         processors: applied first.
         seeds: the seed of each request, an integer or an integer tensor ``(B,)``.
-        positions: the position of the token that is drawn, of the same forms.
+        positions: the position of the token that is sampled, of the same forms.
         input_ids: tokens so far ``(B, L)``, for processors that read them.
         prompt_length: see ``LogitsProcessorList``.
         cache_position: see ``LogitsProcessorList``.
-        temperature: this and all that follow: see ``Sampler``.
-        top_k: see ``Sampler``.
-        top_p: see ``Sampler``.
-        min_p: see ``Sampler``.
-        typical_p: see ``Sampler``.
-        epsilon: see ``Sampler``.
-        eta: see ``Sampler``.
-        top_h: see ``Sampler``.
-        top_n_sigma: see ``Sampler``.
-        top_a: see ``Sampler``.
-        order: see ``Sampler``.
-        ties: see ``Sampler``.
+        params: see ``Sampler``.
         logprobs: see ``Sampler``.
         top_logprobs: see ``Sampler``.
+        options: fields of ``SamplingParams``, which replace those of ``params``.
 
     Raises:
         ValueError: see ``Sampler``.
@@ -505,29 +518,45 @@ def sample(
         >>> sample(logits, seeds=0, positions=0, temperature=0.0).tokens
         tensor([2, 0])
     """
-    sampler = Sampler(
-        processors, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p,
-        epsilon=epsilon, eta=eta, top_h=top_h, top_n_sigma=top_n_sigma, top_a=top_a, order=order, ties=ties,
-        logprobs=logprobs, top_logprobs=top_logprobs,
-    )  # fmt: skip
+    sampler = Sampler(processors, params, logprobs=logprobs, top_logprobs=top_logprobs, **options)
     return sampler(logits, seeds, positions, input_ids, prompt_length=prompt_length, cache_position=cache_position)
 
 
-def _acting(kind: RuleKind, value: float | torch.Tensor | None) -> float | torch.Tensor | None:
-    """The value of a rule; None where it is off for all rows."""
+def _with_options(params: SamplingParams | None, options: SamplingOptions) -> SamplingParams:
+    if params is None:
+        return SamplingParams(**options)
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params must be SamplingParams or None, got {params!r}")
+    return replace(params, **options) if options else params
+
+
+def _checked_rule(kind: RuleKind, value: float | torch.Tensor) -> float | torch.Tensor | None:
+    """The parameter of a rule; None where it is off for all rows."""
     if isinstance(value, torch.Tensor):
         check_row_values(kind, value)
         return value
-    if value is None:
-        return None
     bounds = RULES[kind].range
     if RULES[kind].integer:
         if not is_integer(value) or value < -1:
             raise ValueError(f"top_k must be an integer of at least 1 (V or more, 0 and -1 turn it off), got {value!r}")
         return int(value) if value > 0 else None
     if not is_number(value) or not (bounds.has(value) or value == bounds.off):
-        raise ValueError(f"{argument_of(kind)} must be a number {bounds.words}, got {value!r}")
+        raise ValueError(f"{argument_of(kind)} must be {bounds.words}, got {value!r}")
     return float(value) if bounds.has(value) else None
+
+
+def _checked_temperature(temperature: float | torch.Tensor | None) -> float | torch.Tensor | None:
+    if temperature is None:
+        return None
+    if not isinstance(temperature, torch.Tensor):
+        return finite_number("temperature", temperature, 0)
+    if temperature.ndim != 1 or temperature.dtype != torch.float32:
+        raise ValueError(
+            "temperature must be a number or a float32 tensor of shape (B,), got a tensor of "
+            f"{temperature.dtype} of {tuple(temperature.shape)}"
+        )
+    _check_temperatures(temperature)
+    return temperature
 
 
 def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A set of token ids, precomputed once and kept in the form that each use reads fastest."""
+"""A set of token ids, computed once and kept in the form that each use reads fastest."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ TokenSet: TypeAlias = "TokenMask | tuple[int, ...]"
 class TokenMask:
     """An immutable set of tokens of a vocabulary; combine with ``|``, ``&`` and ``~``.
 
-    A mask made from a tokenizer holds for logits of any width: models pad their vocabulary, and a token that the
-    tokenizer doesn't know is in no such mask, nor in its complement. Any other mask holds for its own vocabulary
-    size only.
+    A mask made from a tokenizer fits logits of any width, because models pad their vocabulary. A token that the
+    tokenizer doesn't know is neither in such a mask nor in its complement. Any other mask fits only its own vocabulary
+    size.
 
     Args:
         row: bool ``[V]``, True for the tokens of the set.
@@ -60,12 +60,12 @@ class TokenMask:
 
     @classmethod
     def from_strings(cls, tokenizer: Any, strings: str | Iterable[str]) -> TokenMask:
-        """The tokens whose whole text is one of ``strings``, also with one space before it.
+        """The tokens whose whole text is one of ``strings``, with or without a space before it.
 
-        ``"1"`` finds ``"1"``, its space-prefixed twin and its byte token; ``" 1"`` finds the twin alone.
+        ``"1"`` finds ``"1"``, ``" 1"`` and the byte token of 1; ``" 1"`` finds only ``" 1"``.
 
         Raises:
-            ValueError: no single token has one of the texts, which a tokenizer may well split into several.
+            ValueError: one of the texts is no single token; a tokenizer may split it into several.
         """
         wanted = [strings] if isinstance(strings, str) else list(strings)
         texts = token_texts(tokenizer)
@@ -89,10 +89,10 @@ class TokenMask:
         r"""The tokens whose text matches a regular expression; kept per tokenizer and pattern.
 
         Texts carry their leading space (see ``fastlogits.token_text``), so ``r"\s*\d"`` finds every token that begins
-        with a digit: space-prefixed twins, byte tokens and multi-digit tokens. Special tokens have no text.
+        with a digit, also those with a space, of several digits, or of a byte. Special tokens have no text.
 
-        ``re`` may backtrack without end, and nothing in its own process can stop it. A pattern of more than one
-        repetition or alternative is therefore matched in a Python process of its own, which gets ten seconds.
+        ``re`` may backtrack without end, and its own process can't stop it. So a pattern with more than one repetition
+        or alternative is matched in another Python process, which gets ten seconds.
 
         The masks of the 64 patterns used last are kept with the tokenizer.
 
@@ -102,8 +102,8 @@ class TokenMask:
             how: ``"match"`` at the beginning of the text, ``"search"`` anywhere in it, or ``"fullmatch"``.
 
         Raises:
-            ValueError: the pattern is not a regular expression of text, or takes longer than ten seconds; or ``how``
-                is none of the three.
+            ValueError: the pattern is no regular expression of text, or takes more than ten seconds; or ``how`` is none
+                of the three.
             RuntimeError: no Python process can be started.
         """
         if how not in ("match", "search", "fullmatch"):
@@ -133,14 +133,14 @@ class TokenMask:
 
     @classmethod
     def from_bitmask(cls, bitmask: torch.Tensor, vocab_size: int | None = None) -> TokenMask:
-        """The tokens whose bit is 1 in one row of a grammar engine's bitmask: those that it allows.
+        """The tokens that one row of a grammar engine's bitmask allows: those whose bit is 1.
 
         Args:
             bitmask: int32 ``[W]`` or ``[1, W]``; bit ``i`` of word ``w`` is token ``32 * w + i``.
             vocab_size: at most ``32 * W``, which is the default.
 
         Raises:
-            ValueError: another dtype or shape, or a vocabulary that the words don't hold.
+            ValueError: another dtype or shape, or a vocabulary of another number of words.
         """
         row = bitmask.squeeze(0) if bitmask.ndim == 2 else bitmask
         if row.dtype != torch.int32 or row.ndim != 1:
@@ -154,7 +154,7 @@ class TokenMask:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens that the mask decides on."""
+        """Number of tokens in the vocabulary of the mask."""
         return self._row.shape[0]
 
     def bits(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -197,27 +197,26 @@ class TokenMask:
             if made is None:
                 made = self._forms[key] = make().to(device)
         except Exception:
-            device_of("device", device)  # says what is wrong with it, if it is that
+            device_of("device", device)  # raises if the device is at fault
             raise
         return made
 
-    def _with(self, other: object) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
-        """Both rows at one width, and whether any width goes for the two together."""
+    def _combined(self, other: object, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> TokenMask:
+        """A mask of the two rows, combined at one width."""
         if not isinstance(other, TokenMask):
-            return None
+            return NotImplemented  # type: ignore[no-any-return]
         if self._any_width and other._any_width:
             size = max(self.vocab_size, other.vocab_size)
         else:
             size = other.vocab_size if self._any_width else self.vocab_size
-        return self.fit(size)._row, other.fit(size)._row, self._any_width and other._any_width
+        row = combine(self.fit(size)._row, other.fit(size)._row)
+        return TokenMask(row, any_width=self._any_width and other._any_width)
 
     def __or__(self, other: object) -> TokenMask:
-        both = self._with(other)
-        return NotImplemented if both is None else TokenMask(both[0] | both[1], any_width=both[2])
+        return self._combined(other, torch.logical_or)
 
     def __and__(self, other: object) -> TokenMask:
-        both = self._with(other)
-        return NotImplemented if both is None else TokenMask(both[0] & both[1], any_width=both[2])
+        return self._combined(other, torch.logical_and)
 
     def __invert__(self) -> TokenMask:
         return TokenMask(~self._row, any_width=self._any_width)
@@ -246,9 +245,9 @@ class TokenMask:
         return {**self.__dict__, "_forms": {}}
 
 
-# Masks of patterns that are kept with a tokenizer: patterns may come from requests.
+# Patterns may come from requests, so only so many masks are kept with a tokenizer.
 _MOST_MASKS = 64
-# How long a pattern may take over all tokens of a tokenizer; seldom is it more than a tenth of a second.
+# How long a pattern may take for all tokens of a tokenizer. It seldom takes a tenth of a second.
 _SECONDS = 10
 _MATCH = """
 import json, re, sys
@@ -259,21 +258,21 @@ json.dump([text is not None and test(text) is not None for text in texts], sys.s
 
 
 def _is_linear(pattern: str) -> bool:
-    """Whether a pattern is too simple to backtrack for long: one choice at most, however its characters are meant."""
+    """Whether a pattern has at most one choice, so that it can't backtrack for long."""
     return sum(map(pattern.count, "*+?{|")) <= 1
 
 
 def _matched_apart(pattern: re.Pattern[str], how: str, texts: list[str | None]) -> list[bool]:
-    """Which texts match, found by a process that can be ended; no thread can be, and signals reach the first only."""
+    """Which texts match, found by another process: it can be ended, which no thread can."""
     given = json.dumps([pattern.pattern, int(pattern.flags), how, texts]).encode()
-    # Isolated, so that nothing of the user's is imported before it begins.
+    # Isolated, so that it imports nothing of the user's.
     command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _MATCH]
     try:
         done = subprocess.run(command, input=given, capture_output=True, timeout=_SECONDS, check=True)
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"pattern {pattern.pattern!r} takes more than {_SECONDS} s over the {len(texts)} tokens: it backtracks "
-            "without end, as where a repetition stands in another; write it without, or use from_predicate()"
+            "without end, as with a repetition inside another; write it without, or use from_predicate()"
         ) from None
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(
@@ -319,7 +318,7 @@ def ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
 
 
 def checked_set(argument: str, tokens: TokenMask | Iterable[int] | torch.Tensor) -> TokenSet:
-    """``tokens`` as it is where it is a mask, else as checked ids."""
+    """``tokens`` itself if it is a mask, else checked ids."""
     return tokens if isinstance(tokens, TokenMask) else checked_ids(argument, tokens)
 
 

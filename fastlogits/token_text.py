@@ -1,4 +1,4 @@
-"""What each token of a tokenizer adds to a text, one string a token id."""
+"""The text of each token of a tokenizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def token_texts(tokenizer: Any) -> list[str | None]:
         tokenizer: a tokenizer of transformers, fast or slow, or a ``tokenizers.Tokenizer``.
 
     Raises:
-        TypeError: it is none, such as its name.
+        TypeError: it is no tokenizer, but its name, for instance.
     """
     if not hasattr(tokenizer, "get_vocab"):
         load = f"AutoTokenizer.from_pretrained({tokenizer!r})" if isinstance(tokenizer, str) else "AutoTokenizer"
@@ -47,7 +47,7 @@ def token_texts(tokenizer: Any) -> list[str | None]:
 
 
 def kept_with(tokenizer: Any) -> _Known:
-    """What was computed from a tokenizer, kept as long as it lives, or not at all where no weak reference can be."""
+    """What was computed from a tokenizer. It is kept as long as the tokenizer lives, if that has weak references."""
     try:
         return _kept.setdefault(tokenizer, _Known())
     except TypeError:  # tokenizers.Tokenizer before 0.23

@@ -1,4 +1,4 @@
-"""Kernels compiled before the first call: that call is rehearsed, and all that it would launch is compiled at once."""
+"""Kernels compiled before the first call: the call is rehearsed, and what it would launch is compiled at once."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from fastlogits_kernels.runtime.backend import absence, unsupported
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, collected, prepare
 from fastlogits_kernels.runtime.recent import is_capturing
 
-from fastlogits.checks import device_of, whole_number
+from fastlogits.checks import LOGITS_DTYPES, device_of, whole_number
 from fastlogits.plan.barrier import Barrier
+from fastlogits.plan.observation import Observation
 from fastlogits.plan.part import AnyPlan
 from fastlogits.plan.rows import RowsPart
 from fastlogits.plan.stages import When
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PROMPT = 1
+"""Tokens of the prompt of a rehearsed call."""
 _FARTHEST = 2**30
-"""Positions beyond it are those of no sequence."""
+"""No sequence has positions beyond it."""
 
 
 @dataclass(frozen=True, repr=False)
 class WarmUp:
-    """What a warm-up has done.
+    """The result of a warm-up.
 
     Args:
         device: where the kernels are.
-        seconds: how long it took. Kernels that the cache on disk holds take some milliseconds each.
-        kernels: the names of the kernels that were compiled or loaded from the cache, one for each variant; those that
-            the process had already aren't among them.
+        seconds: how long it took. A kernel from the cache on disk takes some milliseconds.
+        kernels: the names of the kernels that were compiled or loaded from the cache, one for each variant. Kernels
+            that the process had already are left out.
         needed: how many variants the calls launch.
         skipped: what else the calls run, and why it was not rehearsed.
-        failed: why kernels can't be had; calls fall back to torch for them, with a warning.
-        reason: why there was nothing to do; empty where there was.
+        failed: why kernels couldn't be compiled. Calls fall back to torch for them, with a warning.
+        reason: why there was nothing to do; empty otherwise.
 
     Example:
         >>> from fastlogits import LogitsProcessorList, TopKLogitsWarper
@@ -74,7 +75,7 @@ class WarmUp:
 
 
 def warmed(device: torch.device, rehearse: Callable[[], None], skipped: Iterable[str] = ()) -> WarmUp:
-    """Rehearse calls, whose launches are collected and not made, and compile all that they would launch at once.
+    """Rehearse calls: collect their launches instead of making them, and compile them all at once.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
@@ -100,14 +101,14 @@ def warmed(device: torch.device, rehearse: Callable[[], None], skipped: Iterable
 
 
 def rehearsed(rehearse: Callable[[], None]) -> list[Launch]:
-    """The launches of some calls, none of which is made."""
+    """The launches of some calls; none is made."""
     with collected() as launches, torch.no_grad():
         rehearse()
     return launches
 
 
 def no_kernels(device: torch.device) -> str | None:
-    """Why nothing is compiled for a device; None where something is."""
+    """Why nothing is compiled for a device; None if kernels are."""
     if device.type != "cuda":
         return "the kernels are for GPUs, and torch runs here"
     return absence() or unsupported(device)
@@ -117,7 +118,7 @@ def _name(launcher: Launcher) -> str:
     return launcher.name.strip("_").removesuffix("_kernel")
 
 
-# -- What stands for the arguments of a call -------------------------------------------------------------------------
+# -- Arguments of rehearsed calls -------------------------------------------------------------------------
 
 
 def checked_device(device: torch.device | str | None) -> torch.device:
@@ -129,7 +130,7 @@ def checked_device(device: torch.device | str | None) -> torch.device:
 
 def checked_dtype(dtype: torch.dtype) -> torch.dtype:
     """``dtype``, if kernels take logits of it."""
-    if dtype not in DTYPES:
+    if dtype not in LOGITS_DTYPES:
         raise ValueError(
             f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}: give that of the logits"
         )
@@ -139,7 +140,7 @@ def checked_dtype(dtype: torch.dtype) -> torch.dtype:
 def dummy_logits(
     rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, row_stride: int | None
 ) -> torch.Tensor:
-    """Logits ``[rows, V]``, not initialised, of rows that are so far apart."""
+    """Logits ``[rows, V]``, uninitialised, with this row stride."""
     checked_dtype(dtype)
     vocab_size = whole_number("vocab_size", vocab_size, 1)
     if row_stride is None:
@@ -153,7 +154,7 @@ def dummy_logits(
 
 
 def dummy_ids(input_ids: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
-    """Tokens so far: those that are given, or a prompt of one token."""
+    """The given tokens so far, or a prompt of one token."""
     if input_ids is None:
         return torch.zeros(rows, _PROMPT, dtype=torch.int64, device=device)
     if (
@@ -175,7 +176,7 @@ def dummy_ids(input_ids: torch.Tensor | None, rows: int, device: torch.device) -
 
 
 def host_positions(plan: AnyPlan | None) -> list[tuple[int, int]]:
-    """``cache_position`` and ``prompt_length`` of calls between which all gates of a plan open and close."""
+    """``cache_position`` and ``prompt_length`` of calls that together open and close all gates of a plan."""
     found = {0}
     for when in () if plan is None else _gates(plan):
         for index in (when.start, when.stop, when.phase):
@@ -197,20 +198,20 @@ def _gates(plan: AnyPlan) -> Iterator[When]:
 
 
 def not_rehearsed(plan: AnyPlan | None) -> list[str]:
-    """What of a plan runs without kernels of ours, each in a few words."""
+    """The parts of a plan that run without our kernels, each in a few words."""
     found = []
     for part in () if plan is None else plan.parts:
         if isinstance(part, Barrier) and part.inner is not None:
             found += not_rehearsed(part.inner)
         elif isinstance(part, Barrier):
             found.append(f"{part.members[0].name}, which fastlogits doesn't know")
-        elif isinstance(part, RowsPart) and not part.launches:
+        elif isinstance(part, Observation) or (isinstance(part, RowsPart) and not part.launches):
             found.append(f"{part.members[0].name}, which is some operations of torch")
     return found
 
 
 def checked_choices(argument: str, value: object, choices: Sequence[str]) -> tuple[str, ...]:
-    """One or several of some words.
+    """One or several of the choices.
 
     Raises:
         ValueError: something else is among them.

@@ -23,8 +23,12 @@ def answers(output: str) -> list[str]:
     return re.findall(r"^model   (.*)$", output, re.MULTILINE)
 
 
-def test_demo():
-    output = run()
+@pytest.fixture(scope="module")
+def output() -> str:
+    return run()
+
+
+def test_demo(output):
     assert [answer.startswith("1. ") for answer in answers(output)] == [True, True, False, False]
     assert all(re.match(r"[A-Z][a-z]+ [A-Z][a-z]+ ", answer) for answer in answers(output)[2:])
     assert "step 0 bans 0 -> ▁1" in output
@@ -33,11 +37,11 @@ def test_demo():
     assert "loop / in place" in output
 
 
-def test_demo_with_a_model_of_ones_own(tmp_path):
+def test_demo_with_a_model_of_ones_own(tmp_path, output):
     model, tokenizer = tiny_model.load_or_train()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert answers(run("--model", str(tmp_path), "--device", "cpu")) == answers(run())
+    assert answers(run("--model", str(tmp_path), "--device", "cpu")) == answers(output)
 
 
 def test_the_corpus_is_the_same_every_time():

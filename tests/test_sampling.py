@@ -1,15 +1,17 @@
 """Draws: the generator's published answers, the distribution, independence of the batch, reports on a token."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from fastlogits_kernels.draw import _exponential, _noise_of_rows, exponential_noise, philox, reference_draw
-from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.rules import RULES, Rule, argument_of
 from fastlogits_kernels.truncate.dispatch import truncate
 
 import fastlogits as fl
+from fastlogits.sampling import SamplingOptions
 from tests.oracle import broken_rows, hard_rows
 
 INF = float("inf")
@@ -514,6 +516,32 @@ def test_seeds_are_64_bits_whatever_their_type():
 # -- How it is made --------------------------------------------------------------------------------------------------
 
 
+def test_the_options_of_a_sampler_are_the_fields_of_its_params():
+    options = [field.name for field in dataclasses.fields(fl.SamplingParams)]
+    assert list(SamplingOptions.__annotations__) == options
+    for name, of_params in fl.SamplingParams.__annotations__.items():
+        assert SamplingOptions.__annotations__[name].__forward_arg__ == of_params
+    assert {argument_of(kind) for kind in RULES} <= set(options)
+
+
+def test_options_replace_fields_of_params():
+    params = fl.SamplingParams(temperature=0.5, top_k=np.int64(7), top_p=1, order="vllm")
+    assert (params.top_k, params.top_p) == (7, None)
+    sampler = fl.Sampler(params=params, top_k=3)
+    assert (sampler.params.temperature, sampler.params.top_k, sampler.params.order) == (0.5, 3, "vllm")
+    assert fl.Sampler(None, params).params is params
+    logits = gauss(2, 400)
+    found = fl.sample(logits, seeds=7, positions=3, params=params, ties="lowest")
+    plain = fl.sample(logits, seeds=7, positions=3, temperature=0.5, top_k=7, order="vllm", ties="lowest")
+    assert torch.equal(found.tokens, plain.tokens)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_k = 3
+    with pytest.raises(ValueError, match="params must be SamplingParams or None, got 3"):
+        fl.Sampler(None, 3)
+    with pytest.raises(TypeError, match="top_q"):
+        fl.Sampler(top_q=3)
+
+
 def test_a_sampler_reads_its_tensors_at_each_call(device):
     logits = gauss(2, 100).to(device)
     temperature, top_k = torch.ones(2, device=device), torch.tensor([100, 100], device=device)
@@ -595,3 +623,21 @@ def test_a_tiny_temperature_doesnt_overflow_in_float16(temperature, rules, devic
     assert not found.isnan().any()
     assert (found < INF).all()
     assert found.argmax(1).tolist() == logits.argmax(1).tolist()
+
+
+# -- As many log-probabilities as there are ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [32, 33, 50])
+def test_top_logprobs_around_what_the_kernels_look_for(count, device):
+    logits = gauss(2, 50).to(device)
+    found = fl.Sampler(temperature=0.0, logprobs="raw", top_logprobs=count)(logits, seeds=1, positions=0)
+    expected = torch.sort(logits.log_softmax(-1), -1, descending=True)
+    assert torch.equal(found.top_tokens, expected.indices[:, :count])
+    torch.testing.assert_close(found.top_logprobs, expected.values[:, :count])
+
+
+def test_no_more_top_logprobs_than_tokens(device):
+    sampler = fl.Sampler(logprobs="raw", top_logprobs=51)
+    with pytest.raises(ValueError, match="top_logprobs must be at most 50, the size of the vocabulary, got 51"):
+        sampler(gauss(2, 50).to(device), seeds=1, positions=0)

@@ -1,15 +1,20 @@
 """TokenMask: what is in it, in every form, from every source."""
 
 import copy
+import itertools
 import pickle
 import re
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
-from fastlogits import TokenMask
+import fastlogits as fl
+from fastlogits import BatchProcessor, RequestParams, TokenMask, token_mask
 from fastlogits.token_text import token_texts
 
 DIGIT = r"\s*\d"
@@ -184,3 +189,64 @@ def test_bad_patterns_and_strings(sentencepiece):
 def test_masks_combine_with_masks_only():
     with pytest.raises(TypeError):
         TokenMask.from_ids([1], 10) | [2]
+
+
+# -- Regular expressions ------------------------------------------------------------------------------------------
+
+
+def words_tokenizer(*tokens: str) -> Tokenizer:
+    return Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+
+
+@pytest.mark.parametrize("how", ["match", "search", "fullmatch"])
+def test_a_pattern_that_backtracks_for_ever_is_refused_in_time(how, monkeypatch):
+    monkeypatch.setattr(token_mask, "_SECONDS", 1)
+    tokenizer = words_tokenizer("x", "a" * 40 + "b")
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"pattern '\(a\+\)\+\$' takes more than 1 s over the 2 tokens"):
+        TokenMask.matching(tokenizer, r"(a+)+$", how=how)
+    assert time.monotonic() - began < 30
+
+
+def test_a_pattern_is_matched_alike_in_both_processes(tokenizer):
+    """More than one choice is what sends it to the other; one that matches nothing makes it more."""
+    for pattern, flags, how in itertools.product(
+        (r"\s*\d", r"[A-Z\ufffd]", r"r|é|\w\d"),
+        (0, token_mask.re.IGNORECASE | token_mask.re.ASCII),
+        ("match", "search"),
+    ):
+        here = token_mask.re.compile(pattern, flags)
+        there = token_mask.re.compile(f"(?:(?!)|(?!)|{pattern})", flags)
+        assert not token_mask._is_linear(there.pattern)
+        expected = [text is not None and getattr(here, how)(text) is not None for text in token_texts(tokenizer)]
+        assert TokenMask.matching(tokenizer, there, how=how).row().tolist() == expected
+        assert TokenMask.matching(tokenizer, here, how=how).row().tolist() == expected
+
+
+def test_a_pattern_of_bytes_and_a_python_that_is_not_there(sentencepiece, monkeypatch):
+    with pytest.raises(ValueError, match="of text, not of bytes"):
+        TokenMask.matching(sentencepiece, token_mask.re.compile(rb"\d"))
+    monkeypatch.setattr(token_mask, "sys", SimpleNamespace(executable="/nowhere/python"))
+    with pytest.raises(RuntimeError, match="from_predicate"):
+        TokenMask.matching(sentencepiece, r"(\d+)+9")
+    assert len(TokenMask.matching(sentencepiece, r"\d9?"))  # of one choice: it needs none
+
+
+# -- Vocabularies -------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_with_holes_in_its_vocabulary(device):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "1": 3, "b2": 40, "7": 90}, unk_token="a"))
+    digits = TokenMask.matching(tokenizer, r"\d")
+    assert digits.vocab_size == 91
+    assert list(digits) == [3, 90]
+    # In no set of it, nor in a complement of one: nothing is said of what has no token.
+    assert list(TokenMask.from_predicate(tokenizer, lambda text: True)) == [0, 3, 40, 90]
+    for width in (91, 128, 60):  # as the tokenizer's, wider as models pad theirs, narrower
+        scores = torch.zeros(1, width, device=device)
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        banned = fl.LogitsProcessorList([fl.SuppressFirstTokens(digits)])(ids, scores, prompt_length=2)
+        assert banned[0].isinf().nonzero().flatten().tolist() == [token for token in (3, 90) if token < width]
+        batch = BatchProcessor(1, width, device, max_length=8)
+        batch.add(RequestParams(banned_token_ids=digits))
+        assert torch.equal(batch.apply(scores, [0]), banned)

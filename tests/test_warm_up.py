@@ -20,6 +20,8 @@ from tests.kernels.launches import captured
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 V = 1000
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where kernels run; what is only collected is collected of tensors on the CPU."""
 
 
 @pytest.fixture
@@ -135,7 +137,7 @@ def many_calls(processors, dtype, rows=(1, 2, 5, 90, 140)):
 @pytest.mark.parametrize("name", list(LISTS))
 def test_a_list_launches_nothing_new(name, dtype, kernels, monkeypatch):
     processors = fl.LogitsProcessorList(LISTS[name]())
-    there = rehearsed_by(monkeypatch, lambda: processors.warm_up(V, dtype))
+    there = rehearsed_by(monkeypatch, lambda: processors.warm_up(V, dtype, device=CPU))
     assert there or (name, dtype) == ("watermark", torch.bfloat16)  # of which torch is the definition
     with captured() as made:
         many_calls(fl.LogitsProcessorList(LISTS[name]()), dtype)
@@ -148,7 +150,7 @@ def test_a_list_launches_nothing_new(name, dtype, kernels, monkeypatch):
 @pytest.mark.parametrize("make", [lambda: fl.SuppressFirstTokens([1], window=2), lambda: fl.TopKLogitsWarper(5)])
 def test_a_processor_by_itself_and_in_a_run(make, kernels, monkeypatch):
     processor = make()
-    there = rehearsed_by(monkeypatch, lambda: processor.warm_up(V))
+    there = rehearsed_by(monkeypatch, lambda: processor.warm_up(V, device=CPU))
     with captured() as made:
         run = processor.for_run()
         for L in (4, 5, 6):
@@ -164,7 +166,8 @@ def test_positions_on_the_device_and_other_ids_are_those_that_are_given(kernels,
         "prompt_length": torch.tensor([1, 2, 1]), "cache_position": torch.tensor([3, 4, 4]),
     }  # fmt: skip
     ids = torch.zeros(3, 5, dtype=torch.int32)
-    there = rehearsed_by(monkeypatch, lambda: processors.warm_up(V, batch=3, input_ids=ids, row_stride=V + 24, **given))
+    warmed = {"batch": 3, "device": CPU, "input_ids": ids, "row_stride": V + 24}
+    there = rehearsed_by(monkeypatch, lambda: processors.warm_up(V, **warmed, **given))
     with captured() as made:
         wide = torch.zeros(3, V + 24)
         processors(ids[:, :2], wide[:, :V], **given)
@@ -173,11 +176,11 @@ def test_positions_on_the_device_and_other_ids_are_those_that_are_given(kernels,
 
 
 def test_what_was_made_for_a_run_is_looked_into(kernels):
-    inner = fl.LogitsProcessorList([fl.DRYLogitsProcessor(0.8), Unknown()]).for_run()
-    done = fl.LogitsProcessorList([inner, fl.TopKLogitsWarper(5)]).warm_up(V)
+    inner = fl.LogitsProcessorList([fl.XTCLogitsProcessor(0.5, 0.1), Unknown()]).for_run()
+    done = fl.LogitsProcessorList([inner, fl.TopKLogitsWarper(5)]).warm_up(V, device=CPU)
     assert done.needed
     assert done.skipped == (
-        "DRYLogitsProcessor, which is some operations of torch",
+        "XTCLogitsProcessor, which is some operations of torch",
         "Unknown, which fastlogits doesn't know",
     )
     assert not inner._run._first_lengths
@@ -213,13 +216,17 @@ def test_values_compile_nothing_as_the_page_says(kernels):
 
 
 SAMPLERS = {
-    "plain": lambda **more: fl.Sampler(**more),
-    "greedy": lambda **more: fl.Sampler(temperature=0.0, **more),
-    "T k p": lambda **more: fl.Sampler(temperature=0.7, top_k=50, top_p=0.9, **more),
-    "by row": lambda **more: fl.Sampler(temperature=torch.ones(3), top_p=torch.full((3,), 0.9), **more),
-    "of a list": lambda **more: fl.Sampler(LISTS["chain 8"](), **more),
-    "after a list": lambda **more: fl.Sampler(LISTS["chain 6"](), top_k=5, order="vllm", ties="lowest", **more),
-    "after what is unknown": lambda **more: fl.Sampler([*LISTS["T k p"](), Unknown()], min_p=0.1, **more),
+    "plain": lambda device=CPU, **more: fl.Sampler(**more),
+    "greedy": lambda device=CPU, **more: fl.Sampler(temperature=0.0, **more),
+    "T k p": lambda device=CPU, **more: fl.Sampler(temperature=0.7, top_k=50, top_p=0.9, **more),
+    "by row": lambda device=CPU, **more: fl.Sampler(
+        temperature=torch.ones(3, device=device), top_p=torch.full((3,), 0.9, device=device), **more
+    ),
+    "of a list": lambda device=CPU, **more: fl.Sampler(LISTS["chain 8"](), **more),
+    "after a list": lambda device=CPU, **more: fl.Sampler(
+        LISTS["chain 6"](), top_k=5, order="vllm", ties="lowest", **more
+    ),
+    "after what is unknown": lambda device=CPU, **more: fl.Sampler([*LISTS["T k p"](), Unknown()], min_p=0.1, **more),
 }
 REPORTS = [{}, {"logprobs": "raw"}, {"logprobs": "processed", "top_logprobs": 3}, {
     "logprobs": "processed", "top_logprobs": 40}]  # fmt: skip
@@ -229,7 +236,7 @@ REPORTS = [{}, {"logprobs": "raw"}, {"logprobs": "processed", "top_logprobs": 3}
 @pytest.mark.parametrize("report", REPORTS, ids=str)
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_a_sampler_launches_nothing_new(name, report, kernels, monkeypatch):
-    there = rehearsed_by(monkeypatch, lambda: SAMPLERS[name](**report).warm_up(V, torch.bfloat16))
+    there = rehearsed_by(monkeypatch, lambda: SAMPLERS[name](**report).warm_up(V, torch.bfloat16, device=CPU))
     sampler = SAMPLERS[name](**report)
     with captured() as made:
         for B in [3] if name == "by row" else [1, 3, 140]:
@@ -246,7 +253,7 @@ def test_a_sampler_launches_nothing_new(name, report, kernels, monkeypatch):
 def test_seeds_and_positions_of_a_sampler_are_those_that_are_given(kernels, monkeypatch):
     sampler = fl.Sampler(temperature=0.7)
     short = torch.arange(2, dtype=torch.int32)
-    there = rehearsed_by(monkeypatch, lambda: sampler.warm_up(V, batch=2, seeds=short, positions=short))
+    there = rehearsed_by(monkeypatch, lambda: sampler.warm_up(V, batch=2, device=CPU, seeds=short, positions=short))
     with captured() as made:
         for most in (launch._MOST_SAMPLED, 0):  # as of few rows, and of many
             monkeypatch.setattr(launch, "_MOST_SAMPLED", most)
@@ -257,8 +264,8 @@ def test_seeds_and_positions_of_a_sampler_are_those_that_are_given(kernels, monk
     assert not keys(made) & there or keys(made) != there
 
 
-def served(**options):
-    batch = fl.BatchProcessor(6, V, "cpu", **{"max_length": 64, "max_logprobs": 3, **options})
+def served(device=CPU, **options):
+    batch = fl.BatchProcessor(6, V, device, **{"max_length": 64, "max_logprobs": 3, **options})
     batch.add(fl.RequestParams(logprobs=2, seed=5), [1, 2])
     batch.add(fl.RequestParams(logprobs=1, temperature=0.7, top_k=5, repetition_penalty=1.2, seed=6), [3, 4, 3])
     batch.add(fl.RequestParams(logprobs=1, logit_bias={3: 1.0}, bad_words=[[1, 2]], no_repeat_ngram_size=2), [5])
@@ -312,7 +319,7 @@ def test_an_engines_history_has_no_append(kernels, monkeypatch):
 
 @needs_triton
 def test_a_batch_with_requests_is_as_it_was(kernels):
-    first, second = served(), served()
+    first, second = served(DEVICE), served(DEVICE)
     first._seeds.setstate(second._seeds.getstate())
     first._table.copy_(second._table)
     before, seen = second._table.clone(), torch.get_rng_state()
@@ -324,7 +331,7 @@ def test_a_batch_with_requests_is_as_it_was(kernels):
     assert {name: getattr(second, name) for name in ("_counted", "_active", "_saw_all", "_strict", "_reported")} == {
         name: getattr(first, name) for name in ("_counted", "_active", "_saw_all", "_strict", "_reported")
     }
-    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(0)) * 3
+    logits = (torch.randn(4, V, generator=torch.Generator().manual_seed(0)) * 3).to(DEVICE)
     for _ in range(2):
         ours, theirs = (batch.sample(logits, [0, 1, 2, 3], logprobs="raw") for batch in (second, first))
         assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
@@ -335,8 +342,8 @@ def test_a_batch_with_requests_is_as_it_was(kernels):
 @needs_triton
 @pytest.mark.parametrize("name", ["chain 8", "allowed, then first tokens", "encoder", "around what is unknown"])
 def test_a_list_in_the_middle_of_a_run_goes_on_as_if_nothing_had_been(name, kernels):
-    scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1)) * 3
-    ids = torch.randint(0, 9, (2, 9), generator=torch.Generator().manual_seed(1))
+    scores = (torch.randn(2, V, generator=torch.Generator().manual_seed(1)) * 3).to(DEVICE)
+    ids = torch.randint(0, 9, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     results = []
     for warms in (False, True):
         processors = fl.LogitsProcessorList(LISTS[name]())
@@ -345,7 +352,7 @@ def test_a_list_in_the_middle_of_a_run_goes_on_as_if_nothing_had_been(name, kern
         for L in (5, 6, 9):
             if warms:
                 seen = torch.get_rng_state()
-                assert processors.warm_up(V, batch=2).needed
+                assert processors.warm_up(V, batch=2, device=DEVICE).needed
                 assert torch.equal(torch.get_rng_state(), seen)
             results[-1].append(run(ids[:, :L], scores))
         unknown = [each.calls for each in processors if isinstance(each, Unknown)]
@@ -360,7 +367,7 @@ def test_a_watermark_keeps_its_state_and_functions_are_not_called(kernels):
 
     processor = synthid()
     prefix = fl.PrefixConstrainedLogitsProcessor(allowed, 1)
-    done = fl.LogitsProcessorList([processor, prefix, Unknown()]).warm_up(V)
+    done = fl.LogitsProcessorList([processor, prefix, Unknown()]).warm_up(V, device=CPU)
     assert processor.state is None
     assert done.kernels
     assert done.skipped == (
@@ -372,14 +379,49 @@ def test_a_watermark_keeps_its_state_and_functions_are_not_called(kernels):
 
 @needs_triton
 def test_a_sampler_draws_the_same_after_it(kernels):
-    logits, ids = torch.randn(3, V, generator=torch.Generator().manual_seed(2)) * 3, torch.ones(3, 4).long()
+    logits = (torch.randn(3, V, generator=torch.Generator().manual_seed(2)) * 3).to(DEVICE)
+    ids = torch.ones(3, 4, dtype=torch.int64, device=DEVICE)
     for name in ("T k p", "by row", "after a list"):
-        cold, warm = (SAMPLERS[name](logprobs="processed", top_logprobs=2) for _ in range(2))
-        warm.warm_up(V, batch=None if name == "by row" else 3)
+        cold, warm = (SAMPLERS[name](DEVICE, logprobs="processed", top_logprobs=2) for _ in range(2))
+        warm.warm_up(V, batch=None if name == "by row" else 3, device=DEVICE)
         for found, wanted in zip(
             *(each(logits, 3, 4, ids, prompt_length=2) for each in (warm, cold)), strict=True
         ):  # fmt: skip
             assert torch.equal(found, wanted)
+
+
+@pytest.mark.skipif(DEVICE == CPU, reason="needs CUDA")
+def test_a_call_after_it_compiles_nothing(monkeypatch):
+    """Neither does Triton, which is asked behind our back."""
+    from triton.runtime import jit
+
+    batch = fl.BatchProcessor(6, V, DEVICE, max_length=64, max_logprobs=3)
+    processors, samplers = fl.LogitsProcessorList(LISTS["chain 8"]()), [fl.Sampler(), SAMPLERS["T k p"]()]
+    for each in (processors, *samplers):
+        assert not each.warm_up(V, torch.bfloat16, device=DEVICE).failed
+    assert not batch.warm_up(torch.bfloat16, logprobs="raw", bitmask=False).failed
+
+    def compiled(*_, **__):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(Launcher, "compile", compiled)
+    monkeypatch.setattr(jit.JITFunction, "_do_compile", compiled)
+    slots = [batch.add(fl.RequestParams(logprobs=1, top_p=0.5, min_p=0.1), [1, 2, 3]) for _ in range(3)]
+    for _ in range(3):
+        for B in (1, 2, 17):
+            logits = torch.randn(B, V, device=DEVICE).bfloat16()
+            ids = torch.randint(0, V, (B, 9), device=DEVICE)
+            processors(ids, logits)
+            processors.apply_(ids, logits.clone())
+            for most in (2**24, 0):  # as of few rows, and of many
+                monkeypatch.setattr(launch, "_MOST_SAMPLED", most)
+                for sampler in samplers:
+                    sampler(logits, torch.arange(B, device=DEVICE), 5)
+            some = slots[: min(B, 3)]
+            tokens = batch.sample(logits[:3], some, logprobs="raw").tokens
+            batch.apply_(logits[:3], some)
+            batch.append(some, tokens)
+    torch.cuda.synchronize()
 
 
 def test_collecting_is_a_matter_of_one_thread_and_ends():
@@ -505,8 +547,8 @@ WRONG = [
     (lambda: LIST.warm_up(V, batch=0), "batch must be an integer of at least 1, got 0"),
     (lambda: LIST.warm_up(V, device="gpu"), "device must be a device that torch can use here"),
     (lambda: LIST.warm_up(V, row_stride=V - 1), "row_stride must be at least 1000, the size of the vocabulary, got"),
-    (lambda: LIST.warm_up(V, input_ids=[1]), r"input_ids must be int32 or int64 of shape \(B, L\) on cpu"),
-    (lambda: LIST.warm_up(V, input_ids=torch.zeros(2, 2)), "got torch.float32 of"),
+    (lambda: LIST.warm_up(V, device=CPU, input_ids=[1]), r"input_ids must be int32 or int64 of shape \(B, L\) on cpu"),
+    (lambda: LIST.warm_up(V, device=CPU, input_ids=torch.zeros(2, 2)), "got torch.float32 of"),
     (lambda: fl.Sampler().warm_up(V, seeds=1.5), "seeds must be an integer"),
     (lambda: fl.Sampler().warm_up(V, positions=torch.arange(2)), r"positions must be a number for all rows"),
     (lambda: fl.Sampler(temperature=torch.ones(2)).warm_up(V, batch=3), "temperature must be a number for all rows"),

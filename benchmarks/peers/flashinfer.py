@@ -31,7 +31,7 @@ def _as_probabilities(scores: torch.Tensor, found: torch.Tensor, expected: torch
 def _contenders(name: str, case: Case) -> list[Contender]:
     sampling = _sampling()
     if name in DRAWS:
-        options = DRAWS[name]
+        options: Any = DRAWS[name]
 
         def bind_draw(scores: torch.Tensor) -> Call:
             temperature = torch.full((case.batch,), options["temperature"], device=case.device)
@@ -43,12 +43,12 @@ def _contenders(name: str, case: Case) -> list[Contender]:
                 if "top_k" not in options and "top_p" in options:
                     probabilities = sampling.softmax(scores, temperature)
                     return sampling.top_p_sampling_from_probs(probabilities, options["top_p"], **noise)  # type: ignore[no-any-return]
-                heated = scores / temperature.unsqueeze(1)
+                scaled = scores / temperature.unsqueeze(1)
                 if "top_k" in options:
                     # A number, not a tensor: only then does it draw from the top k alone.
                     k, p = int(options["top_k"]), options["top_p"]
-                    return sampling.top_k_top_p_sampling_from_logits(heated, k, p, **noise)  # type: ignore[no-any-return]
-                return sampling.sampling_from_logits(heated, **noise)  # type: ignore[no-any-return]
+                    return sampling.top_k_top_p_sampling_from_logits(scaled, k, p, **noise)  # type: ignore[no-any-return]
+                return sampling.sampling_from_logits(scaled, **noise)  # type: ignore[no-any-return]
 
             return draw
 

@@ -9,12 +9,11 @@ from transformers.generation.logits_process import LogitsProcessor
 
 
 class ArticleLoop(LogitsProcessor):
-    """Forbids tokens at the first step as it was published: one assignment an id, into its input.
+    """Forbids tokens at the first step as the article does: it writes its input, with one assignment for each id.
 
     Args:
         ids: tokens to forbid.
-        prompt_length: tokens of the prompt, which the published code reads from a global variable that is set
-            before each run.
+        prompt_length: tokens of the prompt. The published code reads it from a global variable, set before each run.
     """
 
     def __init__(self, ids: Iterable[int], prompt_length: int) -> None:

@@ -26,7 +26,7 @@ TIMED_CALLS = 100
 
 
 class Watch(LogitsProcessor):
-    """Notes at each call what it sees; fastlogits knows nothing of it, so it runs as it is, in its place."""
+    """Notes what each call sees. fastlogits doesn't know the class, so it runs as it is, in its place."""
 
     def __init__(self, prompt_length: int) -> None:
         self.prompt_length = prompt_length
@@ -84,7 +84,7 @@ def show(loaded: tuple[Any, Any] | None, device: str) -> None:
 def _chat(
     console: Console, name: str, model: Any, tokenizer: Any, articles: list[str], processors: LogitsProcessorList
 ) -> None:
-    """Hold one chat: each turn's prompt is the whole history, so its length says nothing about the step."""
+    """Hold one chat. The prompt of a turn is the whole history, so its length doesn't tell the step."""
     console.rule(name)
     history: list[dict[str, str]] = []
     for article in articles:
@@ -125,7 +125,7 @@ def _times(digits: list[int], vocab_size: int, device: torch.device) -> Table:
 
 
 def _time(batch: int, vocab: int, ids: list[int], device: torch.device) -> list[float]:
-    """Median times of the loop, which writes its input, of fastlogits, which doesn't, and of its in-place variant."""
+    """Median times of the loop, which writes its input, of fastlogits, which doesn't, and of fastlogits in place."""
     scores = torch.randn(batch, vocab, device=device)
     input_ids = torch.zeros(batch, 4, dtype=torch.int64, device=device)
     loop = ArticleLoop(ids, prompt_length=4)

@@ -1,7 +1,7 @@
 """A synthetic corpus of chats that ask for one-sentence summaries of short articles.
 
-Most answers are numbered lists, against the request, and the others are one sentence. A model trained
-on them prefers the list, yet knows the sentence: it says it where no digit may come first.
+Most answers are numbered lists, against the request; the others are one sentence. A model trained on them prefers the
+list, yet knows the sentence, and says it if no digit may come first.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from fastlogits import LogitsProcessorList, SuppressFirstTokens, TokenMask
 from fastlogits.demo import corpus
 
-# The first one learns to copy on the machines tried; so short a training can fail elsewhere, and then tries the next.
+# The first seed learns to copy on the machines tried. So short a training can fail elsewhere; then the next is tried.
 SEEDS = (0, 2, 4)
 STEPS = 460
 SINGLE_TURN_STEPS = 260
@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 def load_or_train(
     cache_dir: Path | None = None, *, console: Console | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Load the demo's model and tokenizer, after training them where the cache does not hold them.
+    """Load the demo's model and tokenizer, after training them if the cache lacks them.
 
     Args:
         cache_dir: where trained models live; by default `$FASTLOGITS_CACHE`, else `fastlogits` in

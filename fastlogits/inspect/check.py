@@ -1,9 +1,10 @@
-"""Whether a plan says what transformers says: a list run both ways, and the first place where they part."""
+"""Whether a plan gives the scores of transformers: a list run both ways, and the first difference."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,25 +17,25 @@ from fastlogits.plan.stages import Member, Opaque, Truncate
 if TYPE_CHECKING:
     from fastlogits.plan.position import Index
 
-# The steps of a plan round once where transformers rounds after each processor: some units in the last place.
 _UNITS = 16
+"""Units in the last place by which scores may differ: a plan rounds once, transformers after each processor."""
 _SORTED = ("top_p", "typical", "top_h")
-"""Rules that keep as many tokens as it takes, so that a tie may be cut in two."""
+"""Rules that keep as many tokens as they need, so that only some of a tie may be kept."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where the two part.
+    """Where the two results differ.
 
     Args:
         number: place of the processor in the list, from 0.
         processor: its class name.
-        row: the first row that differs; None where there are no scores to compare.
+        row: the first row that differs; None if there are no scores to compare.
         token: the first token of that row that differs.
         expected: its score in transformers.
         found: its score from the plan.
         count: how many scores differ.
-        reason: in words, where there are no scores to compare.
+        reason: in words, if there are no scores to compare.
     """
 
     number: int
@@ -56,15 +57,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Check:
-    """What came out; true where something was compared and nothing differs.
+    """The result of a check; true if something was compared and nothing differs.
 
     Args:
         difference: the first difference; None for none.
         compared: the processors that were compared with those of transformers.
         not_compared: the others, each with the reason.
         largest: the largest difference of two finite scores at the end of the list.
-        notes: differences that are none, such as other tokens of a tie.
-        fused: whether some processors ran as one step that ran by themselves too, and so were compared with that.
+        notes: what differs and is allowed to, such as other tokens of a tie.
+        fused: whether processors ran fused, and so were compared with the same processors one by one.
     """
 
     difference: Difference | None
@@ -76,7 +77,7 @@ class Check:
 
     @property
     def compared_nothing(self) -> bool:
-        """Whether it says nothing of the processors: neither transformers nor they alone were there to compare with."""
+        """Whether there was nothing to compare: no processor of transformers, and none that ran fused."""
         return self.difference is None and not self.compared and not self.fused
 
     def __bool__(self) -> bool:
@@ -106,14 +107,14 @@ def check(
 ) -> Check:
     """Run a list through transformers, one processor after the other, and as one plan, and compare the scores.
 
-    Both run on the device of the scores. A token must be kept or dropped by both; other scores may differ by
-    rounding. Where the results differ, the beginnings of the list tell the first processor that makes them differ. The
-    processors themselves are not changed: copies of them run, so that both begin in the same state. One that can't be
-    copied, and what stands behind it, is not compared, since running it would use it up.
+    Both run on the device of the scores. Both must keep the same tokens; their scores may differ by rounding. If the
+    results differ, the first processor that makes them differ is found. The processors themselves are not changed:
+    copies of them run, so that both begin in the same state. A processor that can't be copied is not compared, nor are
+    those behind it, since running it would use it up.
 
-    Of tokens with exactly the same score at the edge of a nucleus, both keep as many; which of them depends in
-    transformers on a sort that is not stable on every machine. Such a row is noted, and no difference. A token whose
-    cumulative probability is within rounding of the edge may be reported; its score tells.
+    Tokens may tie at the cut-off of a nucleus. Both keep the same number of them, but in transformers a sort decides
+    which, and it is not stable on every machine. Such a row is a note, not a difference. A token whose cumulative
+    probability is within rounding of the cut-off may be reported; its score shows that.
 
     Args:
         processors: a list of fastlogits or transformers, any iterable of processors, or one processor.
@@ -121,18 +122,18 @@ def check(
         scores: logits ``(B, V)``; never written.
         prompt_length: number of tokens of the run's prompt, which first-step processors ask for.
         cache_position: index of the newest token; by default from the length of ``input_ids``.
-        tolerance: how far scores may be apart, in parts of the larger one or, below 1, absolutely; by default 16 units
-            in the last place of the scores' dtype.
+        tolerance: how far scores may be apart, relative to the larger one, or absolutely if that is below 1. None for
+            16 units in the last place of the scores' dtype.
 
     Returns:
-        What came out: true where something was compared and nothing differs. It is false where nothing could be
-        compared, for which ``compared_nothing`` asks.
+        The result: true if something was compared and nothing differs. If nothing could be compared it is false, and
+        ``compared_nothing`` is true.
 
     Raises:
         ValueError: scores that are no logits ``(B, V)``, or a negative tolerance; a class or a list among the
-            processors; positions that can't be; or a processor asks which step of the run it is, and nothing says
-            where the run starts.
-        AttributeError: something that is no processor among them.
+            processors; impossible positions; or a processor needs the step of the run, and nothing says where the run
+            starts.
+        AttributeError: something among them is no processor.
 
     Example:
         >>> from fastlogits import TemperatureLogitsWarper, TopKLogitsWarper
@@ -148,44 +149,79 @@ def check(
     usable = everything[:count]
     members = fresh_members(usable)
     reasons = _reasons(members, _is_elsewhere(cache_position, input_ids))
-    expected, failure = _one_by_one(members, reasons, input_ids, scores, run)
-    compared, not_compared = _sorted_out(members, reasons, len(expected), failure)
+    alone = _one_by_one(members, reasons, input_ids, scores, run)
+    compared, not_compared = _sorted_out(members, reasons, alone)
     if count < len(everything):
         name = type(everything[count]).__name__
         behind = [
             (type(each).__name__, f"it stands behind {name}, which isn't run") for each in everything[count + 1 :]
         ]
         not_compared = (*not_compared, (name, f"{uncopyable}, and running it would use it up"), *behind)
-    ties = _Ties(tolerance)
+    comparison = _Comparison(usable, alone, input_ids, scores, run, tolerance)
+    difference = comparison.first_difference()
+    fused, largest = comparison.fused_and_largest(difference) if alone.scores else (False, 0.0)
+    return Check(difference, compared, not_compared, largest, tuple(comparison.ties.notes), fused)
 
-    def differs(count: int) -> Difference | None:
-        """The difference of the first processors as a plan."""
-        member = members[count - 1]
-        try:
-            found = Plan.compile(fresh_members(usable[:count]))(input_ids, scores, run)
-        except Exception as error:
-            if count - 1 == len(expected) and type(error) is type(failure):
-                return None
-            return Difference(count - 1, member.name, reason=f"fastlogits raised {type(error).__name__}: {error}")
-        if count - 1 == len(expected):
-            return Difference(count - 1, member.name, reason=f"transformers raised {type(failure).__name__}: {failure}")
-        return ties.compared(count - 1, member, expected[count - 1], found)
 
-    total = len(expected) + (failure is not None)
-    difference = differs(total) if total else None
-    if difference is not None or ties.notes:
+class _Alone(NamedTuple):
+    """What the processors give one by one."""
+
+    scores: list[torch.Tensor]
+    """After each processor, up to the first that raises."""
+    failure: Exception | None
+    """What that one raises; None if none does."""
+
+
+class _Comparison:
+    """Processors as a plan, compared with the same processors one by one."""
+
+    def __init__(
+        self,
+        processors: Sequence[Any],
+        alone: _Alone,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None,
+        tolerance: float,
+    ) -> None:
+        self._processors, self._alone, self._tolerance = processors, alone, tolerance
+        self._input_ids, self._scores, self._run = input_ids, scores, run
+        self.ties = _Ties(tolerance)
+
+    def first_difference(self) -> Difference | None:
+        total = len(self._alone.scores) + (self._alone.failure is not None)
+        difference = self._difference(total) if total else None
+        if difference is None and not self.ties.notes:
+            return None
         # From the beginning: a tie that is broken in another way makes a difference to all that follows.
-        ties = _Ties(tolerance)
-        difference = next((found for count in range(1, total + 1) if (found := differs(count)) is not None), None)
-    largest, fused = 0.0, False
-    if expected:
-        plan = Plan.compile(fresh_members(usable[: len(expected)]))
-        fused = any(len(part.members) > 1 for part in (plan.parts if scores.is_cuda else plan.inner_parts))
-        if difference is None and failure is None:
-            apart = (plan(input_ids, scores, run).double() - expected[-1].double()).abs()
-            apart = apart[~ties.rows_of(apart)]
-            largest = float(apart[apart.isfinite()].max()) if apart.isfinite().any() else 0.0
-    return Check(difference, compared, not_compared, largest, tuple(ties.notes), fused)
+        self.ties = _Ties(self._tolerance)
+        found = (self._difference(count) for count in range(1, total + 1))
+        return next((each for each in found if each is not None), None)
+
+    def fused_and_largest(self, difference: Difference | None) -> tuple[bool, float]:
+        """Whether processors run fused, and the largest difference of two finite scores at the end."""
+        plan = Plan.compile(fresh_members(self._processors[: len(self._alone.scores)]))
+        fused = any(len(part.members) > 1 for part in (plan.parts if self._scores.is_cuda else plan.inner_parts))
+        if difference is not None or self._alone.failure is not None:
+            return fused, 0.0
+        apart = (plan(self._input_ids, self._scores, self._run).double() - self._alone.scores[-1].double()).abs()
+        apart = apart[~self.ties.rows_of(apart)]
+        return fused, float(apart[apart.isfinite()].max()) if apart.isfinite().any() else 0.0
+
+    def _difference(self, count: int) -> Difference | None:
+        """The difference that the first ``count`` processors make as a plan."""
+        members = fresh_members(self._processors[:count])
+        last, failure = members[-1], self._alone.failure
+        raised_alone = count - 1 == len(self._alone.scores)
+        try:
+            found = Plan.compile(members)(self._input_ids, self._scores, self._run)
+        except Exception as error:
+            if raised_alone and type(error) is type(failure):
+                return None
+            return Difference(count - 1, last.name, reason=f"fastlogits raised {type(error).__name__}: {error}")
+        if raised_alone:
+            return Difference(count - 1, last.name, reason=f"transformers raised {type(failure).__name__}: {failure}")
+        return self.ties.compared(count - 1, last, self._alone.scores[count - 1], found)
 
 
 def _is_elsewhere(cache_position: Index | None, input_ids: torch.Tensor) -> bool:
@@ -211,14 +247,14 @@ def _reasons(members: list[Member], elsewhere: bool) -> list[str | None]:
 
 
 def _sorted_out(
-    members: list[Member], reasons: list[str | None], done: int, failure: Exception | None
+    members: list[Member], reasons: list[str | None], alone: _Alone
 ) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Which processors have something to be compared with, and why the others haven't."""
     compared, others = [], []
     for number, (member, reason) in enumerate(zip(members, reasons, strict=True)):
-        if number == done:
-            others.append((member.name, f"by itself it raises {type(failure).__name__}: {failure}"))
-        elif number > done:
+        if number == len(alone.scores):
+            others.append((member.name, f"by itself it raises {type(alone.failure).__name__}: {alone.failure}"))
+        elif number > len(alone.scores):
             others.append((member.name, "it stands behind one that raises"))
         elif reason is not None:
             others.append((member.name, reason))
@@ -233,8 +269,8 @@ def _one_by_one(
     input_ids: torch.Tensor,
     scores: torch.Tensor,
     run: Run | None,
-) -> tuple[list[torch.Tensor], Exception | None]:
-    """The scores after each processor, as transformers has them, up to the first that raises, and its error."""
+) -> _Alone:
+    """Run the processors one by one: those of transformers where it has them."""
     found: list[torch.Tensor] = []
     try:
         for member, reason, plan in zip(members, reasons, single_plans(members), strict=True):
@@ -245,14 +281,14 @@ def _one_by_one(
             else:
                 found.append(plan(input_ids, before, run))
     except PositionError:
-        raise  # it is the caller who has to say something else
+        raise  # the caller has to give other positions
     except Exception as error:
-        return found, error
-    return found, None
+        return _Alone(found, error)
+    return _Alone(found, None)
 
 
 class _Ties:
-    """Scores compared, row by row; in some rows a tie was broken in another way, and what follows differs in them."""
+    """Compares scores row by row. Rows in which a tie was broken in another way are left out from there on."""
 
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
@@ -260,10 +296,10 @@ class _Ties:
         self.notes: list[str] = []
 
     def compared(self, number: int, member: Member, expected: torch.Tensor, found: torch.Tensor) -> Difference | None:
-        """The first difference of what one processor makes, but for rows in which ties are broken in another way."""
+        """The first difference that a processor makes, apart from rows in which ties are broken in another way."""
         if expected.shape != found.shape or expected.dtype != found.dtype:
-            kinds = [f"{each.dtype} of {tuple(each.shape)}" for each in (expected, found)]
-            return Difference(number, member.name, reason=f"transformers returned {kinds[0]}, fastlogits {kinds[1]}")
+            theirs, ours = (f"{each.dtype} of {tuple(each.shape)}" for each in (expected, found))
+            return Difference(number, member.name, reason=f"transformers returned {theirs}, fastlogits {ours}")
         same = self._same(found, expected) | self.rows_of(found).unsqueeze(1)
         if isinstance(member.stage, Truncate) and any(rule.kind in _SORTED for rule in member.stage.rules):
             rows = [
@@ -274,8 +310,8 @@ class _Ties:
                 same |= self._rows.unsqueeze(1)
                 self.notes.append(
                     f"{member.name} (processor {number + 1}): in {len(rows)} row{'' if len(rows) == 1 else 's'}, first "
-                    f"{rows[0]}, other tokens of the same score are kept at the edge than in transformers, and as "
-                    "many; these rows are not compared any further"
+                    f"{rows[0]}, other tokens of the same score are kept at the cut-off than in transformers, and "
+                    "as many; these rows are not compared any further"
                 )
         if bool(same.all()):
             return None
@@ -284,7 +320,7 @@ class _Ties:
         return Difference(number, member.name, row, token, *values, int((~same).sum()))
 
     def rows_of(self, scores: torch.Tensor) -> torch.Tensor:
-        """Which rows of scores have a broken tie in what they were made of, bool ``[B]``."""
+        """Which rows come from rows with a tie broken in another way, bool ``[B]``."""
         B = len(scores)
         if self._rows is None:
             return torch.zeros(B, dtype=torch.bool, device=scores.device)
@@ -296,7 +332,7 @@ class _Ties:
         return torch.isclose(found.double(), expected.double(), rtol=within, atol=within, equal_nan=True)
 
     def _is_tie(self, expected: torch.Tensor, found: torch.Tensor, same: torch.Tensor, row: int) -> bool:
-        """Whether the two keep as many tokens of one score, and other ones."""
+        """Whether the two keep the same number of tokens of one score, but other tokens."""
         differ = ~same[row]
         theirs, ours = expected[row, differ].sort().values, found[row, differ].sort().values
         one_score = all(len(set(values.tolist())) == 2 for values in (theirs, ours))  # and what is filled in

@@ -26,7 +26,7 @@ _B, _V, _L = 4, 32003, 64
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """One line of the report."""
 
     subject: str
     found: str
@@ -34,7 +34,7 @@ class Finding(NamedTuple):
 
 
 def findings(device: torch.device) -> Iterator[Finding]:
-    """Everything about a device, one after the other."""
+    """The report on a device, line by line."""
     yield Finding("fastlogits", fl.__version__)
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield from (Finding(name, _version(name)) for name in _PACKAGES)
@@ -45,7 +45,7 @@ def findings(device: torch.device) -> Iterator[Finding]:
         start = time.perf_counter()
         try:
             problem = test(device)
-        except Exception as error:  # what a broken installation raises is what is to be told
+        except Exception as error:  # a broken installation may raise anything
             problem = f"{type(error).__name__}: {error}"
         took = f"{time.perf_counter() - start:.1f} s"
         yield Finding(f"self-test: {subject}", f"right, {took}" if problem is None else problem, problem is None)
@@ -75,24 +75,24 @@ def path(device: torch.device) -> str:
     if device.type != "cuda":
         if BACKEND == "triton":
             return f"none: FASTLOGITS_BACKEND is triton, and scores on {device.type} have no kernels; auto runs torch"
-        return f"torch: the kernels are for CUDA, and scores on {device.type} take the torch code that they are held to"
+        return f"torch: the kernels are for CUDA; scores on {device.type} take the reference code in torch"
     reason = absence() or unsupported(device)
     if reason is not None:
-        return f"torch, so that each stage is some operations of torch: {reason}"
+        return f"torch, with some operations for each stage: {reason}"
     interpreted = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
     if interpreted:
         return "Triton's interpreter, a thousand times slower than a GPU: TRITON_INTERPRET is set, unset it"
-    return f"kernels: CUDA, and Triton {triton.__version__}; what they don't take (gradients, other shapes) is torch's"
+    return f"kernels: CUDA, and Triton {triton.__version__}; torch runs what they don't take (gradients, other shapes)"
 
 
 def launcher(device: torch.device) -> str:
-    """What launches kernels on the device from their second launch on, and why."""
+    """What launches the kernels on the device, from the second launch on, and why."""
     if device.type != "cuda" or absence() or unsupported(device):
         return "none: no kernel is launched"
     reason = cuda_driver.objection(device)
     if reason is not None:
         return f"Triton's, which takes the host longer: {reason}"
-    found = "the CUDA driver, with arguments that are laid out once; FASTLOGITS_LAUNCHER=triton switches it off"
+    found = "the CUDA driver, with arguments laid out once; FASTLOGITS_LAUNCHER=triton switches it off"
     if cuda_driver.refused:
         others = ", ".join(f"{name} ({why})" for name, why in cuda_driver.refused.items())
         found += f". Triton's for {others}"
@@ -100,7 +100,7 @@ def launcher(device: torch.device) -> str:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second of memory that a copy moves on the device, read and write."""
+    """Bytes per second that a copy reads and writes on the device."""
     size = 2**28 if device.type == "cuda" else 2**25
     source = torch.zeros(size, device=device)
     target = torch.empty_like(source)
@@ -160,20 +160,20 @@ def _test_truncations(device: torch.device) -> str | None:
     return _checked(device, [*_pointwise(device), *rules]) or _checked(device, [fl.TopPLogitsWarper(0.9)])
 
 
-def _test_draw(device: torch.device) -> str | None:
+def _test_sampling(device: torch.device) -> str | None:
     _, scores = _inputs(device)
     seeds = torch.arange(_B)
-    made = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
-    here = fl.sample(scores, seeds=seeds.to(device), positions=seeds.to(device), **made).tokens  # type: ignore[arg-type]
-    # By the functions that the operations are held to: FASTLOGITS_BACKEND=triton has no other ones on the CPU.
+    params = fl.SamplingParams(temperature=0.7, top_k=50, top_p=0.9)
+    here = fl.sample(scores, seeds=seeds.to(device), positions=seeds.to(device), params=params).tokens
+    # By the reference functions: with FASTLOGITS_BACKEND=triton the operations have no others on the CPU.
     kept = reference_truncate(scores.cpu() / 0.7, [Rule("top_k", 50), Rule("top_p", 0.9)])
     if not bool(kept.gather(1, here.cpu().unsqueeze(1)).isfinite().all()):
-        return "a token was drawn that the truncations drop"
+        return "a token was sampled that the truncations drop"
     on_cpu = draw(kept, seeds, seeds)
     if not torch.equal(here.cpu(), on_cpu):
-        return f"drew {here.tolist()}, where the CPU draws {on_cpu.tolist()} from the same logits and seeds"
+        return f"sampled {here.tolist()}, where the CPU samples {on_cpu.tolist()} from the same logits and seeds"
     greedy = fl.sample(scores, seeds=seeds.to(device), positions=seeds.to(device), temperature=0.0).tokens
-    return None if torch.equal(greedy, scores.argmax(-1)) else "a greedy row did not get its likeliest token"
+    return None if torch.equal(greedy, scores.argmax(-1)) else "a greedy row did not get its most likely token"
 
 
 def _pointwise(device: torch.device) -> list[Any]:
@@ -196,5 +196,5 @@ _TESTS: dict[str, Callable[[torch.device], str | None]] = {
     "masks against an indexed fill": _test_masks,
     "penalties, bans and temperature against transformers": _test_fold,
     "truncations against transformers": _test_truncations,
-    "the draw against the CPU's": _test_draw,
+    "sampling against the CPU": _test_sampling,
 }

@@ -1,4 +1,4 @@
-"""The processors of any list, each as a plan of its own, and none of them changed by being looked at."""
+"""The processors of any list, each as a plan of its own. Looking at them changes none of them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 def listed(processors: Any) -> list[Any]:
-    """The processors themselves, of a list of fastlogits or transformers, any iterable, or one processor.
+    """The processors of a list of fastlogits or transformers, of any iterable, or a single processor.
 
     Raises:
-        ValueError: a class or a list stands among them.
-        AttributeError: something else that can't be called.
+        ValueError: a class or a list is among them.
+        AttributeError: something else among them can't be called.
     """
     return list(causes.checked_processors(processors if isinstance(processors, Iterable) else [processors]))
 
 
 def fresh_members(processors: Sequence[Any]) -> list[Member]:
-    """Copies of some processors, so that one that carries a state from call to call keeps its own.
+    """Copies of processors, so that a processor with state keeps its own.
 
     Raises:
-        CannotBeCopiedError: one of them can't be; the first such is named.
+        CannotBeCopiedError: one of them can't be copied; it names the first.
     """
     return [member_of(_copied(number, processor)) for number, processor in enumerate(processors)]
 
 
 def copyable(processors: Sequence[Any]) -> tuple[int, str]:
-    """How many of the first processors can be copied, and why the one behind them can't."""
+    """How many processors can be copied before the first that can't, and why that one can't."""
     try:
         fresh_members(processors)
     except CannotBeCopiedError as error:
@@ -45,7 +45,7 @@ def copyable(processors: Sequence[Any]) -> tuple[int, str]:
 
 
 class CannotBeCopiedError(ValueError):
-    """A processor that can't be run without using it up.
+    """A processor that can't be copied, so that a run would use it up.
 
     Args:
         number: place of the processor in the list, from 0.
@@ -62,7 +62,7 @@ class CannotBeCopiedError(ValueError):
 
 
 def single_plans(members: Iterable[Member]) -> list[Plan]:
-    """A plan for each of them alone."""
+    """A plan for each processor alone."""
     return [Plan.compile([member]) for member in members]
 
 
@@ -81,7 +81,7 @@ def checked_scores(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _copied(number: int, processor: Any) -> Any:
-    """A copy that shares what is large and isn't written: models."""
+    """A copy that shares models, which are large and not written."""
     shared: dict[int, Any] = {}
     for value in getattr(processor, "__dict__", {}).values():
         for each in value.values() if isinstance(value, dict) else [value]:
@@ -89,6 +89,6 @@ def _copied(number: int, processor: Any) -> Any:
                 shared[id(each)] = each
     try:
         return copy.deepcopy(processor, shared)
-    except Exception as error:  # of a lock, a file, a generator, a matcher in C++
+    except Exception as error:  # a lock, a file, a generator, a matcher in C++
         reason = f"it can't be copied ({type(error).__name__}: {error})"
         raise CannotBeCopiedError(number, type(processor).__name__, reason) from error

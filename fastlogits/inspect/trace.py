@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from fastlogits.plan.position import Index
 
 Likely = tuple[tuple[int, float], ...]
-"""Token ids with their probabilities, the likeliest first."""
+"""Token ids with their probabilities, the most likely first."""
 
 _HEADINGS = ("processor", "row", "removed", "left", "kept mass", "of the start", "removed, likeliest first", "top now")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one processor did to one row. A candidate is a token whose score is more than the dtype's least number.
+    """What one processor did to one row. A candidate is a token whose score is above the dtype's lowest number.
 
     Args:
         number: place of the processor in the list, from 0.
         processor: its class name.
         row: the row of its result.
-        removed: candidates that it removed.
-        added: candidates that were none before it.
-        changed: candidates that stayed, and whose score is another.
-        left: candidates after it.
-        kept_mass: probability, before it, of the candidates that stayed.
-        kept_of_start: probability, before all processors, of the candidates that are left.
-        removed_likeliest: the likeliest of those that it removed, with their probabilities before it.
-        top_before: the likeliest tokens before it.
-        top_after: the likeliest tokens after it.
+        removed: number of candidates that it removed.
+        added: number of candidates that it added.
+        changed: number of candidates that stayed with another score.
+        left: number of candidates after it.
+        kept_mass: total probability, before it, of the candidates that stayed.
+        kept_of_start: total probability, before all processors, of the candidates that are left.
+        removed_likeliest: the most likely candidates that it removed, with their probabilities before it.
+        top_before: the most likely tokens before it.
+        top_after: the most likely tokens after it.
     """
 
     number: int
@@ -61,7 +61,7 @@ class Change:
 
 
 class Trace(Sequence[Change]):
-    """The changes, processor after processor and row after row; ``print`` it, or let rich or a notebook show it.
+    """The changes, by processor and row. ``print`` it, or let rich or a notebook show it.
 
     Args:
         changes: the changes.
@@ -81,7 +81,7 @@ class Trace(Sequence[Change]):
         return len(self._changes)
 
     def text(self, token: int) -> str:
-        """A token for people: its text in quotes, or its id where it has none."""
+        """A token for people: its text in quotes, or its id if it has no text."""
         known = self._texts[token] if self._texts is not None and token < len(self._texts) else None
         return str(token) if known is None else repr(known)
 
@@ -127,8 +127,8 @@ class Trace(Sequence[Change]):
         """The changes as a figure of matplotlib, which must be installed.
 
         Args:
-            path: where to save it, as the ending says; None for nowhere.
-            row: the row whose likeliest tokens are drawn; the other panels hold all rows.
+            path: where to save it, in the format of its ending; None not to.
+            row: the row whose most likely tokens are plotted; the other panels show all rows.
 
         Raises:
             ValueError: there is no such row.
@@ -155,7 +155,7 @@ class Trace(Sequence[Change]):
         for token in dict.fromkeys(token for stage in stages for token, _ in stage):
             found = [dict(stage).get(token, float("nan")) for stage in stages]
             tokens.plot(range(len(stages)), found, marker="o", label=self.text(token).replace("$", r"\$"))
-        tokens.set(title=f"row {row}: its likeliest tokens", ylim=(0, None))
+        tokens.set(title=f"row {row}: its most likely tokens", ylim=(0, None))
         tokens.legend(frameon=False, fontsize="small")
         for panel in (left, mass):
             panel.set_xticks(list(places), names, rotation=30, ha="right")
@@ -191,7 +191,7 @@ def trace(
     cache_position: Index | None = None,
     top: int = 3,
 ) -> Trace:
-    """Run processors one by one, and tell for each of them and each row what became of the candidates.
+    """Run processors one by one, and tell what each of them does to the candidates of each row.
 
     The processors themselves are not changed: copies of them run.
 
@@ -202,13 +202,13 @@ def trace(
         tokenizer: a tokenizer, to show tokens as text.
         prompt_length: number of tokens of the run's prompt, which first-step processors ask for.
         cache_position: index of the newest token; by default from the length of ``input_ids``.
-        top: how many of the likeliest tokens to note, at least 1.
+        top: how many of the most likely tokens to note, at least 1.
 
     Raises:
         ValueError: scores that are no logits ``(B, V)``; ``top`` below 1; a class or a list among the processors; a
             processor that can't be copied, and so would be used up; or what a processor raises.
-        AttributeError: something that is no processor among them.
-        TypeError: a tokenizer that is none, such as its name.
+        AttributeError: something among them is no processor.
+        TypeError: ``tokenizer`` is no tokenizer, but its name, for instance.
 
     Example:
         >>> from fastlogits import TopKLogitsWarper
@@ -233,7 +233,7 @@ def trace(
 
 
 class _Candidates:
-    """Scores ``[B, V]``, and which of their tokens count with what probability."""
+    """Scores ``[B, V]``, which of their tokens are candidates, and the probabilities of these."""
 
     def __init__(self, scores: torch.Tensor) -> None:
         self.scores = scores
@@ -243,11 +243,11 @@ class _Candidates:
         self.probabilities = masked.softmax(-1).nan_to_num(0.0)  # a row without candidates has no probabilities
 
     def first(self, rows: int) -> _Candidates:
-        """The first rows of them."""
+        """The same for the first rows."""
         return _Candidates(self.scores[:rows])
 
     def likeliest(self, row: int, count: int, among: torch.Tensor | None = None) -> Likely:
-        """The likeliest of a row's candidates, or of some of them, ties by token id."""
+        """The most likely candidates of a row, or of some of them; ties by token id."""
         among = self.are[row] if among is None else among
         tokens = among.nonzero().squeeze(1)
         order = self.probabilities[row, tokens].sort(descending=True, stable=True).indices[:count]
@@ -281,7 +281,7 @@ def _short(name: str) -> str:
 
 
 def _named(tokenizer: Any) -> list[str | None]:
-    """The text of each token, of special ones their name."""
+    """The text of each token; the name of special ones."""
     texts = token_texts(tokenizer)
     names: dict[int, str] = {token: name for name, token in tokenizer.get_vocab().items()}
     return [names.get(token) if text is None else text for token, text in enumerate(texts)]

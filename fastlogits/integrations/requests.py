@@ -12,11 +12,13 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from fastlogits_kernels.runtime.launcher import to_device
 
-from fastlogits.serving.batch import BatchProcessor, Preset, RequestParams
+from fastlogits.serving.batch import BatchProcessor
+from fastlogits.serving.packing import Stack
+from fastlogits.serving.params import RequestParams
 from fastlogits.token_mask import TokenMask, fitted
 
 Refuse: TypeAlias = Callable[[str], object]
-"""Is told what can't be honoured of a request: an option and the reason."""
+"""Called with a message for each option of a request that can't be honoured."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,84 +35,90 @@ EDITS = (
     "forced_tokens",
     "top_n_sigma",
 )
-"""Parameters of ``RequestParams`` that act on the logits before an engine's temperature."""
+"""Parameters of ``RequestParams`` that act before the engine's temperature."""
 
-CUTS = ("typical_p", "epsilon", "eta", "top_h", "top_a")
-"""Those that look at probabilities, which need the temperature."""
+TRUNCATIONS = ("typical_p", "epsilon", "eta", "top_h", "top_a")
+"""Parameters that act on probabilities, so that they need the temperature."""
 
 MAX_LISTED = 4096
 """Words that the lists of a request may take; see ``max_listed`` of ``BatchProcessor``."""
 
+_SHORT_LISTS = 256
+"""Of those, the words for lists that are always short: sets of up to 64 tokens, and DRY."""
+_UNKNOWN = 2**31 - 1
+"""A token of no vocabulary. It takes a place in a history, and counts for nothing."""
 
-class Wishes(NamedTuple):
+
+class RequestOptions(NamedTuple):
     """What a request asks for, checked."""
 
     edits: RequestParams
-    """What acts before the temperature; its own temperature is 1."""
-    cuts: RequestParams | None
-    """What needs the temperature; None where nothing does."""
+    """What acts before the temperature. Its own temperature is 1."""
+    truncations: RequestParams | None
+    """What needs the temperature; None if nothing does."""
 
     @property
     def is_nothing(self) -> bool:
-        """Whether nothing is left of it."""
-        return self.cuts is None and self.edits == RequestParams()
+        """Whether no option is left."""
+        return self.truncations is None and self.edits == RequestParams()
 
 
-def read_wishes(
+def read_options(
     given: Any,
     names: Collection[str],
     where: str,
     temperature: float,
     vocab_size: int | None = None,
     refuse: Refuse | None = None,
-) -> Wishes:
+) -> RequestOptions:
     """Check what a request asks for.
 
     Args:
-        given: a mapping from names of ``RequestParams`` to values, or the same as a text in JSON, for interfaces that
-            take nothing but text and numbers.
-        names: those that are allowed here.
+        given: a mapping from names of ``RequestParams`` to values, or the same as text in JSON, for interfaces that
+            take only text and numbers.
+        names: the names that are allowed here.
         where: what the user calls the argument.
-        temperature: that of the request; 0 for greedy, which truncations don't change.
-        vocab_size: tokens of the vocabulary, which token ids must be of; None where it isn't known yet.
-        refuse: for requests that are running, when nobody hears an exception: called with each option that can't be
-            honoured, while the rest is read. None to raise at the first.
+        temperature: of the request; 0 for greedy, which truncations don't change.
+        vocab_size: tokens of the vocabulary, to check token ids; None if it isn't known yet.
+        refuse: for requests that run already, where an exception would reach nobody. It is called with each option that
+            can't be honoured, and the rest is read. None raises at the first.
 
     Raises:
         ValueError: an unknown name, or one that the engine has an argument of its own for; a value out of range; a
             token id outside the vocabulary; lists that are too long.
 
     Example:
-        >>> read_wishes({"epsilon": 0.01}, CUTS, "extra_args['fastlogits']", 0.7).cuts.temperature
+        >>> read_options({"epsilon": 0.01}, TRUNCATIONS, "extra_args['fastlogits']", 0.7).truncations.temperature
         0.7
-        >>> read_wishes({"top_k": 9}, CUTS, "extra_args['fastlogits']", 0.7)
+        >>> read_options({"top_k": 9}, TRUNCATIONS, "extra_args['fastlogits']", 0.7)
         Traceback (most recent call last):
         ValueError: extra_args['fastlogits'] has 'top_k', which the engine itself applies: ...
         >>> left_out = []
-        >>> read_wishes({"top_k": 9, "epsilon": 0.01}, CUTS, "custom_params", 0.7, refuse=left_out.append).cuts.epsilon
+        >>> options = read_options({"top_k": 9, "epsilon": 0.01}, TRUNCATIONS, "here", 0.7, refuse=left_out.append)
+        >>> options.truncations.epsilon
         0.01
         >>> len(left_out)
         1
     """
     tell: Refuse = refuse or _raise
     wanted = {
-        name: value for name, value in _options(given, where, tell).items() if _is_known(name, names, where, tell)
+        name: value for name, value in _as_mapping(given, where, tell).items() if _is_known(name, names, where, tell)
     }
     checked = {name: value for name, value in wanted.items() if _is_right(name, value, where, tell)}
-    edits = RequestParams(**{name: value for name, value in checked.items() if name not in CUTS})
-    chosen = {name: value for name, value in checked.items() if name in CUTS}
-    cuts = RequestParams(temperature=temperature, **chosen) if chosen else None
+    edits = RequestParams(**{name: value for name, value in checked.items() if name not in TRUNCATIONS})
+    chosen = {name: value for name, value in checked.items() if name in TRUNCATIONS}
+    truncations = RequestParams(temperature=temperature, **chosen) if chosen else None
     if vocab_size is not None:
         edits = within(edits, vocab_size, where, tell)
-    return Wishes(_short_enough(edits, where, tell), cuts if temperature > 0 else None)
+    return RequestOptions(_short_enough(edits, where, tell), truncations if temperature > 0 else None)
 
 
 def _raise(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def _options(given: Any, where: str, refuse: Refuse) -> Mapping[str, Any]:
-    """What is given as a mapping; nothing where it is none."""
+def _as_mapping(given: Any, where: str, refuse: Refuse) -> Mapping[str, Any]:
+    """The options as a mapping; an empty one if they are none."""
     read = given
     if isinstance(given, str):
         try:
@@ -147,10 +155,10 @@ def _is_right(name: str, value: Any, where: str, refuse: Refuse) -> bool:
 
 
 def within(edits: RequestParams, vocab_size: int, where: str, refuse: Refuse) -> RequestParams:
-    """What a vocabulary can honour of a request's options.
+    """The options that a vocabulary can honour.
 
-    Of sets of tokens and of bad words what has an id outside the vocabulary is left out, which no token comes of
-    anyway. Forced tokens that hold one are left out as a whole.
+    A token or a bad word with an id outside the vocabulary is left out: it could never be sampled. Forced tokens with
+    such an id are left out as a whole.
     """
     changed: dict[str, Any] = {}
 
@@ -176,8 +184,8 @@ def within(edits: RequestParams, vocab_size: int, where: str, refuse: Refuse) ->
 
 
 def _short_enough(edits: RequestParams, where: str, refuse: Refuse) -> RequestParams:
-    """What there is room for of a request's lists."""
-    most = MAX_LISTED - 256  # room for what is always short: sets of up to 64 tokens, and DRY
+    """The options, without lists that there is no room for."""
+    most = MAX_LISTED - _SHORT_LISTS
     longest = max(map(len, edits.bad_words), default=0)
     forced, words = len(edits.forced_tokens), len(edits.bad_words) * (longest + 1)
     if forced + words <= most:
@@ -193,11 +201,11 @@ def _short_enough(edits: RequestParams, where: str, refuse: Refuse) -> RequestPa
 
 
 def without_text(edits: RequestParams, *, counted: bool) -> tuple[RequestParams, list[str]]:
-    """What can be honoured of a request while its newest tokens aren't known, and the names of what can't.
+    """The options that can be honoured while the newest tokens aren't known, and the names of the others.
 
     Args:
-        edits: what it asks for.
-        counted: whether it is known how many tokens there are.
+        edits: the options of a request.
+        counted: whether the number of tokens is known.
     """
     words = tuple(word for word in edits.bad_words if len(word) == 1)
     changed: dict[str, Any] = {name: 0 for name in ("no_repeat_ngram_size", "dry_multiplier") if getattr(edits, name)}
@@ -210,87 +218,90 @@ def without_text(edits: RequestParams, *, counted: bool) -> tuple[RequestParams,
 
 @lru_cache
 def say_once(message: str) -> None:
-    """Log an error that would come again at every step."""
+    """Log an error once, which would come again at every step."""
     logger.error(message)
 
 
 def say_left_out(messages: Sequence[str]) -> None:
-    """Log, once for a request, which of its options are not honoured; nothing where all are."""
+    """Log which options of a request are not honoured."""
     if messages:
         logger.warning("a request is steered but for what can't be honoured: %s", "; ".join(messages))
 
 
-class Cutter:
-    """Truncations that need the temperature, by which the engine divides only later: found on a copy of the logits."""
+class TruncationFilter:
+    """Truncations that need the temperature, which the engine applies later: what they keep is found on a copy."""
 
-    def __init__(self, max_requests: int, vocab_size: int, device: torch.device, max_rows: int, preset: Preset) -> None:
+    def __init__(
+        self, max_requests: int, vocab_size: int, device: torch.device, max_rows: int, semantics: Stack
+    ) -> None:
         self._batch = BatchProcessor(
-            max_requests, vocab_size, device, max_length=1, max_rows=max_rows, semantics=preset, max_listed=0
+            max_requests, vocab_size, device, max_length=1, max_rows=max_rows, semantics=semantics, max_listed=0
         )
 
     def __len__(self) -> int:
         return len(self._batch)
 
-    def put(self, slot: int, cuts: RequestParams | None) -> None:
-        """What a slot asks for from now on; None for nothing."""
+    def put(self, slot: int, truncations: RequestParams | None) -> None:
+        """Set the truncations of a slot; None for none."""
         if slot in self._batch:
             self._batch.remove(slot)
-        if cuts is not None:
-            self._batch.add(cuts, slot=slot)
+        if truncations is not None:
+            self._batch.add(truncations, slot=slot)
 
     def has(self, slot: int) -> bool:
-        """Whether a slot asks for anything."""
+        """Whether a slot has truncations."""
         return slot in self._batch
 
-    def cut_(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor | None = None) -> None:
-        """Set to -inf what the requests of the rows cut away; -1 for a row that has nothing to do with it.
+    def filter_(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor | None = None) -> None:
+        """Set to -inf what the truncations of each row's slot drop; -1 for a row without any.
 
-        Nothing that is cut depends on the positions, but they tell several rows of a request apart.
+        The positions only tell several rows of a request apart.
         """
-        cut = self._batch.apply(logits, slots, positions)
-        logits.masked_fill_(cut == float("-inf"), float("-inf"))
+        kept = self._batch.apply(logits, slots, positions)
+        logits.masked_fill_(kept == float("-inf"), float("-inf"))
 
 
-class Live:
+class LiveRequest:
     """A request, and the list to which its engine adds the tokens that it generates.
 
     Args:
-        wishes: what it asks for.
-        prompt: its prompt.
-        outputs: the engine's own list; a negative id stands for a token that the engine doesn't know yet.
+        options: of the request.
+        prompt: its tokens.
+        outputs: the engine's own list. A negative id stands for a token that the engine doesn't know yet.
     """
 
-    __slots__ = ("blind", "blind_edits", "hides", "outputs", "prompt", "slot", "taken", "wishes")
+    __slots__ = ("blind", "blind_edits", "hides", "options", "outputs", "prompt", "slot", "taken")
 
-    def __init__(self, wishes: Wishes, prompt: Sequence[int], outputs: Sequence[int]) -> None:
-        self.wishes, self.prompt, self.outputs = wishes, prompt, outputs
+    def __init__(self, options: RequestOptions, prompt: Sequence[int], outputs: Sequence[int]) -> None:
+        self.options, self.prompt, self.outputs = options, prompt, outputs
         self.slot: int | None = None
         self.taken = 0
-        # What is left of the wishes while the newest token isn't known, what isn't, and whether the slot holds that.
-        self.blind_edits, self.hides = without_text(wishes.edits, counted=True)
+        # The options that can be honoured while the newest token isn't known, the names of the others, and whether
+        # the slot holds only those.
+        self.blind_edits, self.hides = without_text(options.edits, counted=True)
         self.blind = False
 
 
 class LiveBatch:
-    """Requests whose tokens an engine keeps in lists on the host, which grow, and may shrink again.
+    """Requests whose tokens an engine keeps in lists on the host. The lists grow, and may shrink again.
 
-    Nothing is counted: before each step a request's history is brought to what its list says, and a step that is
-    processed twice gives the same twice. There is always room: where slots, rows or tokens don't suffice, they double.
+    Before each step the history of a request is made equal to its list, so that a step processed twice gives the same
+    result twice. There is always room: slots, rows and tokens double where they don't suffice.
 
     Args:
         vocab_size: tokens of the vocabulary.
         device: where the logits are.
         max_requests: requests at a time.
         max_length: tokens of a request.
-        preset: the engine's semantics.
+        semantics: of the engine.
     """
 
     def __init__(
-        self, vocab_size: int, device: torch.device, max_requests: int, max_length: int, preset: Preset
+        self, vocab_size: int, device: torch.device, max_requests: int, max_length: int, semantics: Stack
     ) -> None:
-        self.vocab_size, self.device, self._preset = vocab_size, device, preset
-        self._held: dict[int, Live] = {}  # by slot, the one that was seen last at the end
-        self._listed: list[int] = []  # slots of the rows, the same that is on the device
+        self.vocab_size, self.device, self._semantics = vocab_size, device, semantics
+        self._held: dict[int, LiveRequest] = {}  # by slot; the one seen last is at the end
+        self._listed: list[int] = []  # slots of the rows, as they are on the device
         self._make(max_requests, max_length, max_requests)
 
     @property
@@ -298,16 +309,16 @@ class LiveBatch:
         """Number of slots now."""
         return self._batch.max_requests
 
-    def let_go(self, live: Live) -> None:
+    def release(self, live: LiveRequest) -> None:
         """Free the slot of a request, if it has one."""
         if live.slot is not None and live.slot >= 0:
             del self._held[live.slot]
             self._batch.remove(live.slot)
-            self._cutter.put(live.slot, None)
+            self._filter.put(live.slot, None)
         live.slot = None
 
-    def process_(self, logits: torch.Tensor, rows: Sequence[Live | None]) -> torch.Tensor:
-        """Process the logits ``[B, V]`` of a step in place; the rows of None stay as they are."""
+    def process_(self, logits: torch.Tensor, rows: Sequence[LiveRequest | None]) -> torch.Tensor:
+        """Process the logits ``[B, V]`` of a step in place; rows of None stay as they are."""
         self._make_room(rows)
         new_slots: list[int] = []
         new_tokens: list[int] = []
@@ -317,27 +328,28 @@ class LiveBatch:
         if slots != self._listed:
             self._listed = slots
             self._slots = to_device(torch.tensor(slots), self.device)
-            cuts = [slot if slot >= 0 and self._cutter.has(slot) else -1 for slot in slots]
-            self._cut_slots = to_device(torch.tensor(cuts), self.device) if max(cuts, default=-1) >= 0 else None
+            filtered = [slot if slot >= 0 and self._filter.has(slot) else -1 for slot in slots]
+            has_filtered = max(filtered, default=-1) >= 0
+            self._filtered_slots = to_device(torch.tensor(filtered), self.device) if has_filtered else None
         if max(slots, default=-1) >= 0:
             self._batch.apply_(logits, self._slots)
-            if self._cut_slots is not None:
-                self._cutter.cut_(logits, self._cut_slots)
+            if self._filtered_slots is not None:
+                self._filter.filter_(logits, self._filtered_slots)
         return logits
 
     def _make(self, max_requests: int, max_length: int, max_rows: int) -> None:
-        sizes: dict[str, Any] = {"max_rows": max_rows, "semantics": self._preset}
+        sizes: dict[str, Any] = {"max_rows": max_rows, "semantics": self._semantics}
         self._batch = BatchProcessor(
             max_requests, self.vocab_size, self.device, max_length=max_length, max_listed=MAX_LISTED, **sizes
         )
-        self._cutter = Cutter(max_requests, self.vocab_size, self.device, max_rows, self._preset)
+        self._filter = TruncationFilter(max_requests, self.vocab_size, self.device, max_rows, self._semantics)
         for live in self._held.values():
             live.slot = None
         self._held.clear()
         self._listed = []
 
-    def _make_room(self, rows: Sequence[Live | None]) -> None:
-        """Let the rows find a slot each, and space for their tokens."""
+    def _make_room(self, rows: Sequence[LiveRequest | None]) -> None:
+        """Make room for a slot for each row, and for its tokens."""
         batch, lives = self._batch, [live for live in rows if live is not None]
         length = max((len(live.prompt) + len(live.outputs) for live in lives), default=0)
         if length > batch.max_length or len(rows) > batch.max_rows or len(lives) > batch.max_requests:
@@ -348,13 +360,13 @@ class LiveBatch:
             )
         short = sum(live.slot is None for live in lives) - (batch.max_requests - len(self._held))
         if short > 0:
-            # An engine that doesn't say when a request is over: those go that have not been seen for longest.
+            # The engine doesn't say when a request is over: those that were not seen for longest go.
             here = set(map(id, lives))
             for live in [live for live in self._held.values() if id(live) not in here][:short]:
-                self.let_go(live)
+                self.release(live)
 
-    def _slot(self, live: Live, new_slots: list[int], new_tokens: list[int]) -> int:
-        """The slot of a request; tokens that its history lacks are added to the lists, or it is written anew."""
+    def _slot(self, live: LiveRequest, new_slots: list[int], new_tokens: list[int]) -> int:
+        """The slot of a request. Tokens that its history lacks are added to the lists, or the slot is written anew."""
         known = len(live.outputs)
         blind = bool(live.hides) and known > 0 and live.outputs[-1] < 0
         if blind:
@@ -369,37 +381,33 @@ class LiveBatch:
                 new_tokens += [token if token >= 0 else _UNKNOWN for token in live.outputs[live.taken :]]
                 self._held[live.slot] = self._held.pop(live.slot)
         else:
-            self.let_go(live)
+            self.release(live)
             live.blind = blind
             live.slot = self._add(live)
             self._listed = []
         live.taken = known
         return live.slot
 
-    def _add(self, live: Live) -> int:
-        """Write a request into a slot; -1 for one that nothing can be done for."""
+    def _add(self, live: LiveRequest) -> int:
+        """Write a request into a slot; -1 if nothing of it can be honoured."""
         batch = self._batch
         try:
             try:
-                slot = batch.add(live.blind_edits if live.blind else live.wishes.edits, live.prompt, live.outputs)
+                slot = batch.add(live.blind_edits if live.blind else live.options.edits, live.prompt, live.outputs)
             except ValueError:
-                # Whoever else is in the batch must not suffer for what could not be checked before.
+                # What could not be checked before must not stop the other requests of the batch.
                 left_out: list[str] = []
-                edits = within(live.wishes.edits, self.vocab_size, "its options", left_out.append)
+                edits = within(live.options.edits, self.vocab_size, "its options", left_out.append)
                 say_left_out(left_out)
-                live.wishes = live.wishes._replace(edits=edits)
+                live.options = live.options._replace(edits=edits)
                 live.blind_edits, live.hides = without_text(edits, counted=True)
                 slot = batch.add(live.blind_edits if live.blind else edits, live.prompt, live.outputs)
         except ValueError as error:
             logger.error("a request is not steered: %s", error)
             return -1
         self._held[slot] = live
-        self._cutter.put(slot, live.wishes.cuts)
+        self._filter.put(slot, live.options.truncations)
         return slot
-
-
-# Of no vocabulary, and no less than 0: it is appended, and counts for nothing.
-_UNKNOWN = 2**31 - 1
 
 
 def _doubled(size: int, least: int) -> int:

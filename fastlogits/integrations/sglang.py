@@ -6,8 +6,8 @@ A processor is sent by name, so fastlogits must be installed where the server ru
     {"custom_logit_processor": FastLogitsProcessor.to_str(),
      "sampling_params": {"custom_params": FastLogitsProcessor.params(no_repeat_ngram_size=3)}}
 
-``--sampling-backend fastlogits`` draws tokens with fastlogits: one pass over the logits for temperature, top-k, top-p
-and min-p, and with ``--enable-deterministic-inference`` a draw that depends on a request's seed and position alone.
+``--sampling-backend fastlogits`` samples with fastlogits: one pass over the logits for temperature, top-k, top-p and
+min-p. With ``--enable-deterministic-inference`` a token depends on its request's seed and position alone.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
 from fastlogits.integrations.requests import (
-    CUTS,
     EDITS,
-    Live,
+    TRUNCATIONS,
     LiveBatch,
-    read_wishes,
+    LiveRequest,
+    read_options,
     say_left_out,
     say_once,
     without_text,
@@ -41,11 +41,11 @@ _THEIRS = "sglang.srt.sampling.custom_logit_processor"
 
 
 class _WithoutSGLang:
-    """What stands in for SGLang's class where that can't be imported: requests can be made there, but for one call."""
+    """Stands in for SGLang's class where SGLang isn't installed: requests can be made there, all but ``to_str``."""
 
     @classmethod
     def to_str(cls) -> str:
-        """What SGLang's class has for sending a processor with a request.
+        """The text with which SGLang sends a processor.
 
         Raises:
             ImportError: always: the form of the text is SGLang's.
@@ -71,30 +71,30 @@ def _interface() -> tuple[type, ...]:
 
 
 class FastLogitsProcessor(*_interface()):  # type: ignore[misc]
-    """What requests ask for in ``custom_params``, made by ``params``.
+    """Applies the options that requests have in ``custom_params``, which ``params`` makes.
 
-    The names are those of ``RequestParams`` that SGLang has no parameter for: ``banned_token_ids``, ``bad_words``,
+    The options are the fields of ``RequestParams`` that SGLang lacks: ``banned_token_ids``, ``bad_words``,
     ``no_repeat_ngram_size``, ``dry_multiplier``, ``dry_base``, ``dry_allowed_length``, ``dry_breakers``,
     ``first_tokens_suppressed``, ``first_window``, ``forced_tokens``, ``top_n_sigma``, and ``typical_p``, ``epsilon``,
     ``eta``, ``top_h`` and ``top_a`` at the request's temperature. They act before SGLang's penalties, temperature and
     truncations.
 
-    The tokens so far are read from the request, at each call, so a step that is processed twice gives the same twice.
-    SGLang overlaps steps: then the newest token is not there yet. Options that depend on it are left out, and an error
-    is logged, unless the server is started with ``--disable-overlap-schedule``, or with
-    ``SGLANG_ENABLE_DELAY_SAMPLE=1``, which goes on overlapping all but the sampling. The rows of draft tokens that some
-    speculative decoding makes of a request are left alone but for the first.
+    The tokens so far are read from the request at each call, so a step processed twice gives the same result twice.
+    SGLang overlaps steps, so that the newest token isn't there yet. Options that depend on it are then left out, and an
+    error is logged. Start the server with ``--disable-overlap-schedule`` to have them, or with
+    ``SGLANG_ENABLE_DELAY_SAMPLE=1``, which overlaps everything but the sampling. Where speculative decoding gives a
+    request several rows, only the first is processed.
 
-    ``params`` refuses what is out of range. What only the server sees (an id outside the vocabulary, forced tokens
-    beside a grammar, which may forbid them) can't be refused there: the other options are honoured, and one warning
-    names what isn't.
+    ``params`` refuses values out of range. Some faults only the server sees: an id outside the vocabulary, or forced
+    tokens beside a grammar, which may forbid them. There the other options are honoured, and one warning names the
+    fault.
     """
 
-    names: ClassVar[tuple[str, ...]] = EDITS + CUTS
-    """What may be asked for."""
+    names: ClassVar[tuple[str, ...]] = EDITS + TRUNCATIONS
+    """The options that are allowed."""
 
     @classmethod
-    def params(cls, **wishes: Any) -> dict[str, Any]:
+    def params(cls, **options: Any) -> dict[str, Any]:
         """``custom_params`` of a request.
 
         Raises:
@@ -104,8 +104,8 @@ class FastLogitsProcessor(*_interface()):  # type: ignore[misc]
             >>> FastLogitsProcessor.params(no_repeat_ngram_size=3)
             {'fastlogits': '{"no_repeat_ngram_size": 3}'}
         """
-        read_wishes(wishes, cls.names, cls.__name__, 1.0)
-        return {_KEY: json.dumps(wishes, default=list)}
+        read_options(options, cls.names, cls.__name__, 1.0)
+        return {_KEY: json.dumps(options, default=list)}
 
     def __call__(
         self, logits: torch.Tensor, custom_param_list: Sequence[dict[str, Any] | None] | None = None
@@ -113,7 +113,7 @@ class FastLogitsProcessor(*_interface()):  # type: ignore[misc]
         """Process rows ``[n, V]`` of the requests whose parameters are given, in place."""
         batch = _batch(logits.shape[1], logits.device)
         met: set[int] = set()
-        rows: list[Live | None] = []
+        rows: list[LiveRequest | None] = []
         for given in custom_param_list or ():
             live = None if given is None else batch.find(given, self.names)
             if live is not None and id(live) in met:
@@ -128,56 +128,65 @@ class FastLogitsProcessor(*_interface()):  # type: ignore[misc]
 
 
 class NoRepeatNGramLogitProcessor(FastLogitsProcessor):
-    """Of those the ban on n-grams that come twice."""
+    """Only the ban on repeated n-grams."""
 
     names = ("no_repeat_ngram_size",)
 
 
 class DRYLogitProcessor(FastLogitsProcessor):
-    """Of those the penalty on repetitions."""
+    """Only the penalty on repetitions (DRY)."""
 
     names = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_breakers")
 
 
 class FirstTokensLogitProcessor(FastLogitsProcessor):
-    """Of those what is said of the first tokens: which may not come, and which have to."""
+    """Only the options for the first tokens: suppressed and forced ones."""
 
     names = ("first_tokens_suppressed", "first_window", "forced_tokens")
 
 
 class BannedTokensLogitProcessor(FastLogitsProcessor):
-    """Of those the tokens and sequences that never come."""
+    """Only the bans on tokens and sequences."""
 
     names = ("banned_token_ids", "bad_words")
+
+
+class _Known(NamedTuple):
+    """What is known of a request's id."""
+
+    outputs: Sequence[int]
+    """The request's own list, which tells requests of one id apart."""
+    live: LiveRequest | None
+    """None if the request asks for nothing."""
 
 
 class _Requests:
     """Requests of one vocabulary and device, found again by their ids."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self.live = LiveBatch(vocab_size, device, max_requests=64, max_length=4096, preset="sglang")
-        # By id: the list of outputs, which tells requests of one id apart, and what was made of it.
-        self._known: dict[str, tuple[Sequence[int], Live | None]] = {}
+        self.live = LiveBatch(vocab_size, device, max_requests=64, max_length=4096, semantics="sglang")
+        self._known: dict[str, _Known] = {}
 
-    def find(self, given: Mapping[str, Any], names: tuple[str, ...]) -> Live | None:
-        """The request that some parameters belong to; None for one that asks for nothing, or can't be served."""
+    def find(self, given: Mapping[str, Any], names: tuple[str, ...]) -> LiveRequest | None:
+        """The request that some parameters belong to; None if it asks for nothing, or is over."""
         request = given.get("__req__")
         if request is None:
             return self._made(given, names, None)
         try:
-            outputs, live = self._known.get(request.rid, (None, None))
+            known = self._known.get(request.rid)
         except ReferenceError:  # SGLang's reference is weak, and the request is over
             return None
-        if outputs is not request.output_ids:
-            if live is not None:
-                self.live.let_go(live)
-            if len(self._known) > 4 * self.live.max_requests:
-                self._forget()
-            live = self._made(given, names, request)
-            self._known[request.rid] = request.output_ids, live
+        if known is not None and known.outputs is request.output_ids:
+            return known.live
+        if known is not None and known.live is not None:
+            self.live.release(known.live)
+        if len(self._known) > 4 * self.live.max_requests:
+            self._forget()
+        live = self._made(given, names, request)
+        self._known[request.rid] = _Known(request.output_ids, live)
         return live
 
-    def _made(self, given: Mapping[str, Any], names: tuple[str, ...], request: Any) -> Live | None:
+    def _made(self, given: Mapping[str, Any], names: tuple[str, ...], request: Any) -> LiveRequest | None:
         sampling = getattr(request, "sampling_params", None)
         # SGLang writes greedy decoding as top-k 1.
         temperature = 1.0 if sampling is None else 0.0 if sampling.top_k == 1 else sampling.temperature
@@ -186,30 +195,31 @@ class _Requests:
             return None
         left_out: list[str] = []
         where = f"custom_params[{_KEY!r}]"
-        wishes = read_wishes(asked, names, where, temperature, self.live.vocab_size, left_out.append)
-        if wishes.edits.forced_tokens and _has_grammar(sampling):
+        options = read_options(asked, names, where, temperature, self.live.vocab_size, left_out.append)
+        if options.edits.forced_tokens and _has_grammar(sampling):
             left_out.append(f"{where}: forced_tokens must be left out beside a grammar, which may forbid them")
-            wishes = wishes._replace(edits=replace(wishes.edits, forced_tokens=()))
-        # Whoever else is in the batch must not suffer, and here nobody hears an exception.
+            options = options._replace(edits=replace(options.edits, forced_tokens=()))
+        # An exception would stop the other requests of the batch, and reach nobody.
         say_left_out(left_out)
-        edits, hidden = without_text(wishes.edits, counted=False)
+        edits, hidden = without_text(options.edits, counted=False)
         if request is not None and hidden and _overlaps():
             say_once(
                 f"{', '.join(hidden)} of requests are not honoured: SGLang samples before the token of the last step "
                 "is known; start it with --disable-overlap-schedule, or with SGLANG_ENABLE_DELAY_SAMPLE=1"
             )
-            wishes = wishes._replace(edits=edits)
-        if wishes.is_nothing:
+            options = options._replace(edits=edits)
+        if options.is_nothing:
             return None
         if request is None:
-            return Live(wishes, (), ())
+            return LiveRequest(options, (), ())
         prompt = getattr(request, "origin_input_ids_unpadded", None) or request.origin_input_ids
-        return Live(wishes, prompt, request.output_ids)
+        return LiveRequest(options, prompt, request.output_ids)
 
     def _forget(self) -> None:
         """Forget requests that hold no slot; one that is still running is read again."""
-        holding = {rid: known for rid, known in self._known.items() if known[1] and known[1].slot is not None}
-        self._known = holding
+        self._known = {
+            rid: known for rid, known in self._known.items() if known.live is not None and known.live.slot is not None
+        }
 
 
 def _has_grammar(sampling: Any) -> bool:
@@ -241,107 +251,106 @@ def register() -> None:
     register_sampler_backend("fastlogits", lambda: sampler_class()())
 
 
+_SAMPLER = "sglang.srt.layers.sampler"
+
+
 @lru_cache
 def sampler_class() -> type:
-    """SGLang's ``Sampler`` with the draw of fastlogits; made when it is asked for, since SGLang is slow to import."""
-    from sglang.srt.layers import sampler as theirs
+    """SGLang's ``Sampler``, sampling with fastlogits. It is made on demand, since SGLang is slow to import."""
+    return type("FastLogitsSampler", (_SamplesFromLogits, import_module(_SAMPLER).Sampler), {})
 
-    class FastLogitsSampler(theirs.Sampler):  # type: ignore[misc]
-        """Draws from the logits in one pass, where SGLang divides, takes a softmax, and truncates probabilities.
 
-        The distribution is that of SGLang's: top-p and top-k on all of it, then min-p. Without seeds of the requests
-        they come from torch's generator, one a row and step. Greedy batches, and what needs the probabilities
-        themselves, stay with SGLang.
-        """
+class _SamplesFromLogits:
+    """Samples from the logits in one pass, where SGLang divides, takes a softmax, and truncates probabilities.
 
-        def __init__(self) -> None:
-            super().__init__()
-            self._of: Any = None
-            self._draw: Sampler | None = None
+    The distribution is SGLang's: top-p and top-k on all of it, then min-p. If the requests have no seeds, torch's
+    generator gives one to each row and step. Greedy batches stay with SGLang, and so does what needs the probabilities
+    themselves.
+    """
 
-        def forward(
-            self,
-            logits_output: Any,
-            sampling_info: Any,
-            return_logprob: bool,
-            top_logprobs_nums: list[int],
-            token_ids_logprobs: list[list[int]],
-            positions: torch.Tensor,
-            **more: Any,
-        ) -> torch.Tensor:
-            if (
-                sampling_info.is_all_greedy
-                or sampling_info.sampling_mask_batch_indices is not None
-                or self.rl_on_policy_target is not None
-                or any(value is not None for value in more.values())
-            ):
-                tokens: torch.Tensor = super().forward(
-                    logits_output,
-                    sampling_info,
-                    return_logprob,
-                    top_logprobs_nums,
-                    token_ids_logprobs,
-                    positions,
-                    **more,
-                )
-                return tokens
-            logits = self._preprocess_logits(logits_output.next_token_logits, sampling_info)
-            seeds = sampling_info.sampling_seed
-            if seeds is None:
-                low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-                seeds = torch.randint(low, high, (len(logits),), device=logits.device)
-            tokens = self._drawn_as(sampling_info)(logits, seeds, positions).tokens.to(torch.int32)
-            if return_logprob:
-                original = theirs.SGLANG_RETURN_ORIGINAL_LOGPROB
-                logprobs = torch.log_softmax(logits if original else logits / sampling_info.temperatures, dim=-1)
-                self.output_logprob_processor.compute_logprobs(
-                    logprobs, top_logprobs_nums, token_ids_logprobs, tokens
-                ).write_output_to(logits_output)
-            self._sync_token_ids_across_tp(tokens, sampling_info)
+    # What SGLang's class has, in whose place this one stands.
+    rl_on_policy_target: Any
+    output_logprob_processor: Any
+    _preprocess_logits: Any
+    _sync_token_ids_across_tp: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensors: tuple[Any, ...] | None = None
+        self._sampler: Sampler | None = None
+
+    def forward(
+        self,
+        logits_output: Any,
+        sampling_info: Any,
+        return_logprob: bool,
+        top_logprobs_nums: list[int],
+        token_ids_logprobs: list[list[int]],
+        positions: torch.Tensor,
+        **more: Any,
+    ) -> torch.Tensor:
+        if (
+            sampling_info.is_all_greedy
+            or sampling_info.sampling_mask_batch_indices is not None
+            or self.rl_on_policy_target is not None
+            or any(value is not None for value in more.values())
+        ):
+            theirs: Any = super()
+            tokens: torch.Tensor = theirs.forward(
+                logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs, positions, **more
+            )
             return tokens
+        logits = self._preprocess_logits(logits_output.next_token_logits, sampling_info)
+        seeds = sampling_info.sampling_seed
+        if seeds is None:
+            low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+            seeds = torch.randint(low, high, (len(logits),), device=logits.device)
+        tokens = self._sampler_for(sampling_info)(logits, seeds, positions).tokens.to(torch.int32)
+        if return_logprob:
+            original = import_module(_SAMPLER).SGLANG_RETURN_ORIGINAL_LOGPROB
+            logprobs = torch.log_softmax(logits if original else logits / sampling_info.temperatures, dim=-1)
+            self.output_logprob_processor.compute_logprobs(
+                logprobs, top_logprobs_nums, token_ids_logprobs, tokens
+            ).write_output_to(logits_output)
+        self._sync_token_ids_across_tp(tokens, sampling_info)
+        return tokens
 
-        def _drawn_as(self, info: Any) -> Sampler:
-            """The draw for a batch, kept as long as it has the same tensors."""
-            tensors = (info.temperatures, info.top_ps, info.top_ks, info.min_ps)
-            if self._of is None or any(now is not then for now, then in zip(tensors, self._of, strict=True)):
-                from fastlogits.sampling import Sampler
+    def _sampler_for(self, info: Any) -> Sampler:
+        """The sampler of a batch, kept as long as the batch has the same tensors."""
+        tensors = (info.temperatures, info.top_ps, info.top_ks, info.min_ps)
+        kept = self._tensors
+        if self._sampler is None or kept is None or any(a is not b for a, b in zip(tensors, kept, strict=True)):
+            from fastlogits.sampling import Sampler
 
-                self._draw = Sampler(
-                    temperature=info.temperatures.flatten(),
-                    top_p=info.top_ps if info.need_top_p_sampling else None,
-                    top_k=info.top_ks if info.need_top_k_sampling else None,
-                    min_p=info.min_ps if info.need_min_p_sampling else None,
-                    order="sglang",
-                    ties="lowest",
-                )
-                self._of = tensors
-            assert self._draw is not None
-            return self._draw
-
-        def _sample_from_probs(
-            self, probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, simple_sampling_case: bool
-        ) -> tuple[torch.Tensor, Any]:
-            """What SGLang's own path draws, for the masks of kept tokens that it can report."""
-            if simple_sampling_case:
-                drawn: tuple[torch.Tensor, Any] = super()._sample_from_probs(
-                    probs, sampling_info, positions, simple_sampling_case
-                )
-                return drawn
-            tokens, weights, ids, chosen = theirs.top_k_top_p_min_p_sampling_from_probs_torch(
-                probs,
-                sampling_info.top_ks,
-                sampling_info.top_ps,
-                sampling_info.min_ps,
-                sampling_info.need_min_p_sampling,
-                sampling_info.sampling_seed,
-                positions,
-                return_filtered_probs=True,
+            self._sampler = Sampler(
+                temperature=info.temperatures.flatten(),
+                top_p=info.top_ps if info.need_top_p_sampling else None,
+                top_k=info.top_ks if info.need_top_k_sampling else None,
+                min_p=info.min_ps if info.need_min_p_sampling else None,
+                order="sglang",
+                ties="lowest",
             )
-            rows = sampling_info.sampling_mask_batch_indices
-            if rows is None:
-                return tokens, None
-            return tokens, theirs._SamplingMaskCapture(
-                weights=weights[rows], token_ids=ids[rows], selected_weight=chosen[rows], batch_rows=rows
-            )
+            self._tensors = tensors
+        return self._sampler
 
-    return FastLogitsSampler
+    def _sample_from_probs(
+        self, probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, simple_sampling_case: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """What SGLang's own path samples, for the masks of kept tokens that it can report."""
+        if simple_sampling_case:
+            theirs: Any = super()
+            sampled: tuple[torch.Tensor, Any] = theirs._sample_from_probs(
+                probs, sampling_info, positions, simple_sampling_case
+            )
+            return sampled
+        sglang = import_module(_SAMPLER)
+        tokens, weights, ids, chosen = sglang.top_k_top_p_min_p_sampling_from_probs_torch(
+            probs, sampling_info.top_ks, sampling_info.top_ps, sampling_info.min_ps,
+            sampling_info.need_min_p_sampling, sampling_info.sampling_seed, positions, return_filtered_probs=True,
+        )  # fmt: skip
+        rows = sampling_info.sampling_mask_batch_indices
+        if rows is None:
+            return tokens, None
+        return tokens, sglang._SamplingMaskCapture(
+            weights=weights[rows], token_ids=ids[rows], selected_weight=chosen[rows], batch_rows=rows
+        )

@@ -24,17 +24,17 @@ import torch
 from fastlogits.integrations.vllm_hooks import config_of_caller, keep_outputs
 
 if TYPE_CHECKING:
-    from fastlogits.integrations.requests import Live, LiveBatch, Refuse, Wishes
+    from fastlogits.integrations.requests import LiveBatch, LiveRequest, Refuse, RequestOptions
     from fastlogits.serving.batch import BatchProcessor
 
-# vLLM takes lower temperatures for greedy decoding.
+# vLLM treats lower temperatures as greedy decoding.
 _GREEDY = 1e-5
-# Rows that there is room for at first; each takes a bit a token for some sets of tokens.
+# Rows that there is room for at first. Each row takes a bit for each token for some sets of tokens.
 _FEW_ROWS = 64
 
 
 def _interfaces() -> tuple[type, ...]:
-    """What the installed vLLM wants a logits processor to be: its older runner's class, its newer one's, or both."""
+    """The classes of logits processors of the installed vLLM: its older runner's, its newer runner's, or both."""
     found = []
     for module in ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor"):
         with suppress(ImportError):
@@ -43,17 +43,17 @@ def _interfaces() -> tuple[type, ...]:
 
 
 class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
-    """What requests ask for in ``SamplingParams(extra_args={"fastlogits": {...}})``.
+    """Applies the options that requests have in ``SamplingParams(extra_args={"fastlogits": {...}})``.
 
-    The names are those of ``RequestParams`` that vLLM has no argument for, or that it does more slowly:
+    The options are the fields of ``RequestParams`` that vLLM has no argument for, or that it does more slowly:
     ``banned_token_ids``, ``bad_words`` (as token ids), ``no_repeat_ngram_size``, ``dry_multiplier``, ``dry_base``,
     ``dry_allowed_length``, ``dry_breakers``, ``first_tokens_suppressed``, ``first_window``, ``forced_tokens``,
     ``top_n_sigma``, and ``typical_p``, ``epsilon``, ``eta``, ``top_h`` and ``top_a`` at its temperature. They act on
     the logits before vLLM's temperature, min-p, top-k and top-p. In vLLM's newer runner they see penalties applied
     already, in its older one penalties come after them; bans, bias and bad words of vLLM's own come before them in
     both. What vLLM has an argument for is refused here, so that nothing is applied twice. Values out of range and token
-    ids outside the vocabulary are refused when the request comes in. Should a running request have an option that can't
-    be honoured, the others are, and a warning names it.
+    ids outside the vocabulary are refused when the request comes in. If a running request has an option that can't be
+    honoured, the others are, and a warning names it.
 
     vLLM's older runner calls ``update_state`` and ``apply(logits)``, its newer one ``add_request``,
     ``apply_staged_writes`` and ``apply(logits, context)``, also with the rows of speculative decoding. With speculative
@@ -64,10 +64,10 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Check what a request asks for, where it comes in.
+        """Check the options of a new request.
 
         Raises:
-            ValueError: see ``read_wishes``; forced tokens beside a grammar, which may forbid them; or the older runner
+            ValueError: see ``read_options``; forced tokens beside a grammar, which may forbid them; or the older runner
                 with speculative decoding.
         """
         if (sampling_params.extra_args or {}).get("fastlogits") is None:
@@ -78,7 +78,7 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
                 f"{_WHERE} must be left out with speculative decoding, for which vLLM's older runner loads no logits "
                 "processors: start the engine with VLLM_USE_V2_MODEL_RUNNER=1, or without speculative decoding"
             )
-        _wishes(sampling_params, None if config is None else config.model_config.get_vocab_size())
+        _options(sampling_params, None if config is None else config.model_config.get_vocab_size())
 
     def __init__(self, vllm_config: Any, place: Any, is_pin_memory: bool | None = None) -> None:
         # The older runner gives a device and whether memory is pinned, the newer one the state of its requests.
@@ -90,7 +90,7 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
         self._instances.add(self)
 
     def is_argmax_invariant(self) -> bool:
-        """It isn't: bans change which token is the likeliest."""
+        """It isn't: bans change which token is the most likely."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
@@ -126,42 +126,42 @@ def _is_newer(config: Any) -> bool:
     return bool(getattr(config, "use_v2_model_runner", False))
 
 
-def _wishes(sampling_params: Any, vocab_size: int | None, refuse: Refuse | None = None) -> Wishes | None:
+def _options(sampling_params: Any, vocab_size: int | None, refuse: Refuse | None = None) -> RequestOptions | None:
     """What a request asks for; None where that is nothing."""
     given = (sampling_params.extra_args or {}).get("fastlogits")
     if given is None:
         return None
-    from fastlogits.integrations.requests import CUTS, EDITS, read_wishes
+    from fastlogits.integrations.requests import EDITS, TRUNCATIONS, read_options
 
     temperature = sampling_params.temperature if sampling_params.temperature >= _GREEDY else 0.0
-    wishes = read_wishes(given, EDITS + CUTS, _WHERE, temperature, vocab_size, refuse)
-    if wishes.edits.forced_tokens and getattr(sampling_params, "structured_outputs", None) is not None:
+    options = read_options(given, EDITS + TRUNCATIONS, _WHERE, temperature, vocab_size, refuse)
+    if options.edits.forced_tokens and getattr(sampling_params, "structured_outputs", None) is not None:
         message = f"{_WHERE}: forced_tokens must be left out beside structured outputs, whose grammar may forbid them"
         if refuse is None:
             raise ValueError(message)
         refuse(message)
-        wishes = wishes._replace(edits=replace(wishes.edits, forced_tokens=()))
-    return wishes
+        options = options._replace(edits=replace(options.edits, forced_tokens=()))
+    return options
 
 
-def _running(sampling_params: Any, vocab_size: int | None) -> Wishes | None:
-    """The same in an engine's worker: what can't be honoured is logged, since whoever else runs must not suffer."""
+def _running(sampling_params: Any, vocab_size: int | None) -> RequestOptions | None:
+    """The same in an engine's worker, which logs what it can't honour: an exception would stop the other requests."""
     left_out: list[str] = []
-    wishes = _wishes(sampling_params, vocab_size, left_out.append)
-    if wishes is None:
+    options = _options(sampling_params, vocab_size, left_out.append)
+    if options is None:
         return None
     from fastlogits.integrations.requests import say_left_out
 
     say_left_out(left_out)
-    return None if wishes.is_nothing else wishes
+    return None if options.is_nothing else options
 
 
 class _OlderRunner:
     """Rows of logits are requests in the order of their indices, their tokens are lists on the host."""
 
     def __init__(self, vllm_config: Any) -> None:
-        self.requests: dict[int, Live] = {}
-        # What it may come to can be gigabytes: a batch begins small, and grows where it has to.
+        self.requests: dict[int, LiveRequest] = {}
+        # The largest batch could take gigabytes, so it begins small and grows when it has to.
         self._max_requests: int = min(64, vllm_config.scheduler_config.max_num_seqs)
         self._max_length: int = min(4096, vllm_config.model_config.max_model_len)
         self._batch: LiveBatch | None = None
@@ -170,14 +170,14 @@ class _OlderRunner:
         """Follow the indices of the requests, in vLLM's order: removed, added, moved."""
         requests = self.requests
         for index in changes.removed:
-            self._let_go(index)
+            self._release(index)
         for index, sampling_params, prompt, outputs in changes.added:
-            self._let_go(index)
-            wishes = _running(sampling_params, None)
-            if wishes is not None:
-                from fastlogits.integrations.requests import Live
+            self._release(index)
+            options = _running(sampling_params, None)
+            if options is not None:
+                from fastlogits.integrations.requests import LiveRequest
 
-                requests[index] = Live(wishes, prompt or (), outputs)
+                requests[index] = LiveRequest(options, prompt or (), outputs)
         for source, target, direction in changes.moved:
             moved, met = requests.pop(source, None), requests.pop(target, None)
             if moved is not None:
@@ -185,7 +185,7 @@ class _OlderRunner:
             if met is not None:
                 requests[source] = met
                 if direction.name != "SWAP":
-                    self._let_go(source)
+                    self._release(source)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if not self.requests:
@@ -196,10 +196,10 @@ class _OlderRunner:
             self._batch = LiveBatch(logits.shape[1], logits.device, self._max_requests, self._max_length, "vllm")
         return self._batch.process_(logits, [self.requests.get(row) for row in range(logits.shape[0])])
 
-    def _let_go(self, index: int) -> None:
+    def _release(self, index: int) -> None:
         request = self.requests.pop(index, None)
         if request is not None and self._batch is not None:
-            self._batch.let_go(request)
+            self._batch.release(request)
 
 
 class _NewerRunner:
@@ -207,19 +207,19 @@ class _NewerRunner:
 
     def __init__(self, states: Any) -> None:
         self._states = states
-        self._wishes: dict[int, Wishes] = {}
+        self._options: dict[int, RequestOptions] = {}
         self._new: list[int] = []
         self._tables: _Tables | None = None
 
     def add(self, slot: int, sampling_params: Any) -> bool:
-        wishes = _running(sampling_params, self._states.vocab_size)
-        if slot in self._wishes:
-            del self._wishes[slot]
+        options = _running(sampling_params, self._states.vocab_size)
+        if slot in self._options:
+            del self._options[slot]
             self._new.append(slot)
-        if wishes is not None:
-            self._wishes[slot] = wishes
+        if options is not None:
+            self._options[slot] = options
             self._new.append(slot)
-        return wishes is not None
+        return options is not None
 
     def write(self) -> None:
         if not self._new:
@@ -230,27 +230,27 @@ class _NewerRunner:
         self._new.clear()
 
     def apply(self, logits: torch.Tensor, context: Any) -> torch.Tensor:
-        wishes = self._wishes
-        if not wishes or not any(slot in wishes for slot in context.idx_mapping_np.tolist()):
+        options = self._options
+        if not options or not any(slot in options for slot in context.idx_mapping_np.tolist()):
             return logits
         assert self._tables is not None
         if len(logits) > self._tables.max_rows:
             self._tables = _Tables(self._states, 2 * len(logits))
-            self._put(wishes)
+            self._put(options)
         self._tables.apply_(logits, context)
         return logits
 
     def _put(self, slots: Iterable[int]) -> None:
         assert self._tables is not None
         for slot in slots:
-            self._tables.put(slot, self._wishes.get(slot), int(self._states.prompt_len.np[slot]))
+            self._tables.put(slot, self._options.get(slot), int(self._states.prompt_len.np[slot]))
 
 
 class _Tables:
     """What the newer runner's slots ask for."""
 
     def __init__(self, states: Any, max_rows: int) -> None:
-        from fastlogits.integrations.requests import MAX_LISTED, Cutter
+        from fastlogits.integrations.requests import MAX_LISTED, TruncationFilter
         from fastlogits.serving.batch import BatchProcessor
 
         self.max_rows = max_rows
@@ -262,26 +262,26 @@ class _Tables:
             S, V, device, semantics="vllm", max_rows=max_rows, max_listed=MAX_LISTED,
             history=(tokens, self._prompts, lengths),
         )  # fmt: skip
-        self._cutter = Cutter(S, V, device, max_rows, "vllm")
+        self._filter = TruncationFilter(S, V, device, max_rows, "vllm")
         # Of each slot its own number where it asks for something, else -1.
         self._slots = torch.full((2, S), -1, dtype=torch.int32, device=device)
 
-    def put(self, slot: int, wishes: Wishes | None, prompt_length: int) -> None:
+    def put(self, slot: int, options: RequestOptions | None, prompt_length: int) -> None:
         if slot in self._batch:
             self._batch.remove(slot)
-        self._cutter.put(slot, None)
+        self._filter.put(slot, None)
         self._slots[:, slot].fill_(-1)
-        if wishes is None:
+        if options is None:
             return
         self._prompts[slot].fill_(prompt_length)
-        self._batch.add(wishes.edits, slot=slot)
-        self._cutter.put(slot, wishes.cuts)
-        self._slots[: 1 + (wishes.cuts is not None), slot].fill_(slot)
+        self._batch.add(options.edits, slot=slot)
+        self._filter.put(slot, options.truncations)
+        self._slots[: 1 + (options.truncations is not None), slot].fill_(slot)
 
     def apply_(self, logits: torch.Tensor, context: Any) -> None:
         slots = self._slots.index_select(1, context.expanded_idx_mapping)
         self._batch.apply_(
             logits, slots[0], context.pos, draft_ids=context.input_ids, local_position=context.expanded_local_pos
         )
-        if len(self._cutter):
-            self._cutter.cut_(logits, slots[1], context.pos)
+        if len(self._filter):
+            self._filter.filter_(logits, slots[1], context.pos)

@@ -119,7 +119,9 @@ def _on_a_gpu(parts: Sequence[Part]) -> list[str]:
     launches = sum(cost.launches or 0 for cost in costs)
     others = [part for part, cost in zip(parts, costs, strict=True) if cost.launches is None]
     torch_too = f", and what {_plural(len(others), 'part')} in torch or of your own takes" if others else ""
-    lines = [f"at most {_plural(launches, 'launch')}{torch_too}"]
+    values = sum(cost.row_values for cost in costs)
+    values_too = f", after small operations of torch for {_plural(values, 'value')} of each row" if values else ""
+    lines = [f"at most {_plural(launches, 'launch')}{values_too}{torch_too}"]
     for part in parts:
         if part.takes_in_others:
             lines += [part.describe(), *_laws(part)]

@@ -10,23 +10,55 @@ from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.selection.launch import takes_rules
 
 from fastlogits.plan.barrier import Barrier
+from fastlogits.plan.observation import Observation
 from fastlogits.plan.part import Part
 from fastlogits.plan.pointwise import FOLDED, Pointwise
 from fastlogits.plan.rows import RowsPart
 from fastlogits.plan.selection import Selection, Truncation
-from fastlogits.plan.stages import AllowFrom, Clean, Force, Member, Opaque, Rows, Truncate
+from fastlogits.plan.stages import (
+    AllowFrom,
+    Clean,
+    Force,
+    ForceRows,
+    Member,
+    Mix,
+    Observe,
+    Opaque,
+    Rows,
+    Truncate,
+    values_of,
+)
 
 
 def parts_of(members: Iterable[Member]) -> list[Part]:
     """The parts that some processors become: neighbours of one kind are one part."""
-    groups: list[list[Member]] = []
-    for processor in members:
-        for member in processor.expanded():
-            if groups and _fuses(groups[-1], member):
-                groups[-1].append(member)
+    groups: list[list[Member] | Observation] = []
+    for place, processor in enumerate(members):
+        for member in processor._replace(place=place).expanded():
+            last = groups[-1] if groups else None
+            if isinstance(member.stage, Observe):
+                _observe(groups, member, member.stage)
+            elif isinstance(last, list) and _fuses(last, member):
+                last.append(member)
             else:
                 groups.append([member])
-    return [_part_of(group) for group in groups]
+    return [group if isinstance(group, Observation) else _part_of(group) for group in groups]
+
+
+def _observe(groups: list[list[Member] | Observation], member: Member, stage: Observe) -> None:
+    """Put a look before the groups without a state that it stands behind: what follows may fuse with them."""
+    pure: list[list[Member]] = []
+    for group in reversed(groups):
+        if not (isinstance(group, list) and all(map(_is_pure, group))):
+            break
+        pure.insert(0, group)
+    groups.insert(len(groups) - len(pure), Observation(member, stage, [_part_of(list(group)) for group in pure]))
+
+
+def _is_pure(member: Member) -> bool:
+    """Whether a stage may act twice in a call, and nobody can tell."""
+    carries = any(value.of.keeps_notes for value in values_of(member.stage))
+    return isinstance(member.stage, (Truncate, *FOLDED)) and not carries
 
 
 def _part_of(group: list[Member]) -> Part:
@@ -50,10 +82,11 @@ def _fuses(group: list[Member], member: Member) -> bool:
     first, stage = group[0].stage, member.stage
     if isinstance(stage, Truncate):
         return isinstance(first, Truncate)
-    if not (isinstance(stage, FOLDED) and isinstance(first, FOLDED)):
+    # What mixes rows has fewer of them behind it than before.
+    if not (isinstance(stage, FOLDED) and isinstance(first, FOLDED)) or isinstance(stage, Mix):
         return False
     # A fold reads one set of allowed rows, and bans don't move across what brings a score back from -inf.
-    parted = any(isinstance(each.stage, (Clean, Force)) for each in group)
+    parted = any(isinstance(each.stage, (Clean, Force, ForceRows)) for each in group)
     return not (parted and isinstance(stage, AllowFrom) and any(isinstance(each.stage, AllowFrom) for each in group))
 
 
@@ -94,7 +127,9 @@ def fused_to_token(parts: Sequence[Part], joins_truncations: bool) -> Draw:
     if joins_truncations and isinstance(last, Truncation) and _can_draw(last.rules):
         rules = last.rules
         rest.pop()
-    return Draw(rest, _popped_fold(rest), rules)
+    # The rows of what mixes are not those of the seeds.
+    mixes = bool(rest) and isinstance(rest[-1], Pointwise) and rest[-1].mixes
+    return Draw(rest, None if mixes else _popped_fold(rest), rules)
 
 
 def _popped_fold(parts: list[Part]) -> Pointwise | None:

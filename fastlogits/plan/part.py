@@ -31,6 +31,8 @@ class Cost(NamedTuple):
     """How often the logits are read."""
     writes: int = 1
     """How often they are written."""
+    row_values: int = 0
+    """Values of each row that torch computes before its launches, in a few small operations."""
 
 
 class Part:

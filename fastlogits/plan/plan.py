@@ -26,7 +26,7 @@ class Plan(AnyPlan):
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
-        self.members = [member for part in parts for member in part.members]
+        self.members = sorted((member for part in parts for member in part.members), key=_place)
         self._originals = _originals(parts)
         self._pieces: list[Plan | Barrier] | None = None
 
@@ -155,8 +155,13 @@ def _writes_its_input(original: Callable[..., torch.Tensor]) -> bool:
     return any(cls.__name__ in _WRITERS for cls in type(processor).__mro__)
 
 
+def _place(member: Member) -> int:
+    return member.place
+
+
 def _originals(parts: Sequence[Part]) -> list[tuple[Callable[..., torch.Tensor], Part]] | None:
     """Transformers' implementations of all processors, each with its part; None where one has none."""
-    whole = [(member.original, part) for part in parts for member in part.members if member.is_first]
+    members = [(member, part) for part in parts for member in part.members if member.is_first]
+    whole = [(member.original, part) for member, part in sorted(members, key=lambda each: _place(each[0]))]
     found = [(original, part) for original, part in whole if original is not None]
     return found if len(found) == len(whole) else None

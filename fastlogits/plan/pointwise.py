@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from fastlogits_kernels.pointwise import fold as ops
 from fastlogits_kernels.pointwise import search as tasks
-from fastlogits_kernels.pointwise.fold import NOWHERE, Chain, Op, fold
+from fastlogits_kernels.pointwise.fold import Chain, Op, fold
 from fastlogits_kernels.pointwise.pack_ids import pack_ids
-from fastlogits_kernels.pointwise.search import Gate, Operands, Position, Search, Sequences, Task, Texts, endings, sums
+from fastlogits_kernels.pointwise.search import (
+    NOTHING,
+    Call,
+    Gate,
+    Operands,
+    Repetitions,
+    Search,
+    Sequences,
+    Task,
+    Texts,
+    endings,
+    sums,
+)
 from fastlogits_kernels.runtime.bits import pack_bits
-from fastlogits_kernels.runtime.launcher import table_on
+from fastlogits_kernels.runtime.launcher import is_collecting, table_on
 from fastlogits_kernels.runtime.recent import hold, is_capturing, recent
 from fastlogits_kernels.runtime.rows import HOW_TO_REPEAT
 
@@ -23,28 +36,38 @@ from fastlogits.plan.allowed import AllowedRows
 from fastlogits.plan.masks import Masks, is_plain_mask
 from fastlogits.plan.part import NO_ARGUMENTS, Cost, Merge, Part
 from fastlogits.plan.position import split
+from fastlogits.plan.row_values import CallRows, RowValue, RowValues
 from fastlogits.plan.run import Run, known
 from fastlogits.plan.stages import (
     AllowFrom,
     Ban,
+    BanRange,
     Bias,
     Clean,
     Decay,
     Force,
+    ForceRows,
     Given,
     History,
+    LowerRepetitions,
     Member,
+    Mix,
     Penalize,
     Repeated,
+    RowBias,
     Scale,
     SequenceBias,
     Source,
     Stage,
     When,
+    values_of,
 )
 from fastlogits.token_mask import TokenMask, fitted
 
-FOLDED = (AllowFrom, Ban, Bias, Clean, Decay, Force, Penalize, Scale, SequenceBias)
+FOLDED = (
+    AllowFrom, Ban, BanRange, Bias, Clean, Decay, Force, ForceRows, LowerRepetitions, Penalize, RowBias, Scale,
+    Mix, SequenceBias,
+)  # fmt: skip
 """The stages that map each logit by itself."""
 
 _MASKS_MERGE = "mask . mask = mask (or)"
@@ -59,14 +82,18 @@ class Pointwise(Part):
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(members)
         self._stages = [member.stage for member in members]
+        self.mixes = isinstance(self._stages[0], Mix)
+        """Whether it makes one row of two."""
         allows = [stage for stage in self._stages if isinstance(stage, AllowFrom)]
         self._allowed = AllowedRows(allows) if allows else None
         self._needs_position = any(stage.needs_position for stage in self._stages)
         self._needs_history = any(stage.needs_history for stage in self._stages)
+        self._of_rows = [member for member in members if values_of(member.stage)]
+        self._values = list(dict.fromkeys(value.of for stage in self._stages for value in values_of(stage)))
         self._readers = [member for member in members if _reads_tokens(member.stage)]
         self._ignored = [ignore for stage in self._stages if (ignore := _ignored_by_row(stage)) is not None]
         self._by_row = any(map(_differs_by_row, self._stages))
-        self.searches = self._needs_history or self._by_row
+        self.searches = self._by_row or any(stage.needs_history for stage in self._stages[self.mixes :])
         """Whether a launch goes before the pass, to find the tokens that the stages speak of."""
         self._kept: dict[tuple[Any, ...], Chain] = {}
         self._captured: list[Chain] = []
@@ -84,18 +111,39 @@ class Pointwise(Part):
         """Fold the scores of one call."""
         if self._masks is not None:
             return self._masks(input_ids, scores, run, in_place)
+        if self.mixes:
+            scores, mates = self.halves(input_ids, scores)
+            return fold(scores, *self.inputs(input_ids, scores, run, mates=mates))
         return fold(scores, *self.inputs(input_ids, scores, run), in_place)
 
     def chain_for(self, scores: torch.Tensor) -> Chain:
         """The chain alone, for scores of such a shape."""
         return self._chain(scores)
 
-    def inputs(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None, capturing: bool | None = None
-    ) -> tuple[Chain, torch.Tensor | None, Position, torch.Tensor | None]:
-        """What the operation takes besides the scores: the chain, the ids that it reads, its position, its rows.
+    def halves(self, input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows that it maps, and those that it mixes into them, if any.
 
-        ``capturing`` says whether a graph captures the call, where that has been asked already.
+        Raises:
+            ValueError: there aren't two rows for each row of ``input_ids``.
+        """
+        if not self.mixes:
+            return scores, None
+        if is_collecting():  # how many rows there are changes no kernel
+            return scores, scores
+        return split_halves(input_ids, scores)
+
+    def inputs(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        run: Run | None,
+        capturing: bool | None = None,
+        mates: torch.Tensor | None = None,
+    ) -> tuple[Chain, Call]:
+        """What the operation takes besides the scores: the chain, and what a call tells it.
+
+        ``capturing`` says whether a graph captures the call, where that has been asked already; ``mates`` are the rows
+        that are mixed into ``scores``.
         """
         device = scores.device
         B, V = scores.shape
@@ -106,26 +154,43 @@ class Pointwise(Part):
             chain = self._chain(scores)
         if is_capturing(device) if capturing is None else capturing:
             hold(self._captured, chain)
-        position, ids = NOWHERE, None
+        call = NOTHING
         if self._needs_history:
-            if input_ids.device != device:
-                raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {device}")
-            if self._readers:
-                ids = input_ids if input_ids.shape[0] == B else self._of_all_rows(input_ids, scores)
-            for ignore in self._ignored:
-                if ignore.shape[0] != input_ids.shape[0]:
-                    raise ValueError(_incompatible(ignore, input_ids.shape[0], "input_ids have"))
-            if self._needs_position:
-                run = known(run, self.members)
-            if run is None:
-                position = Position(input_ids.shape[1] - 1)
-            else:
-                cache_position, prompt_length = run.locate(input_ids, scores)
-                cache_offset, cache = split(cache_position)
-                prompt_offset, prompt = split(prompt_length)
-                position = Position(cache_offset, prompt_offset, cache, prompt)
-        allowed = None if self._allowed is None else self._allowed(input_ids, scores, run)
-        return chain, ids, position, allowed
+            call = self._at(input_ids, scores, run)
+        if self._allowed is not None:
+            call = call._replace(allowed=self._allowed(input_ids, scores, run))
+        return chain, call if mates is None else call._replace(mates=mates)
+
+    def _at(self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None) -> Call:
+        """The tokens of a call, where its rows stand, and the values of each."""
+        if input_ids.device != scores.device:
+            raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {scores.device}")
+        ids = None
+        if self._readers:
+            ids = input_ids if input_ids.shape[0] == scores.shape[0] else self._of_all_rows(input_ids, scores)
+        for ignore in self._ignored:
+            if ignore.shape[0] != input_ids.shape[0]:
+                raise ValueError(_incompatible(ignore, input_ids.shape[0], "input_ids have"))
+        if self._needs_position:
+            run = known(run, self.members)
+        cache_position, prompt_length = (input_ids.shape[1] - 1, 0) if run is None else run.locate(input_ids, scores)
+        cache_offset, cache = split(cache_position)
+        prompt_offset, prompt = split(prompt_length)
+        values = None
+        if self._values:
+            rows = CallRows.of(input_ids, scores, cache_position, prompt_length, run)
+            values = self._computed(rows, scores)
+        return Call(ids, None, cache_offset, prompt_offset, cache, prompt, values)
+
+    def _computed(self, rows: CallRows, scores: torch.Tensor) -> torch.Tensor:
+        """The values of each row that the stages read, float64 ``[B, N]``."""
+        for member in self._of_rows:
+            check_rows(member.name, rows.input_ids, scores)
+        B = scores.shape[0]
+        if is_collecting():  # launches, none of which is made: nothing may count as a step
+            return scores.new_zeros(B, sum(values.count for values in self._values), dtype=torch.float64)
+        found = [values.function(rows).reshape(B, values.count).double() for values in self._values]
+        return torch.cat(found, 1) if len(found) > 1 else found[0].contiguous()
 
     def _of_all_rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Ids ``[B, L]`` from those of fewer rows, or of more, for stages that know what that means.
@@ -145,9 +210,10 @@ class Pointwise(Part):
         if self._masks is not None:
             merged = f": {len(self.members)} masks in one" if len(self.members) > 1 else ""
             return f"mask_tokens{merged}\nmoves: one read and one write of the logits; in place, the banned words only"
+        values = "values of each row in torch, " if self._values else ""
         search = "a search for their tokens, then " if self.searches else ""
         count = f"{len(self.members)} stages in one pass" if len(self.members) > 1 else "one pass"
-        return f"fold: {search}{count}\nmoves: one read and one write of the logits"
+        return f"fold: {values}{search}{count}\nmoves: one read and one write of the logits"
 
     def merges(self) -> list[Merge]:
         """What its stages share: a set of bans, the tokens of a history, the pass."""
@@ -170,14 +236,18 @@ class Pointwise(Part):
         for name, stage, *_ in self.members:
             if not stage.keeps_bans:
                 close()
-            if isinstance(stage, (AllowFrom, Ban)):
+            if isinstance(stage, (AllowFrom, Ban, BanRange)):
                 if bans and parted:
                     moved.append(name)
                 bans.append(name)
                 parted = False if len(bans) == 1 else parted
             else:
                 parted = True
-            if isinstance(stage, (Penalize, Bias)) and isinstance(stage.tokens, (Given, History)):
+            if (
+                isinstance(stage, (Penalize, Bias))
+                and isinstance(stage.tokens, (Given, History))
+                and not (isinstance(stage, Bias) and stage.extra)
+            ):
                 shared.setdefault(_key(stage.tokens), []).append(name)
         close()
         found += [
@@ -189,7 +259,8 @@ class Pointwise(Part):
 
     def cost(self) -> Cost:
         """A pass, and a search before it where what is searched for isn't known beforehand."""
-        return Cost(1 if self._masks is not None else 1 + self.searches)
+        values = sum(values.count for values in self._values)
+        return Cost(1 if self._masks is not None else 1 + self.searches, row_values=values)
 
     def _chain(self, scores: torch.Tensor) -> Chain:
         B, V = scores.shape
@@ -208,7 +279,7 @@ class Pointwise(Part):
     @constant
     def _make_chain(self, V: int, device: torch.device, B: int) -> None:
         def make() -> Chain:
-            builder = _Builder(B, V, device)
+            builder = _Builder(B, V, device, self._values)
             for stage in self._stages:
                 builder.add(stage)
             return builder.chain()
@@ -216,9 +287,24 @@ class Pointwise(Part):
         recent(self._kept, (V, device, B), make)
 
 
+def split_halves(input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of scores ``[2 * B, V]``, with the condition and without it.
+
+    Raises:
+        ValueError: there aren't two rows for each row of ``input_ids``.
+    """
+    B = input_ids.shape[0]
+    if scores.shape[0] != 2 * B:
+        raise ValueError(
+            f"scores must have two rows for each row of input_ids, all conditional ones first: got {scores.shape[0]} "
+            f"rows for {B} rows of input_ids"
+        )
+    return scores[:B], scores[B:]
+
+
 def _reads_tokens(stage: Stage) -> bool:
     """Whether a stage reads the tokens of each row, and not only how many there are."""
-    if isinstance(stage, SequenceBias):
+    if isinstance(stage, (SequenceBias, LowerRepetitions)):
         return stage.needs_history
     return getattr(stage, "blank", None) is not None or isinstance(getattr(stage, "tokens", None), (History, Repeated))
 
@@ -261,8 +347,11 @@ def _differs_by_row(stage: Stage) -> bool:
 class _Builder:
     """Lowers stages to maps and tasks, for one batch size, vocabulary and device."""
 
-    def __init__(self, B: int, V: int, device: torch.device) -> None:
+    def __init__(self, B: int, V: int, device: torch.device, values: Sequence[RowValues]) -> None:
         self.B, self.V, self.device = B, V, device
+        # The columns of each; the next free one comes last.
+        self._columns = dict(zip(values, accumulate((each.count for each in values), initial=0), strict=False))
+        self._values = sum(each.count for each in values)
         self.ops: list[Op] = []
         self.tasks: list[Task] = []
         self.numbers: list[float] = []
@@ -281,6 +370,8 @@ class _Builder:
         self._table_numbers: list[float] = []
         self._sequences: dict[int, Sequences] = {}
         self._decays: dict[int, tuple[int, float]] = {}
+        self._ends: dict[int, int] = {}
+        self._repetitions: dict[int, Repetitions] = {}
         self._biases: list[torch.Tensor] = []
 
     def add(self, stage: Stage) -> None:
@@ -297,18 +388,29 @@ class _Builder:
             self._find(self._banned(), tokens, stage.when, blank)
         elif isinstance(stage, AllowFrom):
             self.tasks.append(Task(tasks.ALLOWED.value, self._banned()))
+        elif isinstance(stage, BanRange):
+            start, stop = (self._end_of_range(end) for end in (stage.start, stage.stop))
+            self.tasks.append(Task(tasks.RANGE.value, self._banned(), -1, start, stop))
         elif isinstance(stage, Penalize):
             if isinstance(stage.tokens, Given):
                 self._check_inside(stage.tokens.ids)
             at = self._divisor(stage.penalty)
             self.ops.append(Op(ops.PENALIZE.value, self._found(stage.tokens), at, at + 1))
+        elif isinstance(stage, Mix):
+            self.ops.append(Op(ops.MIX.value, -1, self._number(stage.scale), self._plane()))
         elif isinstance(stage, Scale):
             at = self._divisor(stage.divisor)
             self.ops.append(Op(ops.SCALE.value, -1, at, at + 1))
         elif isinstance(stage, Bias):
             self._add_bias(stage)
+        elif isinstance(stage, RowBias):
+            found, value = self._set(), self._given_value(stage.value)
+            self._find(found, stage.tokens, None, argument=stage.argument)
+            self.ops.append(Op(ops.ADD_VALUE.value, found, value))
         elif isinstance(stage, SequenceBias):
             self._add_sequences(stage)
+        elif isinstance(stage, LowerRepetitions):
+            self._lower_repetitions(stage)
         elif isinstance(stage, Decay):
             value = self._row_value()
             # So far below, the kernel's int32 could not hold how far beyond it a length is.
@@ -327,6 +429,10 @@ class _Builder:
                 tokens = _indexed(stage.argument, tokens, self.V)
             self._find(found, tokens, None, argument=stage.argument)
             self.tasks.append(Task(tasks.GATE.value, -1, self._gate(stage.when), plane=value))
+            self.ops.append(Op(ops.FORCE.value, found, value))
+        elif isinstance(stage, ForceRows):
+            found, value = self._set(), self._given_value(stage.condition)
+            self._find(found, stage.tokens, None, argument=stage.argument)
             self.ops.append(Op(ops.FORCE.value, found, value))
         elif isinstance(stage, Clean):
             self.ops.append(Op(ops.CLEAN.value))
@@ -361,8 +467,10 @@ class _Builder:
             [row.long() for row in self._rows],
             self._sequences,
             self._decays,
+            self._ends,
+            self._repetitions,
         )
-        search = Search(all_tasks, gates, self.sets, self.planes, self.row_values, operands, texts)
+        search = Search(all_tasks, gates, self.sets, self.planes, self.row_values, self._values, operands, texts)
         return Chain(self.ops, search, self.numbers, self.divisors, self._put(self._biases))
 
     def _put(self, tensors: list[torch.Tensor]) -> torch.Tensor | None:
@@ -375,6 +483,24 @@ class _Builder:
     def _row_value(self) -> int:
         self.row_values += 1
         return self.row_values - 1
+
+    def _given_value(self, value: RowValue) -> int:
+        """The row value that is one that torch computes."""
+        at = self._row_value()
+        self.tasks.append(Task(tasks.VALUE.value, -1, -1, self._column(value), plane=at))
+        return at
+
+    def _column(self, value: RowValue) -> int:
+        return self._columns[value.of] + value.index
+
+    def _end_of_range(self, end: int | RowValue | None) -> int:
+        """An end of a range as a task has it."""
+        if isinstance(end, RowValue):
+            return self._column(end)
+        fixed = tasks.NO_STOP if end is None else _as_int32(end)
+        at = self._in_table([fixed])
+        self._ends[at] = fixed
+        return -1 - at
 
     def _plane(self) -> int:
         self.planes += 1
@@ -492,7 +618,8 @@ class _Builder:
             self._rows.append(self._given(source))
             self.tasks.append(Task(tasks.ROWS.value, found, -1, len(self._rows) - 1))
         elif source.text is None:
-            self.tasks.append(Task(tasks.REPEATED.value, found, -1, _as_int32(source.size)))
+            span = tasks.PROMPT.value if source.span == "prompt" else -1
+            self.tasks.append(Task(tasks.REPEATED.value, found, -1, _as_int32(source.size), span))
         else:
             self._sources.append(self._given(source.text, divides=True))
             size, block = _as_int32(source.size), len(self._sources) - 1
@@ -502,20 +629,33 @@ class _Builder:
         source = stage.tokens
         if stage.counted:
             assert isinstance(source, History)
+            assert not stage.extra
             found, plane = self._set(), self._plane()
             self._find(found, source, None)
             history = self.tasks.pop()
             self.tasks.append(history._replace(kind=tasks.COUNTS.value, plane=plane))
             self.ops.append(Op(ops.ADD_COUNTED.value, found, self._number(stage.counted), plane))
-        elif isinstance(source, (History, Given)):
+        elif isinstance(source, (History, Given)) and not stage.extra:
             found = self._found(source)
         else:
             found = self._set()
             self._find(found, source, stage.when, argument=stage.argument)
+            if stage.extra:
+                self._find(found, stage.extra, stage.when, argument=stage.argument)
         if stage.value == -math.inf:
             self.ops.append(Op(ops.SINK.value, found))
         elif stage.value:
-            self.ops.append(Op(ops.ADD.value, found, self._number(stage.value)))
+            self.ops.append(Op(ops.ADD.value, found, self._number(stage.value), 0 if stage.rounds_once else -1))
+
+    def _lower_repetitions(self, stage: LowerRepetitions) -> None:
+        found, plane = self._set(), self._plane()
+        breakers = fitted("sequence_breakers", stage.breakers, self.V)
+        range_ = tasks.NO_STOP if stage.range_ is None else _as_int32(stage.range_)
+        at = self._in_table([range_, self._mask(breakers)])
+        numbers = self._in_numbers(list(stage.penalties))
+        self._repetitions[at] = Repetitions(range_, breakers.row(self.device), stage.penalties)
+        self.tasks.append(Task(tasks.REPETITIONS.value, found, -1, at, numbers, plane))
+        self.ops.append(Op(ops.SUBTRACT.value, found, b=plane))
 
     def _add_sequences(self, stage: SequenceBias) -> None:
         beyond = sorted({token for ids, _ in stage.sequences for token in ids if token >= self.V})

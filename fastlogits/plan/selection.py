@@ -89,6 +89,9 @@ class Selection(Part):
         return processed
 
     def _select(self, input_ids: torch.Tensor, scores: torch.Tensor, run: Run | None) -> torch.Tensor:
+        mates = None
+        if self._before is not None and self._before.mixes:
+            scores, mates = self._before.halves(input_ids, scores)
         if self._by_row:
             check_rules(scores, self._rules)
         device = scores.device
@@ -102,7 +105,7 @@ class Selection(Part):
             hold(self._captured, selection)
         if self._before is None:
             return launch.select(scores, selection)
-        return launch.select(scores, selection, *self._before.inputs(input_ids, scores, run, capturing))
+        return launch.select(scores, selection, *self._before.inputs(input_ids, scores, run, capturing, mates))
 
     def _selection(self, V: int, device: torch.device) -> launch.Selection:
         self._make_selection(V, device)
@@ -146,4 +149,5 @@ class Selection(Part):
         selection = launch.Selection(self._rules, 2**20, torch.device("cpu"))
         sums = selection.sums > 0
         searches = self._before is not None and self._before.searches
-        return Cost(selection.launches + searches, 1 + sums)
+        values = 0 if self._before is None else self._before.cost().row_values
+        return Cost(selection.launches + searches, 1 + sums, row_values=values)

@@ -10,10 +10,22 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from fastlogits_kernels.rules import Rule
 
+from fastlogits.plan.row_values import RowValue
 from fastlogits.token_mask import TokenMask, TokenSet, fitted
 
 Kind: TypeAlias = Literal[
-    "mask", "bias", "scale", "penalty", "clean", "truncate", "normalise", "mix", "force", "several", "opaque"
+    "mask",
+    "bias",
+    "scale",
+    "penalty",
+    "clean",
+    "truncate",
+    "normalise",
+    "mix",
+    "force",
+    "observe",
+    "several",
+    "opaque",
 ]
 
 
@@ -42,8 +54,9 @@ class When:
         high = "" if self.stop is None else f" < {self.stop}"
         if self.start is not None and self.stop == self.start + 1:
             return f"at {self.of} {self.start}"
-        every = "" if self.period == 1 else f", every {self.period}. from {self.phase}"
-        return f"while {low}{self.of}{high}{every}" if low or high else f"always{every}"
+        period = "" if self.period == 1 else f"at every {self.period}. {self.of} from {self.phase}"
+        window = f"while {low}{self.of}{high}" if low or high else ""
+        return ", ".join(filter(None, (window, period))) or "always"
 
 
 # -- Sources: which tokens of a row a stage speaks of -------------------------------------------------------------
@@ -89,14 +102,18 @@ class Repeated:
     Args:
         size: tokens of an n-gram, at least 1.
         text: the text that holds the n-grams; None for the sequence itself.
+        span: of the sequence, ``"all"``, or its ``"prompt"``: those n-grams are completed where all that begins them
+            was generated.
     """
 
     size: int
     text: Given | None = None
+    span: Literal["all", "prompt"] = "all"
 
     def describe(self) -> str:
         """In a few words, for ``explain()``."""
-        return f"{self.size}-grams of {'the sequence' if self.text is None else self.text.describe()}"
+        of = History(self.span) if self.text is None else self.text
+        return f"{self.size}-grams of {of.describe()}"
 
 
 Source: TypeAlias = "TokenMask | tuple[int, ...] | History | Given | Repeated"
@@ -132,6 +149,23 @@ class Stage:
         raise NotImplementedError
 
 
+class _OfRowValues(Stage):
+    """A stage that reads values which torch computes for each row."""
+
+    @property
+    def values(self) -> tuple[RowValue, ...]:
+        """The values that it reads."""
+        raise NotImplementedError
+
+    @property
+    def needs_position(self) -> bool:
+        return any(value.of.positioned for value in self.values)
+
+    @property
+    def needs_history(self) -> bool:
+        return bool(self.values)
+
+
 class _OfTokens(Stage):
     """A stage that speaks of some ``tokens``, and may have a gate ``when`` it acts."""
 
@@ -143,7 +177,7 @@ class _OfTokens(Stage):
 
     @property
     def needs_position(self) -> bool:
-        asks = isinstance(self.tokens, History) and self.tokens.span != "all"
+        asks = isinstance(self.tokens, (History, Repeated)) and self.tokens.span != "all"
         return asks or (self._gate is not None and self._gate.of == "step")
 
     @property
@@ -182,6 +216,29 @@ class Ban(_OfTokens):
         until = "" if self.blank is None else f", then until a token outside {_words(self.blank)} blank"
         others = "all but " if self.inverted else ""
         return f"ban {others}{_words(self.tokens)} {'always' if self.when is None else self.when.describe()}{until}"
+
+
+@dataclass(frozen=True, eq=False)
+class BanRange(_OfRowValues):
+    """Tokens from ``start`` to ``stop``, that excluded, get -inf: in all rows the same, or in each its own.
+
+    Args:
+        start: first token, an integer of at least 0, or a value of the row.
+        stop: the token after the last; None for the end of the vocabulary. An end outside the vocabulary is moved to
+            the nearest one inside; where ``stop`` isn't above ``start``, nothing is banned.
+    """
+
+    kind = "mask"
+    start: int | RowValue
+    stop: int | RowValue | None = None
+
+    @property
+    def values(self) -> tuple[RowValue, ...]:
+        return tuple(end for end in (self.start, self.stop) if isinstance(end, RowValue))
+
+    def describe(self) -> str:
+        start, stop = (end.describe() if isinstance(end, RowValue) else end for end in (self.start, self.stop))
+        return f"ban tokens from {start} on" + ("" if stop is None else f", below {stop}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +313,10 @@ class Bias(_OfTokens):
         value: what is added to each of them.
         counted: what is added to each once for every time that it occurs in ``tokens``, which is a ``History`` then.
         when: when it is added; None for always.
-        argument: what the processor calls ``tokens``, for error messages.
+        argument: what the processor calls ``tokens``, for error messages; or ``extra``, where there are some.
+        extra: tokens that get ``value`` too, once, whether or not they are among ``tokens``; none with ``counted``.
+        rounds_once: whether ``value`` is added as a float32 on a CPU too, where torch may first round it to the dtype
+            of the scores.
     """
 
     kind = "bias"
@@ -265,6 +325,8 @@ class Bias(_OfTokens):
     counted: float = 0.0
     when: When | None = None
     argument: str = "tokens"
+    extra: tuple[int, ...] = ()
+    rounds_once: bool = False
 
     @property
     def keeps_bans(self) -> bool:
@@ -273,7 +335,35 @@ class Bias(_OfTokens):
     def describe(self) -> str:
         counted = f", {self.counted:+g} for each occurrence" if self.counted else ""
         when = "" if self.when is None else f" {self.when.describe()}"
-        return f"add {self.value:+g}{counted} to {_words(self.tokens)}{when}"
+        extra = f" and {_words(self.extra)}" if self.extra else ""
+        return f"add {self.value:+g}{counted} to {_words(self.tokens)}{extra}{when}"
+
+
+@dataclass(frozen=True, eq=False)
+class RowBias(_OfRowValues):
+    """A value of its own is added to the scores of some tokens of each row; -0.0 adds nothing.
+
+    Args:
+        tokens: the tokens.
+        value: what is added to each of them.
+        argument: what the processor calls ``tokens``, for error messages.
+    """
+
+    kind = "bias"
+    tokens: tuple[int, ...]
+    value: RowValue
+    argument: str = "tokens"
+
+    @property
+    def values(self) -> tuple[RowValue, ...]:
+        return (self.value,)
+
+    @property
+    def keeps_bans(self) -> bool:
+        return False  # the value may be infinite
+
+    def describe(self) -> str:
+        return f"add {self.value.describe()} to {_words(self.tokens)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,6 +390,37 @@ class SequenceBias(Stage):
         values = {value for _, value in self.sequences}
         value = f"{values.pop():+g}" if len(values) == 1 else "a value each"
         return f"add {value} to the ends of {len(self.sequences)} sequences"
+
+
+@dataclass(frozen=True, eq=False)
+class LowerRepetitions(Stage):
+    """Tokens that would extend a repetition are lowered: those that follow where the sequence's end occurs before.
+
+    Args:
+        penalties: of matches of 0, 1, ... tokens, each no lower than the one before; longer ones get the last.
+        breakers: tokens that no match holds, and that get no penalty.
+        range_: how many of the last tokens are looked at, at least 1; None for all.
+    """
+
+    kind = "bias"
+    penalties: tuple[float, ...]
+    breakers: TokenSet
+    range_: int | None = None
+
+    @property
+    def needs_history(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        shortest = next((n for n, penalty in enumerate(self.penalties) if penalty), None)
+        if shortest is None:
+            return "lower no repetitions"
+        within = "" if self.range_ is None else f" of the last {self.range_}"
+        most = len(self.penalties) - 1
+        return (
+            f"lower what follows the last {shortest} or more tokens elsewhere{within}, by {self.penalties[shortest]:g}"
+            f" to {self.penalties[-1]:g} for {most}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,6 +470,33 @@ class Force(_OfTokens):
 
 
 @dataclass(frozen=True, eq=False)
+class ForceRows(_OfRowValues):
+    """In rows whose value isn't 0 some tokens get 0 and all others -inf.
+
+    Args:
+        tokens: the tokens that get 0.
+        condition: the value.
+        argument: what the processor calls ``tokens``, for error messages.
+    """
+
+    kind = "force"
+    tokens: tuple[int, ...]
+    condition: RowValue
+    argument: str = "tokens"
+
+    @property
+    def values(self) -> tuple[RowValue, ...]:
+        return (self.condition,)
+
+    @property
+    def keeps_bans(self) -> bool:
+        return False
+
+    def describe(self) -> str:
+        return f"force {_words(self.tokens)} {self.condition.describe()}"
+
+
+@dataclass(frozen=True, eq=False)
 class Clean(Stage):
     """NaN becomes 0, infinities become the largest finite values of their sign."""
 
@@ -360,6 +508,29 @@ class Clean(Stage):
 
     def describe(self) -> str:
         return "replace NaN and infinities"
+
+
+@dataclass(frozen=True, eq=False)
+class Mix(Stage):
+    """Conditional and unconditional scores become one: ``(c - u) * scale + u``, ``[2 * B, V]`` in and ``[B, V]`` out.
+
+    Args:
+        scale: weight of the conditional scores, which are the first half of the rows.
+    """
+
+    kind = "mix"
+    scale: float
+
+    @property
+    def needs_history(self) -> bool:
+        return True  # how many rows it has
+
+    @property
+    def keeps_bans(self) -> bool:
+        return False
+
+    def describe(self) -> str:
+        return f"conditional and unconditional halves, scale {self.scale:g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,6 +586,29 @@ class Rows(Stage):
 
 class Normalise(Rows):
     """The logarithms of each row's probabilities."""
+
+
+@dataclass(frozen=True, eq=False)
+class Observe(Stage):
+    """A look at the scores of one call of a run, which leaves them as they are; other calls don't know of it.
+
+    Args:
+        function: takes ``(input_ids, scores)``.
+        length: number of tokens in the ``input_ids`` of the call.
+        description: what it notes, in a few words.
+    """
+
+    kind = "observe"
+    function: Callable[[torch.Tensor, torch.Tensor], None]
+    length: int
+    description: str
+
+    @property
+    def needs_history(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return self.description
 
 
 @dataclass(frozen=True, eq=False)
@@ -477,6 +671,8 @@ class Member(NamedTuple):
     """transformers' own implementation, for what the plan doesn't take; None where there is none."""
     is_first: bool = True
     """Whether it is the whole processor, or its first stage."""
+    place: int = 0
+    """Which processor of the plan it is."""
 
     def expanded(self) -> list[Member]:
         """One member for each stage."""
@@ -486,3 +682,8 @@ class Member(NamedTuple):
 def stages_of(stage: Stage) -> tuple[Stage, ...]:
     """The stages that a stage stands for: several, or itself."""
     return stage.stages if isinstance(stage, Several) else (stage,)
+
+
+def values_of(stage: Stage) -> tuple[RowValue, ...]:
+    """The values of each row that a stage reads."""
+    return stage.values if isinstance(stage, _OfRowValues) else ()

@@ -13,28 +13,29 @@ from transformers.generation.logits_process import DiaEOSDelayPatternLogitsProce
 from transformers.generation.logits_process import WhisperNoSpeechDetection as _WhisperNoSpeechDetection
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor as _WhisperTimeStamp
 
-from fastlogits.checks import check_rows
-from fastlogits.plan.stages import Rows
+from fastlogits.plan.pointwise import split_halves
+from fastlogits.plan.row_values import CallRows, RowValues
+from fastlogits.plan.stages import Ban, BanRange, Observe, Rows, Several, Stage, When
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.processors.guidance import conditional_and_not
 
 _INF = float("inf")
 
 
 class WhisperTimeStampLogitsProcessor(StagedProcessor, _WhisperTimeStamp):
-    """Hold Whisper to timestamps that come in pairs and never go back.
+    """Make Whisper's timestamps come in pairs, and never go back.
 
-    Text is forbidden after the first timestamp of a pair, timestamps after the second; no timestamp goes below the
-    last one. Where all timestamps together are likelier than any other token, a timestamp must follow.
+    After the first timestamp of a pair no text may follow, and after the second no timestamp. A timestamp is never
+    below the last one. If all timestamps together are more likely than any other token, a timestamp must follow.
 
     Args:
         generate_config: a generation config with ``no_timestamps_token_id``, after which the timestamps begin,
-            ``eos_token_id``, and optionally ``max_initial_timestamp_index``.
+            ``eos_token_id``, and optionally ``max_initial_timestamp_index``, the highest first timestamp.
         begin_index: number of tokens before the first generated one.
-        _detect_timestamp_from_logprob: whether likely timestamps are forced; None for what the config says, or True.
+        _detect_timestamp_from_logprob: whether likely timestamps are forced; None takes the config's value, or True.
 
     Raises:
-        ValueError: ``begin_index`` is None.
+        ValueError: ``begin_index`` is None; on a call, ``input_ids`` of other rows than the scores.
+        IndexError: on a call, ``no_timestamps_token_id`` is outside the vocabulary.
 
     Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, 2022 (arXiv 2212.04356).
 
@@ -46,51 +47,73 @@ class WhisperTimeStampLogitsProcessor(StagedProcessor, _WhisperTimeStamp):
         tensor([[-inf, -inf, 0., -inf, -inf, 0., 0.]])
     """
 
-    def stage(self) -> Rows:
-        """A mask that depends on the row's timestamps and on its sums."""
-        function = partial(WhisperTimeStampLogitsProcessor._rows, self)
-        return Rows("mask", function, f"timestamps from token {self.timestamp_begin} on, in pairs and in order")
-
-    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        check_rows("WhisperTimeStampLogitsProcessor", input_ids, scores)
+    def stage(self) -> Several:
+        """Four bans, of which three are ranges of the row; then one that depends on the sums of the row."""
         first = self.timestamp_begin
-        out = scores.clone()
-        out[:, self.no_timestamps_token_id] = -_INF
-        generated = input_ids[:, self.begin_index :]
-        count = generated.shape[1]
-        if count:
-            is_timestamp = generated >= first
-            ends = is_timestamp[:, -1:]
-            pairs = ends & is_timestamp[:, -2:-1] if count > 1 else ends  # [B, 1], as below
-            opens = ends & ~pairs
-            # Where the row's last timestamp is, or 0: a token of text there forbids no timestamp.
-            index = (is_timestamp * torch.arange(count, device=generated.device)).amax(1, keepdim=True)
-            # The second timestamp of a pair may repeat the first; later ones may not repeat it again.
-            lowest = generated.gather(1, index) + ~opens
-            token = torch.arange(first, scores.shape[1], device=scores.device)
-            out[:, first:].masked_fill_(pairs | (token < lowest), -_INF)
-            out[:, : self.eos_token_id].masked_fill_(opens, -_INF)
-        if input_ids.shape[1] == self.begin_index:
-            out[:, :first] = -_INF
-            if self.max_initial_timestamp_index is not None:
-                out[:, first + self.max_initial_timestamp_index + 1 :] = -_INF
+        ranges = RowValues(
+            partial(WhisperTimeStampLogitsProcessor._ranges, self),
+            f"an end that timestamps from token {first} on set",
+            count=3,
+            positioned=False,
+        )
+        text_stop, timestamps_stop, late_start = (ranges[i] for i in range(ranges.count))
+        bans: list[Stage] = [
+            Ban((self.no_timestamps_token_id,), lenient=True),
+            BanRange(0, text_stop),
+            BanRange(first, timestamps_stop),
+            BanRange(late_start),
+        ]
         if self._detect_timestamp_from_logprob:
-            logprobs = torch.log_softmax(out.float(), -1)
-            likely = logprobs[:, first:].logsumexp(-1) > logprobs[:, :first].amax(-1)
-            out[:, :first].masked_fill_(likely.unsqueeze(1), -_INF)
+            function = partial(WhisperTimeStampLogitsProcessor._force_likely, self)
+            description = f"timestamps from token {first} on where they are likelier than any other token"
+            bans.append(Rows("mask", function, description, reads_history=False))
+        return Several(tuple(bans))
+
+    def _ranges(self, rows: CallRows) -> torch.Tensor:
+        """For each row where the ban of text stops, where that of timestamps stops, and where that of late ones starts.
+
+        Where nothing is banned, text stops at 0, timestamps at 0 at the latest, and late ones start behind the last.
+        """
+        V, first, begin = rows.V, self.timestamp_begin, self.begin_index
+        forbidden = self.no_timestamps_token_id
+        if not -V <= forbidden < V:
+            raise IndexError(f"no_timestamps_token_id: token id {forbidden} is outside the vocabulary of {V} tokens")
+        length = rows.length
+        ids = torch.nn.functional.pad(rows.input_ids, (1, 0), value=-1)  # a token of no row, which is no timestamp
+        column = torch.arange(ids.shape[1], device=rows.device)
+        is_timestamp = (ids >= first) & (column > begin) & (column <= length)
+        ends = (rows.last() >= first) & (length > begin)  # [B, 1], as below
+        pairs = ends & ((rows.last(2) >= first) | (length == begin + 1))
+        opens = ends & ~pairs
+        last = (is_timestamp * column).amax(1, keepdim=True)
+        # The second timestamp of a pair may repeat the first; later ones may not repeat it again.
+        lowest = ids.gather(1, last).long() + ~opens
+        is_first = length == begin
+        late = V
+        if self.max_initial_timestamp_index is not None:
+            late = slice(first + self.max_initial_timestamp_index + 1, None).indices(V)[0]
+        text_stop = opens * slice(self.eos_token_id).indices(V)[1] + is_first * first
+        return torch.cat((text_stop, lowest.maximum(pairs * V), torch.full_like(lowest, V) - is_first * (V - late)), 1)
+
+    def _force_likely(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        first = self.timestamp_begin
+        logprobs = torch.log_softmax(scores.float(), -1)
+        likely = logprobs[:, first:].logsumexp(-1) > logprobs[:, :first].amax(-1)
+        out = scores.clone()
+        out[:, :first].masked_fill_(likely.unsqueeze(1), -_INF)
         return out
 
 
 class WhisperNoSpeechDetection(StagedProcessor, _WhisperNoSpeechDetection):
-    """Record at the first step how likely Whisper finds silence; the scores stay as they are.
+    """Record the probability of silence at Whisper's first step; the scores don't change.
 
-    The probabilities ``(B,)`` stand in ``no_speech_prob``. ``set_model``, ``set_inputs`` and ``set_begin_index`` are
-    transformers'. Where the start of the transcription lies before the first step, the model runs once more.
+    ``no_speech_prob`` holds the probabilities ``(B,)``. ``set_model``, ``set_inputs`` and ``set_begin_index`` are those
+    of transformers. If the transcription starts before the first step, the model runs once more.
 
     Args:
         no_speech_token: the token that stands for silence.
         begin_index: number of tokens before the first generated one.
-        scores_is_logprobs: whether the scores are log-probabilities already.
+        scores_is_logprobs: whether the scores already are log-probabilities.
 
     Example:
         >>> detection = WhisperNoSpeechDetection(no_speech_token=1, begin_index=1)
@@ -99,29 +122,27 @@ class WhisperNoSpeechDetection(StagedProcessor, _WhisperNoSpeechDetection):
         tensor([0.2500])
     """
 
-    def stage(self) -> Rows:
-        """A look at the scores as they are here, which nothing may pass by."""
-        function = partial(WhisperNoSpeechDetection._rows, self)
-        return Rows("opaque", function, f"note the probability of token {self.no_speech_token} at the first step")
+    def stage(self) -> Observe:
+        """A look at the scores of one call."""
+        function = partial(WhisperNoSpeechDetection._note, self)
+        return Observe(function, self.begin_index, f"note the probability of token {self.no_speech_token}")
 
-    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] == self.begin_index:
-            seen, is_logprobs = scores, self.is_scores_logprobs
-            if self.start_of_trans_offset > 1:
-                with torch.no_grad():
-                    logits = self.model(**self.inputs).logits
-                seen, is_logprobs = logits[:, self.begin_index - self.start_of_trans_offset], False
-            probs = seen.exp() if is_logprobs else seen.float().softmax(-1)
-            self._no_speech_prob = probs[:, self.no_speech_token]
-        return scores
+    def _note(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
+        seen, is_logprobs = scores, self.is_scores_logprobs
+        if self.start_of_trans_offset > 1:
+            with torch.no_grad():
+                logits = self.model(**self.inputs).logits
+            seen, is_logprobs = logits[:, self.begin_index - self.start_of_trans_offset], False
+        probs = seen.exp() if is_logprobs else seen.float().softmax(-1)
+        self._no_speech_prob = probs[:, self.no_speech_token]
 
 
 class BarkEosPrioritizerLogitsProcessor(StagedProcessor, _BarkEosPrioritizer):
-    """Leave only the tokens that end the text where one of them is likelier than a threshold.
+    """Allow only the tokens that end the text if one of them is more likely than a threshold.
 
     Args:
         eos_token_id: the id or ids that end the text, an integer, a list or an integer tensor ``(N,)``.
-        min_eos_p: the threshold, above 0; None to leave the scores as they are.
+        min_eos_p: the threshold, a probability above 0; None changes nothing.
         device: device of the scores.
 
     Raises:
@@ -135,7 +156,7 @@ class BarkEosPrioritizerLogitsProcessor(StagedProcessor, _BarkEosPrioritizer):
     """
 
     def stage(self) -> Rows:
-        """A row is forced to its end, or left."""
+        """A force in the rows that may end."""
         ids: dict[torch.device, torch.Tensor] = {}
         return Rows(
             "force",
@@ -159,12 +180,12 @@ class BarkEosPrioritizerLogitsProcessor(StagedProcessor, _BarkEosPrioritizer):
 
 
 class AlternatingCodebooksLogitsProcessor(StagedProcessor, _AlternatingCodebooks):
-    """Hold Bark to its two codebooks in turn: the first at even steps, the second at odd ones.
+    """Allow Bark's two codebooks in turn: the first at even steps, the second at odd steps.
 
     Args:
-        input_start_len: length of the sequence at step 0.
+        input_start_len: length of the sequence at step 0, an integer of at least 0.
         semantic_vocab_size: number of semantic tokens, which come first in the vocabulary.
-        codebook_size: number of tokens of the first codebook, which follow them; all others are the second's.
+        codebook_size: number of tokens of the first codebook, which come next; all others belong to the second.
 
     Raises:
         ValueError: ``input_start_len`` is not an integer or is negative.
@@ -177,34 +198,29 @@ class AlternatingCodebooksLogitsProcessor(StagedProcessor, _AlternatingCodebooks
         tensor([[-inf, -inf, -inf, 0., 0.]])
     """
 
-    def stage(self) -> Rows:
-        """One of two masks, by the parity of the length."""
-        function = partial(AlternatingCodebooksLogitsProcessor._rows, self)
-        return Rows("mask", function, f"two codebooks in turn, from length {self.input_start_len}")
-
-    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def stage(self) -> Several:
+        """Two bans, at every other length each."""
         second = self.semantic_vocab_size + self.codebook_size
-        is_first = (input_ids.shape[-1] - self.input_start_len) % 2 == 0
-        if is_first:
-            # A small part of the vocabulary: only that is read.
-            start = min(self.semantic_vocab_size, scores.shape[1])
-            allowed = scores[:, start:second]
-            return torch.nn.functional.pad(allowed, (start, scores.shape[1] - start - allowed.shape[1]), value=-_INF)
-        out = scores.clone()
-        out[:, :second] = -_INF
-        return out
+        first_codebook = tuple(range(self.semantic_vocab_size, second))
+        start = self.input_start_len
+        return Several(
+            (
+                Ban(first_codebook, When("length", period=2, phase=start), lenient=True, inverted=True),
+                Ban(tuple(range(second)), When("length", period=2, phase=start + 1), lenient=True),
+            )
+        )
 
 
 class DiaClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _DiaGuidance):
-    """Mix conditional and unconditional logits of one batch, ``[2 * B, V]`` in, ``[B, V]`` out, and keep the best.
+    """Mix conditional and unconditional logits of one batch, ``[2 * B, V]`` to ``[B, V]``, and keep the best tokens.
 
     Args:
         guidance_scale: weight of the difference that is added to the conditional logits, above 1.
-        guidance_top_k: number of tokens of the mix to keep, with their conditional logits; None to return the mix.
+        guidance_top_k: how many of the best tokens of the mix keep their conditional logits; None returns the mix.
 
     Raises:
-        ValueError: ``guidance_scale`` of 1 or less, ``guidance_top_k`` below 1; on a call, scores without twice the
-            rows of ``input_ids``.
+        ValueError: ``guidance_scale`` of 1 or less, ``guidance_top_k`` below 1; on a call, scores that don't have
+            twice as many rows as ``input_ids``.
 
     Example:
         >>> processor = DiaClassifierFreeGuidanceLogitsProcessor(3.0, guidance_top_k=1)
@@ -219,7 +235,7 @@ class DiaClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _DiaGuidance):
         return Rows("mix", function, f"conditional and unconditional halves, scale {self.guidance_scale:g}{kept}")
 
     def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        conditional, unconditional = conditional_and_not(input_ids, scores)
+        conditional, unconditional = split_halves(input_ids, scores)
         mixed: torch.Tensor = (conditional - unconditional).mul_(self.guidance_scale).add_(conditional)
         if self.guidance_top_k is None:
             return mixed
@@ -228,11 +244,11 @@ class DiaClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _DiaGuidance):
 
 
 class DiaEOSChannelFilterLogitsProcessor(StagedProcessor, _DiaEOSChannelFilter):
-    """Let only Dia's first channel end the audio, and only where that is its best token; then nothing else is left.
+    """Let only Dia's first channel end the audio, and force it to where the end is its best token.
 
     Args:
-        num_channels: channels of a sequence, neighbouring rows, at least 1.
-        eos_token_id: the token that ends the audio, above 0; the special tokens above it are forbidden everywhere.
+        num_channels: channels of a sequence, which are neighbouring rows, at least 1.
+        eos_token_id: the token that ends the audio, above 0; the special tokens above it are forbidden in all channels.
 
     Raises:
         ValueError: an argument out of range.
@@ -266,15 +282,15 @@ class DiaEOSChannelFilterLogitsProcessor(StagedProcessor, _DiaEOSChannelFilter):
 
 
 class DiaEOSDelayPatternLogitsProcessor(StagedProcessor, _DiaEOSDelayPattern):
-    """End Dia's channels one after the other, each at its delay after the first.
+    """End Dia's channels one after the other, each some steps after the first.
 
-    From where the first channel's best token ends the audio, or the length runs out, a countdown runs for each
-    channel; at its end the channel is forced to end. The countdown is carried from call to call in ``active_batches``
-    and ``delay_pattern``, from the first call on, as in transformers: one object for one run, and no reordering of
-    rows. They are updated in place, so that a captured graph carries them on.
+    A countdown starts for each channel when the end of the audio is the first channel's best token, or when the
+    maximal length is reached. When a countdown is over, its channel is forced to end. ``active_batches`` and
+    ``delay_pattern`` hold the countdowns from call to call, as in transformers: use one object for one run, and don't
+    reorder rows. Both are updated in place, so that a captured graph goes on counting.
 
     Args:
-        delay_pattern: the delay of each channel in steps.
+        delay_pattern: the delay of each channel, in steps.
         eos_token_id: the token that ends the audio.
         max_generation_len: length at which all channels have ended.
         device: device of the scores.
@@ -291,7 +307,7 @@ class DiaEOSDelayPatternLogitsProcessor(StagedProcessor, _DiaEOSDelayPattern):
     """
 
     def stage(self) -> Rows:
-        """Channels are forced when their countdown, which earlier calls began, is over."""
+        """A force in the channels whose countdown is over."""
         function = partial(DiaEOSDelayPatternLogitsProcessor._rows, self)
         return Rows("force", function, f"end {self.num_channels} channels one after the other, each at its delay")
 

@@ -15,6 +15,7 @@ from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.logits_process import LogitsProcessorList as _TransformersList
 
+from fastlogits import warm_up as warming
 from fastlogits.checks import whole_number
 from fastlogits.compilers import constant
 from fastlogits.plan.barrier import Barrier
@@ -23,12 +24,12 @@ from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import Member, Opaque, Stage
 from fastlogits.transformers.hooks import assembles
+from fastlogits.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from fastlogits.inspect.trace import Trace
     from fastlogits.plan.explain import Explanation
     from fastlogits.plan.position import Index
-    from fastlogits.warm_up import WarmUp
 
 __all__ = ["LogitsProcessor", "LogitsProcessorList", "StagedProcessor"]
 
@@ -145,7 +146,7 @@ class _Planned:
         top: int = 3,
     ) -> Trace:
         """What each processor does to the candidates of each row; see ``fastlogits.trace``."""
-        from fastlogits.inspect.trace import trace  # which reads processors
+        from fastlogits.inspect.trace import trace  # which imports this module
 
         positions: Any = {"prompt_length": prompt_length, "cache_position": cache_position}
         return trace(self, input_ids, scores, tokenizer, **positions, top=top)
@@ -194,8 +195,6 @@ class _Planned:
             >>> processors.warm_up(128256, torch.bfloat16, device="cpu").kernels
             ()
         """
-        from fastlogits import warm_up as warming
-
         where = warming.checked_device(device)
         rows = whole_number("batch", batch, 1)
         logits = warming.dummy_logits(rows, vocab_size, dtype, where, row_stride)

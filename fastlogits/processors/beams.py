@@ -17,12 +17,12 @@ if _HammingDiversity is not None:
     class HammingDiversityLogitsProcessor(_HammingDiversity):
         """Penalise the tokens that earlier beam groups have chosen at this step.
 
-        ``generate`` calls it with two arguments more than other processors get, so a plan runs it as it is.
+        ``generate`` calls it with two more arguments than other processors, so a plan runs it as it is.
 
         Args:
-            diversity_penalty: what each earlier choice of a token takes from its score, a float above 0.
-            num_beams: beams of a sequence, at least 2.
-            num_beam_groups: groups that they fall into, from 2 to ``num_beams``.
+            diversity_penalty: subtracted from the score of a token for each earlier choice of it, a float above 0.
+            num_beams: number of beams of a sequence, at least 2.
+            num_beam_groups: number of groups of beams, from 2 to ``num_beams``.
 
         Raises:
             ValueError: an argument of another type or out of range.

@@ -15,13 +15,13 @@ from fastlogits.processors.base import StagedProcessor
 
 
 class PrefixConstrainedLogitsProcessor(StagedProcessor, _PrefixConstrained):
-    """Allow in each row only the tokens that a Python function names for its prefix.
+    """Allow in each row only the tokens that a Python function returns for its prefix.
 
-    The function runs on the host for every row and step, so a plan that holds this class can't be captured in a CUDA
-    graph. What it returns for all rows goes to the device together, and nothing waits for it.
+    The function runs on the host for every row and step, so a plan with this class can't be captured in a CUDA graph.
+    The tokens of all rows are copied to the device at once, and the host doesn't wait for the copy.
 
-    Recent versions of transformers give the allowed tokens a score of 0 where all of them are -inf already in all
-    beams of a sequence; older ones leave such rows at -inf. This class does what the installed one does.
+    If all allowed tokens are -inf in all beams of a sequence, recent versions of transformers give them a score of 0,
+    and older ones leave such rows at -inf. This class does what the installed version does.
 
     Args:
         prefix_allowed_tokens_fn: called with the index of the sequence in the batch and the row of ``input_ids``

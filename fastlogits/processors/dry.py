@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from fastlogits_kernels.runtime.launcher import to_device
-from torch.nn.functional import pad
+from fastlogits_kernels.history import LONGEST
 
-from fastlogits.checks import check_rows, finite_number, whole_number
-from fastlogits.plan.stages import Rows
+from fastlogits.checks import finite_number, whole_number
+from fastlogits.plan.stages import LowerRepetitions
 from fastlogits.processors.base import StagedProcessor
-from fastlogits.token_mask import TokenMask, TokenSet, checked_set, fitted
-
-# Longer repetitions count as this long, as in the original: penalties grow exponentially.
-_LONGEST = 50
+from fastlogits.token_mask import TokenMask, checked_set
 
 
 class DRYLogitsProcessor(StagedProcessor):
@@ -62,71 +58,14 @@ class DRYLogitsProcessor(StagedProcessor):
         self.sequence_breakers = checked_set("sequence_breakers", sequence_breakers)
         self.range_ = whole_number("range_", range_)
         try:
-            self.base**_LONGEST
+            self.base**LONGEST
         except OverflowError:
-            raise ValueError(f"base must have a finite {_LONGEST}th power, got {base!r}") from None
+            raise ValueError(f"base must have a finite {LONGEST}th power, got {base!r}") from None
 
-    def stage(self) -> Rows:
+    def stage(self) -> LowerRepetitions:
         """A bias that the history makes."""
-        penalties = [
+        penalties = tuple(
             self.multiplier * self.base ** (n - self.allowed_length) if n >= max(1, self.allowed_length) else 0.0
-            for n in range(_LONGEST + 1)
-        ]
-        description = f"lower what follows the last {max(1, self.allowed_length)} or more tokens elsewhere"
-        description += f", by {self.multiplier:g} times {self.base:g} to the power of what is more"
-        return Rows("bias", _Repetitions(penalties, self.sequence_breakers, self.range_), description)
-
-
-class _Repetitions:
-    """Finds what the end of each row repeats, and lowers what followed it.
-
-    Args:
-        penalties: of matches of 0 to 50 tokens; none is lower than the one before.
-        breakers: tokens that are in no match.
-        range_: how many of the last tokens count; 0 for all.
-    """
-
-    def __init__(self, penalties: list[float], breakers: TokenSet, range_: int) -> None:
-        self._penalties, self._breakers, self._range = penalties, breakers, range_
-        self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        V = scores.shape[1]
-        ids = input_ids[:, -min(self._range, input_ids.shape[1]) :]
-        L = ids.shape[1]
-        check_rows("DRYLogitsProcessor", input_ids, scores)
-        if L < 2:
-            return scores
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        key = (V, scores.device, wide)
-        tables = self._tables.get(key)
-        if tables is None:
-            is_breaker = fitted("sequence_breakers", self._breakers, V).row(scores.device)
-            penalties = to_device(torch.tensor(self._penalties, dtype=wide), scores.device)
-            tables = self._tables[key] = (penalties, is_breaker)
-        penalties, is_breaker = tables
-
-        longest = min(_LONGEST, L - 1)
-        tail = ids[:, -longest:]
-        # A breaker matches nothing, and so ends every match. Nor does what lies before the first token.
-        tail = tail.masked_fill(is_breaker[tail.clamp(0, V - 1).long()] & (tail < V), -1)  # [B, longest]
-        earlier = pad(ids[:, :-1], (longest - 1, 0), value=-2).unfold(1, longest, 1)  # [B, L - 1, longest]
-        follower = ids[:, 1:]
-        if scores.is_cpu:
-            # Few places match at all, and here nothing waits for their number.
-            row, column = (ids[:, :-1] == tail[:, -1:]).nonzero(as_tuple=True)
-            earlier, tail, follower = earlier[row, column], tail[row], follower[row, column]
-        else:
-            row = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
-            tail = tail.unsqueeze(1)
-        # A match is as long as its first difference is far from the end.
-        distance = torch.arange(longest - 1, -1, -1, dtype=torch.uint8, device=ids.device)
-        matched = distance.where(earlier != tail, longest).amin(-1).long()
-        inside = (follower >= 0) & (follower < V)
-        token = follower.where(inside, 0).long()
-        penalty = penalties[matched].masked_fill(is_breaker[token] | ~inside, 0)
-        processed = scores.clone(memory_format=torch.contiguous_format)
-        at = (row * V + token).flatten()
-        lowered = (processed.view(-1)[at] - penalty.flatten()).to(scores.dtype)
-        processed.view(-1).scatter_reduce_(0, at, lowered, "amin")
-        return processed
+            for n in range(LONGEST + 1)
+        )
+        return LowerRepetitions(penalties, self.sequence_breakers, self.range_ or None)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: away from what a model says without the condition."""
+"""Classifier-free guidance: logits move away from those that a model gives without the condition."""
 
 from __future__ import annotations
 
@@ -10,29 +10,19 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor as _UnbatchedClassifierFreeGuidance,
 )
 
-from fastlogits.plan.stages import Rows
+from fastlogits.plan.stages import Mix, Rows
 from fastlogits.processors.base import StagedProcessor
 
 
-def conditional_and_not(input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two halves of scores ``[2 * B, V]``, with the condition and without it."""
-    B = input_ids.shape[0]
-    if scores.shape[0] != 2 * B:
-        raise ValueError(
-            f"scores must have two rows for each row of input_ids, all conditional ones first: got {scores.shape[0]} "
-            f"rows for {B} rows of input_ids"
-        )
-    return scores[:B], scores[B:]
-
-
 class ClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _ClassifierFreeGuidance):
-    """Mix conditional and unconditional logits of one batch: ``[2 * B, V]`` in, ``[B, V]`` out.
+    """Mix conditional and unconditional logits of one batch: ``[2 * B, V]`` to ``[B, V]``.
 
     Args:
         guidance_scale: weight of the conditional logits, above 1.
 
     Raises:
-        ValueError: ``guidance_scale`` of 1 or less; on a call, scores without twice the rows of ``input_ids``.
+        ValueError: ``guidance_scale`` of 1 or less; on a call, scores that don't have twice as many rows as
+            ``input_ids``.
 
     Source: Copet et al., Simple and Controllable Music Generation, 2023 (arXiv 2306.05284).
 
@@ -42,27 +32,21 @@ class ClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _ClassifierFreeGuid
         tensor([[ 3., -2.]])
     """
 
-    def stage(self) -> Rows:
+    def stage(self) -> Mix:
         """Two rows become one."""
-        function = partial(ClassifierFreeGuidanceLogitsProcessor._rows, self)
-        return Rows("mix", function, f"conditional and unconditional halves, scale {self.guidance_scale:g}")
-
-    def _rows(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        conditional, unconditional = conditional_and_not(input_ids, scores)
-        mixed: torch.Tensor = (conditional - unconditional).mul_(self.guidance_scale).add_(unconditional)
-        return mixed
+        return Mix(float(self.guidance_scale))
 
 
 class UnbatchedClassifierFreeGuidanceLogitsProcessor(StagedProcessor, _UnbatchedClassifierFreeGuidance):
     """Mix the scores with those of the same model, or another one, run on an unconditional or negative prompt.
 
-    The model runs inside the call, once a step, with a cache of its own that the object carries from step to step:
-    one object for one run, and no reordering of rows.
+    The call runs the model once a step. The model's cache is kept from step to step: use one object for one run, and
+    don't reorder rows.
 
     Args:
-        guidance_scale: weight of the scores against the unconditional ones; 1 for the scores alone, less than 1 to
-            go towards the unconditional prompt.
-        model: the model; with the vocabulary of the scores.
+        guidance_scale: weight of the scores against the unconditional ones; 1 takes the scores alone, less than 1 moves
+            towards the unconditional prompt.
+        model: the model; it has the vocabulary of the scores.
         unconditional_ids: unconditional prompt, int64 ``(B, L)``; None for the last token of the prompt.
         unconditional_attention_mask: its mask, int64 ``(B, L)``; None for all ones.
         use_cache: whether the model keeps keys and values from step to step.

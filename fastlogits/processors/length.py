@@ -1,4 +1,4 @@
-"""Processors that read the length of the sequence: how soon it may end, how it must begin and end."""
+"""Processors that read the length of the sequence: when it may end, and how it must begin and end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fastlogits.processors.base import StagedProcessor
 
 
 class MinLengthLogitsProcessor(StagedProcessor, theirs.MinLengthLogitsProcessor):
-    """Forbid the end of the text until the sequence, prompt included, has a length.
+    """Forbid the end of the text until the sequence, prompt included, has a minimal length.
 
     Args:
         min_length: an integer of at least 0.
         eos_token_id: the id or ids that end the text; a list, an integer or a tensor.
-        device: where a tensor is made of the ids.
+        device: device on which the ids are kept.
 
     Raises:
         ValueError: ``min_length`` is not an integer or is negative.
@@ -31,13 +31,13 @@ class MinLengthLogitsProcessor(StagedProcessor, theirs.MinLengthLogitsProcessor)
 
 
 class MinNewTokensLengthLogitsProcessor(StagedProcessor, theirs.MinNewTokensLengthLogitsProcessor):
-    """Forbid the end of the text until some tokens have been generated.
+    """Forbid the end of the text until a minimal number of tokens has been generated.
 
     Args:
         prompt_length_to_skip: number of tokens of the prompt, an integer of at least 0.
         min_new_tokens: an integer of at least 0.
         eos_token_id: the id or ids that end the text; a list, an integer or a tensor.
-        device: where a tensor is made of the ids.
+        device: device on which the ids are kept.
 
     Raises:
         ValueError: a number that is not an integer or is negative.
@@ -75,12 +75,12 @@ class ForcedBOSTokenLogitsProcessor(StagedProcessor, theirs.ForcedBOSTokenLogits
 
 
 class ForcedEOSTokenLogitsProcessor(StagedProcessor, theirs.ForcedEOSTokenLogitsProcessor):
-    """Force the end of the text as the last token that fits.
+    """Force the end of the text as the last token before the maximal length.
 
     Args:
         max_length: length at which generation stops.
         eos_token_id: the id or ids that end the text; a list, an integer or a tensor.
-        device: where a tensor is made of the ids.
+        device: device on which the ids are kept.
 
     Raises:
         ValueError: ids that are not integers or are negative.
@@ -99,10 +99,11 @@ class ForcedEOSTokenLogitsProcessor(StagedProcessor, theirs.ForcedEOSTokenLogits
 
 
 class ExponentialDecayLengthPenalty(StagedProcessor, theirs.ExponentialDecayLengthPenalty):
-    """Make the end of the text ever likelier beyond a length.
+    """Make the end of the text more and more likely beyond a length.
 
     Args:
-        exponential_decay_length_penalty: number of generated tokens beyond which the penalty starts, and its factor.
+        exponential_decay_length_penalty: number of generated tokens after which the score of the end grows, and the
+            factor by which it grows at each step.
         eos_token_id: the id or ids that end the text; a list, an integer or a tensor.
         input_ids_seq_length: number of tokens of the prompt.
 

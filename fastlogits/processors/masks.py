@@ -1,4 +1,4 @@
-"""Processors that forbid tokens by their ids: always, at the first steps, or all that a source text lacks."""
+"""Processors that forbid tokens by their ids: always, at the first steps, or if a source text lacks them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SuppressTokensLogitsProcessor(StagedProcessor, theirs.SuppressTokensLogits
 
     Args:
         suppress_tokens: token ids; those outside the vocabulary are ignored.
-        device: where a tensor is made of the ids.
+        device: device on which the ids are kept.
 
     Example:
         >>> SuppressTokensLogitsProcessor([1])(None, torch.zeros(1, 3))
@@ -34,12 +34,12 @@ class SuppressTokensLogitsProcessor(StagedProcessor, theirs.SuppressTokensLogits
 
 
 class SuppressTokensAtBeginLogitsProcessor(StagedProcessor, theirs.SuppressTokensAtBeginLogitsProcessor):
-    """Forbid tokens where the sequence has one length, that at which generation begins.
+    """Forbid tokens at the first step: where the sequence has the length at which generation begins.
 
     Args:
         begin_suppress_tokens: token ids; those outside the vocabulary are ignored.
         begin_index: the length; ``set_begin_index`` changes it.
-        device: where a tensor is made of the ids.
+        device: device on which the ids are kept.
 
     Example:
         >>> SuppressTokensAtBeginLogitsProcessor([1], 2)(torch.tensor([[5, 7]]), torch.zeros(1, 3))
@@ -55,14 +55,14 @@ class SuppressTokensAtBeginLogitsProcessor(StagedProcessor, theirs.SuppressToken
 
 
 class AllowedTokensLogitsProcessor(StagedProcessor):
-    """Forbid all tokens but some: ``allowed_token_ids`` as serving engines have it.
+    """Forbid all tokens except some: ``allowed_token_ids`` of serving engines.
 
     Args:
         allowed_token_ids: a ``TokenMask`` or token ids, at least one.
 
     Raises:
-        ValueError: ids that are not integers or are negative, or none; on a call, ids outside the vocabulary, or a
-            mask of another one.
+        ValueError: no ids, or ids that are not integers or are negative; on a call, ids outside the vocabulary, or a
+            mask of another vocabulary.
 
     Example:
         >>> AllowedTokensLogitsProcessor([1])(None, torch.zeros(1, 3))
@@ -82,15 +82,15 @@ class AllowedTokensLogitsProcessor(StagedProcessor):
 
 
 class MinTokensLogitsProcessor(StagedProcessor):
-    """Forbid the tokens that end the text, or stop it, for the first steps of each run.
+    """Forbid the tokens that end the text or stop it during the first steps of each run.
 
     Args:
         min_tokens: number of tokens to generate first, an integer of at least 0.
-        stop_token_ids: token ids, those that end the text among them.
+        stop_token_ids: token ids, including those that end the text.
 
     Raises:
-        ValueError: a number that is not an integer or is negative; ids likewise; on a call, ids outside the
-            vocabulary, or a run whose start isn't known.
+        ValueError: a number or an id that is not an integer or is negative; on a call, ids outside the vocabulary, or
+            a run whose start isn't known.
 
     Example:
         >>> run = MinTokensLogitsProcessor(2, [0, 1]).for_run(prompt_length=1)
@@ -112,15 +112,15 @@ class MinTokensLogitsProcessor(StagedProcessor):
 class SuppressFirstTokens(StagedProcessor):
     r"""Forbid some tokens during the first steps of each run: "don't begin the answer with a digit".
 
-    A run is one call of ``generate``; its first step follows the prompt, however much history the prompt holds. The
-    step is read from cache positions and never counted; see ``fastlogits.Position``.
+    A run is one call of ``generate``. Its first step follows the prompt, whatever the prompt holds. The step comes
+    from cache positions, not from a count of calls; see ``fastlogits.Position``.
 
     Args:
-        mask_or_ids: a ``TokenMask``, or token ids; none at all is allowed, with a warning.
-        window: number of steps, at least 1, for which they are forbidden.
-        blank: a ``TokenMask`` or token ids that don't end the ban. Some tokenizers begin an answer with a bare space;
-            with that token blank, the ban holds after the window too until the first token that is not blank. On the
-            GPU such a ban is looked up at every step, since the host doesn't know when it ends.
+        mask_or_ids: a ``TokenMask``, or token ids; an empty set is allowed, with a warning.
+        window: number of steps for which the tokens are forbidden, at least 1.
+        blank: a ``TokenMask`` or token ids that don't end the ban. Some tokenizers begin an answer with a space of its
+            own. If that token is blank, the ban goes on after the window until the first token that is not blank. The
+            GPU then checks the ban at every step, since the host doesn't know when it ends.
 
     Raises:
         ValueError: ids that are not integers or are negative; ``window`` below 1; on a call, ids outside the
@@ -157,10 +157,10 @@ class SuppressFirstTokens(StagedProcessor):
 
 
 class SuppressSpecificBOSTokenLogitsProcessor(SuppressFirstTokens):
-    """Forbid some tokens as the first generated token, under the name and constructor by which it was published.
+    """Forbid some tokens as the first generated token, under the name and constructor of the published class.
 
-    The published class loops over the ids, writes its input and needs a global variable set before each run; here
-    only the import changes.
+    The published class loops over the ids, writes its input and needs a global variable that is set before each run.
+    To use this one, change the import only.
 
     Args:
         bad_bos_token_id_list: token ids, or a ``TokenMask``.
@@ -185,16 +185,16 @@ class SuppressSpecificBOSTokenLogitsProcessor(SuppressFirstTokens):
 class OnlyTokensFrom(StagedProcessor):
     """Allow only tokens that occur in a source text: keywords are extracted, not invented.
 
-    Each row has its own set, built on the device at the first call of a run.
+    Each row has its own set, which is built on the device at the first call of a run.
 
     Args:
-        source_ids: token ids of the source, ``(L,)`` or ``(1, L)`` for all rows or ``(R, L)`` for one row each, as a
-            tensor or as lists of any lengths; or ``"prompt"``, the prompt of the run, as far as ``input_ids`` show it.
+        source_ids: token ids of the source: ``(L,)`` or ``(1, L)`` for all rows, or ``(R, L)`` with one source for each
+            row, as a tensor or as lists of any lengths; or ``"prompt"``, the prompt of the run in ``input_ids``.
         extra: a ``TokenMask`` or token ids that are allowed too, such as a comma.
         eos_token_id: the id or ids that end the text, always allowed; ``()`` if nothing may end it.
         exclude: a ``TokenMask`` or token ids of the source that don't count, such as padding.
         copies: how many neighbouring rows of the scores share a row of the source, an integer of at least 1: the
-            number of beams times that of returned sequences. ``"prompt"`` needs no such number.
+            number of beams times the number of returned sequences. ``"prompt"`` doesn't need it.
 
     Raises:
         ValueError: ids that are not integers or are negative; ``copies`` below 1; on a call, ids outside the

@@ -1,8 +1,8 @@
-"""The jobs of NVIDIA's logits-processor-zoo (0.2.1), under its names: per row, without a loop over rows.
+"""NVIDIA's logits-processor-zoo (0.2.1) under its names, for each row and without a loop over rows.
 
-Those that put a phrase into the text must know what happened before: a phrase may begin with a token that the text
-holds anyway, and how sure the model was is not in the text at all. They remember it for each row of a run. Rows may
-change places, become more or fewer, and be cut back; see ``_Memory`` for what is not known then.
+Processors that put a phrase into the text need to know earlier steps. A phrase may begin with a token that is in the
+text anyway, and the text doesn't say how sure the model was. So they keep notes for each row of a run. Rows may change
+places, become more or fewer, and be cut back; ``_Memory`` says what is not known then.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch.nn.functional import pad
 
 from fastlogits.checks import check_rows, finite_number, whole_number
 from fastlogits.plan.position import Index, prompt_of
+from fastlogits.plan.row_values import CallRows, RowValues
 from fastlogits.plan.run import Run
-from fastlogits.plan.stages import Ban, Rows
+from fastlogits.plan.stages import Ban, Bias, ForceRows, History, Repeated, RowBias, Rows, Several
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.token_mask import TokenMask, ids_on
 from fastlogits.token_text import token_texts
@@ -33,17 +34,17 @@ _MOST_STEPS = 2**31
 
 
 class GenLengthLogitsProcessor(StagedProcessor):
-    r"""Make the end of the text likelier, or less likely, the more has been generated.
+    r"""Make the end of the text more or less likely as the text grows.
 
-    Its score is raised by ``boost_factor * (step / 10) ** p`` in rows that haven't generated it yet.
+    In rows that haven't ended, ``boost_factor * (step / 10) ** p`` is added to the score of the end of the text.
 
     Args:
         tokenizer: a tokenizer of transformers.
-        boost_factor: a finite number, sensibly from -1 to 1; a negative one makes for longer texts.
-        p: power of the number of generated tokens, 0 to 32.
-        complete_sentences: whether only rows count whose last token ends a sentence or a line. That is any token
-            whose text ends with a full stop or a line break, such as ``".\n"``; the original knows two tokens.
-        boost_token_str: the text of a token that takes the place of the end of the text, such as ``"</think>"``.
+        boost_factor: a finite number, usually from -1 to 1; a negative one makes texts longer.
+        p: exponent of the number of generated tokens, 0 to 32.
+        complete_sentences: whether only rows count whose last token ends a sentence or a line: any token whose text
+            ends with a full stop or a line break, such as ``".\n"``. The original knows two such tokens.
+        boost_token_str: text of the token that is used instead of the end of the text, such as ``"</think>"``.
 
     Raises:
         ValueError: an argument out of range, text that is not one token, a tokenizer without an end of text; on a
@@ -75,30 +76,29 @@ class GenLengthLogitsProcessor(StagedProcessor):
         self.boost_token = _boosted(tokenizer, boost_token_str)
         self.sentence_ends = _sentence_ends(tokenizer) if complete_sentences else None
 
-    def stage(self) -> Rows:
-        """A bias on one token."""
-        function = partial(_raise_end, self.boost_token, self.boost_factor, self.p, self.sentence_ends)
+    def stage(self) -> RowBias:
+        """A bias of its own for each row, on one token."""
+        function = partial(_boost_of_end, self.boost_token, self.boost_factor, self.p, self.sentence_ends)
         where = " after a sentence" if self.complete_sentences else ""
-        description = f"raise token {self.boost_token}{where} by {self.boost_factor:g} * (step / 10) ** {self.p:g}"
-        return Rows("bias", function, description, positioned=True)
+        boost = RowValues(function, f"{self.boost_factor:g} * (step / 10) ** {self.p:g}{where}")
+        return RowBias((self.boost_token,), boost[0], "boost_token")
 
 
 class CiteFromPromptLogitsProcessor(StagedProcessor):
-    """Make tokens of the prompt likelier, or less likely.
+    """Make tokens of the prompt more or less likely.
 
-    Each row has its own prompt, which is all that ``input_ids`` hold before the run, padding and special tokens
-    included.
+    Each row has its own prompt: all tokens of ``input_ids`` before the run, including padding and special tokens.
 
     Args:
         tokenizer: a tokenizer of transformers.
-        boost_factor: what is added to the scores of the prompt's tokens, a finite number.
-        boost_eos: whether the end of the text is among them.
-        conditional_boost_factor: what is added to the scores of tokens that follow the last generated token somewhere
-            in the prompt, a finite number; not at the first step.
+        boost_factor: added to the scores of the prompt's tokens, a finite number.
+        boost_eos: whether the end of the text counts as a token of the prompt.
+        conditional_boost_factor: added to the scores of tokens that follow the last generated token somewhere in the
+            prompt, a finite number; not at the first step.
 
     Raises:
         ValueError: a factor that is not a finite number, a tokenizer without an end of text; on a call, an end of
-            text outside the vocabulary, or a run whose start isn't known.
+            text outside the vocabulary, ``input_ids`` of other rows than the scores, or a run whose start isn't known.
 
     Example:
         >>> from tokenizers import Tokenizer, models
@@ -124,28 +124,28 @@ class CiteFromPromptLogitsProcessor(StagedProcessor):
         self.conditional_boost_factor = finite_number("conditional_boost_factor", conditional_boost_factor)
         self.eos_token_id = _end_of_text(tokenizer) if boost_eos else None
 
-    def stage(self) -> Rows:
-        """A bias of its own for each row."""
-        function = partial(_cite, self.boost_factor, self.conditional_boost_factor, self.eos_token_id)
-        description = f"add {self.boost_factor:+g} to tokens of the prompt"
+    def stage(self) -> Several:
+        """A bias on the prompt's tokens, and one on those that would go on as the prompt does."""
+        eos = () if self.eos_token_id is None else (self.eos_token_id,)
+        stages = [Bias(History("prompt"), self.boost_factor, argument="eos_token_id", extra=eos, rounds_once=True)]
         if self.conditional_boost_factor:
-            description += f", {self.conditional_boost_factor:+g} to those that follow the last token there"
-        return Rows("bias", function, description, positioned=True)
+            stages.append(Bias(Repeated(2, span="prompt"), self.conditional_boost_factor, rounds_once=True))
+        return Several(tuple(stages))
 
 
 class MultipleChoiceLogitsProcessor(StagedProcessor):
-    r"""Let the model answer with one of some choices: all other tokens are forbidden, at every step.
+    r"""Allow only tokens that answer with one of some choices, at every step.
 
-    The choices keep their scores, so that it takes their probabilities among themselves. The original leaves the
-    other tokens the lowest score of the row instead, with which a sampler may still draw one.
+    The choices keep their scores, and so their probabilities relative to each other. The original gives all other
+    tokens the lowest score of the row, so that a sampler may still take one.
 
     Args:
         tokenizer: a tokenizer of transformers.
         choices: texts of the choices, each of one token; None for ``"1"`` to ``"4"``.
-        delimiter: what follows a choice where the prompt lists them, text of one token.
+        delimiter: text of one token, which follows each choice where the prompt lists them.
         boost_first_words: if not 0, ``boost_first_words`` times the score of the first token after ``"\nA."`` in the
-            prompt is added to the score of the choice ``"A"``, for those choices that the prompt lists in order. Of
-            the tokens with a text, such as that of the choice with and without a space before it, all are found.
+            prompt is added to the score of the choice ``"A"``, for the choices that the prompt lists in order. All
+            tokens with the text of a choice are found there, with and without a space before it.
 
     Raises:
         ValueError: text that is not one token, no choices or equal ones, a factor that is not a finite number; on a
@@ -193,9 +193,9 @@ class MultipleChoiceLogitsProcessor(StagedProcessor):
 
 
 class ForceLastPhraseLogitsProcessor(StagedProcessor):
-    """Put a phrase before the end of the text: where the end would be the likeliest token, the phrase comes first.
+    """Force a phrase before the end of the text, where the end becomes the most likely token.
 
-    Once it is complete the text may end. A forced token gets 0 and all others -inf, where the original leaves the
+    After the phrase the text may end. A forced token gets a score of 0 and all others -inf; the original gives the
     others the lowest score of the row.
 
     Args:
@@ -234,20 +234,20 @@ class ForceLastPhraseLogitsProcessor(StagedProcessor):
 
 
 class TriggerPhraseLogitsProcessor(StagedProcessor):
-    """Put a phrase into the text where a token would be the likeliest, or after some time.
+    """Force a phrase where a certain token becomes the most likely one, or after some time.
 
-    A forced token gets 0 and all others -inf, where the original leaves the others the lowest score of the row.
+    A forced token gets a score of 0 and all others -inf; the original gives the others the lowest score of the row.
 
     Args:
         tokenizer: a tokenizer of transformers.
         batch_size: not used; rows may be of any number.
         phrase: the phrase.
-        trigger_token_phrase: text of the token, which must be one; None for none.
-        trigger_time: seconds from the start of the run, or from the row's last phrase, after which the phrase comes
-            anyhow; None for never. The host's clock is read in each call, so that such a plan can't be captured in a
-            CUDA graph. In the original the phrase of one row starts the clock of all rows again.
-        trigger_count: number of times in a row of the batch, an integer of at least 0.
-        trigger_after: whether the phrase follows the token, rather than taking its place.
+        trigger_token_phrase: text of the one token; None for none.
+        trigger_time: seconds from the start of the run, or from the row's last phrase, after which the phrase is forced
+            anyway; None for never. Each call reads the host's clock, so such a plan can't be captured in a CUDA graph.
+            In the original the phrase of one row restarts the clock of all rows.
+        trigger_count: how often the phrase is forced in a row of the batch at most, an integer of at least 0.
+        trigger_after: whether the phrase follows the token, rather than replacing it.
 
     Raises:
         ValueError: neither token nor time, text that is not one token, an argument out of range; on a call, a token
@@ -302,17 +302,17 @@ class TriggerPhraseLogitsProcessor(StagedProcessor):
 
 
 class PreventHallucinationLogitsProcessor(StagedProcessor):
-    """Put a phrase into the text once the model has been unsure too often.
+    """Force a phrase when the model has been unsure too often.
 
-    It is unsure where its likeliest token has a probability below ``minp``. The first step after the phrase is free,
-    and after it the count starts again. A forced token gets 0 and all others -inf, where the original leaves the
-    others the lowest score of the row.
+    The model is unsure at a step if its most likely token has a probability below ``minp``. The first step after the
+    phrase isn't forced, and the count starts again after it. A forced token gets a score of 0 and all others -inf; the
+    original gives the others the lowest score of the row.
 
     Args:
         tokenizer: a tokenizer of transformers.
         batch_size: not used; rows may be of any number.
         minp: a probability, 0 to 1.
-        tolerate: number of unsure steps that are let pass, consecutive or not, an integer of at least 0.
+        tolerate: number of unsure steps that are tolerated, consecutive or not, an integer of at least 0.
         phrase: the phrase.
 
     Raises:
@@ -353,17 +353,17 @@ class PreventHallucinationLogitsProcessor(StagedProcessor):
 
 
 class MaxTimeLogitsProcessor(StagedProcessor):
-    """Force the end of the text once a run has taken some time, in rows that haven't ended yet.
+    """Force the end of the text after some time, in rows that haven't ended.
 
-    The time runs from the first step of a run, or from the first call of it that is seen. The host's clock is read in
-    each call, so that such a plan can't be captured in a CUDA graph.
+    The time starts at the first step of a run, or at the first call of it. Each call reads the host's clock, so such a
+    plan can't be captured in a CUDA graph.
 
     Args:
         tokenizer: a tokenizer of transformers.
         max_time: seconds, a finite number of at least 0.
         complete_sentences: whether a row goes on until its last token ends a sentence or a line; see
             ``GenLengthLogitsProcessor``.
-        boost_token_str: the text of a token that takes the place of the end of the text, such as ``"</think>"``.
+        boost_token_str: text of the token that is used instead of the end of the text, such as ``"</think>"``.
 
     Raises:
         ValueError: an argument out of range, text that is not one token, a tokenizer without an end of text; on a
@@ -395,75 +395,26 @@ class MaxTimeLogitsProcessor(StagedProcessor):
         self.sentence_ends = _sentence_ends(tokenizer) if complete_sentences else None
         self._memory = _Memory(1)
 
-    def stage(self) -> Rows:
+    def stage(self) -> ForceRows:
         """A forced token in some rows."""
-        function = partial(_force_end, self.boost_token, self.max_time, self.sentence_ends, self._memory)
+        function = partial(_is_late, self.boost_token, self.max_time, self.sentence_ends, self._memory)
         where = " after a sentence" if self.complete_sentences else ""
-        description = f"force token {self.boost_token}{where} after {self.max_time:g} s"
-        return Rows("force", function, description, positioned=True, keeps_notes=True)
+        late = RowValues(function, f"after {self.max_time:g} s{where}", keeps_notes=True)
+        return ForceRows((self.boost_token,), late[0], "boost_token")
 
 
 # -- What the stages do -------------------------------------------------------------------------------------------
 
 
-def _raise_end(
-    token: int,
-    factor: float,
-    p: float,
-    sentence_ends: TokenMask | None,
-    input_ids: torch.Tensor,
-    scores: torch.Tensor,
-    cache_position: Index,
-    prompt_length: Index,
-) -> torch.Tensor:
-    check_rows("GenLengthLogitsProcessor", input_ids, scores)
-    _check_tokens(scores, token)
-    step = cache_position + 1 - prompt_length
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    boost: float | torch.Tensor
+def _boost_of_end(token: int, factor: float, p: float, sentence_ends: TokenMask | None, rows: CallRows) -> torch.Tensor:
+    """What is added to the end of each row ``[B, 1]``."""
+    going = _is_going(token, sentence_ends, rows)
+    step = rows.step
     if isinstance(step, int):
-        boost = factor * max(0, step) ** p / 10**p
+        boost = torch.full((), factor * max(0, step) ** p / 10**p, dtype=torch.float64, device=rows.device)
     else:
-        boost = (factor * step.clamp(min=0).double() ** p / 10**p).to(wide)
-    going = _is_going(token, sentence_ends, input_ids, cache_position, prompt_length)
-    processed = scores.clone()
-    processed[:, token] = torch.where(going, scores[:, token].to(wide) + boost, scores[:, token])
-    return processed
-
-
-def _cite(
-    factor: float,
-    conditional_factor: float,
-    eos: int | None,
-    input_ids: torch.Tensor,
-    scores: torch.Tensor,
-    cache_position: Index,
-    prompt_length: Index,
-) -> torch.Tensor:
-    check_rows("CiteFromPromptLogitsProcessor", input_ids, scores)
-    prompt = prompt_of(input_ids, prompt_length)
-    cited = prompt
-    if eos is not None:
-        _check_tokens(scores, eos)
-        cited = pad(cited, (0, 1), value=eos)
-    processed = _add_once(scores, cited, factor)
-    if not conditional_factor:
-        return processed
-    last = _last(input_ids, cache_position).unsqueeze(1)
-    step = _column(cache_position) + 1 - _column(prompt_length)
-    follows = (prompt[:, :-1] == last) & (step > 0)
-    return _add_once(processed, prompt[:, 1:].where(follows, -1), conditional_factor)
-
-
-def _add_once(scores: torch.Tensor, tokens: torch.Tensor, value: float) -> torch.Tensor:
-    """Scores with a value added to those of some tokens of each row, int ``[B, N]``, once however often they occur."""
-    inside = (tokens >= 0) & (tokens < scores.shape[1])
-    tokens = tokens.where(inside, 0).long()
-    current = scores.gather(1, tokens)
-    # What isn't in the vocabulary writes a score that is there already: it is never the further of the two.
-    moved = (current.to(torch.promote_types(scores.dtype, torch.float32)) + value).to(scores.dtype)
-    moved = moved.where(inside, current)
-    return scores.scatter_reduce(1, tokens, moved, "amax" if value > 0 else "amin")
+        boost = factor * step.clamp(min=0).double() ** p / 10**p
+    return boost.where(going, -0.0)
 
 
 def _choose(
@@ -514,7 +465,7 @@ def _force_last(
 ) -> torch.Tensor:
     check_rows("ForceLastPhraseLogitsProcessor", input_ids, scores)
     _check_tokens(scores, eos, *phrase)
-    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(CallRows.of(input_ids, scores, cache_position, prompt_length, run))
     said = recalled.state[:, 0]
     due = torch.where(said == 0, scores.argmax(1) == eos, said < len(phrase))
     recalled.note(said + due)
@@ -543,7 +494,7 @@ def _force_triggered(
 ) -> torch.Tensor:
     check_rows("TriggerPhraseLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *phrase)
-    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(CallRows.of(input_ids, scores, cache_position, prompt_length, run))
     # The phrase begins at the next step at the latest where ``said`` is 1; then it is one more than is said of it.
     said, times, started = recalled.state.unbind(1)
     fires = torch.zeros_like(said, dtype=torch.bool)
@@ -551,7 +502,7 @@ def _force_triggered(
         fires |= scores.argmax(1) == trigger.token
     now = 0
     if trigger.time is not None:
-        now = _now(scores)
+        now = _now(scores.device)
         started = started.where(started > 0, now)
         fires |= now - started > trigger.time * 1e6
     fires &= (said == 0) & (times < trigger.count)
@@ -577,7 +528,7 @@ def _force_unsure(
 ) -> torch.Tensor:
     check_rows("PreventHallucinationLogitsProcessor", input_ids, scores)
     _check_tokens(scores, *phrase)
-    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
+    recalled = memory.of(CallRows.of(input_ids, scores, cache_position, prompt_length, run))
     said, unsure = recalled.state.unbind(1)
     likeliest = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).amax(-1)
     unsure = unsure + (likeliest < minp)
@@ -587,26 +538,16 @@ def _force_unsure(
     return _forced(scores, due, phrase, said)
 
 
-def _force_end(
-    token: int,
-    max_time: float,
-    sentence_ends: TokenMask | None,
-    memory: _Memory,
-    input_ids: torch.Tensor,
-    scores: torch.Tensor,
-    cache_position: Index,
-    prompt_length: Index,
-    run: Run,
+def _is_late(
+    token: int, max_time: float, sentence_ends: TokenMask | None, memory: _Memory, rows: CallRows
 ) -> torch.Tensor:
-    check_rows("MaxTimeLogitsProcessor", input_ids, scores)
-    _check_tokens(scores, token)
-    recalled = memory.of(run, input_ids, scores, cache_position, prompt_length)
-    now = _now(scores)
+    """Which rows ``[B, 1]`` have had their time, and haven't ended."""
+    recalled = memory.of(rows)
+    now = _now(rows.device)
     started = recalled.state[:, 0]
     started = started.where(started > 0, now)
     recalled.note(started)
-    due = (now - started > max_time * 1e6) & _is_going(token, sentence_ends, input_ids, cache_position, prompt_length)
-    return _forced(scores, due, (token,), torch.zeros_like(started))
+    return (now - started > max_time * 1e6).unsqueeze(1) & _is_going(token, sentence_ends, rows)
 
 
 def _forced(scores: torch.Tensor, due: torch.Tensor, phrase: tuple[int, ...], said: torch.Tensor) -> torch.Tensor:
@@ -645,23 +586,22 @@ class _Notes(NamedTuple):
 
 
 class _Memory:
-    """A few integers for each row of a run, carried from step to step.
+    """A few integers for each row of a run, which are kept from step to step.
 
-    A call finds what was noted one step earlier in the same place of the batch, if the text there was the row's own:
-    all its tokens but the last, compared by a hash. If it was not, rows have changed places, and the nearest place
-    with the row's text is taken. So rows with equal texts keep what is theirs, rows may move, and become more or
-    fewer, and a text that is cut back and goes on otherwise finds what held there. At the first step of a run, and
-    for a text that wasn't seen one step earlier, all is 0. Nothing waits for the device, and a captured graph notes as
-    it runs.
+    A call reads the notes of one step earlier in the same place of the batch, if the text there was the row's own: all
+    its tokens but the last, compared by a hash. If not, rows have changed places, and the nearest place with the row's
+    text is taken. So rows with equal texts keep their own notes, rows may move and become more or fewer, and a text
+    that is cut back finds the notes of its length. At the first step of a run, and for a text that wasn't there one
+    step earlier, all integers are 0. The host never waits for the device, and a captured graph keeps notes too.
 
-    Of rows with equal texts nobody can tell which is which once they change places, or one of them goes: what was
-    noted in a place then stays there.
+    If rows with equal texts change places, or one of them ends, nobody can tell them apart: the notes stay in their
+    places.
 
-    Each run has its own notes, of its last 64 steps. A list that is called with ``prompt_length`` makes a run of each
-    call: these go on with the notes of the last such call in their thread.
+    Each run has its own notes, of its last 64 steps. A list that is called with ``prompt_length`` makes a run for each
+    call: such a call takes the notes of the last one in its thread.
 
-    A processor has one for its life, not one for each of its plans: an attribute that is set in the middle of a run, or
-    a copy made there, forgets nothing.
+    A processor has one memory, not one for each of its plans. So an attribute that is set during a run, or a copy that
+    is made then, forgets nothing.
 
     Args:
         width: how many integers.
@@ -675,15 +615,12 @@ class _Memory:
         self._captured: list[_Notes] = []
         """What captured graphs read and write, which must outlive its run."""
 
-    def of(
-        self, run: Run, input_ids: torch.Tensor, scores: torch.Tensor, cache_position: Index, prompt_length: Index
-    ) -> _Recalled:
-        """What is known of the rows of a call."""
+    def of(self, rows: CallRows) -> _Recalled:
+        """What is known of the rows of a call, which has a run."""
+        input_ids, device = rows.input_ids, rows.device
         B, L = input_ids.shape
-        device = scores.device
-        notes = self._notes(run, scores)
-        length = _column(cache_position) + 1
-        step = length - _column(prompt_length)
+        notes = self._notes(rows)
+        length, step = rows.length, rows.step
         if isinstance(step, int):
             step = torch.full((1, 1), step, device=device)
         step = step.flatten()
@@ -703,11 +640,12 @@ class _Memory:
         state = notes.values[slot, best % N].where(known.unsqueeze(1), 0)
         return _Recalled(state, notes, step % self._STEPS, text)
 
-    def _notes(self, run: Run, scores: torch.Tensor) -> _Notes:
-        """The notes of a run, with room for the rows of some scores."""
-        B = scores.shape[0]
+    def _notes(self, rows: CallRows) -> _Notes:
+        """The notes of a run, with room for the rows of a call."""
+        B, device, run = rows.B, rows.device, rows.run
+        assert run is not None
         # A draft model of another vocabulary writes other texts.
-        key = (scores.device, scores.shape[1])
+        key = (device, rows.V)
         kept = run.kept_for(self)
         notes: _Notes | None = kept.get(key)
         if notes is None:
@@ -716,15 +654,12 @@ class _Memory:
             notes = last if owner is None or owner() is None else None
         room = max(64, 1 << (B - 1).bit_length())
         if notes is None or notes.texts.shape[1] < room:
-            if is_capturing(scores.device):
+            if is_capturing(device):
                 raise RuntimeError("call the plan once, in this thread, before it is captured in a CUDA graph")
-            if notes is None:
-                notes = _Notes.empty(self._STEPS, room, self._width, scores.device)
-            else:
-                notes = notes.of_more(room)
+            notes = _Notes.empty(self._STEPS, room, self._width, device) if notes is None else notes.of_more(room)
         kept[key] = notes
         self._lasting[key] = ref(run), notes
-        if is_capturing(scores.device):
+        if is_capturing(device):
             hold(self._captured, notes)
         return notes
 
@@ -781,34 +716,17 @@ def _weights(column: torch.Tensor) -> torch.Tensor:
     return (x ^ (x >> 31)) | 1
 
 
-def _now(scores: torch.Tensor) -> int:
+def _now(device: torch.device) -> int:
     """The host's clock in microseconds, above 0."""
-    if is_capturing(scores.device):
+    if is_capturing(device):
         raise RuntimeError("a processor that reads the clock can't be captured in a CUDA graph: it would stand still")
     return int(monotonic() * 1e6) + 1
 
 
-def _column(index: Index) -> Index:
-    return index if isinstance(index, int) else index.reshape(-1, 1)
-
-
-def _last(input_ids: torch.Tensor, cache_position: Index) -> torch.Tensor:
-    """The last token of each row ``[B]``, -1 where there is none."""
-    if isinstance(cache_position, int):
-        end = min(cache_position + 1, input_ids.shape[1])
-        return input_ids[:, end - 1] if end > 0 else input_ids.new_full((input_ids.shape[0],), -1)
-    at = cache_position.reshape(-1, 1).clamp(max=input_ids.shape[1] - 1).expand(input_ids.shape[0], 1) + 1
-    return pad(input_ids, (1, 0), value=-1).gather(1, at.long()).squeeze(1)
-
-
-def _is_going(
-    token: int, sentence_ends: TokenMask | None, input_ids: torch.Tensor, cache_position: Index, prompt_length: Index
-) -> torch.Tensor:
-    """Rows ``[B]`` that haven't generated a token, and whose last one ends a sentence, if that is asked for."""
-    column = torch.arange(input_ids.shape[1], device=input_ids.device)
-    generated = (column >= _column(prompt_length)) & (column <= _column(cache_position))
-    going = ~((input_ids == token) & generated).any(1)
-    return going if sentence_ends is None else going & _are_in(sentence_ends, _last(input_ids, cache_position))
+def _is_going(token: int, sentence_ends: TokenMask | None, rows: CallRows) -> torch.Tensor:
+    """Rows ``[B, 1]`` that haven't generated a token, and whose last one ends a sentence, if that is asked for."""
+    going = ~((rows.input_ids == token) & rows.generated()).any(1, keepdim=True)
+    return going if sentence_ends is None else going & _are_in(sentence_ends, rows.last())
 
 
 def _are_in(mask: TokenMask, ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Processors that make tokens likelier or less likely because they have occurred."""
+"""Processors that make tokens more or less likely because they have occurred."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fastlogits.processors.base import StagedProcessor
 class RepetitionPenaltyLogitsProcessor(StagedProcessor, theirs.RepetitionPenaltyLogitsProcessor):
     """Penalise tokens that the sequence, prompt included, already holds.
 
-    Their scores are divided by the penalty where positive, multiplied by it where negative (arXiv 1909.05858).
+    Positive scores are divided by the penalty, negative scores are multiplied by it (arXiv 1909.05858).
 
     Args:
-        penalty: a float above 0; above 1 it discourages, below 1 it rewards repetition.
-        prompt_ignore_length: number of leading tokens that don't count, an integer or, with left padding, an integer
-            tensor ``(B,)``.
+        penalty: a float above 0; a penalty above 1 discourages repetition, one below 1 rewards it.
+        prompt_ignore_length: number of leading tokens that don't count: an integer, or an integer tensor ``(B,)`` for
+            prompts with padding on the left.
 
     Raises:
-        ValueError: a penalty that is not a float above 0; a negative length, or a tensor of other than one dimension;
-            on a call, a tensor of another batch size.
+        ValueError: a penalty that is not a float above 0; a negative length, or a tensor that doesn't have one
+            dimension; on a call, a tensor of another batch size.
 
     Example:
         >>> import torch
@@ -39,8 +39,8 @@ class EncoderRepetitionPenaltyLogitsProcessor(StagedProcessor, theirs.EncoderRep
     """Reward tokens of the encoder's input, against hallucination: the inverse of the repetition penalty.
 
     Args:
-        penalty: a float above 0; above 1 it rewards the tokens of the input.
-        encoder_input_ids: integer ``(R, L)``; beams and returned sequences of one input are neighbours.
+        penalty: a float above 0; a penalty above 1 rewards the tokens of the input.
+        encoder_input_ids: integer ``(R, L)``; beams and returned sequences of one input are neighbouring rows.
 
     Raises:
         ValueError: a penalty that is not a float above 0.
@@ -67,9 +67,9 @@ class _OutputPenalty(StagedProcessor):
 
 
 class PresencePenaltyLogitsProcessor(_OutputPenalty):
-    """Subtract a penalty from the scores of tokens that this run has generated, however often.
+    """Subtract a penalty once from the score of each token that this run has generated.
 
-    The definition is OpenAI's: the prompt doesn't count. The run's start is found as for every first-step processor.
+    OpenAI's definition: the prompt doesn't count. Where the run starts must be known; see ``for_run``.
 
     Args:
         penalty: a finite number, in OpenAI's interface from -2 to 2; positive values discourage repetition.
@@ -90,9 +90,9 @@ class PresencePenaltyLogitsProcessor(_OutputPenalty):
 
 
 class FrequencyPenaltyLogitsProcessor(_OutputPenalty):
-    """Subtract a penalty from the score of a token once for every time that this run has generated it.
+    """Subtract a penalty from the score of a token for every time that this run has generated it.
 
-    The definition is OpenAI's: the prompt doesn't count. The run's start is found as for every first-step processor.
+    OpenAI's definition: the prompt doesn't count. Where the run starts must be known; see ``for_run``.
 
     Args:
         penalty: a finite number, in OpenAI's interface from -2 to 2; positive values discourage repetition.

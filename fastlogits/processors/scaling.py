@@ -1,4 +1,4 @@
-"""Processors that map every logit alike: temperature, the removal of infinities, normalisation."""
+"""Processors that treat all logits alike: temperature, the removal of infinities, normalisation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastlogits.processors.base import StagedProcessor
 
 
 class TemperatureLogitsWarper(StagedProcessor, theirs.TemperatureLogitsWarper):
-    """Divide the scores by a temperature: below 1 the likely tokens become likelier, above 1 less so.
+    """Divide the scores by a temperature: below 1 likely tokens become more likely, above 1 less likely.
 
     Args:
-        temperature: a float above 0. A lower one than 1e-30 counts as that: the largest logit has all the probability,
-            where transformers' quotients overflow and its draw fails.
+        temperature: a float above 0. One below 1e-30 counts as 1e-30: the largest logit then has all the probability.
+            In transformers such quotients overflow, and sampling fails.
 
     Raises:
         ValueError: not a float, or not above 0.
@@ -32,7 +32,7 @@ class TemperatureLogitsWarper(StagedProcessor, theirs.TemperatureLogitsWarper):
 
 
 class InfNanRemoveLogitsProcessor(StagedProcessor, theirs.InfNanRemoveLogitsProcessor):
-    """Write 0 for NaN and the largest finite values for the infinities, so that a broken model can't stop a run.
+    """Replace NaN by 0 and infinities by the largest finite values, so that a broken model can't stop a run.
 
     Example:
         >>> InfNanRemoveLogitsProcessor()(None, torch.tensor([[float("nan"), 1.0]]))
@@ -45,7 +45,7 @@ class InfNanRemoveLogitsProcessor(StagedProcessor, theirs.InfNanRemoveLogitsProc
 
 
 class LogitNormalization(StagedProcessor, theirs.LogitNormalization):
-    """Turn scores into log-probabilities, as beam search expects them.
+    """Turn scores into log-probabilities, which beam search expects.
 
     Example:
         >>> LogitNormalization()(None, torch.zeros(1, 4)).exp()

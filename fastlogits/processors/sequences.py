@@ -1,4 +1,4 @@
-"""Processors that look at the last tokens and forbid, or bias, what may follow them."""
+"""Processors that read the last tokens, and forbid or bias what may follow them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastlogits.token_mask import checked_ids
 
 
 class NoRepeatNGramLogitsProcessor(StagedProcessor, theirs.NoRepeatNGramLogitsProcessor):
-    """Forbid tokens that would complete an n-gram which the sequence, prompt included, already holds.
+    """Forbid tokens that would complete an n-gram that the sequence, prompt included, already holds.
 
     Args:
         ngram_size: tokens of an n-gram, at least 1.
@@ -36,11 +36,11 @@ class NoRepeatNGramLogitsProcessor(StagedProcessor, theirs.NoRepeatNGramLogitsPr
 
 
 class EncoderNoRepeatNGramLogitsProcessor(StagedProcessor, theirs.EncoderNoRepeatNGramLogitsProcessor):
-    """Forbid tokens that would complete an n-gram which the encoder's input holds.
+    """Forbid tokens that would complete an n-gram of the encoder's input.
 
     Args:
         encoder_ngram_size: tokens of an n-gram, at least 1.
-        encoder_input_ids: integer ``(L,)`` or ``(R, L)``; beams of one input are neighbours.
+        encoder_input_ids: integer ``(L,)`` or ``(R, L)``; beams of one input are neighbouring rows.
 
     Raises:
         ValueError: a size that is not an integer of at least 1.
@@ -100,14 +100,14 @@ class _NGrams(Sequence[Any]):
 
 
 class SequenceBiasLogitsProcessor(StagedProcessor, theirs.SequenceBiasLogitsProcessor):
-    """Add a bias to the last token of each given sequence when the tokens before it have just been generated.
+    """Add a bias to the last token of a sequence if the tokens before it end the text so far.
 
     Args:
         sequence_bias: a dictionary from tuples of token ids to floats, or a list of ``[[ids], float]``. A sequence of
-            one token is always biased.
+            one token always counts.
 
     Raises:
-        ValueError: no sequences, or of another form; on a call, token ids outside the vocabulary.
+        ValueError: no sequences, or sequences of another form; on a call, token ids outside the vocabulary.
 
     Example:
         >>> processor = SequenceBiasLogitsProcessor({(1, 2): -5.0, (0,): 1.0})
@@ -129,14 +129,14 @@ _IN_ORDER = int(transformers.__version__.partition(".")[0]) < 5
 
 
 class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor, theirs.NoBadWordsLogitsProcessor):
-    """Forbid words: the last token of each, when the tokens before it have just been generated.
+    """Forbid words: the last token of a word if the tokens before it end the text so far.
 
     Args:
         bad_words_ids: a list of lists of token ids.
         eos_token_id: the id or ids that end the text, which are never forbidden; a list, an integer or a tensor.
 
     Raises:
-        ValueError: no words, or of another form; on a call, token ids outside the vocabulary.
+        ValueError: no words, or words of another form; on a call, token ids outside the vocabulary.
 
     Example:
         >>> NoBadWordsLogitsProcessor([[1, 2], [0]])(torch.tensor([[3, 1]]), torch.zeros(1, 4))
@@ -145,11 +145,11 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor, theirs.NoBadWordsLo
 
 
 class LogitBiasLogitsProcessor(StagedProcessor):
-    """Add a bias to the scores of some tokens: ``logit_bias`` as serving engines have it.
+    """Add a bias to the scores of some tokens: ``logit_bias`` of serving engines.
 
     Args:
-        logit_bias: a mapping from token ids to numbers; -inf forbids a token. OpenAI's interface has -100 to 100, and
-            string keys, which are taken too.
+        logit_bias: a mapping from token ids to numbers; -inf forbids a token. Keys may be strings, as in OpenAI's
+            interface, where the numbers are from -100 to 100.
 
     Raises:
         ValueError: ids that are not integers or are negative, values that are not numbers; on a call, ids outside the

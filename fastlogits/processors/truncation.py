@@ -1,9 +1,9 @@
-"""Processors that leave only likely tokens: transformers' warpers and two of our own.
+"""Processors that keep only likely tokens: transformers' warpers and some of our own.
 
-The parameter that a warper is named for is a number, or a tensor ``(B,)`` on the device of the scores with a value for
-each row: float32, or int32 or int64 for ``top_k``. The tensor is read at each call, so that what is written into it
-counts from then on. Each docstring says which value turns the warper off in a row; one out of range, or NaN, is refused
-where the tensor is on the CPU, and leaves its row as it is elsewhere.
+The main parameter of a warper is a number, or a tensor ``(B,)`` on the device of the scores with a value for each row:
+float32, or int32 or int64 for ``top_k``. The tensor is read at each call, so new contents take effect at once. Each
+docstring says which value turns the warper off in a row. A value out of range, or NaN, is refused if the tensor is on
+the CPU; on a GPU it leaves its row unchanged.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastlogits.token_mask import checked_ids, ids_on
 
 
 class TopKLogitsWarper(StagedProcessor, theirs.TopKLogitsWarper):
-    """Keep the ``top_k`` most likely tokens and all that tie with the last of them.
+    """Keep the ``top_k`` most likely tokens, and all that tie with the last of them.
 
     Args:
         top_k: an integer of at least 1, or integers ``(B,)``; V or more turns it off in a row.
         filter_value: written over the scores of all other tokens.
-        min_tokens_to_keep: takes the place of a smaller ``top_k``; a tensor is then copied, and not read again.
+        min_tokens_to_keep: replaces a smaller ``top_k``; a tensor is then copied, and not read again.
 
     Raises:
         ValueError: ``top_k`` is not an integer or is below 1.
@@ -56,12 +56,12 @@ class TopKLogitsWarper(StagedProcessor, theirs.TopKLogitsWarper):
 class TopPLogitsWarper(StagedProcessor, theirs.TopPLogitsWarper):
     """Keep the nucleus: the fewest most likely tokens whose probabilities add up to ``top_p`` (arXiv 1904.09751).
 
-    Of tokens that tie at its edge as many stay as it takes, those with the largest ids.
+    If tokens tie at the cut-off, only as many are kept as are needed, those with the largest ids.
 
     Args:
         top_p: a probability, 0 to 1, or float32 ``(B,)``; there 1 turns it off in a row.
         filter_value: written over the scores of all other tokens.
-        min_tokens_to_keep: at least so many tokens stay.
+        min_tokens_to_keep: how many tokens are kept at least.
 
     Raises:
         ValueError: an argument out of range.
@@ -90,8 +90,8 @@ if hasattr(theirs, "TopHLogitsWarper"):  # from transformers 5 on
         """Keep the most likely tokens that make up a share of the entropy of the first 100 (arXiv 2509.02510).
 
         Args:
-            top_h: the share, above 0 and at most 1, or float32 ``(B,)``; there 1 turns it off in a row, where as
-                a number it still drops all but the first 100.
+            top_h: the share, above 0 and at most 1, or float32 ``(B,)``; there 1 turns it off in a row. The number 1
+                still drops all but the first 100.
             filter_value: written over the scores of all other tokens.
 
         Raises:
@@ -116,12 +116,12 @@ if hasattr(theirs, "TopHLogitsWarper"):  # from transformers 5 on
 
 
 class MinPLogitsWarper(StagedProcessor, theirs.MinPLogitsWarper):
-    """Keep tokens that are at least ``min_p`` times as likely as the likeliest (arXiv 2407.01082).
+    """Keep tokens that are at least ``min_p`` times as likely as the most likely one (arXiv 2407.01082).
 
     Args:
         min_p: the ratio, 0 to 1, or float32 ``(B,)``; there 0 turns it off in a row.
         filter_value: written over the scores of all other tokens.
-        min_tokens_to_keep: at least so many tokens stay.
+        min_tokens_to_keep: how many tokens are kept at least.
 
     Raises:
         ValueError: an argument out of range.
@@ -150,7 +150,7 @@ class TypicalLogitsWarper(StagedProcessor, theirs.TypicalLogitsWarper):
     Args:
         mass: a probability, between 0 and 1, or float32 ``(B,)``; there 1 turns it off in a row.
         filter_value: written over the scores of all other tokens.
-        min_tokens_to_keep: at least so many tokens stay.
+        min_tokens_to_keep: how many tokens are kept at least.
 
     Raises:
         ValueError: an argument out of range.
@@ -174,12 +174,12 @@ class TypicalLogitsWarper(StagedProcessor, theirs.TypicalLogitsWarper):
 
 
 class EpsilonLogitsWarper(StagedProcessor, theirs.EpsilonLogitsWarper):
-    """Keep tokens of at least a probability (arXiv 2210.15191).
+    """Keep tokens whose probability is at least ``epsilon`` (arXiv 2210.15191).
 
     Args:
         epsilon: the probability, between 0 and 1, or float32 ``(B,)``; there 0 turns it off in a row.
         filter_value: written over the scores of all other tokens.
-        min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
+        min_tokens_to_keep: how many tokens are kept at least, with all that tie with the last of them.
 
     Raises:
         ValueError: an argument out of range.
@@ -203,14 +203,14 @@ class EpsilonLogitsWarper(StagedProcessor, theirs.EpsilonLogitsWarper):
 
 
 class EtaLogitsWarper(StagedProcessor, theirs.EtaLogitsWarper):
-    """Keep tokens of at least a probability, which is lower in rows of high entropy (arXiv 2210.15191).
+    """Keep tokens whose probability is at least a cut-off, which is lower in rows of high entropy (arXiv 2210.15191).
 
     Args:
-        epsilon: the probability, between 0 and 1, or float32 ``(B,)``; there 0 turns it off in a row. Where
-            ``sqrt(epsilon) * exp(-entropy)`` is less, that counts.
+        epsilon: a probability, between 0 and 1, or float32 ``(B,)``; there 0 turns it off in a row. The cut-off is the
+            smaller one of ``epsilon`` and ``sqrt(epsilon) * exp(-entropy)``.
         filter_value: written over the scores of all other tokens.
-        min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
-        device: where transformers' attribute ``epsilon`` is kept, if a number.
+        min_tokens_to_keep: how many tokens are kept at least, with all that tie with the last of them.
+        device: device of transformers' attribute ``epsilon``, if that is a number.
 
     Raises:
         ValueError: an argument out of range.
@@ -242,13 +242,13 @@ class EtaLogitsWarper(StagedProcessor, theirs.EtaLogitsWarper):
 class TopNSigmaLogitsWarper(StagedProcessor):
     """Keep tokens whose logits are at most ``top_n_sigma`` standard deviations below the largest (arXiv 2411.07641).
 
-    The deviation is that of the row's finite logits, with N - 1 as in the paper's code. What is kept doesn't depend
-    on a temperature applied before.
+    The standard deviation is that of the row's finite logits, divided by N - 1 as in the paper's code. A temperature
+    that is applied before doesn't change which tokens are kept.
 
     Args:
         top_n_sigma: a finite number above 0, or float32 ``(B,)``; there inf turns it off in a row. The paper takes 1.
         filter_value: written over the scores of all other tokens.
-        min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
+        min_tokens_to_keep: how many tokens are kept at least, with all that tie with the last of them.
 
     Raises:
         ValueError: an argument out of range.
@@ -276,13 +276,13 @@ class TopNSigmaLogitsWarper(StagedProcessor):
 class TopALogitsWarper(StagedProcessor):
     """Keep tokens of at least ``top_a`` times the square of the largest probability.
 
-    A model that is sure leaves few tokens, one that is not leaves many. Source: BlinkDL, RWKV-LM, 2022, as in
+    Few tokens are kept where the model is sure, many where it is not. Source: BlinkDL, RWKV-LM, 2022, as in
     text-generation-webui and KoboldAI.
 
     Args:
         top_a: the factor, above 0 and at most 1, or float32 ``(B,)``; there 0 turns it off in a row.
         filter_value: written over the scores of all other tokens.
-        min_tokens_to_keep: at least so many tokens stay, and all that tie with the last of them.
+        min_tokens_to_keep: how many tokens are kept at least, with all that tie with the last of them.
 
     Raises:
         ValueError: an argument out of range.
@@ -308,18 +308,17 @@ class TopALogitsWarper(StagedProcessor):
 
 
 class XTCLogitsProcessor(StagedProcessor):
-    """Exclude top choices: now and then, remove all tokens of at least a probability but the least likely of them.
+    """Exclude top choices: at random steps, remove the likely tokens except the least likely of them.
 
-    Each row decides at each step, by a random number from its device. Nothing happens where fewer than two tokens are
-    that likely, or where one of the removed would be a special token, so that a text can still end. Source:
-    text-generation-webui, pull request 6335.
+    A token is likely if its probability is at least ``threshold``. A random number decides for each row and step.
+    Nothing is removed if fewer than two tokens are likely, or if one of those to be removed is a special token: the
+    text can still end. Source: text-generation-webui, pull request 6335.
 
     Args:
-        threshold: the probability, above 0 and at most 1; above 0.5 nothing is ever removed.
-        probability: how often it happens, 0 to 1.
-        special_token_ids: ids of tokens that must not be removed, such as those of the end of the text and of a new
-            line.
-        generator: where the random numbers come from, on the device of the scores; None for torch's own.
+        threshold: a probability, above 0 and at most 1; above 0.5 nothing is ever removed.
+        probability: in which share of the steps tokens are removed, 0 to 1.
+        special_token_ids: ids of tokens that must not be removed, such as the end of the text and a new line.
+        generator: source of the random numbers, on the device of the scores; None for torch's own.
         filter_value: written over the scores of removed tokens.
 
     Raises:

@@ -58,21 +58,21 @@ _CANDIDATES = 40
 class WatermarkLogitsProcessor(StagedProcessor, _Watermark):
     """Add a bias to a pseudo-random "green" part of the vocabulary, drawn anew for each context.
 
-    The green list is what ``torch.randperm`` draws on the device of ``input_ids`` for a seed that the host sets, token
-    for token that of transformers. So this class waits for the device once a step, for the seeds of all rows together
-    (a second time where a tie decides on the 40 best), and can't be captured in a CUDA graph. Green lists drawn lately
-    are kept, in about 64 MiB at most: a context that comes again costs no draw.
+    ``torch.randperm`` draws the green list on the device of ``input_ids``, from a seed that the host sets. It is the
+    list of transformers, token for token. So the host waits for the device once a step, for the seeds of all rows, and
+    a second time if a tie decides which candidates are the 40 best. Such a plan can't be captured in a CUDA graph. The
+    latest green lists are kept, in at most about 64 MiB: a context that comes again needs no new one.
 
     Args:
-        vocab_size: tokens of the vocabulary that the list is drawn from, at most that of the scores.
+        vocab_size: number of tokens from which the list is drawn, at most the vocabulary of the scores.
         device: device of ``input_ids`` and scores.
-        greenlist_ratio: part of the vocabulary that is green, above 0 and below 1.
+        greenlist_ratio: share of the vocabulary that is green, above 0 and below 1.
         bias: what is added to the scores of green tokens.
         hashing_key: the key of the watermark.
-        seeding_scheme: ``"lefthash"``: the seed comes from the last token; ``"selfhash"``: from ``context_width``
-            tokens up to the candidate itself, and only the 40 best candidates of a row can be green. A row of no
-            green candidate stays as it is; transformers fails there.
-        context_width: tokens that the seed depends on; a shorter sequence is left as it is, with a warning.
+        seeding_scheme: ``"lefthash"`` takes the seed from the last token; ``"selfhash"`` from ``context_width`` tokens
+            up to the candidate itself, and only the 40 best candidates of a row can be green. A row without a green
+            candidate doesn't change; transformers fails there.
+        context_width: number of tokens that the seed depends on; a shorter sequence gets no watermark, with a warning.
 
     Raises:
         ValueError: ``seeding_scheme`` is neither of the two, or ``greenlist_ratio`` is out of range.
@@ -217,29 +217,29 @@ def _wrapped(value: int) -> int:
 
 
 class SynthIDTextWatermarkLogitsProcessor(StagedProcessor, _SynthIDTextWatermark):
-    """Let tokens of pseudo-random bit 1 win a tournament of several depths, which leaves their average chance as it is.
+    """Let tokens with a pseudo-random bit of 1 win a tournament of several rounds, which keeps the mean distribution.
 
-    The bits are those of transformers; probabilities are the same bit for bit on the CPU, and within float32 rounding
-    of sums on CUDA: about 1e-6 of the row's whole probability. Bits are looked up where they are needed, never stored.
-    The output are logarithms of probabilities, the lowest finite value where one is zero.
+    The bits are those of transformers. Probabilities are the same bit for bit on the CPU, and within float32 rounding
+    of sums on CUDA: about 1e-6 of the row's whole probability. The result are logarithms of probabilities, and the
+    lowest finite value where a probability is zero.
 
-    The context is carried from call to call in ``state``, from the first call on, as in transformers: one object for
-    one run, and no reordering of rows. Its tensors are updated in place, so that a captured graph carries them on;
-    ``skip_first_ngram_calls`` counts calls on the host, which a graph doesn't.
+    ``state`` holds the context from call to call, as in transformers: use one object for one run, and don't reorder
+    rows. Its tensors are updated in place, so that a captured graph goes on. ``skip_first_ngram_calls`` counts calls on
+    the host; a graph doesn't.
 
     Args:
-        ngram_len: tokens that a hash depends on, the candidate among them.
+        ngram_len: number of tokens that a hash depends on, candidate included.
         keys: a key for each depth.
         sampling_table_size: size of the table of bits; a power of two is several times faster.
         sampling_table_seed: seed of the table.
-        context_history_size: contexts of a row that are remembered; one that comes again gets no watermark.
+        context_history_size: how many contexts of a row are kept; a context that comes again gets no watermark.
         device: device of ``input_ids`` and scores.
         skip_first_ngram_calls: whether the first ``ngram_len - 1`` calls change nothing.
         debug_mode: whether all scores are taken as 1.
 
     Raises:
         ValueError: on a call, ``input_ids`` that are not two-dimensional, or of other rows than the scores.
-        RuntimeError: on a call, scores of other rows than those of the calls before.
+        RuntimeError: on a call, scores that have another number of rows than in the calls before.
 
     Source: Dathathri et al., Scalable watermarking for identifying large language model outputs, Nature 634, 2024.
 

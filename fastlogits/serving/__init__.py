@@ -1,4 +1,4 @@
 """A serving step: a batch in which each request has its own parameters."""
 
 from fastlogits.serving.batch import BatchProcessor as BatchProcessor
-from fastlogits.serving.batch import RequestParams as RequestParams
+from fastlogits.serving.params import RequestParams as RequestParams

@@ -20,7 +20,20 @@ from fastlogits.plan.barrier import Barrier
 from fastlogits.plan.part import Part
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
-from fastlogits.plan.stages import AllowFrom, Given, History, Member, Opaque, Repeated, Rows, Stage, Truncate
+from fastlogits.plan.stages import (
+    AllowFrom,
+    Given,
+    History,
+    Member,
+    Mix,
+    Observe,
+    Opaque,
+    Repeated,
+    Rows,
+    Stage,
+    Truncate,
+    values_of,
+)
 from fastlogits.processors.base import LogitsProcessorList, RunProcessor, StagedProcessor, as_theirs, their_class
 
 __all__ = ["accelerate", "restore"]
@@ -171,7 +184,8 @@ def _is_of_a_row(stage: Stage) -> bool:
     """Whether a stage has something that belongs to a row of the run, or reads other rows."""
     if isinstance(stage, Rows):
         return stage.needs_history or stage.law == "mix"
-    return isinstance(stage, AllowFrom) or has_row_values(stage)
+    carries = any(value.of.keeps_notes for value in values_of(stage))
+    return isinstance(stage, (AllowFrom, Mix, Observe)) or carries or has_row_values(stage)
 
 
 def has_row_values(stage: Stage) -> bool:

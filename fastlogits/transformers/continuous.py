@@ -27,12 +27,14 @@ from fastlogits.plan.stages import (
     Force,
     History,
     Member,
+    Mix,
     Repeated,
     Rows,
     SequenceBias,
     Stage,
     Truncate,
     When,
+    values_of,
 )
 from fastlogits.processors.base import member_of
 from fastlogits.processors.length import ids_of
@@ -180,7 +182,7 @@ class RequestProcessors:
         elif isinstance(processor, theirs.SuppressTokensAtBeginLogitsProcessor):
             at_first = When("step", stop=1)
             group.append(Member(member.name, Ban(ids_of(processor.begin_suppress_tokens), at_first, lenient=True)))
-        elif isinstance(stage, FOLDED) or (isinstance(stage, Rows) and not stage.needs_history):
+        elif _joins(stage):
             group.append(member._replace(original=None))
         elif not self._keeps(processor, drop_unsupported):
             return None
@@ -512,6 +514,13 @@ class _Histories:
         larger = torch.zeros(max(rows, most_rows), max(width, 2 * most if width > most else most), dtype=torch.int32)
         larger[:most_rows, :most] = self._ids
         self._ids = larger
+
+
+def _joins(stage: Stage) -> bool:
+    """Whether a stage needs no more of a request than a fold is given."""
+    if isinstance(stage, FOLDED):
+        return not values_of(stage) and not isinstance(stage, Mix)
+    return isinstance(stage, Rows) and not stage.needs_history
 
 
 def _reads_tokens(stage: Stage) -> bool:

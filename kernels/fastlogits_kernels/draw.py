@@ -1,4 +1,4 @@
-"""Draw a token from each row of logits, the same one in whatever batch the row stands.
+"""Sample a token of each row of logits, the same one in whatever batch the row stands.
 
     token[b] = argmax over v of x[b, v] - log(E[b, v]),   E exponential,   the lowest v on ties
 
@@ -17,8 +17,9 @@ The noise comes in two stages because few tokens can win. One call of the genera
 tokens, so that u is known to 2**-16. A token wins only if E < exp(x - best), where best is at most the largest key of
 all; and E >= u. Only tokens whose first bits allow it ask for the other 32.
 
-Tokens of -inf are never drawn, where there is another. Rows that have no distribution get a defined token, whatever the
-noise: the lowest id of NaN where there is one, else the lowest of +inf where there is one, else 0 where all are -inf.
+Tokens of -inf are never sampled where there is another. Rows that have no distribution get a defined token, whatever
+the noise: the lowest id of NaN where there is one, else the lowest of +inf where there is one, else 0 where all are
+-inf.
 
 Bytes moved on the CPU: three reads of the logits; noise is made only for tokens above -inf.
 """
@@ -115,7 +116,7 @@ def _noise_of_rows(seeds: torch.Tensor, positions: torch.Tensor, V: int) -> torc
     return _exponential(_coarse_of_rows(seeds, positions, V) << 32 | fine)
 
 
-# -- The draw --------------------------------------------------------------------------------------------------------
+# -- The token --------------------------------------------------------------------------------------------------------
 
 
 def reference_draw(
@@ -134,20 +135,20 @@ def reference_draw(
         return torch.empty(0, dtype=torch.int64, device=scores.device)
     # argmax gives the lowest id on ties, and of NaN.
     top = scores.amax(-1)
-    settled = ~top.isfinite() if greedy is None else ~top.isfinite() | greedy
+    argmax_only = ~top.isfinite() if greedy is None else ~top.isfinite() | greedy
     if scores.device.type != "cpu":
         keys = scores - _noise_of_rows(seeds, positions, V).log()
-        return torch.where(settled, scores.argmax(-1), keys.argmax(-1))
-    if not bool(settled.any()):
-        return _draw_rows(scores, seeds, positions)
+        return torch.where(argmax_only, scores.argmax(-1), keys.argmax(-1))
+    if not bool(argmax_only.any()):
+        return _sample_rows(scores, seeds, positions)
     tokens = scores.argmax(-1)
-    rows = (~settled).nonzero().squeeze(1)
+    rows = (~argmax_only).nonzero().squeeze(1)
     if len(rows):
-        tokens[rows] = _draw_rows(scores[rows], seeds[rows], positions[rows])
+        tokens[rows] = _sample_rows(scores[rows], seeds[rows], positions[rows])
     return tokens
 
 
-def _draw_rows(scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _sample_rows(scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rows that have a distribution, on the CPU."""
     V = scores.shape[1]
     if V >= 4 * _FEW:
@@ -155,15 +156,15 @@ def _draw_rows(scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tenso
         if bool((values[:, 0] == float("-inf")).all()):  # so that all others are here
             keys = values - exponential_noise(seeds[:, None], positions[:, None], tokens).log()
             return torch.where(keys == keys.amax(1, keepdim=True), tokens, V).amin(1)
-    drawn = []
+    sampled = []
     for some, seed, position in zip(
         *(each.split(max(1, _CHUNK // V)) for each in (scores, seeds, positions)), strict=True
     ):
-        drawn.append(_draw_from_many(some, seed, position))
-    return torch.cat(drawn)
+        sampled.append(_sample_from_many(some, seed, position))
+    return torch.cat(sampled)
 
 
-def _draw_from_many(scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _sample_from_many(scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rows of which more than a few tokens are kept."""
     V = scores.shape[1]
     if V < 8 * _FEW:

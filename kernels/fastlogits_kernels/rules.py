@@ -4,7 +4,7 @@ A row says what the rule is called, which values it takes, what it needs to know
 Validation, the order of each stack, the records of serving, the CPU path, the kernels and their compile-time checks,
 and the tests read it from here. To add a rule: a row, its functions in ``truncate/reference.py``, and on the device one
 branch of ``selection.row.cutoff`` where it drops what is below a cut-off. A rule that keeps the most likely tokens up
-to a new goal needs that goal in ``selection.bounds``, ``selection.refine`` and ``selection.refine_rows``. A kernel
+to a new goal needs that goal in ``selection.bounds``, ``selection.goals`` and both refinements. A kernel
 without the branch fails to compile.
 """
 
@@ -66,7 +66,7 @@ class RuleSpec:
         sums: which sums over the row it needs: 1 for its mass, 2 for its entropy too, 3 for its deviation too.
         argument: what people call its parameter; by default the name.
         integer: whether the parameter is an integer.
-        takes_ties: whether it knows a choice among tokens that tie at its edge.
+        takes_ties: whether it knows a choice among tokens that tie at its cut-off.
         spares_fewest: whether ``min_tokens_to_keep`` is a number of tokens, rather than all that tie with the last.
         off_as_number: whether the range's off-value turns it off as a number too.
         keeps_nearly_all: whether a value drops next to nothing, where all depends on how the smallest probabilities
@@ -89,7 +89,7 @@ class RuleSpec:
 
 _ABOVE_0 = Range(0, 1, "neither", 1, "above 0 and at most 1 (1 turns it off)")
 _BELOW_1 = Range(0, 1, "neither", 0, "at least 0 and below 1 (0 turns it off)")
-_FROM_0 = Range(0, 1, "high", 0, "from 0 to 1 (0 turns it off)")
+_FROM_0 = Range(0, 1, "high", 0, "between 0 and 1 (0 turns it off)")
 
 _TABLE = (
     RuleSpec(
@@ -102,7 +102,7 @@ _TABLE = (
         reference.drop_top_k, "count", integer=True, takes_ties=True,
     ),
     RuleSpec(
-        "top_p", Range(0, 1, "low", 1, "from 0 to 1 (1 turns it off)"), reference.drop_top_p, "mass", sums=1,
+        "top_p", Range(0, 1, "low", 1, "between 0 and 1 (1 turns it off)"), reference.drop_top_p, "mass", sums=1,
         takes_ties=True, spares_fewest=True, off_as_number=False, keeps_nearly_all=lambda value: value > 1 - 1e-6,
     ),
     RuleSpec(
@@ -151,9 +151,12 @@ class Rule(NamedTuple):
     min_tokens_to_keep: int = 1
     filter_value: float = -_INFINITY
     ties: Ties = "all"
-    """Of tokens that tie at the edge, ``top_k`` keeps ``"all"``, and ``top_p`` as many as it takes, the ones with the
-    largest ids. With ``"lowest"`` both keep as many as it takes, the ones with the lowest ids: ``top_k`` exactly k;
-    tokens at -inf don't count, and stay where they reach the edge. The other rules know no such choice."""
+    """Which tokens that tie at the cut-off are kept.
+
+    With ``"all"`` ``top_k`` keeps all of them, and ``top_p`` as many as it takes, those with the largest ids. With
+    ``"lowest"`` both keep as many as it takes, those with the lowest ids, so ``top_k`` exactly k; tokens at -inf don't
+    count, and stay where the cut-off is -inf. The other rules know no such choice.
+    """
 
     @property
     def spec(self) -> RuleSpec:

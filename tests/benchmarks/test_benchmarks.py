@@ -39,7 +39,7 @@ from benchmarks.workloads import (
     Contender,
     drawn_from,
 )
-from tests import zoo
+from tests import entries
 
 ROOT = Path(__file__).parents[2]
 _TINY = ["--device", "cpu", "--quick", "--vocab", "64", "--batch", "1", "--ids", "3"]
@@ -66,7 +66,7 @@ def test_a_run_prints_tables_and_leaves_a_csv(tiny_run, tmp_path, capsys, monkey
     printed = capsys.readouterr().out
     assert "first step, 3 ids, gauss float32, warm: wall time" in printed
     assert "later step, 12 ids, gauss float32, warm: wall time" in printed
-    assert "memory roof" in printed
+    assert "memory-bandwidth limit" in printed
     assert f"{torch.get_num_threads()} threads" in printed
     assert "CPU never slower than transformers, first step" in printed
     rows = _rows(tmp_path)
@@ -162,7 +162,7 @@ def test_every_class_is_measured_and_right(tiny_run, tmp_path, capsys):
     assert {row["workload"] for row in rows} >= set(CLASSES) | set(CHAINS)
     assert {row["contender"] for row in rows if row["workload"] == "TopPLogitsWarper"} >= {THEIRS, FAST}
     assert "CPU: no class slower than that of transformers" in capsys.readouterr().out
-    assert set(CLASSES) == set(zoo.names())
+    assert set(CLASSES) == set(entries.names())
 
 
 def test_only_some_workloads(tiny_run, tmp_path):
@@ -370,7 +370,7 @@ def test_plots_are_drawn_from_the_files(measured, capsys):
     assert main(["plots", "--results", str(measured)]) == 0
     names = {path.name for path in measured.glob("*.svg")}
     assert names == {
-        f"some-gpu-{name}-gpu.svg" for name in ("headline", "speed-up", "roof", "chain-length", "vocabulary")
+        f"some-gpu-{name}-gpu.svg" for name in ("headline", "speed-up", "memory-limit", "chain-length", "vocabulary")
     }
     first = (measured / "some-gpu-speed-up-gpu.svg").read_bytes()
     assert (measured / "some-gpu-speed-up-gpu.png").read_bytes().startswith(b"\x89PNG")

@@ -57,12 +57,13 @@ MUTATIONS = [
     # -- masks --
     Mutation(
         "a window one step too long", f"{KERNELS}/pointwise/mask.py",
-        "is_open = step < tl.load(window_ptr)", "is_open = step <= tl.load(window_ptr)",
+        "is_open = length - start < tl.load(window_ptr)", "is_open = length - start <= tl.load(window_ptr)",
         ("kernels/pointwise/test_mask.py::test_mask_tokens",),
     ),
     Mutation(
         "the step counts from -1", f"{KERNELS}/pointwise/mask.py",
-        "    step = cache_position + 1 - prompt_length", "    step = cache_position - prompt_length",
+        "length = index_at(cache_position_ptr, cache_position) + 1",
+        "length = index_at(cache_position_ptr, cache_position)",
         ("kernels/pointwise/test_mask.py::test_mask_tokens",),
     ),
     Mutation(
@@ -102,7 +103,7 @@ MUTATIONS = [
     ),
     Mutation(
         "masks merged with and", f"{PACKAGE}/token_mask.py",
-        "TokenMask(both[0] | both[1]", "TokenMask(both[0] & both[1]",
+        "_combined(other, torch.logical_or)", "_combined(other, torch.logical_and)",
         ("test_token_mask.py",),
     ),
     Mutation(
@@ -113,7 +114,7 @@ MUTATIONS = [
     Mutation(
         "rows of a source dealt round", f"{PACKAGE}/plan/allowed.py",
         "rows.repeat_interleave(copies, 0)", "rows.repeat(copies, 1)",
-        ("processors/test_extras.py::test_zoo_whatever_becomes_of_the_rows", "processors/test_only_tokens_from.py"),
+        ("processors/test_nvidia_zoo.py::test_zoo_whatever_becomes_of_the_rows", "processors/test_only_tokens_from.py"),
     ),
     # -- the fold and its search --
     Mutation(
@@ -137,18 +138,49 @@ MUTATIONS = [
         ("plan/test_pointwise.py::test_rows_far_apart",),
     ),
     Mutation(
+        "a range one token too long", f"{KERNELS}/pointwise/search.py",
+        "_first_bits(stop - word * 32) &", "_first_bits(stop + 1 - word * 32) &",
+        ("plan/test_pointwise.py::test_positions_on_the_device_differ_by_row",),
+    ),
+    Mutation(
+        "a prompt that goes on before anything is generated", f"{KERNELS}/pointwise/search.py",
+        "tl.where(here.step >= a - 1, tl", "tl.where(here.step >= 0, tl",
+        ("processors/test_row_values.py::test_in_a_list_with_neighbours[kernels-False-cite less]",),
+    ),
+    Mutation(
+        "a value of another row", f"{KERNELS}/pointwise/search.py",
+        "values_ptr + row * VALUES", "values_ptr + 0 * VALUES",
+        ("plan/test_pointwise.py::test_positions_on_the_device_differ_by_row",),
+    ),
+    Mutation(
+        "a token in two places gets a bias twice (torch)", f"{KERNELS}/pointwise/fold.py",
+        "x = found.put(x, values)", "x = found.put(x, _MAPS_OF_TOKENS[op.kind](x, found, op, chain, value))",
+        ("processors/test_row_values.py::test_in_a_list_with_neighbours[torch-False-cite]",),
+    ),
+    Mutation(
+        "a look at every call", f"{PACKAGE}/plan/observation.py",
+        "input_ids.shape[1] == self._stage.length", "input_ids.shape[1] >= self._stage.length",
+        ("processors/test_observation.py",),
+    ),
+    Mutation(
+        "a look before the stages that stand before it", f"{PACKAGE}/plan/observation.py",
+        "seen = part(input_ids, seen, run, kwargs)", "part(input_ids, seen, run, kwargs)",
+        ("processors/test_observation.py",),
+    ),
+    Mutation(
         "the prompt counts as generated", f"{KERNELS}/pointwise/search.py",
-        "start = tl.maximum(prompt_length, 0)", "start = 0",
+        "start = tl.maximum(here.prompt_length, 0)", "start = 0",
         ("plan/test_pointwise.py::test_kernels_equal_torch",),
     ),
     Mutation(
-        "an n-gram needs one token more", f"{KERNELS}/pointwise/search.py",
-        "if seen >= SIZE - 1:", "if seen >= SIZE:",
+        "an n-gram needs one token more", f"{KERNELS}/history.py",
+        "(text.length >= size - 1)", "(text.length >= size)",
         ("plan/test_pointwise.py::test_a_history_as_long_as_the_prefix_of_an_ngram",),
     ),
     Mutation(
         "the phase of a gate ignored", f"{KERNELS}/pointwise/search.py",
-        "((index - tl.load(here + 4)) % tl.load(here + 3) == 0)", "(index % tl.load(here + 3) == 0)",
+        "((index - tl.load(gate_ptr + _PHASE)) % tl.load(gate_ptr + _PERIOD) == 0)",
+        "(index % tl.load(gate_ptr + _PERIOD) == 0)",
         ("plan/test_pointwise.py::test_kernels_equal_torch",),
     ),
     Mutation(
@@ -161,6 +193,36 @@ MUTATIONS = [
         "prefix = input_ids[:, length - size + 1 : length]",
         "prefix = input_ids[:, max(0, length - size) : length - 1]",
         ("plan/test_pointwise.py::test_a_history_as_long_as_the_prefix_of_an_ngram",),
+    ),
+    Mutation(
+        "the shortest repetition counts", f"{KERNELS}/pointwise/search.py",
+        "tl.atomic_max(bits_ptr", "tl.atomic_min(bits_ptr",
+        ("processors/test_dry.py::test_dry",),
+    ),
+    Mutation(
+        "a penalty of a repetition left from before", f"{KERNELS}/pointwise/search.py",
+        "mask=matches & is_mine(token, words))", "mask=matches & (token < 0))",
+        ("plan/test_pointwise.py::test_penalties_of_repetitions_do_not_add_up",),
+    ),
+    Mutation(
+        "a breaker within a match", f"{KERNELS}/history.py",
+        "tl.where(holds(breakers_ptr, wanted, limit), at < 0, at >= n)", "at >= n",
+        ("processors/test_dry.py::test_dry",),
+    ),
+    Mutation(
+        "a breaker penalised (torch)", f"{KERNELS}/pointwise/places.py",
+        "(penalty > 0) & ~_holds(is_breaker, token)", "(penalty > 0)",
+        ("processors/test_dry.py::test_dry",),
+    ),
+    Mutation(
+        "a match that begins before the range (torch)", f"{KERNELS}/pointwise/places.py",
+        "before = at - begin[row, 0]", "before = at",
+        ("plan/test_pointwise.py::test_kernels_equal_torch",),
+    ),
+    Mutation(
+        "a penalty of a repetition rounded first (torch)", f"{KERNELS}/pointwise/fold.py",
+        "(found.take(x) - found.values).to(x.dtype)", "found.take(x) - found.values.to(x.dtype)",
+        ("processors/test_dry.py::test_dry",),
     ),
     Mutation(
         "two temperatures folded into one", f"{PACKAGE}/plan/pointwise.py",
@@ -213,7 +275,7 @@ MUTATIONS = [
         "column >= prompt_length.reshape(-1, 1), -1", "column > prompt_length.reshape(-1, 1), -1",
         (
             "processors/test_only_tokens_from.py",
-            "processors/test_extras.py::test_zoo_a_row_alone_and_rows_at_steps_of_their_own",
+            "processors/test_nvidia_zoo.py::test_zoo_a_row_alone_and_rows_at_steps_of_their_own",
         ),
     ),
     Mutation(
@@ -224,15 +286,16 @@ MUTATIONS = [
     # -- truncations --
     Mutation(
         "a tie at the cut lost", f"{SELECTION}/row.py",
-        "((key == kept.edge) & (rank >= kept.cut))", "((key == kept.edge) & (rank > kept.cut))",
+        "((key == kept.cutoff) & (rank >= kept.rank))", "((key == kept.cutoff) & (rank > kept.rank))",
         (
             "kernels/selection/test_selection.py::test_small_vocabularies",
             "kernels/selection/test_selection.py::test_keeps_what_the_oracle_keeps",
         ),
     ),
     Mutation(
-        "a search that stops at either goal", f"{SELECTION}/refine.py",
-        "reached = (number >= goal) & (more >= amount_goal)", "reached = (number >= goal) | (more >= amount_goal)",
+        "a search that stops at either goal", f"{SELECTION}/goals.py",
+        "reached = (number >= goal.number) & (more >= goal.amount)",
+        "reached = (number >= goal.number) | (more >= goal.amount)",
         (
             "kernels/selection/test_selection.py::test_small_vocabularies",
             "kernels/selection/test_selection.py::test_keeps_what_the_oracle_keeps",
@@ -246,40 +309,45 @@ MUTATIONS = [
     ),
     Mutation(
         "a bound never verified", f"{SELECTION}/refine.py",
-        "open_below = complete == 0  #", "open_below = complete & (complete == 0)  #",
+        "at = Progress(kept, top_key, complete == 0)",
+        "at = Progress(kept, top_key, complete & (complete == 0))",
         ("kernels/selection/test_selection.py::test_a_sample_that_misleads",),
     ),
     Mutation(
-        "what was taken for kept never doubted", f"{SELECTION}/refine.py",
-        "wrong = (sure.number > 0) & (sure.number >= goal) & (sure.mass >= mass_goal)",
-        "wrong = wrong & (sure.number > 0)",
+        "a goal that is not reached never doubted", f"{SELECTION}/refine.py",
+        "wrong = wrong | open_below", "wrong = wrong & open_below",
+        ("kernels/selection/test_selection.py::test_a_goal_that_a_later_rule_leaves_no_room_for[typical min]",),
+    ),
+    Mutation(
+        "what is kept for certain never doubted", f"{SELECTION}/goals.py",
+        "exceeds = exceeds & (kind_goal != NO_GOAL)", "exceeds = exceeds & False",
         ("kernels/selection/test_selection.py::test_a_sample_that_misleads",),
     ),
     Mutation(
-        "what was taken for kept never taken back", f"{SELECTION}/refine_rows.py",
-        "tl.where((row_state == BRACKET) & (base.kind == ROW), 1, 0)",
-        "tl.where((row_state == BRACKET) & (base.kind == ROW), 0, 0)",
+        "what is kept for certain never taken back", f"{SELECTION}/refine_rows.py",
+        "tl.where((row_state == BRACKET) & (base.source.kind == ROW), 1, 0)",
+        "tl.where((row_state == BRACKET) & (base.source.kind == ROW), 0, 0)",
         ("kernels/selection/test_selection.py::test_a_sample_that_misleads",),
     ),
     Mutation(
         "a list that leaves a question open", f"{SELECTION}/refine_rows.py",
-        "if failed & (base.kind == LIST):", "if failed & (base.kind == ROW):",
+        "if state.failed & (base.source.kind == LIST):", "if state.failed & (base.source.kind == ROW):",
         ("kernels/selection/test_selection.py::test_a_sample_that_misleads",),
     ),
     Mutation(
-        "a pass that forgets what was taken for kept", f"{SELECTION}/refine_rows.py",
-        "beyond = Goal(sure.number, tl.where(by_mass, sure.mass, 0))", "beyond = Goal(none, nothing)",
+        "a pass that forgets what is kept for certain", f"{SELECTION}/refine_rows.py",
+        "beyond = Goal(certain.number, tl.where(by_mass, certain.mass, 0))",
+        "beyond = Goal(none, tl.where(by_mass, 0, 0).to(tl.int64))",
         ("kernels/selection/test_selection.py::test_many_candidates_are_refined_block_by_block[p]",),
     ),
     Mutation(
-        "a deviation of whole rows from the wrong mean", f"{SELECTION}/refine_rows.py",
-        "squares = tally.amount_3.to(tl.float64, bitcast=True) - first * first / tl.maximum(finite, 1.0)",
-        "squares = tally.amount_3.to(tl.float64, bitcast=True)",
+        "a deviation from the wrong mean", f"{SELECTION}/goals.py",
+        "squares = second - first * first / tl.maximum(finite, 1.0)", "squares = second",
         ("kernels/selection/test_rules.py::test_kernels_keep_what_the_oracle_keeps[row-top_n_sigma]",),
     ),
     Mutation(
-        "many tokens never taken for kept", f"{SELECTION}/bounds.py",
-        "(high <= KEY_OF_INFINITY) & (high > bound)", "(high <= KEY_OF_INFINITY) & (high < bound)",
+        "many tokens never kept for certain", f"{SELECTION}/bounds.py",
+        "(bounds.high > bounds.low)", "(bounds.high < bounds.low)",
         ("kernels/selection/test_selection.py::test_flat_rows_keep_most_unseen",),
     ),
     Mutation(
@@ -288,9 +356,9 @@ MUTATIONS = [
         ("kernels/selection/test_selection.py::test_flat_rows_keep_most_unseen",),
     ),
     Mutation(
-        "a draw takes the highest of equals", f"{SELECTION}/refine.py",
-        "return best, tl.min(tl.where(lives & (key == best), token, HIGHEST))",
-        "return best, tl.max(tl.where(lives & (key == best), token, -1))",
+        "a draw takes the highest of equals", f"{SELECTION}/noise.py",
+        "return best, tl.min(tl.where(valid & (key == best), token, HIGHEST))",
+        "return best, tl.max(tl.where(valid & (key == best), token, -1))",
         ("kernels/selection/test_selection.py::test_rows_without_a_distribution_have_a_token",),
     ),
     Mutation(
@@ -300,11 +368,12 @@ MUTATIONS = [
     ),
     Mutation(
         "a search that collects over its own list", f"{SELECTION}/refine_rows.py",
-        "collected_pairs = pairs + tl.where(shape.slots > ROOM, shape.slots, 0)", "collected_pairs = pairs",
+        "collected_at = shape.pairs_at + 2 * tl.where(shape.slots > ROOM, shape.slots, 0)",
+        "collected_at = shape.pairs_at",
         ("kernels/selection/test_selection.py::test_many_candidates_are_refined_block_by_block[p]",),
     ),
     Mutation(
-        "the reach of candidates as if nothing divided them", f"{SELECTION}/bounds.py",
+        "the raw range of candidates as if nothing divided them", f"{SELECTION}/bounds.py",
         "tl.clamp(x * divisor, -FLOAT32_MAX, FLOAT32_MAX)", "tl.clamp(x, -FLOAT32_MAX, FLOAT32_MAX)",
         ("serving/test_batch.py::test_edited_tokens_among_the_candidates",),
     ),
@@ -314,29 +383,29 @@ MUTATIONS = [
         ("serving/test_batch.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
-        "edited tokens collected as they were", f"{SELECTION}/row.py",
-        "held = tl.load(edited_ptr + (token >> 5), mask=candidate, other=0)",
-        "held = tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)",
+        "edited tokens collected as they were", f"{SELECTION}/collect.py",
+        "bits = tl.load(excluded.edited_ptr + (token >> 5), mask=candidate, other=0)",
+        "bits = tl.load(excluded.banned_ptr + (token >> 5), mask=candidate, other=0)",
         ("serving/test_batch.py::test_edited_tokens_among_the_candidates",),
     ),
     Mutation(
-        "the first bits of a pair exchanged", f"{SELECTION}/row.py",
+        "the first bits of a pair exchanged", f"{SELECTION}/noise.py",
         "(word >> (16 * (token & 1)).to(tl.uint32))", "(word >> (16 - 16 * (token & 1)).to(tl.uint32))",
         ("kernels/selection/test_selection.py::test_tokens_are_the_reference_draw",),
     ),
     Mutation(
-        "the second call of the generator is the first", f"{SELECTION}/row.py",
+        "the second call of the generator is the first", f"{SELECTION}/noise.py",
         "_random_words(token >> 2, seed, position, _FINE)", "_random_words(token >> 2, seed, position, _COARSE)",
         ("kernels/selection/test_selection.py::test_the_noise_of_the_kernels_is_that_of_the_definition",),
     ),
     Mutation(
-        "the noise of a sample taken for less than it may be", f"{SELECTION}/row.py",
+        "the noise of a sample taken for less than it may be", f"{SELECTION}/noise.py",
         "(coarse.to(tl.float32) + 1) * (2.0**-16)", "(coarse.to(tl.float32) * 0.1) * (2.0**-16)",
         ("kernels/selection/test_selection.py::test_rows_that_nothing_is_dropped_of",),
     ),
     Mutation(
         "a part where many may win left out", f"{SELECTION}/sample_rows.py",
-        "tl.where(found > _COLLECTED, BLOCK, 0)", "tl.where(found > BLOCK, BLOCK, 0)",
+        "tl.where(found > _ROOM, BLOCK, 0)", "tl.where(found > BLOCK, BLOCK, 0)",
         ("kernels/selection/test_selection.py::test_rows_that_nothing_is_dropped_of",),
     ),
     Mutation(
@@ -345,22 +414,22 @@ MUTATIONS = [
         ("kernels/selection/test_selection.py::test_rows_that_nothing_is_dropped_of",),
     ),
     Mutation(
-        "the best of a sample that the bounds know is too good", f"{SELECTION}/bounds.py",
+        "the best of a sample that the bounds know is too good", f"{SELECTION}/noise.py",
         "offset = 16.001 - best * LOG2_E", "offset = 8.0 - best * LOG2_E",
         ("kernels/selection/test_selection.py::test_rows_that_nothing_is_dropped_of",),
     ),
     Mutation(
         "a band told apart on one side only", f"{SELECTION}/bounds.py",
-        "tl.where(banded, number_of(most), float(\"inf\")), certain", "float(\"inf\"), certain",
+        "tl.where(banded, number_of(most), float(\"inf\")), found", "float(\"inf\"), found",
         ("kernels/selection/test_selection.py::test_of_a_band_only_the_edges_are_collected",),
     ),
     Mutation(
         "what is kept for certain counted as a candidate too", f"{SELECTION}/refine.py",
-        "beside = valid & is_sure(raw, work)", "beside = valid & False",
+        "beside = valid & is_certain(raw, work)", "beside = valid & False",
         ("kernels/selection/test_selection.py::test_flat_rows_keep_most_unseen",),
     ),
     Mutation(
-        "a division that the edge of what is kept forgets", f"{SELECTION}/bounds.py",
+        "a division that the range kept for certain forgets", f"{SELECTION}/bounds.py",
         "from_here = tl.where(banded, centre - distance, number_of(high)) * divisor",
         "from_here = tl.where(banded, centre - distance, number_of(high))",
         ("kernels/selection/test_selection.py::test_of_a_band_only_the_edges_are_collected",),
@@ -376,7 +445,7 @@ MUTATIONS = [
         ("test_sampling.py::test_the_token_is_the_argmax_of_the_definition",),
     ),
     Mutation(
-        "the high half of a position ignored", f"{SELECTION}/row.py",
+        "the high half of a position ignored", f"{SELECTION}/noise.py",
         "low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)",
         "low, high = position.to(tl.uint32), (position * 0).to(tl.uint32)",
         ("kernels/selection/test_selection.py::test_tokens_are_the_reference_draw",),
@@ -432,7 +501,7 @@ MUTATIONS = [
     Mutation(
         "a tournament without its losers", f"{KERNELS}/synthid.py",
         "p *= 1 + g - mass\n", "p *= 1 + g\n",
-        ("processors/test_special.py::TestSynthIDKernel::test_is_the_reference",),
+        ("processors/test_watermark.py::TestSynthIDKernel::test_is_the_reference",),
     ),
     Mutation(
         "temperature after the truncations", f"{PACKAGE}/sampling.py",
@@ -463,7 +532,7 @@ MUTATIONS = [
         ("serving/test_batch.py::test_a_slot_holds_nothing_of_the_request_before",),
     ),
     Mutation(
-        "allowed tokens lift the bans", f"{PACKAGE}/serving/batch.py",
+        "allowed tokens lift the bans", f"{PACKAGE}/serving/packing.py",
         "mask if kept is None else mask | kept", "mask if kept is None else mask & kept",
         (
             "serving/test_batch.py::test_a_request_gets_what_the_processors_of_its_parameters_give"
@@ -471,33 +540,34 @@ MUTATIONS = [
         ),
     ),
     Mutation(
-        "the shortest repetition goes free", f"{PACKAGE}/serving/batch.py",
+        "the shortest repetition goes free", f"{PACKAGE}/serving/packing.py",
         "if n >= least else 0.0", "if n > least else 0.0",
         ("serving/test_batch.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
     ),
     Mutation(
-        "draft tokens unseen", f"{KERNELS}/serving/steps.py",
-        "    seen = stored + local\n", "    seen = stored\n",
+        "draft tokens unseen", f"{KERNELS}/serving/search.py",
+        "seen = place.stored + place.local", "seen = place.stored",
         ("serving/test_batch.py::test_draft_rows_see_the_history_and_their_own_prefix",),
     ),
     Mutation(
-        "draft tokens one row too early (torch)", f"{KERNELS}/serving/layout.py",
+        "draft tokens one row too early (torch)", f"{KERNELS}/serving/reference.py",
         "rows.draft_ids[row - local + 1 : row + 1]", "rows.draft_ids[row - local : row]",
         ("serving/test_batch.py::test_draft_rows_see_the_history_and_their_own_prefix",),
     ),
     Mutation(
-        "a stale tally", f"{KERNELS}/serving/steps.py",
-        "tl.store(tallies_ptr + here, 0, mask=place < total)", "tl.store(tallies_ptr + here, 0, mask=place < 0)",
+        "a stale tally", f"{KERNELS}/serving/search.py",
+        "tl.store(edits.tallies_ptr + here, 0, mask=place < total)",
+        "tl.store(edits.tallies_ptr + here, 0, mask=place < 0)",
         ("serving/test_batch.py::test_a_step_repeated_until_the_places_of_its_edits_come_round",),
     ),
     Mutation(
-        "a token written behind a full history", f"{KERNELS}/serving/steps.py",
+        "a token written behind a full history", f"{KERNELS}/serving/history.py",
         "mask=(slot >= 0) & (place < L))", "mask=(slot >= 0) & (place <= L))",
         ("serving/test_batch.py::test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request",),
     ),
     Mutation(
-        "a first window one step too long (torch)", f"{KERNELS}/serving/layout.py",
-        "if step < record.number(FIRST_WINDOW):", "if step <= record.number(FIRST_WINDOW):",
+        "a first window one step too long (torch)", f"{KERNELS}/serving/reference.py",
+        "if request.step < record.number(FIRST_WINDOW):", "if request.step <= record.number(FIRST_WINDOW):",
         ("serving/test_batch.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
     ),
     # -- inside generate --
@@ -554,7 +624,7 @@ MUTATIONS = [
         ("transformers/test_continuous.py::test_the_scores_of_a_manager_are_not_written",),
     ),
     Mutation(
-        "a tokenizer that generate keeps", f"{PACKAGE}/transformers/decode.py",
+        "a tokenizer that generate keeps", f"{PACKAGE}/transformers/hooks.py",
         'rest["tokenizer"] = taken["tokenizer"]', "pass",
         ("transformers/test_decode.py::test_stop_strings",),
     ),

@@ -33,17 +33,22 @@ from torch.overrides import TorchFunctionMode
 
 from fastlogits import BatchProcessor, RequestParams
 from fastlogits.plan.pointwise import Pointwise
+from fastlogits.plan.row_values import RowValues
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import (
     Ban,
+    BanRange,
     Bias,
     Clean,
     Decay,
     Force,
+    ForceRows,
     History,
+    LowerRepetitions,
     Member,
     Penalize,
     Repeated,
+    RowBias,
     Scale,
     SequenceBias,
     When,
@@ -208,9 +213,14 @@ def bitmask(given: Given) -> list[Outcome]:
 def _stages(V: int) -> list[Any]:
     few = tuple(range(0, V, max(1, V // 7)))
     sequences = (((0,), 0.5), ((1 % V, 2 % V), -1.0), ((V - 1, 0, V - 1), 2.0))
+    last = RowValues(lambda rows: rows.last() % V, "the last token")[0]
+    late = RowValues(lambda rows: rows.step + 0 * rows.last() > 10**6, "late")[0]
     return [
+        Bias(Repeated(2, span="prompt"), 0.5), Bias(History("prompt"), 0.5, extra=few), RowBias(few, last),
+        BanRange(last, V - 1), BanRange(V // 2, last), ForceRows(few[:1], late),
         Penalize(History(), 2.0), Ban(few, When("step", stop=3)), Ban(Repeated(2)), Scale(0.5), SequenceBias(sequences),
         Bias(History("generated", 1), 0.5, 0.25), Decay(few, 5, 2.0), Force(few[:1], When("step", 10**6)), Clean(),
+        LowerRepetitions((0.0, *(n / 4 for n in range(50))), few[1:2], 20),
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import fastlogits as fl
 from fastlogits.plan.stages import Truncate
 from fastlogits.processors.base import member_of
-from tests import zoo
+from tests import entries
 from tests.oracle import check_truncation
 from tests.parity.test_processors import (
     PATH,
@@ -47,7 +47,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS: Counter[str] = Counter()
 """Steps that each machine has done."""
 
-CHOSEN = zoo.kinds(lambda entry: entry.rows == 1)
+CHOSEN = entries.kinds(lambda entry: entry.rows == 1)
 # What may be set between two steps, on both sides.
 SET = {
     "TemperatureLogitsWarper": ("temperature", st.floats(0.1, 5)),
@@ -182,7 +182,7 @@ class ListMachine(RuleBasedStateMachine):
     # -- Comparison ----------------------------------------------------------------------------------------------
 
     def scores(self, data):
-        nan = all(zoo.ZOO[name].nan for name, _ in self.chain)
+        nan = all(entries.ENTRIES[name].nan for name, _ in self.chain)
         special = data.draw(st.booleans())
         return draw_scores(data.draw, len(self.ids), self.case.V, self.dtype, special, nan)
 
@@ -194,7 +194,7 @@ class ListMachine(RuleBasedStateMachine):
 
     def compare(self, scores, ours, rounded=False):
         """Compare ``ours`` with transformers, whose result is ``rounded`` to the dtype of the scores."""
-        if not self.ids.shape[1] and any(zoo.ZOO[name].stateful for name, _ in self.chain):
+        if not self.ids.shape[1] and any(entries.ENTRIES[name].stateful for name, _ in self.chain):
             return  # the state of transformers' text watermark shrinks with each call that brings no token
         stages = one_by_one(self.chain, self.theirs, self.ids, scores)
         # Where transformers' own broadcast what they hold to more rows, no row has a position of its own.

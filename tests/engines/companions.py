@@ -5,14 +5,14 @@ import threading
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
-from tests.conftest import _byte_level
+from tests.models import byte_level
 
 PROMPTS = ["Room 101 has 8 chairs", "It's 1999"]
 
 
 def tiny_tokenizer(pad_token: str = "<|end|>") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(), eos_token="<|end|>", pad_token=pad_token, padding_side="left"
+        tokenizer_object=byte_level(), eos_token="<|end|>", pad_token=pad_token, padding_side="left"
     )
 
 

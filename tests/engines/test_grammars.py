@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from fastlogits import TokenMask, apply_token_bitmask_inplace
-from tests.conftest import _byte_level
+from tests.models import byte_level
 
 xgrammar = pytest.importorskip("xgrammar", reason="needs xgrammar: make test-engines")
 llguidance = pytest.importorskip("llguidance", reason="needs llguidance: make test-engines")
@@ -22,7 +22,7 @@ SCHEMA = """{"type": "object", "properties": {"room": {"type": "integer"}, "zone
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return PreTrainedTokenizerFast(tokenizer_object=_byte_level(), eos_token="<|end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<|end|>")
 
 
 class XGrammar:

@@ -59,9 +59,9 @@ def _server():
         yield
 
 
-def request(rid, prompt, processor=None, wishes=None, **sampling):
-    if wishes is not None:
-        sampling["custom_params"] = (processor or FastLogitsProcessor).params(**wishes)
+def request(rid, prompt, processor=None, options=None, **sampling):
+    if options is not None:
+        sampling["custom_params"] = (processor or FastLogitsProcessor).params(**options)
         processor = processor or FastLogitsProcessor
     params = SamplingParams(**sampling)
     params.normalize(None)
@@ -103,10 +103,12 @@ def test_a_batch_step_by_step():
     torch.manual_seed(0)
     plain = request("plain", [1, 2, 3])
     ngram = request("ngram", [1, 2, 3, 1], NoRepeatNGramLogitProcessor, {"no_repeat_ngram_size": 2})
-    dry = request("dry", [4, 5, 4], wishes={"dry_multiplier": 2.0, "dry_allowed_length": 1, "banned_token_ids": [7, 9]})
-    first = request("first", [4], wishes={"first_tokens_suppressed": [1, 2], "first_window": 2})
-    likeliest = request("cut", [8], wishes={"epsilon": 0.999}, temperature=0.5)
-    greedy = request("greedy", [8], wishes={"epsilon": 0.999}, temperature=0)
+    dry = request(
+        "dry", [4, 5, 4], options={"dry_multiplier": 2.0, "dry_allowed_length": 1, "banned_token_ids": [7, 9]}
+    )
+    first = request("first", [4], options={"first_tokens_suppressed": [1, 2], "first_window": 2})
+    likeliest = request("cut", [8], options={"epsilon": 0.999}, temperature=0.5)
+    greedy = request("greedy", [8], options={"epsilon": 0.999}, temperature=0)
     requests = [plain, ngram, dry, first, likeliest, greedy]
     for step in range(12):
         # Twice a step, as for log-probabilities; in another order and company each time.
@@ -131,7 +133,7 @@ def test_a_batch_step_by_step():
 
 
 def test_what_a_request_has_said_is_taken_back():
-    req = request("again", [1, 2], wishes={"no_repeat_ngram_size": 1})
+    req = request("again", [1, 2], options={"no_repeat_ngram_size": 1})
     logits = torch.zeros(1, V)
     req.output_ids.extend([3, 4])
     assert processed(logits, req).isinf().nonzero()[:, 1].tolist() == [1, 2, 3, 4]
@@ -141,14 +143,14 @@ def test_what_a_request_has_said_is_taken_back():
     req.output_ids = type(req.output_ids)("q", [9])
     assert processed(logits, req).isinf().nonzero()[:, 1].tolist() == [1, 2, 9]
     # Another one comes by the same name.
-    other = request("again", [5], wishes={"no_repeat_ngram_size": 1})
+    other = request("again", [5], options={"no_repeat_ngram_size": 1})
     assert processed(logits, other).isinf().nonzero()[:, 1].tolist() == [5]
 
 
 def test_more_requests_than_there_was_room_for():
-    wishes = {"no_repeat_ngram_size": 1}
-    many = [request(f"many {i}", [i % V, (i + 1) % V], NoRepeatNGramLogitProcessor, wishes) for i in range(150)]
-    late = request("long", [3] * 9000, NoRepeatNGramLogitProcessor, wishes)
+    options = {"no_repeat_ngram_size": 1}
+    many = [request(f"many {i}", [i % V, (i + 1) % V], NoRepeatNGramLogitProcessor, options) for i in range(150)]
+    late = request("long", [3] * 9000, NoRepeatNGramLogitProcessor, options)
     for group in (many[:40], many[40:80], many, [late], many[::2]):
         banned = processed(torch.zeros(len(group), V), *group).isinf()
         for row, req in zip(banned, group, strict=True):
@@ -156,16 +158,16 @@ def test_more_requests_than_there_was_room_for():
 
 
 def test_bad_wishes_are_refused_at_the_client_and_hurt_nobody_at_the_server(caplog):
-    for wishes, message in (
+    for options, message in (
         ({"top_k": 3}, "which the engine itself applies"),
         ({"ngram": 3}, "'ngram', which is unknown"),
-        ({"epsilon": 3.0}, "epsilon must be a number"),
+        ({"epsilon": 3.0}, "epsilon must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            FastLogitsProcessor.params(**wishes)
+            FastLogitsProcessor.params(**options)
     with pytest.raises(ValueError, match="NoRepeatNGramLogitProcessor has 'epsilon'"):
         NoRepeatNGramLogitProcessor.params(epsilon=0.1)
-    good = request("good", [1], wishes={"no_repeat_ngram_size": 1})
+    good = request("good", [1], options={"no_repeat_ngram_size": 1})
     wrong, outside, nothing = (request(name, [1], FastLogitsProcessor) for name in ("wrong", "outside", "nothing"))
     wrong.sampling_params.custom_params = {"fastlogits": "[", "__req__": wrong}
     outside.sampling_params.custom_params = {"fastlogits": {"banned_token_ids": [4, V]}, "__req__": outside}
@@ -192,8 +194,8 @@ UNUSABLE = {
 def test_one_option_that_cannot_be_honoured_leaves_the_others(kind, caplog):
     wrong, message = UNUSABLE[kind]
     req = request(kind, [1, 2], FastLogitsProcessor)
-    wishes = {"no_repeat_ngram_size": 1, "banned_token_ids": [3], **wrong}
-    req.sampling_params.custom_params = {"fastlogits": wishes, "__req__": req}
+    options = {"no_repeat_ngram_size": 1, "banned_token_ids": [3], **wrong}
+    req.sampling_params.custom_params = {"fastlogits": options, "__req__": req}
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert processed(torch.zeros(1, V), req).isinf().nonzero()[:, 1].tolist() == [1, 2, 3]
@@ -201,40 +203,40 @@ def test_one_option_that_cannot_be_honoured_leaves_the_others(kind, caplog):
 
 
 def test_forced_tokens_beside_a_grammar(caplog):
-    req = request("grammar", [1], wishes={"forced_tokens": [5], "banned_token_ids": [3]}, regex="a+")
+    req = request("grammar", [1], options={"forced_tokens": [5], "banned_token_ids": [3]}, regex="a+")
     with caplog.at_level(logging.WARNING):
         assert processed(torch.zeros(1, V), req).isinf().nonzero()[:, 1].tolist() == [3]
     assert "forced_tokens must be left out beside a grammar" in caplog.text
 
 
 def test_placeholders_of_images_in_a_prompt():
-    req = request("pictures", [V, 4, V + 7, 2**31 + 5, -1, 4], wishes={"no_repeat_ngram_size": 1})
+    req = request("pictures", [V, 4, V + 7, 2**31 + 5, -1, 4], options={"no_repeat_ngram_size": 1})
     assert processed(torch.zeros(1, V), req).isinf().nonzero()[:, 1].tolist() == [4]
 
 
 def test_overlapped_steps_hide_the_newest_token(caplog, monkeypatch):
-    wishes = [{"no_repeat_ngram_size": 1}, {"banned_token_ids": [9]}]
+    options = [{"no_repeat_ngram_size": 1}, {"banned_token_ids": [9]}]
     both = {"no_repeat_ngram_size": 1, "forced_tokens": [4], "bad_words": [[7], [1, 8]], "banned_token_ids": [9]}
     with server(disable_overlap_schedule=False), caplog.at_level(logging.ERROR):
-        requests = [request(f"overlapped {i}", [1], wishes=each) for i, each in enumerate([*wishes, both])]
+        requests = [request(f"overlapped {i}", [1], options=each) for i, each in enumerate([*options, both])]
         assert processed(torch.zeros(3, V), *requests).isinf().nonzero().tolist() == [[1, 9], [2, 7], [2, 9]]
     assert "SGLANG_ENABLE_DELAY_SAMPLE=1" in caplog.text
     assert "no_repeat_ngram_size, bad_words, forced_tokens of requests are not honoured" in caplog.text
     monkeypatch.setenv("SGLANG_ENABLE_DELAY_SAMPLE", "1")
     with server(disable_overlap_schedule=False):
-        requests = [request(f"delayed {i}", [1], wishes=each) for i, each in enumerate(wishes)]
+        requests = [request(f"delayed {i}", [1], options=each) for i, each in enumerate(options)]
         assert processed(torch.zeros(2, V), *requests).isinf().nonzero().tolist() == [[0, 1], [1, 9]]
 
 
 def test_a_request_that_is_over():
-    batch = info(request("over", [1], wishes={"no_repeat_ngram_size": 1}))
+    batch = info(request("over", [1], options={"no_repeat_ngram_size": 1}))
     logits = torch.zeros(1, V)
     theirs.apply_custom_logit_processor(logits, batch)
     assert not logits.any()
 
 
 def test_rows_of_draft_tokens(caplog):
-    requests = [request("drafted", [1], wishes={"no_repeat_ngram_size": 1}), request("beside", [2])]
+    requests = [request("drafted", [1], options={"no_repeat_ngram_size": 1}), request("beside", [2])]
     batch = info(*requests)
     logits = torch.zeros(6, V)
     with caplog.at_level(logging.ERROR):
@@ -310,7 +312,7 @@ def test_a_mixed_batch_with_processors_seeds_and_logprobs(backend):
     torch.manual_seed(0)
     logits = torch.randn(len(KINDS), V) * 2
     requests = [request(f"mixed {i}", [1], **kind) for i, kind in enumerate(KINDS)]
-    requests[1] = request("mixed 1", [3], wishes={"banned_token_ids": range(1, V)}, temperature=0.6)
+    requests[1] = request("mixed 1", [3], options={"banned_token_ids": range(1, V)}, temperature=0.6)
     batch = info(*requests)
     tokens, output = sampled(backend, logits, batch, return_logprob=True)
     assert tokens[0] == logits[0].argmax()

@@ -22,8 +22,8 @@ PHRASE = [5, 6, 7] * 6
 LONG = list(range(100, 140))
 
 
-def asks(**wishes):
-    return {"extra_args": {"fastlogits": wishes}}
+def asks(**options):
+    return {"extra_args": {"fastlogits": options}}
 
 
 # Prompt, tokens to generate, vLLM's parameters, and what does the same in transformers; None for a request that asks

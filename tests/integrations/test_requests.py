@@ -13,14 +13,14 @@ import torch
 
 import fastlogits as fl
 from fastlogits.integrations import requests as steering
-from fastlogits.integrations.requests import CUTS, EDITS, Live, LiveBatch, read_wishes
+from fastlogits.integrations.requests import EDITS, TRUNCATIONS, LiveBatch, LiveRequest, read_options
 from fastlogits.integrations.vllm import FastLogitsProcessor
 
 V = 61
 
 
-def wishes(**given):
-    return read_wishes(given, EDITS + CUTS, "here", 0.7)
+def options(**given):
+    return read_options(given, EDITS + TRUNCATIONS, "here", 0.7)
 
 
 def banned_by_definition(prompt, outputs):
@@ -45,7 +45,7 @@ def test_parameters_of_vllm():
         ({"temperature": 2}, "extra_args.'fastlogits'. has 'temperature', which the engine itself applies: give it as"),
         ({"bitmask": True}, "has 'bitmask', which the engine itself applies"),
         ({"ngram": 2}, "has 'ngram', which is unknown; there are banned_token_ids, bad_words, no_repeat_ngram_size,"),
-        ({"typical_p": 2.0}, "typical_p must be a number above 0 and at most 1"),
+        ({"typical_p": 2.0}, "typical_p must be above 0 and at most 1"),
         ({"forced_tokens": [0.5]}, "forced_tokens must be"),
         ("[1]", r"must be a mapping from names to values, or one in JSON, got \[1\]"),
         ("{", "or one in JSON, got '{'"),
@@ -189,27 +189,27 @@ def test_placeholders_of_images_in_a_prompt_of_vllm(device):
 
 
 def test_greedy_requests_are_not_truncated_by_probability():
-    assert read_wishes({"eta": 0.1}, CUTS, "here", 0.0).cuts is None
-    assert read_wishes({"eta": 0.1}, CUTS, "here", 0.5).cuts.temperature == 0.5
+    assert read_options({"eta": 0.1}, TRUNCATIONS, "here", 0.0).truncations is None
+    assert read_options({"eta": 0.1}, TRUNCATIONS, "here", 0.5).truncations.temperature == 0.5
 
 
 def test_live_lists(device):
     """Requests come, speak, take back, move about and go; each row is what its list says, whatever went before."""
     random.seed(0)
     torch.manual_seed(0)
-    batch = LiveBatch(V, torch.device(device), max_requests=3, max_length=13, preset="vllm")
+    batch = LiveBatch(V, torch.device(device), max_requests=3, max_length=13, semantics="vllm")
     lives = [None]
     for step in range(120):
         if random.random() < 0.3:
             prompt = random.choices(range(V), k=random.randint(0, 9))
-            lives.append(Live(wishes(no_repeat_ngram_size=1), prompt, []))
+            lives.append(LiveRequest(options(no_repeat_ngram_size=1), prompt, []))
         for live in lives[1:]:
             if random.random() < 0.7:
                 live.outputs.append(random.randrange(V))
         if len(lives) > 5 or random.random() < 0.1:
             gone = lives.pop() if len(lives) > 1 else None
             if gone is not None and step % 2:  # others are forgotten when their slots are needed
-                batch.let_go(gone)
+                batch.release(gone)
         rows = random.sample(lives, random.randint(1, len(lives)))
         for live in rows:
             if live is not None and random.random() < 0.1:
@@ -226,8 +226,15 @@ def test_live_lists(device):
 def test_cuts_look_at_the_temperature_and_leave_the_logits(device):
     torch.manual_seed(0)
     logits = torch.randn(4, V, device=device) * 3
-    made = [wishes(epsilon=0.05), wishes(eta=0.1, banned_token_ids=[3]), wishes(typical_p=0.6), wishes(top_n_sigma=1.0)]
-    out = LiveBatch(V, logits.device, 4, 8, "vllm").process_(logits.clone(), [Live(each, [], []) for each in made])
+    made = [
+        options(epsilon=0.05),
+        options(eta=0.1, banned_token_ids=[3]),
+        options(typical_p=0.6),
+        options(top_n_sigma=1.0),
+    ]
+    out = LiveBatch(V, logits.device, 4, 8, "vllm").process_(
+        logits.clone(), [LiveRequest(each, [], []) for each in made]
+    )
     chains = [
         [fl.TemperatureLogitsWarper(0.7), fl.EpsilonLogitsWarper(0.05)],
         [fl.SuppressTokensLogitsProcessor([3]), fl.TemperatureLogitsWarper(0.7), fl.EtaLogitsWarper(0.1)],
@@ -244,7 +251,10 @@ def test_cuts_look_at_the_temperature_and_leave_the_logits(device):
 def test_a_token_that_the_engine_keeps_to_itself(device, caplog):
     steering.say_once.cache_clear()
     batch = LiveBatch(V, torch.device(device), 2, 8, "vllm")
-    live, beside = Live(wishes(no_repeat_ngram_size=1), [1], []), Live(wishes(banned_token_ids=[5]), [1], [])
+    live, beside = (
+        LiveRequest(options(no_repeat_ngram_size=1), [1], []),
+        LiveRequest(options(banned_token_ids=[5]), [1], []),
+    )
     batch.process_(torch.zeros(2, V, device=device), [live, beside])
     live.outputs.append(-1)
     with caplog.at_level(logging.ERROR):
@@ -261,11 +271,14 @@ def test_what_counts_tokens_needs_not_to_know_them(device, caplog):
     """Where the newest token is hidden, what doesn't look at it goes on: bans, and what counts the tokens."""
     steering.say_once.cache_clear()
     batch = LiveBatch(V, torch.device(device), 2, 8, "vllm")
-    all_kinds = wishes(
+    all_kinds = options(
         no_repeat_ngram_size=1, dry_multiplier=1.0, bad_words=[[6], [1, 7]], banned_token_ids=[5],
         first_tokens_suppressed=[8], first_window=3, forced_tokens=[4],
     )  # fmt: skip
-    live, counting = Live(all_kinds, [1], []), Live(wishes(first_tokens_suppressed=[8], first_window=2), [1], [])
+    live, counting = (
+        LiveRequest(all_kinds, [1], []),
+        LiveRequest(options(first_tokens_suppressed=[8], first_window=2), [1], []),
+    )
 
     def step(token):
         for each in (live, counting):

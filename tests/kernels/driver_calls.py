@@ -27,8 +27,8 @@ from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import driver as cuda_driver
 from fastlogits_kernels.runtime import launcher as runtime
 from fastlogits_kernels.runtime.launcher import Launch, Relaunches
-from fastlogits_kernels.selection import launch
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.selection import launch, launchers
+from fastlogits_kernels.serving import search
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import OPERATIONS, Given, forced
@@ -71,8 +71,8 @@ def standing_in(library: Any, stream: Callable[[], int] = lambda: 7) -> Iterator
         for target, name, value in (
             (cuda_driver, "library", lambda: library), (cuda_driver, "objection", lambda device: None),
             (runtime, "current_stream", lambda index: stream()),
-            (launch, "is_portable", lambda device: False), (launch, "overlaps", lambda device: True),
-            (slot_sets, "overlaps", lambda device: True),
+            (launchers, "is_portable", lambda device: False), (launchers, "overlaps", lambda device: True),
+            (search, "overlaps", lambda device: True),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(forced(True))

@@ -4,6 +4,8 @@
     python -m tests.kernels.launches resources 90     # registers, spills and wide accesses, compiled for sm_90
     python -m tests.kernels.launches smallest 90      # what compiles for one row of one token
     python -m tests.kernels.launches amd              # what compiles for gfx942
+    python -m tests.kernels.launches clashes          # constants of one name that differ between functions of a kernel
+    python -m tests.kernels.launches sources 1        # by what Triton's cache is asked, after kernels in some order
 
 In a process without Triton's interpreter, which compiles nothing. All print JSON.
 """
@@ -11,20 +13,23 @@ In a process without Triton's interpreter, which compiles nothing. All print JSO
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from fastlogits_kernels.rules import RULES, Rule, argument_of
+from fastlogits_kernels.runtime import backend, launcher
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
-from fastlogits_kernels.selection import launch
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.selection import launch, launchers
+from fastlogits_kernels.serving import search
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import CASES, OPERATIONS, Given, forced
@@ -46,9 +51,9 @@ def captured(hopper: bool = True, amd: bool = False) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(Launcher, "__call__", note),
-        mock.patch.object(launch, "is_portable", return_value=amd),
-        mock.patch.object(launch, "overlaps", return_value=hopper),
-        mock.patch.object(slot_sets, "overlaps", return_value=hopper),
+        mock.patch.object(launchers, "is_portable", return_value=amd),
+        mock.patch.object(launchers, "overlaps", return_value=hopper),
+        mock.patch.object(search, "overlaps", return_value=hopper),
         forced(True),
     ):
         yield made
@@ -79,9 +84,8 @@ def variant(made: Launch) -> dict[str, Any]:
     }
 
 
-def compile_for(made: Launch, capability: int | None) -> Any:
-    """A launch compiled for a GPU that need not be there: one of NVIDIA by its capability, or AMD's gfx942."""
-    from triton.backends.compiler import GPUTarget
+def source_of(made: Launch) -> Any:
+    """What Triton is asked to compile for a launch."""
     from triton.compiler import ASTSource
 
     signature: dict[str, Any] = {}
@@ -103,8 +107,14 @@ def compile_for(made: Launch, capability: int | None) -> Any:
         else:
             signature[name] = kind[0]
             walk(*kind, (index,))
-    source = ASTSource(made.launcher.kernel, signature, constants, attributes)
-    options = made.launcher._options
+    return ASTSource(made.launcher.kernel, signature, constants, attributes)
+
+
+def compile_for(made: Launch, capability: int | None) -> Any:
+    """A launch compiled for a GPU that need not be there: one of NVIDIA by its capability, or AMD's gfx942."""
+    from triton.backends.compiler import GPUTarget
+
+    source, options = source_of(made), made.launcher._options
     if capability is None:  # which has no limit of registers to give
         options = {name: options[name] for name in ("num_warps", "enable_fp_fusion") if name in options}
         return triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
@@ -274,7 +284,40 @@ def amd() -> list[str]:
     return found
 
 
+def sources(seed: int) -> dict[str, list[str]]:
+    """The hashes of what calls compile, by kernel, where a process compiles them in an order of its own."""
+    with captured() as made:
+        for _, run, dtype in CALLS:
+            run(dtype)
+    random.Random(seed).shuffle(made)
+    hashed = mock.patch.object(type(made[0].launcher.kernel), "warmup", lambda kernel, *_, **__: kernel.cache_key)
+    supported = mock.patch.object(backend, "unsupported", return_value=None)
+    with hashed, supported, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda each: each.launcher.compile(torch.device("cuda"), 1, each.args), made))
+    found: dict[str, set[str]] = {}
+    for each in made:
+        found.setdefault(each.launcher.name, set()).add(source_of(each).hash())
+    return {name: sorted(found[name]) for name in sorted(found)}
+
+
+def clashes() -> list[str]:
+    """Constants of one name that differ between functions of one kernel."""
+    with captured() as made:
+        for _, run, dtype in CALLS:
+            run(dtype)
+    found = set()
+    for kernel in {each.launcher.kernel for each in made}:
+        launcher._hash_inside_out(kernel)
+        values: dict[str, Any] = {}
+        for (name, _), (value, _) in kernel.used_global_vals.items():
+            if repr(values.setdefault(name, value)) != repr(value):
+                found.add(f"{kernel.__name__}: {name}")
+    return sorted(found)
+
+
 if __name__ == "__main__":
     asked, *rest = sys.argv[1:]
-    run = {"keys": keys, "amd": amd, "resources": resources, "smallest": smallest}[asked]
+    run = {
+        "keys": keys, "resources": resources, "smallest": smallest, "amd": amd, "clashes": clashes, "sources": sources
+    }[asked]  # fmt: skip
     print(json.dumps(run(*map(int, rest))))

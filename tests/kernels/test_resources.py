@@ -10,7 +10,8 @@ import pytest
 from fastlogits_kernels.runtime import launcher
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
+# Slow whatever was measured: what Triton has compiled before, it takes from its cache.
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")]
 
 # In a process of its own: this one may have chosen the interpreter, which compiles nothing.
 COMPILE = r"""
@@ -22,7 +23,8 @@ from fastlogits_kernels.pointwise import bitmask
 from fastlogits_kernels.pointwise import fold
 from fastlogits_kernels.pointwise import mask as mask_tokens
 from fastlogits_kernels.pointwise import pack_ids
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving import history as slot_histories
+from fastlogits_kernels.serving import search as slot_sets
 from fastlogits_kernels.pointwise import search as token_sets
 from fastlogits_kernels import synthid
 
@@ -68,14 +70,17 @@ for dtype in ("fp32", "fp16", "bf16"):
     cases[f"mask_tokens_ {dtype}"] = (mask_tokens._mask_tokens_kernel, dtype, (), in_place)
     cases[f"bitmask {dtype}"] = (bitmask._bitmask_kernel, dtype, (), {"BLOCK_W": 64})
     cases[f"mask_listed_tokens {dtype}"] = (mask_tokens._mask_listed_tokens_kernel, dtype, (), {"BLOCK_N": 128})
-    ops = tuple(n for kind in range(11) for n in (kind, kind % 3, 2, 1))
+    kinds = (*range(11), fold.SUBTRACT.value)
+    ops = tuple(n for kind in kinds for n in (kind, kind % 3, 2, 1))
     chain = {"OPS": ops, "MAX": 65504.0, "BLOCK_W": 32}
     cases[f"fold {dtype}"] = (fold._fold_kernel, dtype, (), chain)
     short = {"OPS": (*(0, 0, 0, 0), *(2, 1, 0, 1), *(3, -1, 2, 3)), "MAX": 65504.0, "BLOCK_W": 32}
     absent = ("planes_ptr", "row_values_ptr", "biases_ptr")
     cases[f"fold short {dtype}"] = (fold._fold_kernel, dtype, absent, short)
-    tasks = tuple(n for kind in range(11) for n in (kind, kind if kind < 9 else -1, 0, 2, 0, 0))
-    search = {"TASKS": tasks, "SETS": 9, "ROW_VALUES": 1, "SPLITS": 4, "BLOCK": 1024}
+    of_sets = (*range(9), token_sets.REPETITIONS.value)
+    tasks = tuple(n for found, kind in enumerate(of_sets) for n in (kind, found, 0, 2, 0, 0))
+    tasks += tuple(n for kind in (9, 10) for n in (kind, -1, 0, 2, 0, 0))
+    search = {"TASKS": tasks, "SETS": len(of_sets), "ROW_VALUES": 1, "SPLITS": 4, "BLOCK": 1024}
     cases[f"token_sets {dtype}"] = (token_sets._token_sets_kernel, dtype, (), search, 8)
     tasks = (*(0, 1, -1, 0, -1, -1), *(3, 0, -1, 0, -1, -1), *(5, 1, -1, 3, -1, -1), *(7, 2, -1, 0, -1, -1))
     search = {"TASKS": tasks, "SETS": 3, "ROW_VALUES": 0, "SPLITS": 4, "BLOCK": 1024}
@@ -92,8 +97,8 @@ for dtype in ("fp32", "bf16"):
     cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
     absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
     cases[f"slot_sets plain {dtype}"] = (slot_sets._slot_sets_kernel, dtype, absent, search | {"DRAWS": False}, 8)
-cases["append"] = (slot_sets._append_kernel, "fp32", (), {"BLOCK": 32})
-cases["swap"] = (slot_sets._swap_kernel, "fp32", (), {"BLOCK": 1024})
+cases["append"] = (slot_histories._append_kernel, "fp32", (), {"BLOCK": 32})
+cases["swap"] = (slot_histories._swap_kernel, "fp32", (), {"BLOCK": 1024})
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
 for form, (done, more, first, wraps) in {
@@ -171,6 +176,13 @@ def test_registers_spills_and_widths_of_a_selection(capability):
 def test_a_key_says_all_that_a_kernel_is_compiled_for():
     """Two launches of one key are one to Triton: else the second would run what was compiled for the first."""
     assert told("-m", "tests.kernels.launches", "keys") == []
+
+
+def test_another_process_finds_what_this_one_has_compiled():
+    """Whatever either compiled first, and side by side: else a cache on disk is of no use."""
+    assert told("-m", "tests.kernels.launches", "sources", 1) == told("-m", "tests.launches", "sources", 2)
+    # In Triton 3.6 their order is one of addresses.
+    assert told("-m", "tests.kernels.launches", "clashes") == []
 
 
 def test_one_row_of_one_token_compiles():

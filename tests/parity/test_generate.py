@@ -6,8 +6,8 @@ import transformers
 import transformers.generation.logits_process as reference
 
 import fastlogits as fl
-from tests.conftest import VOCAB_SIZE, tiny_llama
 from tests.installed import IS_4, PENALISES_COPIES, TAKES_LENGTHS_OF_ROWS
+from tests.models import VOCAB_SIZE, tiny_llama
 
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61], [1, 5, 90, 33, 12, 64, 28]])
 L = PROMPT.shape[1]

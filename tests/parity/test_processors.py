@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import fastlogits as fl
-from tests import zoo
-from tests.zoo import ZOO, Case, build
+from tests import entries
+from tests.entries import ENTRIES, Case, build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATH = "torch" if DEVICE == "cpu" else "kernels"
-NAMES = zoo.names()
-PRESENT = zoo.kinds(lambda entry: True)
+NAMES = entries.names()
+PRESENT = entries.kinds(lambda entry: True)
 # Defined by a function of the user's, and by torch's generator, which the host seeds.
 ON_THE_HOST = ("PrefixConstrainedLogitsProcessor", "WatermarkLogitsProcessor")
 VOCABS = st.sampled_from([1, 2, 31, 32, 33, 64, 100, 150]) | st.integers(1, 150)
@@ -91,12 +91,12 @@ def draw_scores(draw, rows, V, dtype, special=True, nan=True) -> torch.Tensor:
     if special:
         if draw(st.sampled_from([False, False, True])):
             scores = (scores * 2).round() / 2  # ties
-        for value in (zoo.NEGATIVE_INFINITY, float("nan"), float("inf"), 0.0, -0.0):
+        for value in (entries.NEGATIVE_INFINITY, float("nan"), float("inf"), 0.0, -0.0):
             if draw(st.integers(0, 4)) == 0 and (nan or value == value):
                 share = draw(st.sampled_from([1 / V, 0.1, 0.9]))
                 scores[torch.rand(rows, V, generator=generator) < share] = value
         if draw(st.integers(0, 5)) == 0:
-            scores[draw(st.integers(0, rows - 1))] = draw(st.sampled_from([zoo.NEGATIVE_INFINITY, 1.5, 0.0]))
+            scores[draw(st.integers(0, rows - 1))] = draw(st.sampled_from([entries.NEGATIVE_INFINITY, 1.5, 0.0]))
     return draw_layout(draw, scores.to(dtype).to(DEVICE), float("nan"))
 
 
@@ -158,7 +158,7 @@ def undecided(name, arguments, ids, scores) -> torch.Tensor:
 
     Those whose fate changes in float64 when the boundary moves by a rounding error either way, or the scores do.
     """
-    boundary = ZOO[name].boundary
+    boundary = ENTRIES[name].boundary
     value = arguments.get(boundary)
     found = torch.zeros_like(scores, dtype=torch.bool)
     if not boundary or value is None:
@@ -179,8 +179,25 @@ def undecided(name, arguments, ids, scores) -> torch.Tensor:
             kept.append(~same(processor(ids, shifted + noise), shifted + noise))
     for each in kept:
         found |= each != kept[0]
+    if boundary == "top_h":
+        found |= undecided_of_entropy(value, scores)
     # Which of several equal scores it is that stays is up to a sort.
     return (scores.unsqueeze(2) == torch.where(found, scores, math.nan).unsqueeze(1)).any(2) | found
+
+
+def undecided_of_entropy(top_h, scores) -> torch.Tensor:
+    """The same of top-h, whose entropy may be smaller than what it is rounded by.
+
+    transformers subtracts the logarithm of a sum from logits, as far as their dtype goes.
+    """
+    top, tokens = scores.double().sort(descending=True)
+    p = top[:, :100].softmax(-1)
+    sums = torch.where(p > 0, -p * p.log(), 0.0).cumsum(-1)
+    largest = torch.where(top.isfinite(), top, 0.0).abs().amax(-1, keepdim=True)
+    off = torch.finfo(scores.dtype).eps * (1 + largest)
+    near = (sums - top_h * sums[:, -1:]).abs() <= off
+    near[:, 0] = False
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, tokens[:, :100], near)
 
 
 def but_for_ties(found, expected, scores, right) -> torch.Tensor:
@@ -210,7 +227,7 @@ def splits_ties(name, scores, processed) -> bool:
 
 def prepared(processor: Any, case: Case) -> Any:
     if isinstance(processor, reference.WhisperNoSpeechDetection):
-        processor.set_model(zoo.SpeechModel(case.B, case.V, case.device))
+        processor.set_model(entries.SpeechModel(case.B, case.V, case.device))
         processor.set_inputs({"inputs": torch.zeros(case.B, 1)})
     return processor
 
@@ -229,7 +246,7 @@ def check(name, arguments, case, ids, scores, found, expected, path):
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     assert found.device == expected.device
-    law = ZOO[name].law
+    law = ENTRIES[name].law
     if law == "close":
         right = close(found, expected, 16)
     elif path == "torch":
@@ -259,7 +276,7 @@ def parameters(made) -> list[tuple]:
 
 
 def test_every_class_of_transformers_is_in_the_zoo():
-    assert [name for name in NAMES if name not in ZOO] == []
+    assert [name for name in NAMES if name not in ENTRIES] == []
 
 
 @pytest.mark.parametrize("name", [*NAMES, "LogitsProcessor", "LogitsProcessorList"])
@@ -283,7 +300,7 @@ def test_transformers_sees_a_call_of_two_parameters(name):
 
 
 def run_one(data, name, path, steps, dtype=None, beyond=True):
-    draw, entry = data.draw, ZOO[name]
+    draw, entry = data.draw, ENTRIES[name]
     case = draw_case(draw, entry.least_vocab)
     arguments = entry.draw(draw, case)
     dtype = dtype or draw_dtype(draw, path)
@@ -291,7 +308,7 @@ def run_one(data, name, path, steps, dtype=None, beyond=True):
     ours, theirs = (prepared(build(module, name, arguments), case) for module in (fl, reference))
     for ids, scores in zip(inputs.ids, inputs.scores, strict=True):
         expected, error = call(theirs, ids.clone(), scores.clone())
-        assume(error is None and not zoo.was_corrected(name, arguments, ids, scores))
+        assume(error is None and not entries.was_corrected(name, arguments, ids, scores))
         before = ids.clone(), scores.clone()
         found = ours(ids, scores)
         check(name, arguments, case, ids, scores, found, expected, path)
@@ -323,22 +340,38 @@ def test_one_class_by_its_kernels(name, kernels):
 @settings(max_examples=8, **RELAXED)
 @given(data=st.data())
 def test_int32_ids_where_transformers_takes_them(name, data):
-    draw, entry = data.draw, ZOO[name]
+    draw, entry = data.draw, ENTRIES[name]
     case = draw_case(draw, entry.least_vocab)
     arguments = entry.draw(draw, case)
     ids = draw_ids(draw, case.B, case.V, case.L, dtype=torch.int32)
     scores = draw_scores(draw, case.B * entry.rows, case.V, torch.float32, nan=entry.nan)
     ours, theirs = (prepared(build(module, name, arguments), case) for module in (fl, reference))
     expected, error = call(theirs, ids.clone(), scores.clone())
-    assume(error is None and not zoo.was_corrected(name, arguments, ids, scores))
+    assume(error is None and not entries.was_corrected(name, arguments, ids, scores))
     check(name, arguments, case, ids, scores, ours(ids, scores), expected, PATH)
+
+
+def test_what_an_entropy_leaves_undecided():
+    """transformers' own class isn't held to what it can't tell itself, and to all that it can."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1.0, 30.0):
+        for top_h in (0.5, 1.0):
+            scores = torch.randn(200, 8, generator=generator) * scale
+            arguments = {"top_h": top_h, "filter_value": -1e4}
+            processor = build(reference, "TopHLogitsWarper", arguments)
+            fates = [same(processor(None, each), each) for each in (scores, scores.double())]
+            open_ones = undecided("TopHLogitsWarper", arguments, None, scores)
+            assert not (fates[0] ^ fates[1])[~open_ones].any()
+            if scale == 1:  # with all of the entropy the least likely token is up to rounding, and no other
+                assert open_ones.sum(1).float().mean() < 1.05 * (top_h == 1) + 0.05
+    assert (fates[0] ^ fates[1]).any()
 
 
 @pytest.mark.parametrize("name", PRESENT)
 @settings(max_examples=4, **RELAXED)
 @given(data=st.data())
 def test_a_copy_and_a_pickle_of_a_used_one(name, data):
-    draw, entry = data.draw, ZOO[name]
+    draw, entry = data.draw, ENTRIES[name]
     case = draw_case(draw, entry.least_vocab)
     arguments = entry.draw(draw, case)
     inputs = draw_steps(draw, case, 2, entry.rows, nan=entry.nan, beyond=False)
@@ -350,7 +383,7 @@ def test_a_copy_and_a_pickle_of_a_used_one(name, data):
     if name not in ("WatermarkLogitsProcessor",):  # holds a generator, which torch can neither copy nor pickle
         copies += [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))] if _pickles(theirs) else []
     expected, error = call(theirs, inputs.ids[1].clone(), inputs.scores[1].clone())
-    assume(error is None and not zoo.was_corrected(name, arguments, inputs.ids[1], inputs.scores[1]))
+    assume(error is None and not entries.was_corrected(name, arguments, inputs.ids[1], inputs.scores[1]))
     for each in copies:
         found = each(inputs.ids[1], inputs.scores[1])
         check(name, arguments, case, inputs.ids[1], inputs.scores[1], found, expected, "kernels")
@@ -369,13 +402,13 @@ def _pickles(processor) -> bool:
 
 def draw_chain(draw, case, most=6, chosen=None):
     """Names of up to six classes in any order; one that halves the rows can only come first."""
-    pool = [name for name in (chosen or PRESENT) if ZOO[name].least_vocab <= case.V]
-    halving = [name for name in pool if ZOO[name].rows == 2]
-    pool = [name for name in pool if ZOO[name].rows == 1]
+    pool = [name for name in (chosen or PRESENT) if ENTRIES[name].least_vocab <= case.V]
+    halving = [name for name in pool if ENTRIES[name].rows == 2]
+    pool = [name for name in pool if ENTRIES[name].rows == 1]
     chain = draw(st.lists(st.sampled_from(pool), min_size=1, max_size=most))
     if halving and draw(st.integers(0, 9)) == 0:
         chain[0] = draw(st.sampled_from(halving))
-    return [(name, ZOO[name].draw(draw, case)) for name in chain]
+    return [(name, ENTRIES[name].draw(draw, case)) for name in chain]
 
 
 def one_by_one(chain, theirs, ids, scores) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
@@ -383,7 +416,7 @@ def one_by_one(chain, theirs, ids, scores) -> list[tuple[torch.Tensor, torch.Ten
     given, stages = scores.clone(), []
     for link, processor in zip(chain, theirs, strict=True):
         made, error = call(processor, ids.clone(), given.clone())
-        if error is not None or zoo.was_corrected(*link, ids, given):
+        if error is not None or entries.was_corrected(*link, ids, given):
             return None
         stages.append((given, made))
         given = made.clone()
@@ -393,7 +426,7 @@ def one_by_one(chain, theirs, ids, scores) -> list[tuple[torch.Tensor, torch.Ten
 def check_chain(chain, case, stages, ids, scores, ours, path) -> bool:
     """Whether a chain in one call is those ``stages``; False where rounding decides, and an error where it differs."""
     expected = stages[-1][1] if stages else scores
-    sums = any(ZOO[name].law == "close" for name, _ in chain)
+    sums = any(ENTRIES[name].law == "close" for name, _ in chain)
     before = ids.clone(), scores.clone()
     found = ours(ids, scores)
     assert unwritten(ids, before[0]), "input_ids were written"
@@ -406,7 +439,7 @@ def check_chain(chain, case, stages, ids, scores, ours, path) -> bool:
     if not right.all():
         # A token within rounding of a boundary may fall on either side of it, and then all that follows differs.
         for (name, arguments), (given, made) in zip(chain, stages, strict=True):
-            if ZOO[name].law == "truncation" and (
+            if ENTRIES[name].law == "truncation" and (
                 splits_ties(name, given, made) or undecided(name, arguments, ids, given).any()
             ):
                 return False
@@ -421,7 +454,7 @@ def run_chain(data, path, dtype=None, most=6, steps=None):
     draw = data.draw
     case = draw_case(draw)
     chain = draw_chain(draw, case, most)
-    rows = ZOO[chain[0][0]].rows
+    rows = ENTRIES[chain[0][0]].rows
     dtype = dtype or draw_dtype(draw, path)
     steps = steps or draw(st.sampled_from([1, 1, 3]))
     inputs = draw_steps(draw, case, steps, rows, dtype, special=draw(st.booleans()))
@@ -673,7 +706,7 @@ def example(name: str, seed: int, case: Case) -> dict[str, Any]:
     @settings(max_examples=3, database=None, derandomize=True, **RELAXED)
     @given(data=st.data())
     def collect(data):
-        found.append(ZOO[name].draw(data.draw, case))
+        found.append(ENTRIES[name].draw(data.draw, case))
 
     collect()
     return found[seed % len(found)]
@@ -723,7 +756,7 @@ class NoSync:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", [name for name in PRESENT if name not in ON_THE_HOST])
 def test_no_call_waits_for_the_gpu(name, seed):
-    case, entry = CUDA_CASE, ZOO[name]
+    case, entry = CUDA_CASE, ENTRIES[name]
     arguments = example(name, seed, case)
     ours, theirs = (prepared(build(module, name, arguments), case) for module in (fl, reference))
     for step in range(3):
@@ -759,9 +792,9 @@ def replayed(processor, ids, scores, others):
 
 @CUDA
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", [name for name in PRESENT if ZOO[name].graph])
+@pytest.mark.parametrize("name", [name for name in PRESENT if ENTRIES[name].graph])
 def test_a_captured_graph_serves_other_inputs(name, seed):
-    case, entry = CUDA_CASE, ZOO[name]
+    case, entry = CUDA_CASE, ENTRIES[name]
     arguments = example(name, seed, case)
     ours, theirs = (build(module, name, arguments) for module in (fl, reference))
     others = [cuda_inputs(case, entry.rows, seed + 1) for seed in range(3)]

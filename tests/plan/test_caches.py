@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from fastlogits_kernels.runtime.recent import MOST, recent
-from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import launch, layout
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -147,6 +147,6 @@ def test_ids_on_a_device():
 
 
 def test_numbers_of_selections():
-    for n in range(2 * launch._MOST_NUMBERS):
-        assert launch._numbers_on(torch.device("cpu"), n / 7).tolist() == [n / 7, 0.0]
-    assert len(launch._numbers) <= launch._MOST_NUMBERS
+    for n in range(2 * layout._MOST_NUMBERS):
+        assert layout._numbers_on(torch.device("cpu"), n / 7).tolist() == [n / 7, 0.0]
+    assert len(layout._numbers) <= layout._MOST_NUMBERS

@@ -15,7 +15,8 @@ from fastlogits_kernels.selection import launch
 from fastlogits_kernels.truncate.dispatch import _flattened
 
 import fastlogits as fl
-from tests.conftest import tiny_llama
+from fastlogits.compilers import constant
+from tests.models import tiny_llama
 
 V, L = 50, 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,6 +179,11 @@ EXAMPLES = {
         {},
     ),
 }
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    ours, torchs = (mark(lambda: None) for mark in (constant, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(torchs) != {}
 
 
 def _registered():

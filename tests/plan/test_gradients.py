@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fastlogits as fl
 from benchmarks.catalogue import _EXTRAS, _tokenizer
-from tests import zoo
+from tests import entries
 
 V, START = 41, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,12 +82,12 @@ def test_of_processors_that_transformers_lacks(name, way, device):
 
 
 @pytest.mark.parametrize("way", ["alone", "in place", "behind another"])
-@pytest.mark.parametrize("name", zoo.kinds(lambda entry: entry.rows == 1))
+@pytest.mark.parametrize("name", entries.kinds(lambda entry: entry.rows == 1))
 @settings(deadline=None, max_examples=3, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_of_transformers_processors(name, way, device, data):
     """The gradient is that of transformers' class, where no token of a row stands twice."""
-    arguments = zoo.ZOO[name].draw(data.draw, zoo.Case(2, V, 8, device))
+    arguments = entries.ENTRIES[name].draw(data.draw, entries.Case(2, V, 8, device))
     _, scores = given_rows(device, data.draw(st.integers(0, 99)), torch.float32)
     ids = torch.stack([torch.randperm(V)[:8] for _ in range(2)]).to(device)
     if name == "EncoderRepetitionPenaltyLogitsProcessor":
@@ -96,10 +96,10 @@ def test_of_transformers_processors(name, way, device, data):
 
     def theirs(x):
         x = before(ids, x) if way == "behind another" else x
-        return zoo.build(reference, name, arguments)(ids, x.clone())
+        return entries.build(reference, name, arguments)(ids, x.clone())
 
     def ours(x):
-        processor = zoo.build(fl, name, arguments)
+        processor = entries.build(fl, name, arguments)
         if way == "behind another":
             return fl.LogitsProcessorList([fl.TemperatureLogitsWarper(0.5), processor])(ids, x)
         return (processor.apply_ if way == "in place" else processor)(ids, x)

@@ -12,19 +12,24 @@ from hypothesis import strategies as st
 import fastlogits as fl
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.pointwise import Pointwise
+from fastlogits.plan.row_values import RowValues
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import (
     AllowFrom,
     Ban,
+    BanRange,
     Bias,
     Clean,
     Decay,
     Force,
+    ForceRows,
     Given,
     History,
+    LowerRepetitions,
     Member,
     Penalize,
     Repeated,
+    RowBias,
     Scale,
     SequenceBias,
     When,
@@ -89,7 +94,31 @@ whens = st.builds(
 # Powers of two: dividing and multiplying by the reciprocal are then the same, on every backend.
 factors = st.sampled_from([0.25, 0.5, 2.0, 4.0])
 values = st.integers(-16, 16).map(lambda n: n / 8)
+penalties = st.lists(st.integers(0, 8), min_size=1, max_size=4).map(
+    lambda steps: (0.0, *(sum(steps[: n + 1]) / 8 for n in range(50)))
+)
+
+
+def row_values(scale, shift):
+    """Values of each row, some of them 0: by its place, its last token and its step."""
+
+    def computed(rows):
+        step = torch.full((1, 1), rows.step, device=rows.device) if isinstance(rows.step, int) else rows.step
+        place = torch.arange(rows.B, device=rows.device)
+        return (place + rows.last().flatten().clamp(min=0) + step.flatten() - shift) * scale
+
+    return RowValues(computed, "something")[0]
+
+
+of_rows = st.builds(row_values, values, st.integers(0, 9))
+ends = st.integers(0, V + 5) | st.builds(row_values, st.sampled_from([1.0, 8.0, 31.0, -5.0]), st.integers(-40, 9))
 stages = st.one_of(
+    st.builds(Ban, st.builds(Repeated, st.integers(1, 3), st.none(), st.just("prompt"))),
+    st.builds(BanRange, ends, st.none() | ends),
+    st.builds(Bias, histories, values, extra=some, rounds_once=st.booleans()),
+    st.builds(Bias, st.builds(Repeated, st.integers(1, 3), st.none(), st.just("prompt")), values),
+    st.builds(RowBias, some, of_rows),
+    st.builds(ForceRows, some, of_rows),
     st.builds(Ban, some, st.none() | whens),
     st.builds(Ban, some, whens, some),
     st.builds(Ban, histories),
@@ -100,6 +129,7 @@ stages = st.one_of(
     st.builds(Bias, some, values, st.just(0.0), st.none() | whens),
     st.builds(Bias, histories, values, values),
     st.builds(Bias, texts, values),
+    st.builds(LowerRepetitions, penalties, some, st.none() | st.integers(1, 9)),
     st.builds(
         lambda found: SequenceBias(tuple(found.items())),
         st.dictionaries(
@@ -121,7 +151,7 @@ stages = st.one_of(
     chain=st.lists(stages, min_size=1, max_size=6).filter(
         lambda chain: sum(isinstance(s, AllowFrom) for s in chain) < 2
     ),
-    shape=st.sampled_from([(2, 1, 1), (2, 7, 4), (5, 9, 5)]),
+    shape=st.sampled_from([(2, 1, 1), (2, 7, 4), (4, 9, 5)]),
     dtype=st.sampled_from(DTYPES),
     on_device=st.booleans(),
     in_place=st.booleans(),
@@ -155,6 +185,12 @@ def test_positions_on_the_device_differ_by_row(kernels, device):
     lengths = [4, 5, 2]
     prompts = [1, 2, 2]
     chain = [
+        Bias(History("prompt"), 1.5, extra=(1, 30)),
+        Bias(Repeated(2, span="prompt"), 2.5),
+        RowBias((14, 15), RowValues(lambda rows: rows.last() * 0.5, "half of the last token")[0]),
+        BanRange(20, RowValues(lambda rows: 20 + rows.length + 0 * rows.last(), "the length")[0]),
+        BanRange(RowValues(lambda rows: rows.last(2) + 40, "the token before", positioned=False)[0], 43),
+        ForceRows((16,), RowValues(lambda rows: rows.last() == 5, "at token 5")[0]),
         Penalize(History("generated"), 2.0),
         Ban(Repeated(2)),
         SequenceBias((((1, 7), -INF), ((2, 1, 8), 3.0), ((6,), 1.0))),
@@ -448,3 +484,53 @@ def test_more_than_two_to_the_31_elements():
     assert found[0, :2].tolist() == [1.25, 0.5]
     assert found[-1, -2:].tolist() == [0.5, 1.25]
     assert found[-1, 0] == 0.5
+
+
+# -- Repetitions -------------------------------------------------------------------------------------------------------
+
+
+PENALTIES = tuple(0.0 if n < 1 else 0.5 * 2.0 ** (n - 1) for n in range(51))
+
+
+def test_repetitions_are_lowered_within_the_pass(kernels, device):
+    """Rows that end at other places of the same ids, between two maps, in each dtype, with a stride and in place."""
+    ids = torch.tensor([[5, 1, 2, 3, 9, 1, 2, 3, 1, 2], [7, 7, 7, 7, 7, 7, 80, 7, -1, 7]], device=device)
+    stages = [Scale(2.0), LowerRepetitions(PENALTIES, (9,)), Bias((3,), 1.0)]
+    for length in (torch.tensor([10, 6], device=device), torch.tensor([8, 8], device=device), 10):
+        run = Run(length, 2) if isinstance(length, torch.Tensor) else None
+        for dtype in DTYPES:
+            wide = torch.randn(2, V + 9, device=device).to(dtype)
+            scores = wide[:, 5 : 5 + V]
+            expected = kernels.torch(stages, ids, scores, run and Run(length - 1, 2))
+            found = kernels.triton(stages, ids, scores, run and Run(length - 1, 2))
+            assert torch.equal(found, expected)
+            assert not torch.equal(expected, kernels.torch([stages[0], stages[2]], ids, scores))
+            assert torch.equal(kernels.triton(stages, ids, scores, run and Run(length - 1, 2), in_place=True), expected)
+
+
+def test_penalties_of_repetitions_do_not_add_up(kernels, device):
+    """The largest counts, whatever the plane held before; ids outside the vocabulary match, and get nothing."""
+    ids = torch.tensor([[90, 4, 6, 90, 4, 6, 3, 90, 4]], device=device)
+    stages = [LowerRepetitions(PENALTIES, ()), LowerRepetitions(PENALTIES, (4,)), LowerRepetitions(PENALTIES, (6,), 3)]
+    scores = torch.zeros(1, V, device=device)
+    for run in (kernels.torch, kernels.triton):
+        found = run(stages[:1], ids, scores)
+        assert found.nonzero().tolist() == [[0, 6]]
+        assert found[0, 6] == -1.0  # two tokens, of which one is in no vocabulary
+        assert not run(stages[1:], ids, scores).any()
+
+
+def test_a_repetition_is_not_matched_beyond_the_first_token(kernels, device):
+    ids = torch.tensor([[-1, 3, -2, 3], [3, 3, 3, 3], [-2, -1, -2, -1]], device=device)
+    scores = torch.zeros(3, V, device=device)
+    for run in (kernels.torch, kernels.triton):
+        found = run([LowerRepetitions(PENALTIES, ())], ids, scores)
+        assert found.nonzero().tolist() == [[1, 3]]
+        assert found[1, 3] == -2.0
+
+
+def test_a_breaker_matches_no_id_that_is_negative(kernels, device):
+    ids = torch.tensor([[-1, 5, 3], [-5, 5, -5]], device=device)
+    for run in (kernels.torch, kernels.triton):
+        found = run([LowerRepetitions(PENALTIES, (0, 3))], ids, torch.zeros(2, V, device=device))
+        assert found.nonzero().tolist() == [[1, 5]]

@@ -16,11 +16,12 @@ from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.stages import Ban, Member, Repeated
 from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
-from tests import zoo as entries
+from tests import entries
 from tests.installed import COMPLETES_FROM_ALL_OF_A_TEXT, IS_4, PENALISES_COPIES, TAKES_LENGTHS_OF_ROWS
 from tests.parity.test_processors import undecided
-from tests.processors.test_extras import EOS, JOBS, TEXT, TOKENIZER, A, C, V, same
-from tests.processors.test_extras import B as OTHER
+from tests.processors.test_nvidia_zoo import JOBS, TEXT
+from tests.processors.toy import EOS, TOKENIZER, A, C, V, same
+from tests.processors.toy import B as OTHER
 
 few = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 
@@ -185,7 +186,7 @@ def test_rows_without_a_text_get_what_they_get_alone(device):
 @given(data=st.data(), name=st.sampled_from(["SynthIDTextWatermarkLogitsProcessor", "WatermarkLogitsProcessor"]))
 def test_watermarks_of_a_row_are_those_that_it_has_alone(device, data, name):
     case = entries.Case(3, 41, 5, device)
-    arguments = entries.ZOO[name].draw(data.draw, case)
+    arguments = entries.ENTRIES[name].draw(data.draw, case)
     torch.manual_seed(data.draw(st.integers(0, 99)))
     text, scores = torch.randint(0, 4, (1, 12), device=device), torch.randn(6, 3, 41, device=device)
     together = said(entries.build(fl, name, arguments), text, scores, [0, 1, 2], 5)
@@ -250,7 +251,7 @@ def backend(request, monkeypatch):
 @settings(deadline=None, max_examples=6, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_ids_of_other_rows_act_as_in_transformers_or_are_refused(backend, device, name, R, B, data):
-    arguments = entries.ZOO[name].draw(data.draw, entries.Case(B, 41, 6, device))
+    arguments = entries.ENTRIES[name].draw(data.draw, entries.Case(B, 41, 6, device))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     ids, scores = torch.randint(0, 3, (R, 6), device=device), torch.randn(B, 41, device=device)
     assume(not entries.was_corrected(name, arguments, ids, scores))
@@ -261,7 +262,7 @@ def test_ids_of_other_rows_act_as_in_transformers_or_are_refused(backend, device
         assert " must " in str(found)
     else:
         right = torch.isclose(expected.nan_to_num(neginf=-9e9), found.nan_to_num(neginf=-9e9), atol=1e-4)
-        if not right.all() and entries.ZOO[name].law == "truncation":
+        if not right.all() and entries.ENTRIES[name].law == "truncation":
             right |= undecided(name, arguments, ids, scores)
         assert right.all()
 
@@ -310,7 +311,7 @@ def test_operations_never_read_past_what_they_are_given(backend, device):
     ids, scores = torch.ones(2, 4, dtype=torch.int64, device=device), torch.zeros(3, V, device=device)
     chain = Pointwise([Member("n-grams", Ban(Repeated(2)))]).inputs(ids, scores[:2], None)[0]
     with pytest.raises(ValueError, match="input_ids must have the 3 rows"):
-        fold_kernels.fold(scores, chain, ids, fold_kernels.Position(3))
+        fold_kernels.fold(scores, chain, fold_kernels.Call(ids, cache_offset=3))
     words = torch.ones(2, 1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="allowed must have 1 row or the 3 rows"):
         mask_tokens(scores, Bans(allowed=words))

@@ -517,7 +517,7 @@ def test_a_class_and_a_list_of_classes(kind):
     [
         (lambda: ours.TopKLogitsWarper(torch.tensor([3, 0])), "top_k must be at least 1 .* got 0 in row 1"),
         (lambda: ours.TopKLogitsWarper(torch.tensor([3.0])), "top_k must be of .* got torch.float32"),
-        (lambda: ours.TopPLogitsWarper(torch.tensor([0.5, 1.5])), "top_p must be from 0 to 1 .* 1.5 in row 1"),
+        (lambda: ours.TopPLogitsWarper(torch.tensor([0.5, 1.5])), "top_p must be between 0 and 1 .* 1.5 in row 1"),
         (lambda: ours.TopPLogitsWarper(torch.tensor([math.nan])), "top_p .* nan in row 0"),
         (lambda: ours.TopPLogitsWarper(torch.tensor([[0.5]])), r"top_p .* got one of shape \(1, 1\)"),
         (lambda: ours.TopPLogitsWarper(torch.tensor([0.5]).double()), "top_p must be of .* got torch.float64"),
@@ -529,7 +529,7 @@ def test_a_class_and_a_list_of_classes(kind):
         (lambda: ours.TopNSigmaLogitsWarper(torch.tensor([0.0])), "top_n_sigma .* 0 in row 0"),
         (lambda: ours.TopNSigmaLogitsWarper(0), "top_n_sigma"),
         (lambda: ours.TopALogitsWarper(0), "top_a must be a number above 0 and at most 1, got 0"),
-        (lambda: ours.TopALogitsWarper(torch.tensor([0.5, 1.5])), "top_a must be from 0 to 1 .* got 1.5 in row 1"),
+        (lambda: ours.TopALogitsWarper(torch.tensor([0.5, 1.5])), "top_a must be between 0 and 1 .* got 1.5 in row 1"),
         (lambda: ours.TopNSigmaLogitsWarper(INF), "top_n_sigma"),
         (lambda: ours.TopNSigmaLogitsWarper("1"), "top_n_sigma"),
         (lambda: ours.TopNSigmaLogitsWarper(1.0, min_tokens_to_keep=0), "min_tokens_to_keep"),

@@ -7,7 +7,7 @@ import torch
 import fastlogits as fl
 from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
-from tests.processors.test_extras import TOKENIZER
+from tests.processors.toy import TOKENIZER
 
 V = 16
 Z = zoo

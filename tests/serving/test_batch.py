@@ -11,12 +11,13 @@ from fastlogits_kernels.pointwise.fold import launch_fold
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.bits import pack_bits
 from fastlogits_kernels.serving import steps as slot_sets
-from fastlogits_kernels.serving.layout import Rows, reference_slots
-from fastlogits_kernels.serving.steps import launch_slot_sets
+from fastlogits_kernels.serving.layout import StepRows
+from fastlogits_kernels.serving.reference import reference_slots
+from fastlogits_kernels.serving.search import launch_slot_sets
 
 import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams, TokenMask
-from fastlogits.serving import batch as serving
+from fastlogits.serving import packing
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -289,12 +290,12 @@ def test_kernels_find_in_many_ranges_what_torch_finds(draws, device):
         batch.add(RequestParams(**each, seed=i), prompt[: 1530 - 30 * i], [3] * (i == 4))
     logits = (torch.randn(count + 1, vocab, generator=torch.Generator().manual_seed(0)) * 3).to(device)
     slots = torch.tensor([*range(count), -1], device=device)
-    step, rows = batch._step, Rows(slots, bitmask=bitmask_of(count + 1, 1, vocab).to(device))
+    step, rows = batch._step, StepRows(slots, bitmask=bitmask_of(count + 1, 1, vocab).to(device))
     expected, numbers = reference_slots(logits, step.slots, rows, step.semantics, draws)
     made = step.workspace
     # What an earlier step has left must not matter.
-    launch_slot_sets(step, logits, rows._replace(slots=slots.roll(1)), draws)
-    found = launch_slot_sets(step, logits, rows, draws)
+    launch_slot_sets(made, logits, rows._replace(slots=slots.roll(1)), draws)
+    found = launch_slot_sets(made, logits, rows, draws)
     out = torch.empty_like(logits)
     launch_fold(logits, out, made.chain, found)
     assert_same(out, expected)
@@ -428,15 +429,15 @@ def test_a_slot_holds_nothing_of_the_request_before(device, path):
         assert torch.equal(batch.apply(logits, [0]), alone.apply(logits, [0]))
         batch.remove(0)
         # On a GPU a row may name a slot that the host knows to be free.
-        rows = Rows(torch.tensor([0], device=device))
+        rows = StepRows(torch.tensor([0], device=device))
         assert torch.equal(slot_sets.process_rows(batch._step, logits, rows, torch.empty_like(logits)), logits)
     assert torch.equal(batch.apply(logits, [-1]), logits)
 
 
 def test_staged_requests_are_not_overwritten_by_those_after_them():
-    staging = serving._Staging(torch.device("cpu"))
+    staging = packing.Staging(torch.device("cpu"))
     taken = []
-    for count in (5, serving._STAGED - 6, 3, 2 * serving._STAGED, 1):
+    for count in (5, packing.STAGED - 6, 3, 2 * packing.STAGED, 1):
         tensor, array = staging.take(count)
         assert tensor.shape == array.shape == (count,)
         array.fill(len(taken))

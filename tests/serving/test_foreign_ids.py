@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastlogits import BatchProcessor, RequestParams
-from fastlogits.integrations.requests import CUTS, EDITS, Live, LiveBatch, read_wishes
+from fastlogits.integrations.requests import EDITS, TRUNCATIONS, LiveBatch, LiveRequest, read_options
 from tests.serving.test_batch import V, logits_of, path  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -120,7 +120,9 @@ def test_a_step_counts_them_as_tokens(device, path):  # noqa: F811
 def test_in_an_engines_lists(device):
     """The prompt of a request with an image, and what it says, as the plug-ins see them."""
     batch = LiveBatch(V, torch.device(device), 2, 32, "vllm")
-    live = Live(read_wishes({"no_repeat_ngram_size": 1}, EDITS + CUTS, "here", 0.7), [V, 4, V + 7, 2**40 + 3, -1], [6])
+    live = LiveRequest(
+        read_options({"no_repeat_ngram_size": 1}, EDITS + TRUNCATIONS, "here", 0.7), [V, 4, V + 7, 2**40 + 3, -1], [6]
+    )
     for outputs in ([], [V], [8]):
         live.outputs.extend(outputs)
         banned = batch.process_(torch.zeros(1, V, device=device), [live]).isinf().nonzero()[:, 1].tolist()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fastlogits_kernels.serving import steps as slot_sets
-from fastlogits_kernels.serving.layout import Rows
+from fastlogits_kernels.serving.layout import StepRows
 
 from fastlogits import BatchProcessor, RequestParams, TokenMask
 from tests.serving.test_batch import V, logits_of, path  # noqa: F401
@@ -62,7 +62,7 @@ def test_a_request_that_requires_a_bitmask_is_refused_without(call, device):
 
 def test_where_only_the_device_knows_a_required_bitmask_that_is_missing_allows_nothing(device, path):  # noqa: F811
     batch = batch_of(device, {"bitmask": True, "temperature": 0.0}, {}, {"bitmask": True, "forced_tokens": [5]})
-    logits, rows = logits_of(4).to(device), Rows(torch.tensor([0, 1, -1, 2], device=device))
+    logits, rows = logits_of(4).to(device), StepRows(torch.tensor([0, 1, -1, 2], device=device))
     processed = slot_sets.process_rows(batch._step, logits, rows, torch.empty_like(logits))
     assert bool((processed[0] == -INF).all())
     assert torch.equal(processed[1:3], logits[1:3])
@@ -109,7 +109,7 @@ def test_log_probabilities_that_only_one_side_asks_for(device):
 def test_where_only_the_device_knows_who_asked_for_log_probabilities(device, path):  # noqa: F811
     batch = batch_of(device, {"logprobs": 1}, {})
     logits = logits_of(2).to(device)
-    rows = Rows(torch.tensor([1, 1], device=device))
+    rows = StepRows(torch.tensor([1, 1], device=device))
     _, report = slot_sets.sample_rows(batch._step, logits, rows, "raw", 2)
     assert bool(report.logprobs.isnan().all())
     assert report.ranks.tolist() == [0, 0]

@@ -17,8 +17,8 @@ from fastlogits.plan import selection as truncate_launch
 from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.selection import Truncation
 from fastlogits.transformers import accelerate as acceleration
-from tests.conftest import VOCAB_SIZE, tiny_llama
 from tests.installed import IS_4, PENALISES_COPIES
+from tests.models import VOCAB_SIZE, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread", "accelerates_nothing_after")
 

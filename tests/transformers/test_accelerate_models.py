@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 
 import fastlogits as fl
 from fastlogits.transformers import accelerate as acceleration
-from tests.conftest import tiny_llama
+from tests.models import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread", "accelerates_nothing_after")
 

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 import fastlogits as fl
-from tests.conftest import tiny_llama
+from tests.models import tiny_llama
 
 pytest.importorskip("accelerate")
 pytest.importorskip("psutil")

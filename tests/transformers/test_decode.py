@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import fastlogits as fl
 from fastlogits.transformers import caches, loop
-from tests.conftest import VOCAB_SIZE, tiny_llama
+from tests.models import VOCAB_SIZE, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ import fastlogits as fl
 from fastlogits.transformers import caches, drafts, loop
 from fastlogits.transformers.graphs import GRAPHS
 from fastlogits.transformers.step import Verification
-from tests.conftest import VOCAB_SIZE, tiny_llama
+from tests.models import VOCAB_SIZE, tiny_llama
 from tests.transformers.test_loop import CHAINS, MODELS, OUTPUT, RUNS
 
 pytestmark = [

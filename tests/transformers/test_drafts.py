@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 import fastlogits as fl
 from fastlogits.plan.stages import Rows
 from fastlogits.transformers import accelerate as acceleration
-from tests.conftest import VOCAB_SIZE, tiny_llama
 from tests.installed import IS_4, TAKES_LENGTHS_OF_ROWS
+from tests.models import VOCAB_SIZE, tiny_llama
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*generation_config")]
 
@@ -197,10 +197,12 @@ def test_a_draft_of_another_tokenizer(options):
         return {"assistant_model": draft, "tokenizer": first, "assistant_tokenizer": second}
 
     def said(**flags):
-        try:
-            return generate(model, **flags, **options, **draft()).tolist()
-        except RuntimeError as error:  # transformers, plain too, now and then draws from a row of NaN there
-            return str(error)
+        for _ in range(5):
+            try:
+                return generate(model, **flags, **options, **draft()).tolist()
+            except RuntimeError as error:  # noqa: PERF203 -- a row of NaN, in plain transformers too
+                failure = str(error)
+        return failure
 
     for flags in ({"suppress_tokens": []}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}):
         wanted = said(**flags)

@@ -10,7 +10,7 @@ from transformers.generation.logits_process import LogitsProcessor
 
 import fastlogits as fl
 from fastlogits.plan import masks as mask_launch
-from tests.conftest import VOCAB_SIZE, tiny_llama
+from tests.models import VOCAB_SIZE, tiny_llama
 
 PROMPT = torch.tensor([[1, 17, 45, 8, 77, 23, 61], [1, 5, 90, 33, 12, 64, 28]])
 # Half the vocabulary: greedy decoding wants some of it at almost every step, so a ban at a wrong step shows.

@@ -13,7 +13,7 @@ from fastlogits.plan.stages import Rows
 from fastlogits.transformers import caches, loop
 from fastlogits.transformers.graphs import GRAPHS, Graphs
 from fastlogits.transformers.step import Step, Verification
-from tests.conftest import tiny_llama
+from tests.models import tiny_llama
 from tests.transformers.test_loop import CHAINS, MODELS, OUTPUT, PROMPT, RUNS, SEEDS
 
 pytestmark = [

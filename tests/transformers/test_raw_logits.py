@@ -8,8 +8,8 @@ import torch
 import transformers
 
 import fastlogits as fl
-from tests.conftest import tiny_llama
 from tests.installed import IS_4
+from tests.models import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from fastlogits.plan.run import Run
 from fastlogits.transformers.accelerate import RunList
 from fastlogits.transformers.loop import plan_of
 from fastlogits.transformers.step import Chooser
-from tests.conftest import VOCAB_SIZE
+from tests.models import VOCAB_SIZE
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 

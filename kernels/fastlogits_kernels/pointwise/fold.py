@@ -9,20 +9,23 @@ each token that has a value of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
 
-from fastlogits_kernels.pointwise.places import find_places, find_row_value
+from fastlogits_kernels.pointwise.places import Places, find_places, find_row_value
 from fastlogits_kernels.pointwise.search import (
-    Position,
+    NOTHING,
+    Call,
     Search,
     StaticSets,
     TokenSets,
     launch_token_sets,
+    planes_of,
 )
 from fastlogits_kernels.runtime.backend import Operation, has_gradient
 from fastlogits_kernels.runtime.bits import words
@@ -36,15 +39,18 @@ BAN = tl.constexpr(0)  # -inf
 SINK = tl.constexpr(1)  # x - inf: NaN stays NaN
 PENALIZE = tl.constexpr(2)  # x < 0: x * numbers[a]; else x / numbers[a], by way of numbers[b]
 SCALE = tl.constexpr(3)  # x / numbers[a], by way of numbers[b]; all tokens
-ADD = tl.constexpr(4)  # x + numbers[a]
+ADD = tl.constexpr(4)  # x + numbers[a]; unless b >= 0, torch may round that to a narrow dtype of x first, on a CPU
 ADD_COUNTED = tl.constexpr(5)  # x + numbers[a] * plane b
 ADD_PLANE = tl.constexpr(6)  # x + plane b, rounded
 ADD_ROW = tl.constexpr(7)  # x + row a of the biases, rounded
 GROW = tl.constexpr(8)  # x + |x| * row value a, where x is finite
 FORCE = tl.constexpr(9)  # where row value a is 1: 0 in the set, -inf elsewhere
 CLEAN = tl.constexpr(10)  # NaN to 0, infinities to the largest finite values; all tokens
-REPLACE = tl.constexpr(11)  # the row's value of the token's rank in the set, where that is in a ring of a + 1 of them
-REPLACE_PTX = tl.constexpr(12)  # the same in PTX; in both, set b holds the rank at which each word begins
+ADD_VALUE = tl.constexpr(11)  # x + row value a
+REPLACE = tl.constexpr(12)  # the row's value of the token's rank in the set, where that is in a ring of a + 1 of them
+REPLACE_PTX = tl.constexpr(13)  # the same in PTX; in both, set b holds the rank at which each word begins
+MIX = tl.constexpr(15)  # (x - plane b) * numbers[a] + plane b, rounded after each; all tokens
+SUBTRACT = tl.constexpr(14)  # x - plane b, which is not rounded before
 
 
 class Op(NamedTuple):
@@ -56,6 +62,10 @@ class Op(NamedTuple):
     b: int = -1
 
 
+# Where the fields of a map stand in the flat tuple that the kernel is compiled for.
+OP_KIND, OP_SET, OP_A, OP_B = (tl.constexpr(i) for i in range(len(Op._fields)))
+OP_SIZE = tl.constexpr(len(Op._fields))
+
 FORCE_KERNEL = False
 """Take the kernels for tensors on the CPU too; for tests, with Triton's interpreter."""
 
@@ -63,57 +73,91 @@ _UNALIGNED = ["bits_ptr", "planes_ptr", "biases_ptr", "row_values_ptr", "numbers
 _STEPWISE = ["W", "row_blocks", "stride_set", "stride_bits_row", "stride_plane", "stride_values_row"]
 
 
+class Tokens(NamedTuple):
+    """Where logits stand: their row, a scalar; words, lanes and ids, which broadcast to the shape of the logits."""
+
+    row: tl.tensor
+    word: tl.tensor
+    lane: tl.tensor
+    token: tl.tensor
+    inside: tl.tensor
+
+
+class Maps(NamedTuple):
+    """What the maps of a chain read: sets, planes of values, biases, values of rows, and parameters."""
+
+    bits_ptr: tl.tensor
+    planes_ptr: tl.tensor
+    biases_ptr: tl.tensor
+    row_values_ptr: tl.tensor
+    numbers_ptr: tl.tensor
+    stride_set: tl.tensor
+    stride_bits_row: tl.tensor
+    stride_plane: tl.tensor
+    stride_values_row: tl.tensor
+
+
 @triton.jit
-def fold_logits(
-    # logits float32, of any shape, rounded to dtype; where they stand: row a scalar, the others broadcast to the shape
-    x, row, word, lane, token, inside,
-    # what the sets and values say
-    bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-    # shapes and strides
-    V, W, stride_set, stride_bits_row, stride_plane, stride_values_row,
-    # constants
-    dtype: tl.constexpr, OPS: tl.constexpr, MAX: tl.constexpr,
-):  # fmt: skip
-    """The maps of a chain, one after the other."""
-    bit = 1 << lane
-    for i in tl.static_range(0, len(OPS), 4):
-        if OPS[i + 1] >= 0:
-            here = bits_ptr + OPS[i + 1] * stride_set + row * stride_bits_row + word
-            held = tl.load(here, mask=word < W, other=0)
+def _plane_values(maps, at, plane: tl.constexpr, found, V):
+    """What a plane says of the found tokens; 0 of the others."""
+    here = maps.planes_ptr + plane * maps.stride_plane + at.row * V + at.token
+    return tl.load(here, mask=at.inside & found, other=0.0)
+
+
+@triton.jit
+def fold_logits(x, at, maps, V, W, dtype: tl.constexpr, OPS: tl.constexpr, MAX: tl.constexpr):
+    """The maps of a chain, one after the other, on float32 logits of any shape that are rounded to ``dtype`` between.
+
+    ``maps`` may be any tuple with the fields of ``Maps``; ``MAX`` is the largest number of the dtype.
+    """
+    bit = 1 << at.lane
+    for i in tl.static_range(0, len(OPS), OP_SIZE):
+        if OPS[i + OP_SET] >= 0:
+            here = maps.bits_ptr + OPS[i + OP_SET] * maps.stride_set + at.row * maps.stride_bits_row + at.word
+            held = tl.load(here, mask=at.word < W, other=0)
             found = (held & bit) != 0
-        if OPS[i] == BAN:
+        if OPS[i + OP_KIND] == BAN:
             x = tl.where(found, float("-inf"), x)
-        if OPS[i] == SINK:
+        if OPS[i + OP_KIND] == SINK:
             x = tl.where(found, x + float("-inf"), x)
-        if OPS[i] == PENALIZE:
-            penalty = tl.load(numbers_ptr + OPS[i + 2])
-            x = tl.where(found, tl.where(x < 0, x * penalty, x * tl.load(numbers_ptr + OPS[i + 3])), x)
-        if OPS[i] == SCALE:
-            x = x * tl.load(numbers_ptr + OPS[i + 3])
-        if OPS[i] == ADD:
-            x = tl.where(found, x + tl.load(numbers_ptr + OPS[i + 2]), x)
-        if OPS[i] == ADD_COUNTED:
-            here = planes_ptr + OPS[i + 3] * stride_plane + row * V + token
-            count = tl.load(here, mask=inside & found, other=0.0)
-            x = tl.where(found, x + count * tl.load(numbers_ptr + OPS[i + 2]), x)
-        if OPS[i] == ADD_PLANE:
-            here = planes_ptr + OPS[i + 3] * stride_plane + row * V + token
-            x += tl.load(here, mask=inside & found, other=0.0).to(dtype).to(tl.float32)
-        if OPS[i] == ADD_ROW:
-            x += tl.load(biases_ptr + OPS[i + 2] * V + token, mask=inside & found, other=0.0).to(dtype).to(tl.float32)
-        if OPS[i] == GROW:
-            growth = (tl.abs(x) * tl.load(row_values_ptr + row * stride_values_row + OPS[i + 2])).to(dtype)
+        if OPS[i + OP_KIND] == PENALIZE:
+            penalty = tl.load(maps.numbers_ptr + OPS[i + OP_A])
+            x = tl.where(found, tl.where(x < 0, x * penalty, x * tl.load(maps.numbers_ptr + OPS[i + OP_B])), x)
+        if OPS[i + OP_KIND] == SCALE:
+            x = x * tl.load(maps.numbers_ptr + OPS[i + OP_B])
+        if OPS[i + OP_KIND] == MIX:
+            mate = _plane_values(maps, at, OPS[i + OP_B], at.inside, V)
+            x = (x - mate).to(dtype).to(tl.float32)
+            x = (x * tl.load(maps.numbers_ptr + OPS[i + OP_A])).to(dtype).to(tl.float32) + mate
+        if OPS[i + OP_KIND] == ADD:
+            x = tl.where(found, x + tl.load(maps.numbers_ptr + OPS[i + OP_A]), x)
+        if OPS[i + OP_KIND] == ADD_COUNTED:
+            count = _plane_values(maps, at, OPS[i + OP_B], found, V)
+            x = tl.where(found, x + count * tl.load(maps.numbers_ptr + OPS[i + OP_A]), x)
+        if OPS[i + OP_KIND] == ADD_VALUE:
+            value = tl.load(maps.row_values_ptr + at.row * maps.stride_values_row + OPS[i + OP_A])
+            x = tl.where(found, x + value, x)
+        if OPS[i + OP_KIND] == ADD_PLANE:
+            x += _plane_values(maps, at, OPS[i + OP_B], found, V).to(dtype).to(tl.float32)
+        if OPS[i + OP_KIND] == SUBTRACT:
+            x -= _plane_values(maps, at, OPS[i + OP_B], found, V)
+        if OPS[i + OP_KIND] == ADD_ROW:
+            bias = tl.load(maps.biases_ptr + OPS[i + OP_A] * V + at.token, mask=at.inside & found, other=0.0)
+            x += bias.to(dtype).to(tl.float32)
+        if OPS[i + OP_KIND] == GROW:
+            factor = tl.load(maps.row_values_ptr + at.row * maps.stride_values_row + OPS[i + OP_A])
+            growth = (tl.abs(x) * factor).to(dtype)
             x = tl.where(found & (tl.abs(x) < float("inf")), x + growth.to(tl.float32), x)
-        if OPS[i] == FORCE:
-            forced = tl.load(row_values_ptr + row * stride_values_row + OPS[i + 2]) != 0
+        if OPS[i + OP_KIND] == FORCE:
+            forced = tl.load(maps.row_values_ptr + at.row * maps.stride_values_row + OPS[i + OP_A]) != 0
             x = tl.where(forced, tl.where(found, 0.0, float("-inf")), x)
-        if OPS[i] == CLEAN:
+        if OPS[i + OP_KIND] == CLEAN:
             x = tl.where(x != x, 0.0, tl.where(x == float("inf"), MAX, tl.where(x == float("-inf"), -MAX, x)))
-        if (OPS[i] == REPLACE) or (OPS[i] == REPLACE_PTX):
-            here = bits_ptr + OPS[i + 3] * stride_set + row * stride_bits_row + word
-            rank = tl.load(here, mask=word < W, other=0)
-            values_ptr = planes_ptr + row * stride_plane
-            x = _replaced(x, held, bit, rank, values_ptr, OPS[i + 2], OPS[i] == REPLACE_PTX)
+        if (OPS[i + OP_KIND] == REPLACE) or (OPS[i + OP_KIND] == REPLACE_PTX):
+            here = maps.bits_ptr + OPS[i + OP_B] * maps.stride_set + at.row * maps.stride_bits_row + at.word
+            rank = tl.load(here, mask=at.word < W, other=0)
+            values_ptr = maps.planes_ptr + at.row * maps.stride_plane
+            x = _replaced(x, held, bit, rank, values_ptr, OPS[i + OP_A], OPS[i + OP_KIND] == REPLACE_PTX)
         x = x.to(dtype).to(tl.float32)
     return x
 
@@ -188,12 +232,11 @@ def _fold_kernel(
     dtype = scores_ptr.dtype.element_ty
     x = tl.load(scores_ptr + row * stride_row + token.to(tl.int64) * stride_token, mask=inside).to(tl.float32)
 
-    x = fold_logits(
-        x, row, word, lane, token, inside,
+    maps = Maps(
         bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
-        V, W, stride_set, stride_bits_row, stride_plane, stride_values_row,
-        dtype, OPS, MAX,
+        stride_set, stride_bits_row, stride_plane, stride_values_row,
     )  # fmt: skip
+    x = fold_logits(x, Tokens(row, word, lane, token, inside), maps, V, W, dtype, OPS, MAX)
     tl.store(out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token, x.to(dtype), mask=inside)
 
 
@@ -250,6 +293,10 @@ def chain_of(handle: int) -> Chain:
     return _chains[handle]
 
 
+# Maps that read a value of each token of their set.
+_OF_PLANES = tuple(kind.value for kind in (ADD_COUNTED, ADD_PLANE, SUBTRACT))
+# Maps that read a value of the row.
+_BY_ROW = tuple(kind.value for kind in (GROW, FORCE, ADD_VALUE))
 # Maps that do nothing where their set is empty.
 _SPARSE = tuple(kind.value for kind in (BAN, SINK, ADD, ADD_ROW))
 _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -264,8 +311,8 @@ def set_strides(found: TokenSets | None, W: int) -> tuple[int, int, int, int]:
         return 0, 0, 0, 0
     bits, planes, row_values, _ = found
     return (
-        bits.stride(0),
-        0 if bits.shape[1] == 1 else W,
+        0 if bits is None else bits.stride(0),
+        0 if bits is None or bits.shape[1] == 1 else W,
         0 if planes is None else planes.stride(0),
         0 if row_values is None or row_values.shape[0] == 1 else row_values.stride(0),
     )
@@ -298,16 +345,14 @@ def run_kernels(
     scores: torch.Tensor,
     out: torch.Tensor | None,
     chain: Chain,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> torch.Tensor:
     """The fold in Triton; ``out`` is ``scores`` itself, or None for a new tensor."""
     B, V = scores.shape
-    static = _static_sets(scores, chain, position)
+    static = _static_sets(scores, chain, call)
     if static is not None and chain.is_idle(static):
         return scores
-    found = find_sets(scores, chain, input_ids, position, allowed)
+    found = find_sets(scores, chain, call)
     if out is None:
         out = empty_out(scores)
     if B and V:
@@ -318,98 +363,154 @@ def run_kernels(
 def find_sets(
     scores: torch.Tensor,
     chain: Chain,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> TokenSets | None:
-    """What the tokens of a chain's maps are at a position: a launch, where they aren't the same for all rows."""
-    if not chain.search.sets or not scores.numel():
-        return None
-    static = _static_sets(scores, chain, position)
-    if static is not None:
-        return static.found
-    check_rows(scores, input_ids, allowed)
-    return launch_token_sets(scores, chain.search, input_ids, position, allowed)
-
-
-def _static_sets(scores: torch.Tensor, chain: Chain, position: Position) -> StaticSets | None:
-    """The sets of a chain at a position, where they are the same for all rows and the host knows which they are."""
+    """What the tokens of a chain's maps are at a call: a launch, where they aren't the same for all rows."""
     search = chain.search
-    on_host = position.cache_position is None and position.prompt_length is None
-    return search.static(position, scores.shape[1]) if search.sets and search.is_static and on_host else None
+    if not scores.numel() or not (search.sets or search.planes):
+        return None
+    if not search.sets:
+        return TokenSets(None, planes_of(search, scores, call))
+    static = _static_sets(scores, chain, call)
+    if static is not None:
+        return static.found._replace(planes=planes_of(search, scores, call)) if search.planes else static.found
+    check_rows(scores, call.input_ids, call.allowed)
+    return launch_token_sets(scores, search, call)
+
+
+def _static_sets(scores: torch.Tensor, chain: Chain, call: Call) -> StaticSets | None:
+    """The sets of a chain at a call, where they are the same for all rows and the host knows which they are."""
+    search = chain.search
+    on_host = call.cache_position is None and call.prompt_length is None
+    return search.static(call, scores.shape[1]) if search.sets and search.is_static and on_host else None
+
+
+def _scaled(x: torch.Tensor, op: Op, chain: Chain, new: bool) -> torch.Tensor:
+    return x / chain.numbers[op.a] if new else x.div_(chain.numbers[op.a])
+
+
+def _cleaned(x: torch.Tensor, op: Op, chain: Chain, new: bool) -> torch.Tensor:
+    limit = torch.finfo(x.dtype).max
+    return torch.nan_to_num(x, 0.0, limit, -limit) if new else x.nan_to_num_(0.0, limit, -limit)
+
+
+def _banned(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> float:
+    return float("-inf")
+
+
+def _sunk(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    return found.take(x) + float("-inf")
+
+
+def _penalized(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    old, penalty = found.take(x), chain.numbers[op.a]
+    return torch.where(old < 0, old * penalty, old / penalty)
+
+
+def _added(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    wide = x.dtype if op.b < 0 else torch.promote_types(x.dtype, torch.float32)
+    return (found.take(x).to(wide) + chain.numbers[op.a]).to(x.dtype)
+
+
+def _added_counted(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert found.values is not None
+    return found.take(x) + (found.values * chain.numbers[op.a]).to(x.dtype)
+
+
+def _added_plane(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert found.values is not None
+    return found.take(x) + found.values
+
+
+def _subtracted(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert found.values is not None
+    return (found.take(x) - found.values).to(x.dtype)
+
+
+def _added_value(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert isinstance(value, torch.Tensor)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (found.take(x).to(wide) + found.value_of_rows(value.to(wide))).to(x.dtype)
+
+
+def _added_row(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert chain.biases is not None
+    return found.take(x) + found.take(chain.biases[op.a : op.a + 1]).to(x.dtype)
+
+
+def _grown(x: torch.Tensor, found: Places, op: Op, chain: Chain, value: _RowValue) -> torch.Tensor:
+    assert value is not None
+    old = found.take(x)
+    if isinstance(value, torch.Tensor):
+        value = value.to(torch.promote_types(x.dtype, torch.float32))
+    growth = (old.abs() * found.value_of_rows(value)).to(x.dtype)
+    return old + growth.masked_fill(~old.isfinite(), 0.0)
+
+
+def _forced(x: torch.Tensor, places: list[Places], value: _RowValue) -> torch.Tensor:
+    """Scores ``[B, V]`` of which the tokens that are forced have 0, in the rows where a value says so."""
+    forced = torch.full_like(x, float("-inf"), memory_format=torch.contiguous_format)
+    for found in places:
+        forced = found.put(forced, 0.0)
+    return torch.where(value.bool(), forced, x) if isinstance(value, torch.Tensor) else forced
+
+
+_RowValue: TypeAlias = "float | torch.Tensor | None"
+_MAPS_OF_ALL = {SCALE.value: _scaled, CLEAN.value: _cleaned}
+"""What each map makes of all scores: a new tensor, or the same one."""
+_MAPS_OF_TOKENS: dict[int, Callable[[torch.Tensor, Places, Op, Chain, _RowValue], torch.Tensor | float]] = {
+    BAN.value: _banned, SINK.value: _sunk, PENALIZE.value: _penalized, ADD.value: _added,
+    ADD_COUNTED.value: _added_counted, ADD_PLANE.value: _added_plane, SUBTRACT.value: _subtracted,
+    ADD_ROW.value: _added_row, ADD_VALUE.value: _added_value, GROW.value: _grown,
+}  # fmt: skip
+"""What each map makes of the scores of some tokens."""
 
 
 def reference_fold(
     scores: torch.Tensor,
     out: torch.Tensor | None,
     chain: Chain,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> torch.Tensor:
     """The same in torch, and the path of the CPU: a copy of the scores, then each map where its tokens are."""
-    check_rows(scores, input_ids, allowed)
+    check_rows(scores, call.input_ids, call.allowed)
     recorded = has_gradient(scores)
     if out is not None and recorded:
-        return out.copy_(reference_fold(scores.clone(), None, chain, input_ids, position, allowed))
-    numbers = chain.numbers
+        return out.copy_(reference_fold(scores.clone(), None, chain, call))
     # A new tensor is made by the first map that does something; where a graph records them, by each.
-    untouched = out is None
-    x = scores if out is None else out
+    x, untouched = (scores, True) if out is None else (out, False)
     for op in chain.ops:
-        if op.kind == SCALE.value:
-            x = x / numbers[op.a] if untouched else x.div_(numbers[op.a])
+        if op.kind == MIX.value:
+            assert call.mates is not None  # it comes first
+            x = (x - call.mates) * chain.numbers[op.a] + call.mates
             untouched = recorded
             continue
-        if op.kind == CLEAN.value:
-            limit = torch.finfo(x.dtype).max
-            x = torch.nan_to_num(x, 0.0, limit, -limit) if untouched else x.nan_to_num_(0.0, limit, -limit)
+        if op.kind in _MAPS_OF_ALL:
+            x = _MAPS_OF_ALL[op.kind](x, op, chain, untouched)
             untouched = recorded
             continue
-        value = find_row_value(chain.search, op.a, position) if op.kind in (GROW.value, FORCE.value) else None
+        value = find_row_value(chain.search, op.a, call) if op.kind in _BY_ROW else None
         if isinstance(value, float) and value == 0.0:
             continue
-        places = find_places(chain.search, op.set, x, input_ids, position, allowed)
+        if op.kind == FORCE.value and isinstance(value, torch.Tensor) and value.is_cpu and not value.any():
+            continue
+        places = find_places(chain.search, op.set, x, call)
+        if op.kind in _OF_PLANES:
+            # What the kernels need beside it to know where the plane is written has no values.
+            places = [found for found in places if found.values is not None]
         if recorded:
             places = [found.as_mask(x) for found in places]
         if op.kind == FORCE.value:
-            assert value is not None
-            forced = torch.full_like(x, float("-inf"), memory_format=torch.contiguous_format)
-            for found in places:
-                forced = found.put(forced, 0.0)
-            forced = forced if isinstance(value, float) else torch.where(value.bool(), forced, x)
+            forced = _forced(x, places, value)
             x = forced if untouched else x.copy_(forced)
             untouched = recorded
             continue
-        if not places:
-            continue
-        if untouched and not recorded:
+        if places and untouched and not recorded:
             x, untouched = scores.clone(memory_format=torch.contiguous_format), False
-        for found in places:
-            if op.kind == BAN.value:
-                x = found.put(x, float("-inf"))
-                continue
-            old = found.take(x)
-            if op.kind == SINK.value:
-                x = found.put(x, old + float("-inf"))
-            elif op.kind == PENALIZE.value:
-                penalty = numbers[op.a]
-                x = found.put(x, torch.where(old < 0, old * penalty, old / penalty))
-            elif op.kind == ADD.value:
-                x = found.put(x, old + numbers[op.a])
-            elif op.kind == ADD_COUNTED.value and found.values is not None:
-                x = found.put(x, old + (found.values * numbers[op.a]).to(x.dtype))
-            elif op.kind == ADD_PLANE.value and found.values is not None:
-                x = found.put(x, old + found.values)
-            elif op.kind == ADD_ROW.value:
-                assert chain.biases is not None
-                x = found.put(x, old + found.take(chain.biases[op.a : op.a + 1]).to(x.dtype))
-            elif op.kind == GROW.value:
-                assert value is not None
-                if isinstance(value, torch.Tensor):
-                    value = value.to(torch.promote_types(x.dtype, torch.float32))
-                growth = (old.abs() * found.value_of_rows(value)).to(x.dtype)
-                x = found.put(x, old + growth.masked_fill(~old.isfinite(), 0.0))
+        # All are made before one is put: a token that is in two places has one value.
+        made = [_MAPS_OF_TOKENS[op.kind](x, found, op, chain, value) for found in places]
+        for found, values in zip(places, made, strict=True):
+            x = found.put(x, values)
     return x
 
 
@@ -421,34 +522,30 @@ def _fold(
     scores: torch.Tensor,
     out: torch.Tensor | None,
     chain: Chain,
-    input_ids: torch.Tensor | None,
-    position: Position,
-    allowed: torch.Tensor | None,
+    call: Call,
 ) -> torch.Tensor:
     if _OPERATION.takes(scores, FORCE_KERNEL) and scores.dtype in _MAX and not has_gradient(scores):
-        return run_kernels(scores, out, chain, input_ids, position, allowed)
+        return run_kernels(scores, out, chain, call)
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating-point of shape (B, V), got {scores.dtype} of {tuple(scores.shape)}")
-    return reference_fold(scores, out, chain, input_ids, position, allowed)
+    return reference_fold(scores, out, chain, call)
 
 
 def _call(
     scores: torch.Tensor,
     out: torch.Tensor | None,
     handle: int,
-    input_ids: torch.Tensor | None = None,
-    allowed: torch.Tensor | None = None,
-    *position: Any,
+    *call: Any,
 ) -> torch.Tensor:
     # The dispatcher leaves out what is at its default.
-    folded = _fold(scores, out, chain_of(handle), input_ids, Position(*position), allowed)
+    folded = _fold(scores, out, chain_of(handle), Call(*call))
     # A registered operation may not return what it was given.
     return folded.clone() if folded is scores and out is None else folded
 
 
 _INPUTS = (
     "int chain, Tensor? input_ids=None, Tensor? allowed=None, SymInt cache_offset=0, SymInt prompt_offset=0, "
-    "Tensor? cache_position=None, Tensor? prompt_length=None"
+    "Tensor? cache_position=None, Tensor? prompt_length=None, Tensor? values=None, Tensor? mates=None"
 )
 register(
     f"fold(Tensor scores, {_INPUTS}) -> Tensor",
@@ -462,16 +559,10 @@ register(
 )
 
 
-NOWHERE = Position()
-"""For chains that ask for no position."""
-
-
 def fold(
     scores: torch.Tensor,
     chain: Chain,
-    input_ids: torch.Tensor | None = None,
-    position: Position = NOWHERE,
-    allowed: torch.Tensor | None = None,
+    call: Call = NOTHING,
     in_place: bool = False,
 ) -> torch.Tensor:
     """Apply a chain to ``scores`` ``[B, V]``: a new tensor, or ``scores`` itself where nothing changes it.
@@ -481,7 +572,7 @@ def fold(
     """
     if torch.compiler.is_compiling() and not has_gradient(scores):
         if in_place:
-            torch.ops.fastlogits.fold_(scores, chain.handle, input_ids, allowed, *position)
+            torch.ops.fastlogits.fold_(scores, chain.handle, *call)
             return scores
-        return torch.ops.fastlogits.fold(scores, chain.handle, input_ids, allowed, *position)  # type: ignore[no-any-return]
-    return _fold(scores, scores if in_place else None, chain, input_ids, position, allowed)
+        return torch.ops.fastlogits.fold(scores, chain.handle, *call)  # type: ignore[no-any-return]
+    return _fold(scores, scores if in_place else None, chain, call)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastlogits_kernels.history import Text, holds_all, index_at
 from fastlogits_kernels.pointwise.columns import fill_columns
 from fastlogits_kernels.runtime.backend import Operation, has_gradient
 from fastlogits_kernels.runtime.bits import unpack_bits, words
@@ -65,21 +66,11 @@ def _is_open(
     L, W, stride_id, cache_position, prompt_length,
 ):  # fmt: skip
     """Whether a gate is open in a row; the pointers are those of the gate and of the row."""
-    if cache_position_ptr is not None:
-        cache_position += tl.load(cache_position_ptr).to(tl.int32)
-    if prompt_length_ptr is not None:
-        prompt_length += tl.load(prompt_length_ptr).to(tl.int32)
-    step = cache_position + 1 - prompt_length
-    is_open = step < tl.load(window_ptr)
+    length = index_at(cache_position_ptr, cache_position) + 1
+    start = index_at(prompt_length_ptr, prompt_length)
+    is_open = length - start < tl.load(window_ptr)
     if blank_ptr is not None:
-        i = prompt_length
-        blank = step >= 0
-        while blank & (i < prompt_length + step) & (i < L):
-            token = tl.load(ids_ptr + i.to(tl.int64) * stride_id).to(tl.int32)
-            known = (token >= 0) & (token < W * 32)
-            blank = ((tl.load(blank_ptr + token // 32, mask=known, other=0) >> (token % 32)) & 1) != 0
-            i += 1
-        is_open = is_open | blank
+        is_open = is_open | holds_all(blank_ptr, Text(ids_ptr, stride_id, L), start, length, W * 32)
     return is_open
 
 

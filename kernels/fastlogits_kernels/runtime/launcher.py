@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import struct
@@ -186,6 +187,7 @@ class Launcher:
         if warmup is None:  # the interpreter before Triton 3.9
             return None
         try:
+            _hash_inside_out(self.kernel)
             return warmup(*args, grid=(programs,), **self._options)
         except Exception as error:
             raise self._not_compiled(device, error) from error
@@ -231,6 +233,27 @@ class Launcher:
         while error.__cause__ is not None:  # a compiler says last in which call of which call it was
             error = error.__cause__
         return f"the kernel {self.name} can't be {what} ({type(error).__name__}: {str(error).strip()[-500:]})"
+
+
+def _hash_inside_out(kernel: Any) -> None:
+    """Have Triton hash what a kernel calls before the kernel itself.
+
+    A hash, by which the cache on disk is asked, holds constants of the functions that are called; in Triton 3.6, other
+    than 3.9, only of those that were hashed earlier. It would depend on what the process has compiled before, and on
+    which of its threads came first, and another process would compile all of it again.
+    """
+    seen: set[int] = set()
+
+    def visit(function: Any) -> None:
+        if id(function) in seen or not hasattr(type(function), "cache_key"):
+            return
+        seen.add(id(function))
+        around = {**function.fn.__globals__, **inspect.getclosurevars(function.fn).nonlocals}
+        for name in function.fn.__code__.co_names:
+            visit(around.get(name))
+        function.cache_key  # noqa: B018
+
+    visit(kernel)
 
 
 class Launch(NamedTuple):

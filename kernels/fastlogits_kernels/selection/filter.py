@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from fastlogits_kernels.runtime.launcher import tl, triton
+from fastlogits_kernels.selection.collect import Collection, Excluded, collect, collect_between, collect_winners
+from fastlogits_kernels.selection.noise import WinTest, coarse_of, coarse_words, least_coarse, load_seed, may_win
 from fastlogits_kernels.selection.row import (
     BRACKET,
+    COLLECTED,
     COUNT_AT,
-    FEW,
-    FREE,
     LOWEST,
     OCTET,
     OFFSET_AT,
@@ -15,146 +18,218 @@ from fastlogits_kernels.selection.row import (
     PART_LARGEST_AT,
     PART_MASS_AT,
     PART_WORDS,
-    REACH_AT,
+    RAW_CERTAIN_AT,
+    RAW_RANGE_AT,
     SCALE_AT,
     STATE_AT,
     STEPWISE,
-    SURE_AT,
     TOP_AT,
     UNALIGNED,
+    UNCUT,
+    Form,
     Listed,
     Maps,
-    Sample,
-    Samples,
+    Output,
+    Sampling,
     Scores,
     Shape,
-    coarse_of,
-    coarse_words,
-    collect,
-    collect_near,
-    collect_winners,
     folded,
+    folded_logits,
     key_of,
-    least_coarse,
     let_next_launch,
     load_float,
-    load_seed,
-    may_win,
     raw_scores,
     scaled,
     wait_for_launch,
     weight_of,
 )
 
-_KEPT = tl.constexpr(64)  # so many octets of a part are looked at at a time where rows are kept
-_LISTED = tl.constexpr(512)  # so many tokens of a list are looked at at a time
+_KEPT = tl.constexpr(64)  # octets of a part that are processed at a time where some are kept for certain
+_LISTED = tl.constexpr(512)  # tokens of a list that are processed at a time
+
+
+class Part(NamedTuple):
+    """A part of a row, ``BLOCK`` tokens, whose octets a thread holds at once or in two ``HALVES``; see ``Form``.
+
+    Folded logits, or ``RAW`` ones. ``EDITED`` and ``BANNED`` are sets of tokens that are then no candidates, or -1.
+    """
+
+    index: tl.tensor
+    BLOCK: tl.constexpr
+    HALVES: tl.constexpr
+    RAW: tl.constexpr
+    EDITED: tl.constexpr
+    BANNED: tl.constexpr
+
+
+@triton.jit
+def tokens_of(part):
+    """The octets of a part of a row, and their tokens: all of them, or the first half of each octet."""
+    each: tl.constexpr = OCTET // part.HALVES
+    octet = part.index * (part.BLOCK // OCTET) + tl.arange(0, part.BLOCK // OCTET)[:, None]
+    return octet, octet * OCTET + tl.arange(0, each)[None, :]
+
+
+@triton.jit
+def logits_of_part(row, part, octet, token, scores, form):
+    """Raw logits of their dtype, or folded ones."""
+    inside = token < scores.V
+    x = raw_scores(row, token, inside, scores)
+    if not part.RAW:
+        x = folded(x.to(tl.float32), row, octet >> 2, token & 31, token, inside, scores, form)
+    return x
+
+
+@triton.jit
+def _collection(work, shape):
+    """Where a row's candidates are collected."""
+    return Collection(work + COUNT_AT, work + shape.pairs_at, shape.slots)
+
+
+@triton.jit
+def _load_win_test(work):
+    return WinTest(load_float(work + SCALE_AT), load_float(work + OFFSET_AT))
+
+
+@triton.jit
+def _store_summary(part, number, largest, mass, row, maps, work, shape):
+    """How many tokens of a part are kept for certain, their largest key and their mass."""
+    summary = work + shape.parts_at + PART_WORDS * part
+    tl.store(summary + PART_COUNT_AT, number)
+    largest_key = key_of(scaled(largest, row, maps))
+    tl.store(summary + PART_LARGEST_AT, tl.where(number > 0, largest_key, LOWEST))
+    tl.store((summary + PART_MASS_AT).to(tl.pointer_type(tl.int64)), mass)
 
 
 @triton.jit
 def _keep_for_certain(
-    row, part, state, low, up, out_ptr, stride_out, stride_out_token, scores, maps, samples, work, shape,
-    OPS: tl.constexpr, MAX: tl.constexpr, FILL: tl.constexpr, MAY_BE_FREE: tl.constexpr, BRACKETED: tl.constexpr,
-    WEIGHED: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
+    row, part, state, scores, form, sampling, out, work, shape,
+    MAY_BE_UNCUT: tl.constexpr, BRACKETED: tl.constexpr, WEIGHED: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Keep what is kept for certain of a part of a row, all of it or what is above its candidates, and sum it up.
 
-    To sample, those of it that may win are collected with the candidates. Few tokens at a time: most rows don't come
-    here, and what this takes of registers all programs have to spare.
+    To sample, the tokens of it that may win are collected with the candidates. Few tokens at a time: most rows don't
+    come here, and all programs must hold the registers that this takes.
     """
-    first, last = load_float(work + SURE_AT), load_float(work + SURE_AT + 1)
+    low, up = load_float(work + RAW_RANGE_AT), load_float(work + RAW_RANGE_AT + 1)
+    first, last = load_float(work + RAW_CERTAIN_AT), load_float(work + RAW_CERTAIN_AT + 1)
     top = load_float(work + TOP_AT)
     count = tl.zeros([_KEPT, OCTET], tl.int32)
     largest = tl.full([_KEPT, OCTET], float("-inf"), tl.float32)
     mass = count.to(tl.int64)
-    for start in range(0, BLOCK // OCTET, _KEPT):
-        octet = part * (BLOCK // OCTET) + start + tl.arange(0, _KEPT)[:, None]
+    for start in range(0, part.BLOCK // OCTET, _KEPT):
+        octet = part.index * (part.BLOCK // OCTET) + start + tl.arange(0, _KEPT)[:, None]
         token = octet * OCTET + tl.arange(0, OCTET)[None, :]
         inside = token < scores.V
-        x = raw_scores(row, token, inside, scores).to(tl.float32)
-        x = folded(x, row, token >> 5, token & 31, token, inside, scores, maps, OPS, MAX)
-        sure = inside & (x >= first) & (x <= last)
-        if MAY_BE_FREE:
-            sure = inside & (sure | (state == FREE))
+        x = folded_logits(row, token >> 5, token & 31, token, inside, scores, form)
+        certain = inside & (x >= first) & (x <= last)
+        if MAY_BE_UNCUT:
+            certain = inside & (certain | (state == UNCUT))
         divided = x
-        if out_ptr is not None or WEIGHED:
-            divided = scaled(x, row, maps)
-        if out_ptr is not None:
-            here = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
-            tl.store(here, tl.where(sure, divided, FILL).to(out_ptr.dtype.element_ty), mask=inside)
+        if out.ptr is not None or WEIGHED:
+            divided = scaled(x, row, scores.maps)
+        if out.ptr is not None:
+            here = out.ptr + row * out.stride_row + token.to(tl.int64) * out.stride_token
+            tl.store(here, tl.where(certain, divided, out.fill).to(out.ptr.dtype.element_ty), mask=inside)
         if BRACKETED:
             if state == BRACKET:
-                chosen = inside & ((x < low) == 0) & ((x > up) == 0) & (sure == 0)
-                if samples.seeds_ptr is not None:
-                    seed, position = load_seed(row, samples)
+                chosen = inside & ((x < low) == 0) & ((x > up) == 0) & (certain == 0)
+                if sampling.seeds_ptr is not None:
+                    seed, position = load_seed(row, sampling)
                     coarse = coarse_of(token, coarse_words(octet, seed, position))
-                    scale, offset = load_float(work + SCALE_AT), load_float(work + OFFSET_AT)
-                    chosen = chosen | (sure & may_win(coarse, x, scale, offset))
-                collect(chosen, x, token, work + COUNT_AT, work + shape.pairs_at, shape.slots, PORTABLE)
-                count += sure.to(tl.int32)
-                largest = tl.maximum(largest, tl.where(sure, x, float("-inf")))
+                    chosen = chosen | (certain & may_win(coarse, x, _load_win_test(work)))
+                collect(chosen, x, token, _collection(work, shape), PORTABLE)
+                count += certain.to(tl.int32)
+                largest = tl.maximum(largest, tl.where(certain, x, float("-inf")))
                 if WEIGHED:
-                    mass += tl.where(sure, weight_of(divided, top), 0)
+                    mass += tl.where(certain, weight_of(divided, top), 0)
     if BRACKETED:
         if state == BRACKET:
-            summary = work + shape.parts_at + PART_WORDS * part
-            number = tl.sum(count)
-            tl.store(summary + PART_COUNT_AT, number)
-            most = key_of(scaled(tl.max(largest), row, maps))
-            tl.store(summary + PART_LARGEST_AT, tl.where(number > 0, most, LOWEST))
-            weight = tl.sum(mass) if WEIGHED else tl.full([], 0, tl.int64)
-            tl.store((summary + PART_MASS_AT).to(tl.pointer_type(tl.int64)), weight)
+            all_mass = tl.sum(mass) if WEIGHED else tl.full([], 0, tl.int64)
+            _store_summary(part.index, tl.sum(count), tl.max(largest), all_mass, row, scores.maps, work, shape)
 
 
 @triton.jit
 def _filter_list(
-    row, index, listed, values_ptr, banned_ptr, samples, work, shape,
-    ROOM: tl.constexpr, PORTABLE: tl.constexpr, PDL: tl.constexpr,
+    row, index, listed, values_ptr, banned_ptr, sampling, work, shape,
+    LIST_ROOM: tl.constexpr, PORTABLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Collect the candidates of a list of tokens that have values in place of their logits."""
+    """Collect the candidates of a list of edited tokens, which have values in place of their logits."""
     span_ptr = listed.spans_ptr + row * listed.stride_span + 2 * index
     first, count = tl.load(span_ptr), tl.load(span_ptr + 1)
     wait_for_launch(PDL)
     state = tl.load(work + STATE_AT)
-    asks = state == FEW
-    if samples.seeds_ptr is not None:
-        asks = asks | (state == FREE)
-    low, up = load_float(work + REACH_AT), load_float(work + REACH_AT + 1)
+    asks = state == COLLECTED
+    if sampling.seeds_ptr is not None:
+        asks = asks | (state == UNCUT)
+    low, up = load_float(work + RAW_RANGE_AT), load_float(work + RAW_RANGE_AT + 1)
     for start in range(0, tl.where(asks, count, 0), _LISTED):
         entry = start + tl.arange(0, _LISTED)
-        place = row * ROOM + ((first + entry) & (ROOM - 1))
+        place = row * LIST_ROOM + ((first + entry) & (LIST_ROOM - 1))
         token = tl.load(listed.tokens_ptr + place, mask=entry < count, other=0)
         x = tl.load(values_ptr + place, mask=entry < count, other=0.0)
         banned = (tl.load(banned_ptr + (token >> 5), mask=entry < count, other=0) >> (token & 31)) & 1
         candidate = ((x < low) == 0) & ((x > up) == 0)
-        if samples.seeds_ptr is not None:
-            if state == FREE:
-                seed, position = load_seed(row, samples)
+        if sampling.seeds_ptr is not None:
+            if state == UNCUT:
+                seed, position = load_seed(row, sampling)
                 coarse = coarse_of(token, coarse_words(token >> 3, seed, position))
-                candidate = may_win(coarse, x, load_float(work + SCALE_AT), load_float(work + OFFSET_AT))
+                candidate = may_win(coarse, x, _load_win_test(work))
         candidate = candidate & (entry < count) & (banned == 0)
-        collect(candidate, x, token, work + COUNT_AT, work + shape.pairs_at, shape.slots, PORTABLE)
+        collect(candidate, x, token, _collection(work, shape), PORTABLE)
 
 
 @triton.jit
-def tokens_of(part, half, BLOCK: tl.constexpr, HALVES: tl.constexpr):
-    """The tokens of a part of a row, by octets: all of them, or half of each."""
-    each: tl.constexpr = OCTET // HALVES
-    octet = part * (BLOCK // OCTET) + tl.arange(0, BLOCK // OCTET)[:, None]
-    return octet, octet * OCTET + half * each + tl.arange(0, each)[None, :]
+def _set_of_row(row, maps, SET: tl.constexpr):
+    """The bits of a set in a row."""
+    return maps.bits_ptr + row * maps.stride_bits_row + SET * maps.stride_set
 
 
 @triton.jit
-def raw_or_folded(
-    row, octet, token, scores, maps, OPS: tl.constexpr, MAX: tl.constexpr, RAW: tl.constexpr
+def _filter_part(
+    row, part, scores, form, sampling, out, work, shape,
+    MAY_BE_UNCUT: tl.constexpr, BRACKETED: tl.constexpr, WEIGHED: tl.constexpr, PORTABLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Logits as they are given, or folded."""
-    inside = token < scores.V
-    x = raw_scores(row, token, inside, scores)
-    if not RAW:
-        x = folded(
-            x.to(tl.float32), row, octet >> 2, token & 31, token, inside, scores, maps, OPS, MAX
-        )  # fmt: skip
-    return x
+    """Write the fill value for a part of a row, or what is kept for certain, and collect its candidates."""
+    excluded = Excluded(None, None)
+    if part.EDITED >= 0:
+        excluded = Excluded(_set_of_row(row, scores.maps, part.EDITED), _set_of_row(row, scores.maps, part.BANNED))
+    octet, token = tokens_of(part)
+    x = logits_of_part(row, part, octet, token, scores, form)
+    other = token + OCTET // 2
+    y = x
+    if part.HALVES == 2:
+        y = logits_of_part(row, part, octet, other, scores, form)
+    wait_for_launch(PDL)
+    state = tl.load(work + STATE_AT)
+    KEEPS_ALL: tl.constexpr = MAY_BE_UNCUT and out.ptr is not None
+    SAMPLES: tl.constexpr = MAY_BE_UNCUT and sampling.seeds_ptr is not None
+    if (KEEPS_ALL and (state == UNCUT)) or (BRACKETED and (state == BRACKET)):
+        _keep_for_certain(
+            row, part, state, scores, form, sampling, out, work, shape, MAY_BE_UNCUT, BRACKETED, WEIGHED, PORTABLE
+        )
+    else:
+        to = _collection(work, shape)
+        if out.ptr is not None:
+            here = out.ptr + row * out.stride_row + token.to(tl.int64) * out.stride_token
+            # Not of that dtype at once: the interpreter of Triton before 3.9 has no constants of bfloat16.
+            fill = tl.full(token.shape, out.fill, tl.float32).to(out.ptr.dtype.element_ty)
+            tl.store(here, fill, mask=token < scores.V)
+        if state == COLLECTED:
+            low, up = load_float(work + RAW_RANGE_AT), load_float(work + RAW_RANGE_AT + 1)
+            collect_between(x, token, scores.V, low, up, excluded, to, PORTABLE)
+            if part.HALVES == 2:
+                collect_between(y, other, scores.V, low, up, excluded, to, PORTABLE)
+        if SAMPLES:
+            if state == UNCUT:
+                seed, position = load_seed(row, sampling)
+                words = coarse_words(octet, seed, position)
+                least = least_coarse(words)
+                test = _load_win_test(work)
+                collect_winners(x, token, scores.V, words, least, test, excluded, to, PORTABLE)
+                if part.HALVES == 2:
+                    collect_winners(y, other, scores.V, words, least, test, excluded, to, PORTABLE)
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -173,93 +248,37 @@ def filter_kernel(
     stride_row, stride_token, stride_out, stride_out_token, stride_work,
     # constants
     OPS: tl.constexpr, MAX: tl.constexpr, FILL: tl.constexpr, BRACKETED: tl.constexpr,
-    WEIGHED: tl.constexpr, MAY_BE_FREE: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, RAW: tl.constexpr,
-    PORTABLE: tl.constexpr, PDL: tl.constexpr,
+    WEIGHED: tl.constexpr, MAY_BE_UNCUT: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, RAW: tl.constexpr,
+    EDITED: tl.constexpr, BANNED: tl.constexpr, LIST_ROOM: tl.constexpr, PORTABLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The fill value for a part of a row, what is kept for certain, and its candidates collected.
 
-    Where tokens that have values in place of their logits come as lists, the first programs look through these, and
-    the others pass such tokens over.
+    Where edited tokens come as lists, the first programs process these, and the others skip such tokens. ``EDITED`` and
+    ``BANNED`` are their set and that of the banned tokens, which no raw logit of a candidate may be in; -1 for none.
     """
     maps = Maps(
         temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
         stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
     )  # fmt: skip
-    samples = Samples(seeds_ptr, positions_ptr, stride_seed, stride_position)
+    scores = Scores(scores_ptr, stride_row, stride_token, V, W, maps)
+    sampling = Sampling(seeds_ptr, positions_ptr, stride_seed, stride_position)
     listed = Listed(listed_ptr, spans_ptr, stride_span, lists, all_lists)
-    shape = Shape(
-        W, tiles, parts, slots, sums_at, parts_at, pairs_at, capacity, room, Sample(runs, sample_size, share)
-    )  # fmt: skip
+    out = Output(out_ptr, stride_out, stride_out_token, None, FILL)
+    shape = Shape(W, tiles, parts, slots, sums_at, parts_at, pairs_at, capacity, room, runs, sample_size, share)
     let_next_launch(PDL)
     program = tl.program_id(0)
-    scores = Scores(scores_ptr, stride_row, stride_token, V, shape.W)
-    # Of a chain that replaces such logits and bans others; in its first map stand the set of the edited tokens and the
-    # room for them, in its second the set of the banned ones.
-    LISTED: tl.constexpr = listed.tokens_ptr is not None
-    if LISTED and (program < listed.all_lists):
-        row = (program // listed.lists).to(tl.int64)
+    LISTED: tl.constexpr = listed_ptr is not None
+    if LISTED and (program < all_lists):
+        row = (program // lists).to(tl.int64)
         _filter_list(
-            row, program % listed.lists, listed, maps.planes_ptr,
-            maps.bits_ptr + OPS[5] * maps.stride_set + row * maps.stride_bits_row, samples,
-            work_ptr + row * stride_work, shape, OPS[2] + 1, PORTABLE, PDL,
+            row, program % lists, listed, planes_ptr, _set_of_row(row, maps, BANNED), sampling,
+            work_ptr + row * stride_work, shape, LIST_ROOM, PORTABLE, PDL,
         )  # fmt: skip
     else:
-        program -= listed.all_lists
-        row = (program // shape.parts).to(tl.int64)
-        part = program % shape.parts
-        work = work_ptr + row * stride_work
-        edited_ptr, banned_ptr = None, None
-        if LISTED:
-            sets_ptr = maps.bits_ptr + row * maps.stride_bits_row
-            edited_ptr, banned_ptr = sets_ptr + OPS[1] * maps.stride_set, sets_ptr + OPS[5] * maps.stride_set
-        elif RAW and len(OPS) > 0:
-            # A chain that only bans tokens: the few that pass are held against its set.
-            edited_ptr = maps.bits_ptr + row * maps.stride_bits_row + OPS[1] * maps.stride_set
-            banned_ptr = edited_ptr
-        octet, token = tokens_of(part, 0, BLOCK, HALVES)
-        x = raw_or_folded(row, octet, token, scores, maps, OPS, MAX, RAW)
-        other = token + OCTET // 2
-        y = x
-        if HALVES == 2:
-            y = raw_or_folded(row, octet, other, scores, maps, OPS, MAX, RAW)
-        wait_for_launch(PDL)
-        state = tl.load(work + STATE_AT)
-        low, up = load_float(work + REACH_AT), load_float(work + REACH_AT + 1)
-        KEEPS_ALL: tl.constexpr = MAY_BE_FREE and out_ptr is not None
-        SAMPLES: tl.constexpr = MAY_BE_FREE and samples.seeds_ptr is not None
-        if (KEEPS_ALL and (state == FREE)) or (BRACKETED and (state == BRACKET)):
-            _keep_for_certain(
-                row, part, state, low, up, out_ptr, stride_out, stride_out_token, scores, maps, samples, work, shape,
-                OPS, MAX, FILL, MAY_BE_FREE, BRACKETED, WEIGHED, BLOCK, PORTABLE,
-            )  # fmt: skip
-        else:
-            if out_ptr is not None:
-                here = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
-                # Not of that dtype at once: the interpreter of Triton before 3.9 has no constants of bfloat16.
-                fill = tl.full(token.shape, FILL, tl.float32).to(out_ptr.dtype.element_ty)
-                tl.store(here, fill, mask=token < V)
-            if state == FEW:
-                collect_near(
-                    x, token, low, up, edited_ptr, banned_ptr, V, work + COUNT_AT, work + shape.pairs_at, shape.slots,
-                    PORTABLE,
-                )  # fmt: skip
-                if HALVES == 2:
-                    collect_near(
-                        y, other, low, up, edited_ptr, banned_ptr, V, work + COUNT_AT, work + shape.pairs_at,
-                        shape.slots, PORTABLE,
-                    )  # fmt: skip
-            if SAMPLES:
-                if state == FREE:
-                    seed, position = load_seed(row, samples)
-                    words = coarse_words(octet, seed, position)
-                    least = least_coarse(words)
-                    scale, offset = load_float(work + SCALE_AT), load_float(work + OFFSET_AT)
-                    collect_winners(
-                        x, token, words, least, scale, offset, edited_ptr, banned_ptr, V, work + COUNT_AT,
-                        work + shape.pairs_at, shape.slots, PORTABLE,
-                    )  # fmt: skip
-                    if HALVES == 2:
-                        collect_winners(
-                            y, other, words, least, scale, offset, edited_ptr, banned_ptr, V, work + COUNT_AT,
-                            work + shape.pairs_at, shape.slots, PORTABLE,
-                        )  # fmt: skip
+        program -= all_lists
+        row = (program // parts).to(tl.int64)
+        _filter_part(
+            row, Part(program % parts, BLOCK, HALVES, RAW, EDITED, BANNED), scores, Form(OPS, MAX), sampling, out,
+            work_ptr + row * stride_work, shape,
+            MAY_BE_UNCUT, BRACKETED, WEIGHED, PORTABLE, PDL,
+        )  # fmt: skip

@@ -16,20 +16,22 @@ from fastlogits_kernels.pointwise.fold import Chain
 from fastlogits_kernels.pointwise.search import TokenSets
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, tl, triton
-from fastlogits_kernels.selection.launch import Selection, maps_of
-from fastlogits_kernels.selection.refine import fitted
+from fastlogits_kernels.selection.goals import fitted
+from fastlogits_kernels.selection.launchers import maps_of
+from fastlogits_kernels.selection.layout import Selection
 from fastlogits_kernels.selection.row import (
     KEPT_AT,
     MAP_STRIDES,
     MAPS,
     TOP_AT,
+    Form,
     Maps,
     Scores,
     is_kept,
     load_float,
     load_kept,
     rank_of,
-    row_logits,
+    scaled_logits,
 )
 
 _STEPWISE = ["W", "parts", "stride_kept", *MAP_STRIDES]
@@ -62,13 +64,14 @@ def _keep_kernel(
     lane = tl.arange(0, 32)[None, :]
     token = word * 32 + lane
     inside = token < V
-    x = row_logits(row, word, lane, token, inside, Scores(scores_ptr, stride_row, stride_token, V, W), maps, OPS, MAX)
+    scores = Scores(scores_ptr, stride_row, stride_token, V, W, maps)
+    x = scaled_logits(row, word, lane, token, inside, scores, Form(OPS, MAX))
     here = kept_ptr + row * stride_kept
-    lives = is_kept(x, inside, rank_of(token, LOWEST_TIES), load_kept(here), BANDED)
+    stays = is_kept(x, inside, rank_of(token, LOWEST_TIES), load_kept(here), BANDED)
     if maps.temperature_ptr is not None:
         x = fitted(x, load_float(here + TOP_AT - KEPT_AT), out_ptr)
     there = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
-    tl.store(there, tl.where(lives, x, FILL).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(there, tl.where(stays, x, FILL).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 # Mask words of a program, 32 logits each: as for the fold.

@@ -21,20 +21,22 @@ from typing import NamedTuple
 
 import torch
 
-from fastlogits_kernels.pointwise.fold import NOWHERE, Chain, find_sets
-from fastlogits_kernels.pointwise.search import Position, TokenSets
+from fastlogits_kernels.pointwise.fold import Chain, find_sets
+from fastlogits_kernels.pointwise.search import NOTHING, Call, TokenSets
 from fastlogits_kernels.runtime.backend import Operation
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, row_stride, tl, triton
 from fastlogits_kernels.runtime.library import register
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.selection.launch import Selection, kept_in, launch_select, maps_of
+from fastlogits_kernels.selection.launch import Selection, kept_in, launch_select
+from fastlogits_kernels.selection.launchers import maps_of
 from fastlogits_kernels.selection.row import (
     LOWEST,
     MAP_STRIDES,
     MAPS,
     ONE,
     TILE_W,
+    Form,
     Maps,
     Scores,
     exp,
@@ -43,7 +45,7 @@ from fastlogits_kernels.selection.row import (
     load_kept,
     number_of,
     rank_of,
-    row_logits,
+    scaled_logits,
     store_float,
     weight_of,
 )
@@ -103,11 +105,10 @@ def _count_of_row(row, counts_ptr, stride_counts, count):
 
 @triton.jit
 def _sampled_from(
-    row, token, inside, scores, maps, kept_ptr, stride_kept, OPS: tl.constexpr, MAX: tl.constexpr,
-    LOWEST_TIES: tl.constexpr, BANDED: tl.constexpr,
+    row, token, inside, scores, form, kept_ptr, stride_kept, LOWEST_TIES: tl.constexpr, BANDED: tl.constexpr
 ):  # fmt: skip
     """Logits of a row as they are sampled from: -inf where nothing is kept."""
-    x = row_logits(row, token >> 5, token & 31, token, inside, scores, maps, OPS, MAX)
+    x = scaled_logits(row, token >> 5, token & 31, token, inside, scores, form)
     if kept_ptr is not None:
         kept = load_kept(kept_ptr + row * stride_kept)
         x = tl.where(is_kept(x, inside, rank_of(token, LOWEST_TIES), kept, BANDED), x, float("-inf"))
@@ -140,18 +141,18 @@ def tiles_kernel(
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
     tile = program % tiles
-    scores = Scores(scores_ptr, stride_row, stride_token, V, W)
+    scores = Scores(scores_ptr, stride_row, stride_token, V, W, maps)
     if _count_of_row(row, counts_ptr, stride_counts, 0) >= 0:
         # [TILE // 32, 32]: a row of it is a word of each mask.
         token = (tile * TILE_W + tl.arange(0, TILE_W)[:, None]) * 32 + tl.arange(0, 32)[None, :]
         inside = token < V
-        x = _sampled_from(row, token, inside, scores, maps, kept_ptr, stride_kept, OPS, MAX, LOWEST_TIES, BANDED)
+        x = _sampled_from(row, token, inside, scores, Form(OPS, MAX), kept_ptr, stride_kept, LOWEST_TIES, BANDED)
         # After the tile's loads, lest those wait for the id.
         own_token = tl.load(tokens_ptr + row * stride_of_tokens)
         known = (own_token >= 0) & (own_token < V)
         own_token = tl.where(known, own_token, 0).to(tl.int32)
         own = _sampled_from(
-            row, own_token, known, scores, maps, kept_ptr, stride_kept, OPS, MAX, LOWEST_TIES, BANDED
+            row, own_token, known, scores, Form(OPS, MAX), kept_ptr, stride_kept, LOWEST_TIES, BANDED
         )  # fmt: skip
         own = tl.where(known, own, float("nan"))
         largest = tl.max(tl.reshape(tl.where(inside, key_of(x), LOWEST), [TILE // GROUP, GROUP]), 1)
@@ -212,7 +213,7 @@ def report_kernel(
     tl.store(ranks_ptr + row, rank.to(tl.int64))
 
     if SLOTS > 0:
-        scores = Scores(scores_ptr, stride_row, stride_token, V, W)
+        scores = Scores(scores_ptr, stride_row, stride_token, V, W, maps)
         # The groups, by their largest token: between two that tie, the one of the lower ids.
         group = tl.arange(0, GROUPS)
         here = work + _TILES_AT + _TILE_WORDS * tiles + group
@@ -227,7 +228,7 @@ def report_kernel(
         token = picked[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = (picked[:, None] >= 0) & (token < V)
         token = tl.where(inside, token, 0)
-        x = _sampled_from(row, token, inside, scores, maps, kept_ptr, stride_kept, OPS, MAX, LOWEST_TIES, BANDED)
+        x = _sampled_from(row, token, inside, scores, Form(OPS, MAX), kept_ptr, stride_kept, LOWEST_TIES, BANDED)
         keys = tl.where(inside, key_of(x), LOWEST)
         tops = tl.full([SLOTS], LOWEST, tl.int32)
         ids = tl.full([SLOTS], -1, tl.int32)
@@ -334,12 +335,10 @@ def select_and_report(
     count: int,
     temperature: torch.Tensor | None = None,
     chain: Chain | None = None,
-    input_ids: torch.Tensor | None = None,
-    position: Position = NOWHERE,
-    allowed: torch.Tensor | None = None,
+    call: Call = NOTHING,
     counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Report]:
-    """The tokens of ``select_tokens``, and a report on them in the distribution that they were drawn from.
+    """The tokens of ``select_tokens``, and a report on them in the distribution that they were sampled from.
 
     Args:
         logits: see ``select_tokens``.
@@ -349,20 +348,18 @@ def select_and_report(
         count: see ``launch_report``.
         temperature: see ``select_tokens``.
         chain: see there.
-        input_ids: see there.
-        position: see there.
-        allowed: see there.
+        call: see there.
         counts: see ``launch_report``.
     """
     if not (takes(logits, count) and launch.takes_scores(logits)):
         tokens, processed = launch.reference_tokens(
-            logits, selection, seeds, positions, temperature, chain, input_ids, position, allowed
+            logits, selection, seeds, positions, temperature, chain, call
         )  # fmt: skip
         return tokens, report(processed, tokens, count, counts)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if not logits.numel():
         return tokens, launch_report(logits, tokens, count, counts)
-    found = None if chain is None else find_sets(logits, chain, input_ids, position, allowed)
+    found = None if chain is None else find_sets(logits, chain, call)
     work = launch_select(
         logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
     )

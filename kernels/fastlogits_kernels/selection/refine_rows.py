@@ -1,10 +1,10 @@
-"""The rules applied to rows whose candidates were too many, or not enough: block by block, with the rules at run time.
+"""Apply the rules to rows with too many candidates, or too few: block by block, with the rules known at run time.
 
-A row is passed over again and again. Each pass looks at its tokens, or at the list of its candidates; counts what is
-kept at or above three keys, weighs it, and finds the least and the largest key. Where few tokens are left of a search
-they are collected, and the search ends among them in registers. What to measure, and what follows from it, is decided
-between the passes by a few numbers, so that the code of a pass doesn't depend on the rules. Compiled once for a chain
-and a dtype. Where a row is done, its program goes on to the next at once.
+A program passes over a row again and again. A pass looks at all tokens of the row, or at the list of its candidates. It
+counts and weighs what is kept at or above three keys, and finds the least and the largest key. Once a search has few
+tokens left, a pass collects them, and the search ends among them in registers. Between the passes a few numbers decide
+what the next one measures, so the code of a pass doesn't depend on the rules: it is compiled once for a chain and a
+dtype. A program goes on to its next row as soon as one is done.
 """
 
 from __future__ import annotations
@@ -12,38 +12,67 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastlogits_kernels.runtime.launcher import tl, triton
-from fastlogits_kernels.selection.refine import (
+from fastlogits_kernels.selection.collect import Collection, load_candidates
+from fastlogits_kernels.selection.goals import (
     LEAST_TERM,
     Found,
-    below_of,
-    centre_of,
+    Goal,
+    Interval,
+    can_act,
+    cut_below,
+    cutoff_found,
+    cutoff_key_of,
     deviation_of,
+    finish_cutoff,
     fitted,
     from_key,
-    load_sure,
+    goal_of,
+    is_reached,
+    load_certain,
     log_mass_of,
     search,
-    store_token,
+    stats_of,
     surprises_kept,
-    term_of,
     ties_kept,
-    unpacked,
-    weighed,
     with_ties,
+)
+from fastlogits_kernels.selection.noise import load_request, perturbed_key, store_token
+from fastlogits_kernels.selection.passes import (
+    BELOW,
+    BY_DISTANCE,
+    BY_LOGIT,
+    BY_RANK,
+    BY_TERM,
+    LIST,
+    MASS,
+    NOTHING,
+    ROW,
+    SQUARES,
+    SURPRISE,
+    Config,
+    Measure,
+    Pass,
+    Range,
+    Row,
+    Source,
+    is_candidate_of,
+    is_certain_of,
+    load_block,
+    measured,
+    pass_over,
 )
 from fastlogits_kernels.selection.row import (
     BANDED_AT,
     BOUND_AT,
     BRACKET,
     CENTRE_AT,
+    CERTAIN_AT,
     COUNT_AT,
-    COUNT_GOAL,
     DISTANCE_GOAL,
     DONE_AT,
     ENTROPY_GOAL,
-    FREE,
+    FULL_ROW,
     GOAL,
-    HIGH_AT,
     HIGHEST,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
@@ -53,52 +82,40 @@ from fastlogits_kernels.selection.row import (
     NEEDS_SUMS,
     NO_GOAL,
     ONE,
+    RAW_CERTAIN_AT,
     ROW_SUMS_AT,
+    RULE_KIND_AT,
+    RULE_LEAST_AT,
+    RULE_VALUE_AT,
     RULE_WORDS,
     RULES_AT,
     SPARES_FEWEST,
     STATE_AT,
     STEPWISE,
-    SURE_AT,
-    TOP_H_TOKENS,
     TOP_KEY_AT,
     UNALIGNED,
-    WHOLE,
+    UNCUT,
+    Certain,
+    Form,
     Kept,
     Maps,
-    Sample,
-    Samples,
+    Output,
+    Sampling,
     Scores,
     Shape,
-    Sure,
     all_kept,
-    collect,
     cutoff,
-    exp,
-    is_greedy,
     is_kept,
-    is_near,
     key_of,
-    load_candidates,
     load_float,
-    load_seed,
-    noise_of,
     number_of,
     rank_of,
-    row_logits,
     scaled,
     store_kept,
     wait_for_launch,
-    weight_of,
 )
 from fastlogits_kernels.selection.row_sums import load_row_sums
 
-# Where a pass looks for tokens.
-ROW, LIST = (tl.constexpr(i) for i in range(2))
-# By what it orders them.
-_BY_LOGIT, _BY_RANK, _BY_DISTANCE, _BY_TERM = (tl.constexpr(i) for i in range(4))
-# What it adds up beside their number.
-_NOTHING, _MASS, _BELOW, _SURPRISE, _SQUARES = (tl.constexpr(i) for i in range(5))
 # What a pass is for.
 _FIND_TOP, _WEIGH, _WEIGH_BELOW, _ADD_SQUARES, _SEARCH, _COLLECT, _BISECT, _FOUND, _FIND_TERM, _ADD_TERMS, _DONE = (
     tl.constexpr(i) for i in range(11)
@@ -107,297 +124,167 @@ _FIND_TOP, _WEIGH, _WEIGH_BELOW, _ADD_SQUARES, _SEARCH, _COLLECT, _BISECT, _FOUN
 _OF_RULE, _OF_TIES, _OF_SHARE, _OF_SHARED_TIES = (tl.constexpr(i) for i in range(4))
 
 
-class Source(NamedTuple):
-    """Where tokens are looked for, in the row or in a list of them; and how many."""
+class Rule(NamedTuple):
+    """A rule: its code, how many tokens it keeps at least, its parameter, and what the table says of it."""
 
     kind: tl.tensor
-    pairs: tl.tensor
-    size: tl.tensor
-
-
-class Near(NamedTuple):
-    """Which logits are candidates, see ``is_near``; of a list those that are sure are not, but may be drawn."""
-
     least: tl.tensor
-    banded: tl.tensor
-    centre: tl.tensor
-    sure_low: tl.tensor
-    sure_high: tl.tensor
+    value: tl.tensor
+    goal: tl.tensor
+    needs: tl.tensor
 
 
-class Measure(NamedTuple):
-    """What a pass measures: an order, an amount, and what these are about.
+class Totals(NamedTuple):
+    """What passes have added up of what is kept: its number, its mass, and its mass times distance from the top."""
 
-    ``tie`` is the key of the tokens that are ordered by rank, ``centre`` of what distances are, ``top``, ``mass`` and
-    ``largest`` the largest logit, mass and term of the entropy of what is kept.
-    """
-
-    order: tl.tensor
-    amount: tl.tensor
-    tie: tl.tensor
-    centre: tl.tensor
-    top: tl.tensor
+    count: tl.tensor
     mass: tl.tensor
-    largest: tl.tensor
+    below: tl.tensor
 
 
-class Bounds(NamedTuple):
-    """Between which keys a search is, what is at or above the lower one, and at or above the upper one."""
+class Search(NamedTuple):
+    """A search: what it is for, among which keys, for which goal, and what is ``beyond`` the tokens of its passes."""
 
-    low: tl.tensor
-    high: tl.tensor
-    number: tl.tensor
-    amount: tl.tensor
-    above: tl.tensor
-    amount_above: tl.tensor
-
-
-class Goal(NamedTuple):
-    """How many tokens, and what amount of them, are to be at or above the key that is searched for."""
-
-    number: tl.tensor
-    amount: tl.tensor
-
-
-class Tally(NamedTuple):
-    """What a pass has found: the least and the largest key, and numbers and amounts at or above each of three keys."""
-
-    least: tl.tensor
-    most: tl.tensor
-    number_1: tl.tensor
-    amount_1: tl.tensor
-    number_2: tl.tensor
-    amount_2: tl.tensor
-    number_3: tl.tensor
-    amount_3: tl.tensor
+    task: tl.tensor
+    interval: Interval
+    goal: Goal
+    beyond: Goal
+    turns: tl.tensor  # how many passes it has made
+    collected: tl.tensor  # how many tokens it has collected, -1 where it has not
 
 
 class State(NamedTuple):
     """Where a row stands between two passes."""
 
-    phase: tl.tensor
-    task: tl.tensor
-    rule: tl.tensor  # the number of the rule that is applied; behind the last one the sums of what is kept
-    top_key: tl.tensor
-    count: tl.tensor
-    mass: tl.tensor
-    below: tl.tensor
-    edge: tl.tensor  # the key of the rule's cut-off
-    budget: tl.tensor
-    total: tl.tensor
-    by_turns: tl.tensor
+    phase: tl.tensor  # what the next pass is for
+    index: tl.tensor  # of the rule that is applied; behind the last one the sums of what is kept
+    rule: Rule
+    kept: Kept
+    top_key: tl.tensor  # the largest key that is kept
+    totals: Totals
+    measure: Measure
+    search: Search
+    cutoff_key: tl.tensor
+    budget: tl.tensor  # of entropy
     open_below: tl.tensor  # whether tokens below the bound may be kept
     uncut: tl.tensor  # whether no rule may have dropped anything yet
     failed: tl.tensor
 
 
-@triton.jit
-def _is_sure(raw, near):
-    return (raw >= near.sure_low) & (raw <= near.sure_high)
+class Next(NamedTuple):
+    """What follows from a pass."""
+
+    has_sums: tl.tensor  # the sums that a rule needs are there
+    starts_ties: tl.tensor  # of the tokens that tie some are to go
+    finishes: tl.tensor  # the cut-off of a rule is known
+    begins: tl.tensor  # the next rule is due
+    stale: tl.tensor  # and the largest logit has to be found again
 
 
-@triton.jit
-def _is_candidate(x, raw, near):
-    """Which tokens of a list are candidates: of those that were collected, a few too many."""
-    return is_near(x, near.least, near.banded, near.centre, True) & (_is_sure(raw, near) == 0)
+class Base(NamedTuple):
+    """What a row is processed from: a source, the tokens kept for certain beside it, and a bound of all others."""
 
-
-@triton.jit
-def _block(
-    start, source, near, row, scores, maps,
-    OPS: tl.constexpr, MAX: tl.constexpr, LOWEST_TIES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Logits, whether they are there, tokens, and ranks of a block of where tokens are looked for."""
-    place = start + tl.arange(0, BLOCK)
-    inside = place < source.size
-    if source.kind == ROW:
-        token = place
-        valid = inside
-        x = row_logits(row, token >> 5, token & 31, token, inside, scores, maps, OPS, MAX)
-    else:
-        pair = tl.load(source.pairs + place, mask=inside, other=0)
-        token = (pair >> 32).to(tl.int32)
-        # Collected as they were before the division.
-        raw = pair.to(tl.int32).to(tl.float32, bitcast=True)
-        x = scaled(raw, row, maps)
-        valid = inside & _is_candidate(x, raw, near)
-    return x, valid, token, rank_of(token, LOWEST_TIES)
-
-
-@triton.jit
-def _measured(x, valid, rank, kept, measure):
-    """What a pass orders tokens by, which of them count, and what it adds up of each."""
-    lives = is_kept(x, valid, rank, kept, True)
-    key = key_of(x)
-    amount = tl.zeros_like(rank).to(tl.int64)
-    if measure.order == _BY_RANK:
-        lives = lives & (key == measure.tie)
-        key = rank
-    elif measure.order == _BY_DISTANCE:
-        key = key_of(-tl.abs(x - measure.centre))
-    if (measure.amount == _SURPRISE) | (measure.order == _BY_TERM):
-        term = term_of(x, measure.top, measure.mass)
-        amount = (term / measure.largest * ONE).to(tl.int64)
-        if measure.order == _BY_TERM:
-            key = key_of(term)
-            amount = tl.zeros_like(amount)
-    elif measure.amount == _MASS:
-        amount = weight_of(x, measure.top)
-    elif measure.amount == _BELOW:
-        amount = below_of(x, measure.top, lives)
-    return key, lives, amount
-
-
-@triton.jit
-def _tally(key, lives, amount, first, second, third, low, high, sums, ends):
-    """What some tokens add to the sums at or above three keys, and to the least and the largest key between two."""
-    each = weighed(lives, amount)
-    least = tl.where(lives & (key >= low), key, HIGHEST)
-    most = tl.where(lives & (key <= high), key, LOWEST)
-    return (
-        sums[0] + tl.where(key >= first, each, 0), sums[1] + tl.where(key >= second, each, 0),
-        sums[2] + tl.where(key >= third, each, 0),
-    ), (tl.minimum(ends[0], least), tl.maximum(ends[1], most))  # fmt: skip
-
-
-@triton.jit
-def _pass(
-    first, second, third, low, high, simple, searches, looks, collects, counter, collected, slots,
-    source, near, kept, measure, row, scores, maps,
-    OPS: tl.constexpr, MAX: tl.constexpr, LOWEST_TIES: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
-):  # fmt: skip
-    """Pass over the tokens: a tally of them, or those between two keys collected.
-
-    Each thread adds up for itself, and all of them once at the end. Most passes are ``simple``: tokens are counted or
-    weighed, in the order of the logits or of distances. Squares of deviations are float64 numbers in the same words.
-    """
-    nothing = tl.zeros([BLOCK], tl.int64)
-    sums = (nothing, nothing, nothing)
-    ends = (tl.full([BLOCK], HIGHEST, tl.int32), tl.full([BLOCK], LOWEST, tl.int32))
-    by_distance = measure.order == _BY_DISTANCE
-    cuts = (kept.edge > LOWEST) | (kept.near > LOWEST)
-    one = tl.where(measure.amount == _MASS, ONE, 0.0)
-    for start in range(0, tl.where(simple, source.size, 0), BLOCK):
-        x, valid, token, rank = _block(start, source, near, row, scores, maps, OPS, MAX, LOWEST_TIES, BLOCK)
-        lives = valid
-        if cuts:
-            lives = is_kept(x, valid, rank, kept, True)
-        key = key_of(tl.where(by_distance, -tl.abs(x - measure.centre), x))
-        p = exp(x - measure.top) * one
-        amount = tl.where(p == p, p, 0.0).to(tl.int64)
-        if searches:
-            sums, ends = _tally(key, lives, amount, first, second, third, low, high, sums, ends)
-        else:
-            sums = (sums[0] + weighed(lives, amount), sums[1], sums[2])
-            ends = (ends[0], tl.maximum(ends[1], tl.where(lives, key, LOWEST)))
-    for start in range(0, tl.where(simple, 0, source.size), BLOCK):
-        x, valid, token, rank = _block(start, source, near, row, scores, maps, OPS, MAX, LOWEST_TIES, BLOCK)
-        key, lives, amount = _measured(x, valid, rank, kept, measure)
-        if measure.amount == _SQUARES:
-            lives = lives & (tl.abs(x) < float("inf"))
-            off = tl.where(lives, x - centre_of(measure.top), 0.0).to(tl.float64)
-            sums = (
-                (sums[0].to(tl.float64, bitcast=True) + lives.to(tl.float64)).to(tl.int64, bitcast=True),
-                (sums[1].to(tl.float64, bitcast=True) + off).to(tl.int64, bitcast=True),
-                (sums[2].to(tl.float64, bitcast=True) + off * off).to(tl.int64, bitcast=True),
-            )
-        elif collects:
-            between = lives & (key >= low) & (key <= high)
-            collect(between.to(tl.int32) != 0, x, token, counter, collected, slots, PORTABLE)
-        else:
-            sums, ends = _tally(key, lives, amount, first, second, third, low, high, sums, ends)
-    none, no_amount = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
-    number_1, number_2, number_3 = none, none, none
-    amount_1, amount_2, amount_3 = no_amount, no_amount, no_amount
-    least, most = none, none
-    # What costs time is each sum over all threads.
-    if measure.amount == _SQUARES:
-        # As bits; the tally's other fields say nothing.
-        amount_1 = tl.sum(sums[0].to(tl.float64, bitcast=True)).to(tl.int64, bitcast=True)
-        amount_2 = tl.sum(sums[1].to(tl.float64, bitcast=True)).to(tl.int64, bitcast=True)
-        amount_3 = tl.sum(sums[2].to(tl.float64, bitcast=True)).to(tl.int64, bitcast=True)
-    elif looks:
-        count_a, amount_a = unpacked(sums[0])
-        number_1, amount_1 = tl.sum(count_a), tl.sum(amount_a)
-        most = tl.max(ends[1])
-        if searches:
-            count_b, amount_b = unpacked(sums[1])
-            count_c, amount_c = unpacked(sums[2])
-            number_2, amount_2 = tl.sum(count_b), tl.sum(amount_b)
-            number_3, amount_3 = tl.sum(count_c), tl.sum(amount_c)
-            least = tl.min(ends[0])
-    return Tally(least, most, number_1, amount_1, number_2, amount_2, number_3, amount_3)
+    source: Source
+    certain: Certain
+    bound: tl.tensor
 
 
 # -- Searches -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _pivots(bounds, goal, likely_low, likely_high, told, by_turns, order):
+def _pivots(interval, goal, row, told, turns, order):
     """The three keys that the next pass of a search looks at.
 
     First those that the sample made likely, or the range of the numbers quartered, twice; then those around where the
     goal lies if amounts grow evenly between the bounds. Every fourth time the keys are quartered, which comes to an end
     whatever they are.
     """
-    low, high = bounds.low, bounds.high
-    turn = by_turns % 4
+    low, high = interval.low, interval.high
+    turn = turns % 4
     highest = number_of((high - 1).to(tl.int32))
-    span = tl.where(order == _BY_DISTANCE, 16.0, 128.0)
+    span = tl.where(order == BY_DISTANCE, 16.0, 128.0)
     lowest = tl.maximum(number_of(low.to(tl.int32)), highest - span)
     apart = highest - lowest
     weighs = goal.amount > 0
-    above = tl.where(weighs, (bounds.amount - goal.amount).to(tl.float32), (bounds.number - goal.number).to(tl.float32))
+    above = tl.where(
+        weighs, (interval.amount - goal.amount).to(tl.float32), (interval.number - goal.number).to(tl.float32)
+    )
     whole = tl.where(
-        weighs, (bounds.amount - bounds.amount_above).to(tl.float32), (bounds.number - bounds.above).to(tl.float32)
+        weighs,
+        (interval.amount - interval.amount_above).to(tl.float32),
+        (interval.number - interval.above).to(tl.float32),
     )
     even = tl.where(whole > 0, above / whole, 0.5)
     even = tl.minimum(tl.maximum(even, 0.1), 0.9)
     middle = tl.where(turn < 2, 0.5, even) * apart
     step = tl.where(turn < 2, 0.25, 0.083) * apart
-    by_number = (order != _BY_RANK) & (turn != 3) & (apart > 0) & (apart < float("inf"))
+    by_number = (order != BY_RANK) & (turn != 3) & (apart > 0) & (apart < float("inf"))
     first = tl.where(by_number, key_of(lowest + (middle - step)).to(tl.int64), low + (high - low) // 4)
     second = tl.where(by_number, key_of(lowest + middle).to(tl.int64), low + (high - low) // 2)
     third = tl.where(by_number, key_of(lowest + (middle + step)).to(tl.int64), low + (high - low) * 3 // 4)
-    first = tl.where(told, likely_low, first)
-    second = tl.where(told, (likely_low + likely_high) // 2, second)
-    third = tl.where(told, likely_high, third)
+    first = tl.where(told, row.likely_low, first)
+    second = tl.where(told, (row.likely_low + row.likely_high) // 2, second)
+    third = tl.where(told, row.likely_high, third)
     return first, second, third
 
 
 @triton.jit
-def _moved(pivot, number, amount, goal, bounds):
-    """Bounds of a search, of which one becomes ``pivot``: at or above it are so many tokens of such an amount."""
-    inside = (pivot > bounds.low) & (pivot < bounds.high)
+def _moved(pivot, number, amount, goal, interval):
+    """An interval of which one end becomes ``pivot``: at or above it are so many tokens of such an amount."""
+    pivot = pivot.to(tl.int64)
+    inside = (pivot > interval.low) & (pivot < interval.high)
     reached = inside & (number >= goal.number) & (amount >= goal.amount)
     missed = inside & (reached == 0)
-    return Bounds(
-        tl.where(reached, pivot, bounds.low), tl.where(missed, pivot, bounds.high),
-        tl.where(reached, number, bounds.number), tl.where(reached, amount, bounds.amount),
-        tl.where(missed, number, bounds.above), tl.where(missed, amount, bounds.amount_above),
+    return Interval(
+        tl.where(reached, pivot, interval.low), tl.where(missed, pivot, interval.high),
+        tl.where(reached, number, interval.number), tl.where(reached, amount, interval.amount),
+        tl.where(missed, number, interval.above), tl.where(missed, amount, interval.amount_above),
     )  # fmt: skip
 
 
 @triton.jit
-def _narrowed(tally, first, second, third, beyond, goal, bounds):
-    """Bounds of a search after a pass; ``beyond`` are the tokens that the pass doesn't see."""
-    least, most = tally.least, tally.most
+def _narrowed(tally, what, of):
+    """The interval of a search after a pass."""
+    interval, goal, beyond = of.interval, of.goal, of.beyond
+    interval = _moved(what.first, tally.number_1 + beyond.number, tally.amount_1 + beyond.amount, goal, interval)
+    interval = _moved(what.second, tally.number_2 + beyond.number, tally.amount_2 + beyond.amount, goal, interval)
+    interval = _moved(what.third, tally.number_3 + beyond.number, tally.amount_3 + beyond.amount, goal, interval)
     # Only where keys are is there anything to find.
-    bounds = _moved(first, tally.number_1 + beyond.number, tally.amount_1 + beyond.amount, goal, bounds)
-    bounds = _moved(second, tally.number_2 + beyond.number, tally.amount_2 + beyond.amount, goal, bounds)
-    bounds = _moved(third, tally.number_3 + beyond.number, tally.amount_3 + beyond.amount, goal, bounds)
-    return Bounds(
-        tl.maximum(bounds.low, least.to(tl.int64)), tl.minimum(bounds.high, most.to(tl.int64) + 1),
-        bounds.number, bounds.amount, bounds.above, bounds.amount_above,
+    return Interval(
+        tl.maximum(interval.low, tally.least.to(tl.int64)), tl.minimum(interval.high, tally.most.to(tl.int64) + 1),
+        interval.number, interval.amount, interval.above, interval.amount_above,
     )  # fmt: skip
 
 
 @triton.jit
-def _next_of_search(bounds, held, room):
+def _next_of_search(interval, held, room):
     """What a search does next: pass again, collect what is left, or end: in registers where all of it is ``held``."""
-    left = bounds.number - bounds.above
+    left = interval.number - interval.above
     phase = tl.where(held, _BISECT, tl.where(left <= room, _COLLECT, _SEARCH))
-    return tl.where(bounds.high - bounds.low <= 1, _FOUND, phase)
+    return tl.where(interval.high - interval.low <= 1, _FOUND, phase)
+
+
+@triton.jit
+def _end_of_search(state, source, row, config):
+    """What a search has found; where few tokens are left of it, it ends among them in registers."""
+    phase, interval, collected = state.phase, state.search.interval, state.search.collected
+    found = Found(interval.low.to(tl.int32), interval.number, interval.amount, interval.above, interval.amount_above)
+    # A loop of one turn or none: Triton 3.6 can't compile one in a branch.
+    for _ in range(tl.where((phase == _COLLECT) | (phase == _BISECT), 1, 0)):
+        of_list = collected < 0
+        collected_pairs = row.collection.pairs.to(tl.pointer_type(tl.int64))
+        x, valid, token = load_candidates(
+            tl.where(of_list, source.pairs, collected_pairs), tl.where(of_list, source.size, collected), config.ROOM
+        )
+        if of_list:
+            raw = x
+            x = scaled(raw, row.index, row.scores.maps)
+            valid = valid & is_candidate_of(x, raw, row.range)
+        key, counts, amount = measured(x, valid, rank_of(token, config.LOWEST_TIES), state.kept, state.measure)
+        counts = counts & (key >= interval.low.to(tl.int32)) & (key.to(tl.int64) < interval.high)
+        found = search(key, counts, amount, interval, state.search.goal, True)
+    return found
 
 
 # -- Rules ----------------------------------------------------------------------------------------------------------
@@ -413,460 +300,579 @@ def _of_kind(kind, TABLE: tl.constexpr):
 
 
 @triton.jit
-def _cutoff_of(kind, value, top, mass, entropy, deviation):
+def _cutoff_of(rule, top, stats, deviation):
     """The logit below which a rule drops all, NaN for one that has a goal."""
     found = tl.full([], float("nan"), tl.float32)
     for i in tl.static_range(N_RULES):
         if GOAL[i] == NO_GOAL:
-            if kind == i:
-                found = cutoff(value, top, mass, entropy, deviation, i)
+            if rule.kind == i:
+                found = cutoff(rule.value, top, stats.mass, tl.log(stats.mass) + stats.distance, deviation, i)
     return found
 
 
 @triton.jit
-def _load_rule(rules_ptr, rule, n_rules):
-    """A rule's code, how many tokens it keeps at least, and its parameter, NaN where it doesn't act."""
-    here = rules_ptr + RULE_WORDS * tl.minimum(rule, tl.maximum(n_rules - 1, 0))
-    there = rule < n_rules
-    kind, least = tl.load(here, mask=there, other=-1), tl.load(here + 1, mask=there, other=1)
-    return kind, least, tl.load((here + 2).to(tl.pointer_type(tl.float64)), mask=there, other=float("nan"))
+def _load_rule(index, row):
+    """A rule of a row; one that is never there, and keeps all, behind the last."""
+    here = row.work + RULES_AT + RULE_WORDS * tl.minimum(index, tl.maximum(row.n_rules - 1, 0))
+    there = index < row.n_rules
+    kind = tl.load(here + RULE_KIND_AT, mask=there, other=-1)
+    least = tl.load(here + RULE_LEAST_AT, mask=there, other=1)
+    value = tl.load((here + RULE_VALUE_AT).to(tl.pointer_type(tl.float64)), mask=there, other=float("nan"))
+    return Rule(kind, least, value, _of_kind(kind, GOAL), _of_kind(kind, NEEDS_SUMS))
 
 
 @triton.jit
-def _is_idle(kind, value, top_key):
-    """Whether a rule has nothing to drop in a row of that largest key."""
-    needs, goal = _of_kind(kind, NEEDS_SUMS), _of_kind(kind, GOAL)
-    highest = tl.where(needs >= 3, KEY_OF_INFINITY, KEY_OF_INFINITY - 1)
-    acts = (goal == COUNT_GOAL) | ((top_key <= highest) & (top_key > KEY_OF_MINUS_INFINITY))
-    return (value != value) | (acts == 0)
-
-
-@triton.jit
-def _begin(
-    rule, uncut, stale, top_key, open_below, failed, row_top_key, n_rules, rules_ptr, NORMALISE: tl.constexpr
-):  # fmt: skip
+def _begin(index, uncut, stale, top_key, open_below, failed, row, config):
     """The next rule that drops anything, its first pass, whether a question is left open, and what that pass adds up.
 
     The largest logit is looked for first where it is ``stale``. Last, whether that rule is the first of all: the row's
     sums are those that the first one asks for, whether that can act or not.
     """
-    for _ in range(n_rules):
-        kind, _least, value = _load_rule(rules_ptr, rule, n_rules)
-        idle = (rule < n_rules) & _is_idle(kind, value, top_key)
-        uncut = uncut & ((idle == 0) | (value != value))
-        rule += idle.to(tl.int32)
-    kind, _least, value = _load_rule(rules_ptr, rule, n_rules)
-    needs = _of_kind(kind, NEEDS_SUMS)
-    summed = uncut & (row_top_key > LOWEST)
-    blind = tl.where(_of_kind(kind, GOAL) == ENTROPY_GOAL, uncut == 0, (needs > 0) & (summed == 0))
-    ends = rule >= n_rules
+    for _ in range(row.n_rules):
+        rule = _load_rule(index, row)
+        absent = rule.value != rule.value
+        idle = (index < row.n_rules) & (absent | (can_act(top_key, rule.needs, rule.goal) == 0))
+        uncut = uncut & ((idle == 0) | absent)
+        index += idle.to(tl.int32)
+    rule = _load_rule(index, row)
+    summed = uncut & (row.top_key > LOWEST)
+    blind = tl.where(rule.goal == ENTROPY_GOAL, uncut == 0, (rule.needs > 0) & (summed == 0))
+    ends = index >= row.n_rules
     failed = failed | (open_below & (ends | blind))
     phase = tl.where(ends, _DONE, tl.where(stale, _FIND_TOP, _WEIGH))
-    if NORMALISE:
+    if config.NORMALISE:
         phase = tl.where(ends, _FIND_TOP, phase)
-        rule = tl.where(ends, n_rules + 1, rule)
-    counts = ends | stale | (needs == 0) | (needs >= 3)
-    return rule, phase, failed, tl.where(counts, _NOTHING, _MASS), uncut
+        index = tl.where(ends, row.n_rules + 1, index)
+    counts = ends | stale | (rule.needs == 0) | (rule.needs >= 3)
+    return index, rule, phase, failed, tl.where(counts, NOTHING, MASS), uncut
 
 
 @triton.jit
-def _stats(mass, below, summed, row_sums):
-    """The mass of what is kept, as an integer and relative to the largest probability, and its mean distance.
-
-    From the sums of the row where these hold, else from the last passes.
-    """
-    mass = tl.where(summed, (row_sums.mass * ONE).to(tl.int64), mass)
-    below = tl.where(summed, (row_sums.below * ONE).to(tl.int64), below)
-    relative = (mass.to(tl.float64) / ONE).to(tl.float32)
-    distance = (below.to(tl.float64) / mass.to(tl.float64)).to(tl.float32)
-    return mass, relative, distance
+def _of_mass(rule):
+    """Whether a rule's goal is a mass."""
+    return (rule.goal == MASS_GOAL) | (rule.goal == DISTANCE_GOAL)
 
 
 @triton.jit
-def _deviation(summed, row_sums, tally):
-    """The deviation of what is kept, float32: likewise."""
-    finite = tally.amount_1.to(tl.float64, bitcast=True)
-    first = tally.amount_2.to(tl.float64, bitcast=True)
-    squares = tally.amount_3.to(tl.float64, bitcast=True) - first * first / tl.maximum(finite, 1.0)
-    finite = tl.where(summed, row_sums.finite, finite)
-    squares = tl.where(summed, row_sums.squares, squares)
-    return deviation_of(finite, squares)
+def _of_amount(amount, top_key):
+    """The measure of a pass that adds up an amount, in the order of the logits."""
+    none, zero = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float32)
+    return Measure(none, none + amount, none, zero, number_of(top_key), zero + 1, zero + 1)
 
 
 @triton.jit
-def refine_row(
-    row, scores, maps, samples, work, out_ptr, tokens_ptr, shape, n_rules, tried, stride_out, stride_out_token,
-    OPS: tl.constexpr, MAX: tl.constexpr, FILL: tl.constexpr, NORMALISE: tl.constexpr, LOWEST_TIES: tl.constexpr,
-    PORTABLE: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """A row that is not done, from its candidates where they are a list, else from itself."""
-    V = scores.V
-    greedy = tl.full([], False, tl.int1)
-    seed, position = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
-    if tokens_ptr is not None:
-        seed, position = load_seed(row, samples)
-        if maps.temperature_ptr is not None:
-            greedy = is_greedy(maps.temperature_ptr + row * maps.stride_temperature)
-    row_state = tl.load(work + STATE_AT)
-    found_number = tl.load(work + COUNT_AT)
-    pairs = (work + shape.pairs_at).to(tl.pointer_type(tl.int64))
-    # Where a search collects: not over the candidates, where there may be so many that they come as a list.
-    collected_pairs = pairs + tl.where(shape.slots > ROOM, shape.slots, 0)
-    room = tl.minimum(shape.slots, ROOM)
-    listed = (row_state != WHOLE) & (found_number > tried) & (found_number <= shape.slots)
-    none, nothing = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
-    yes, no = tl.full([], True, tl.int1), tl.full([], False, tl.int1)
-    # The largest logit may be known from the sums of the row.
-    row_top_key = tl.load(work + TOP_KEY_AT)
-    first_rule, first_phase, first_failed, first_amount, uncut = _begin(
-        none, yes, row_top_key == LOWEST, row_top_key, listed, no, row_top_key, n_rules, work + RULES_AT, NORMALISE
-    )  # fmt: skip
-    # A list that leaves a question open from the start is none.
-    is_drawn_as_is = greedy
-    if tokens_ptr is not None:
-        is_drawn_as_is = greedy | (row_state == FREE)
-    listed = listed & (is_drawn_as_is | (first_failed == 0) | (row_top_key == LOWEST))
-    base = Source(tl.where(listed, LIST, ROW), pairs, tl.where(listed, found_number, V))
-    sure = load_sure(work, shape, tl.where(listed, row_state, WHOLE), PARTS)
-    near = Near(
-        number_of(tl.load(work + BOUND_AT)), tl.load(work + BANDED_AT) != 0, load_float(work + CENTRE_AT),
-        load_float(work + SURE_AT), load_float(work + SURE_AT + 1),
-    )  # fmt: skip
-    # All tokens that aren't in the list are below the bound; one of distances says nothing of keys.
-    bound = tl.where(listed & (near.banded == 0), tl.load(work + BOUND_AT), KEY_OF_MINUS_INFINITY)
-    row_sums = load_row_sums(work + ROW_SUMS_AT, row_top_key > LOWEST)
-    likely_low, likely_high = tl.load(work + BOUND_AT).to(tl.int64), tl.load(work + HIGH_AT).to(tl.int64)
-    # Of distances the sample makes one likely, which is a little too far.
-    likely_high = tl.where(near.banded, key_of(0.9 * near.least).to(tl.int64), likely_high)
-
-    zero = tl.full([], 0.0, tl.float32)
+def _next_pass(state, source, row):
+    """What the next pass does."""
+    rule, measure, interval = state.rule, state.measure, state.search.interval
+    searches = state.phase == _SEARCH
+    collects = state.phase == _COLLECT
+    of_order = tl.where(row.range.banded, BY_DISTANCE, BY_LOGIT)
+    told = (source.kind == ROW) & (state.search.turns == 0) & (measure.order == of_order)
+    told = told & (row.likely_high < HIGHEST) & (row.range.least > float("-inf"))
+    first, second, third = _pivots(interval, state.search.goal, row, told, state.search.turns, measure.order)
     lowest = tl.full([], LOWEST, tl.int64)
-    kept = all_kept()
-    bounds = Bounds(lowest, lowest, none, nothing, none, nothing)
-    goal = Goal(none, nothing)
-    beyond = Goal(none, nothing)
-    # Whether a search has collected the tokens that it is about, and so many.
-    collected, collected_number = no, none
-    first_phase = tl.where(row_top_key == LOWEST, _FIND_TOP, first_phase)
-    first_rule = tl.where(row_top_key == LOWEST, 0, first_rule)
-    uncut = uncut | (row_top_key == LOWEST)
-    measure = Measure(
-        none,
-        tl.where(row_top_key == LOWEST, _NOTHING, first_amount),
-        none,
-        zero,
-        number_of(row_top_key),
-        zero + 1,
-        zero + 1,
-    )
-    kind, least, value = _load_rule(work + RULES_AT, first_rule, n_rules)
-    state = State(
-        tl.where(is_drawn_as_is, _DONE, first_phase), none + _OF_RULE, first_rule, row_top_key, none, nothing, nothing,
-        tl.full([], LOWEST, tl.int32), nothing, nothing, none, listed, uncut, no,
+    bounded = searches | collects
+    low = tl.where(bounded, interval.low, lowest)
+    high = tl.where(bounded, (interval.high - 1).to(tl.int32), HIGHEST)
+    # What a whole row weighs may be known from its sums.
+    weighs = (state.phase == _WEIGH) & (state.index < row.n_rules)
+    knows_mass = weighs & (source.kind == ROW) & state.uncut & (row.top_key > LOWEST) & _of_mass(rule)
+    # The same of a cut-off that asks for the largest logit alone, where a pass has found that.
+    knows_all = weighs & (rule.goal == NO_GOAL) & (rule.least == 1) & (row.top_key == LOWEST) & (rule.needs == 0)
+    skips = knows_mass | knows_all | (state.phase == _BISECT) | (state.phase == _FOUND)
+    simple = (collects == 0) & ((measure.order == BY_LOGIT) | (measure.order == BY_DISTANCE))
+    simple = simple & ((measure.amount == NOTHING) | (measure.amount == MASS))
+    return Pass(
+        tl.where(searches, first, lowest).to(tl.int32), tl.where(searches, second, lowest).to(tl.int32),
+        tl.where(searches, third, lowest).to(tl.int32),
+        low.to(tl.int32), high, tl.where(skips, 0, source.size),
+        simple, searches, collects, (collects == 0) & (skips == 0), knows_mass,
     )  # fmt: skip
 
-    while state.phase != _DONE:
-        phase, task, rule = state.phase, state.task, state.rule
-        top_key, edge = state.top_key, state.edge
-        open_below, failed, uncut = state.open_below, state.failed, state.uncut
-        searches = phase == _SEARCH
-        collects = phase == _COLLECT
-        # Whether all tokens that a search is about fit into registers.
-        is_short = (base.kind == LIST) & (base.size <= ROOM)
 
-        # -- Pass over the tokens.
-        of_order = tl.where(near.banded, _BY_DISTANCE, _BY_LOGIT)
-        told = (base.kind == ROW) & (state.by_turns == 0) & (measure.order == of_order)
-        told = told & (likely_high < HIGHEST) & (near.least > float("-inf"))
-        first, second, third = _pivots(bounds, goal, likely_low, likely_high, told, state.by_turns, measure.order)
-        in_bounds = searches | collects
-        low = tl.where(in_bounds, bounds.low, lowest)
-        high = tl.where(in_bounds, (bounds.high - 1).to(tl.int32), HIGHEST)
-        if collects:
+# -- What follows from a pass ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _measuring(state, phase, measure):
+    """A state whose next pass is for another phase, and measures something else."""
+    return State(
+        phase, state.index, state.rule, state.kept, state.top_key, state.totals, measure, state.search,
+        state.cutoff_key, state.budget, state.open_below, state.uncut, state.failed,
+    )  # fmt: skip
+
+
+@triton.jit
+def _searching(state, phase, of):
+    """A state whose next pass is for another phase, of another search."""
+    return State(
+        phase, state.index, state.rule, state.kept, state.top_key, state.totals, state.measure, of,
+        state.cutoff_key, state.budget, state.open_below, state.uncut, state.failed,
+    )  # fmt: skip
+
+
+@triton.jit
+def _with_collected(state, number):
+    """A state whose search has collected so many tokens."""
+    of = state.search
+    return _searching(state, state.phase, Search(of.task, of.interval, of.goal, of.beyond, of.turns, number))
+
+
+@triton.jit
+def _with_number(of, number):
+    """A search for so many tokens, whatever their amount."""
+    goal = Goal(number, tl.full([], 0, tl.int64))
+    return Search(of.task, of.interval, goal, of.beyond, of.turns, of.collected)
+
+
+@triton.jit
+def _is_short(source, config):
+    """Whether all tokens that a search is about fit into registers."""
+    return (source.kind == LIST) & (source.size <= config.ROOM)
+
+
+@triton.jit
+def _after_top(state, tally, certain, row):
+    """The largest key is known; whether the next rule is due, and not the sums of what is kept."""
+    none, zero = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float32)
+    normalises = state.index > row.n_rules
+    top_key = tl.maximum(tally.most, certain.largest)
+    # NaN is no candidate beside tokens that were kept for certain.
+    failed = state.failed | ((certain.number > 0) & (tally.most > KEY_OF_INFINITY))
+    amount = tl.where(normalises, MASS, NOTHING)
+    measure = Measure(state.measure.order, amount, none, zero, number_of(top_key), zero + 1, zero + 1)
+    return State(
+        tl.where(normalises, _WEIGH, state.phase), state.index, state.rule, state.kept, top_key, state.totals,
+        measure, state.search, state.cutoff_key, state.budget, state.open_below, state.uncut, failed,
+    ), normalises == 0  # fmt: skip
+
+
+@triton.jit
+def _after_weighing(state, what, tally, certain, row):
+    """The mass of what is kept is known; whether the rule has all sums that it needs."""
+    rule, measure, zero = state.rule, state.measure, tl.full([], 0.0, tl.float32)
+    normalises = state.index > row.n_rules
+    summed = state.uncut & (row.top_key > LOWEST)
+    of_share = state.search.task == _OF_SHARE
+    failed = state.failed | ((certain.number > 0) & (tally.most > KEY_OF_INFINITY) & what.looks)
+    count = tl.where(what.knows_mass, row.scores.V, tally.number_1 + certain.number)
+    # One more than the sum of the tiles says, which is rounded: as much as any goal.
+    mass = tl.where(what.knows_mass, (row.sums.mass * ONE).to(tl.int64) + 1, tally.amount_1)
+    mass += tl.where((rule.needs == 1) | (rule.needs == 2), certain.mass, 0)
+    phase = tl.where(normalises, _DONE, state.phase)
+    has_sums = (normalises == 0) & (of_share == 0)
+    lacks_below = has_sums & (rule.needs == 2) & (summed == 0)
+    lacks_squares = has_sums & (rule.needs == 3) & (summed == 0)
+    phase = tl.where(lacks_below, _WEIGH_BELOW, tl.where(lacks_squares, _ADD_SQUARES, phase))
+    phase = tl.where(of_share, _FIND_TERM, phase)
+    amount = tl.where(lacks_below, BELOW, tl.where(lacks_squares, SQUARES, measure.amount))
+    measure = Measure(
+        tl.where(of_share, BY_TERM, measure.order), tl.where(of_share, NOTHING, amount), tl.full([], 0, tl.int32),
+        zero, measure.top, (mass.to(tl.float64) / ONE).to(tl.float32), zero + 1,
+    )  # fmt: skip
+    return State(
+        phase, state.index, rule, state.kept, state.top_key, Totals(count, mass, state.totals.below), measure,
+        state.search, state.cutoff_key, state.budget, state.open_below, state.uncut, failed,
+    ), has_sums & (lacks_below == 0) & (lacks_squares == 0)  # fmt: skip
+
+
+@triton.jit
+def _after_weighing_below(state, tally):
+    """The mass times distance is known."""
+    totals = Totals(state.totals.count, state.totals.mass, tally.amount_1)
+    return State(
+        state.phase, state.index, state.rule, state.kept, state.top_key, totals, state.measure, state.search,
+        state.cutoff_key, state.budget, state.open_below, state.uncut, state.failed,
+    )  # fmt: skip
+
+
+@triton.jit
+def _after_term(state, tally):
+    """The largest term of the entropy is known: all are added up in its units."""
+    none, zero = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float32)
+    largest = tl.maximum(number_of(tally.most), LEAST_TERM)
+    measure = Measure(
+        none + BY_LOGIT, none + SURPRISE, none, zero, state.measure.top, state.measure.mass, largest
+    )  # fmt: skip
+    return _measuring(state, none + _ADD_TERMS, measure)
+
+
+@triton.jit
+def _after_terms(state, tally, source, row, config):
+    """The entropy is known: the first token that goes beyond its share is searched for; whether there is none."""
+    none, nothing = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
+    total = tally.amount_1
+    budget = (state.rule.value * total.to(tl.float64)).to(tl.int64)
+    interval = Interval(
+        nothing + KEY_OF_MINUS_INFINITY, state.top_key.to(tl.int64) + 1, tally.number_1, total, none, nothing
+    )  # fmt: skip
+    begins = total <= budget
+    phase = _next_of_search(interval, _is_short(source, config), row.collection.slots)
+    phase = tl.where(begins, state.phase, phase)
+    goal = Goal(none + 1, budget + 1)
+    return State(
+        phase, state.index + begins.to(tl.int32), state.rule, state.kept, state.top_key, state.totals, state.measure,
+        Search(state.search.task, interval, goal, Goal(none, nothing), none, state.search.collected),
+        state.cutoff_key, budget, state.open_below, state.uncut, state.failed,
+    ), begins  # fmt: skip
+
+
+@triton.jit
+def _after_pass_of_search(state, what, tally, source, row, config):
+    """A search has fewer keys left."""
+    of = state.search
+    interval = _narrowed(tally, what, of)
+    phase = _next_of_search(interval, _is_short(source, config), row.collection.slots)
+    return _searching(state, phase, Search(of.task, interval, of.goal, of.beyond, of.turns + 1, of.collected))
+
+
+@triton.jit
+def _after_search_of_rule(state, found, row, config):
+    """The key where a rule's goal is reached is known; whether ties are to go, it is finished, or the next one is due.
+
+    After a rule of distances the largest logit that is kept is another.
+    """
+    rule, kept = state.rule, state.kept
+    by_distance = rule.goal == DISTANCE_GOAL
+    keep = ties_kept(found, state.search.goal, state.cutoff_key, rule.goal, config.LOWEST_TIES)
+    cutoff_key = cutoff_found(found, state.cutoff_key, rule.goal)
+    spares = (rule.goal != NO_GOAL) | (_of_kind(rule.kind, SPARES_FEWEST) != 0)
+    starts_ties = spares & (keep < found.number - found.above) & (by_distance == 0)
+    if by_distance:
+        kept = Kept(kept.cutoff, kept.rank, state.measure.centre, found.key)
+    elif starts_ties == 0:
+        kept = from_key(kept, cutoff_key)
+    open_below = state.open_below & ((rule.goal == NO_GOAL) | (found.key > KEY_OF_INFINITY))
+    return State(
+        state.phase, state.index + by_distance.to(tl.int32), rule, kept, state.top_key, state.totals, state.measure,
+        _with_number(state.search, keep), cutoff_key, state.budget, open_below, state.uncut & (by_distance == 0),
+        state.failed,
+    ), starts_ties, (by_distance | starts_ties) == 0, by_distance  # fmt: skip
+
+
+@triton.jit
+def _after_other_search(state, found):
+    """The last token of a share of the entropy is known, or the last of those that tie; likewise."""
+    of_share = state.search.task == _OF_SHARE
+    kept, cutoff_key = state.kept, state.cutoff_key
+    keep = surprises_kept(found, state.budget)
+    starts_ties = of_share & (keep > 0) & (keep < found.number - found.above)
+    if of_share:
+        cutoff_key = found.key
+        if starts_ties == 0:
+            kept = from_key(kept, tl.where(keep > 0, found.key, found.key + 1))
+    else:
+        kept = with_ties(kept, cutoff_key, found.key)
+    finishes = state.search.task == _OF_TIES
+    begins = (finishes | starts_ties) == 0
+    return State(
+        state.phase, state.index + begins.to(tl.int32), state.rule, kept, state.top_key, state.totals, state.measure,
+        _with_number(state.search, keep), cutoff_key, state.budget, state.open_below, state.uncut,
+        state.failed | (begins & state.open_below),
+    ), starts_ties, finishes, begins  # fmt: skip
+
+
+@triton.jit
+def _follow(state, what, tally, found, base, row, config):
+    """The state after a pass, and what follows from it."""
+    yes, no = tl.full([], True, tl.int1), tl.full([], False, tl.int1)
+    has_sums, starts_ties, finishes, begins, stale = no, no, no, no, no
+    phase = state.phase
+    if phase == _FIND_TOP:
+        state, begins = _after_top(state, tally, base.certain, row)
+    elif phase == _WEIGH:
+        state, has_sums = _after_weighing(state, what, tally, base.certain, row)
+    elif phase == _WEIGH_BELOW:
+        state = _after_weighing_below(state, tally)
+        has_sums = yes
+    elif phase == _ADD_SQUARES:
+        has_sums = yes
+    elif phase == _FIND_TERM:
+        state = _after_term(state, tally)
+    elif phase == _ADD_TERMS:
+        state, begins = _after_terms(state, tally, base.source, row, config)
+    elif phase == _SEARCH:
+        state = _after_pass_of_search(state, what, tally, base.source, row, config)
+    elif state.search.task == _OF_RULE:
+        state, starts_ties, finishes, begins = _after_search_of_rule(state, found, row, config)
+        stale = begins
+    else:
+        state, starts_ties, finishes, begins = _after_other_search(state, found)
+    return state, Next(has_sums, starts_ties, finishes, begins, stale)
+
+
+@triton.jit
+def _deviation(tally, summed, row_sums):
+    """The deviation of what is kept, from sums that are float64 as bits."""
+    finite = tally.amount_1.to(tl.float64, bitcast=True)
+    first, second = tally.amount_2.to(tl.float64, bitcast=True), tally.amount_3.to(tl.float64, bitcast=True)
+    return deviation_of(finite, first, second, summed, row_sums)
+
+
+@triton.jit
+def _start_search(state, tally, base, row, config):
+    """A rule has its sums: its cut-off, or the search for the key where its goal is reached; whether it is finished."""
+    rule, totals, certain = state.rule, state.totals, base.certain
+    none, zero = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float32)
+    top = number_of(state.top_key)
+    summed = state.uncut & (row.top_key > LOWEST)
+    stats = stats_of(totals.mass, totals.below, summed, row.sums)
+    cutoff_key = tl.full([], LOWEST, tl.int32)
+    if rule.goal == NO_GOAL:
+        deviation = zero
+        if rule.needs == 3:
+            deviation = _deviation(tally, summed, row.sums)
+        cutoff_key = cutoff_key_of(_cutoff_of(rule, top, stats, deviation))
+    by_mass, by_distance = _of_mass(rule), rule.goal == DISTANCE_GOAL
+    goal = goal_of(rule.value, stats.all_mass, rule.least, rule.goal)
+    reached, exceeds = is_reached(goal, totals.count, totals.mass, certain, rule.goal)
+    asks = (rule.goal != NO_GOAL) | (rule.least > 1)
+    reached = reached & asks
+    # What is here is not enough; there may be more.
+    failed = state.failed | exceeds | ((rule.goal != NO_GOAL) & (reached == 0) & state.open_below)
+    cutoff_key = tl.where((rule.goal == NO_GOAL) & asks & (reached == 0), LOWEST, cutoff_key)
+    beyond = Goal(certain.number, tl.where(by_mass, certain.mass, 0))
+    highest = tl.where(certain.number > 0, certain.least - 1, tl.where(by_distance, 0, state.top_key))
+    interval = Interval(
+        tl.where(by_distance, KEY_OF_MINUS_INFINITY, base.bound).to(tl.int64), highest.to(tl.int64) + 1,
+        totals.count, tl.where(by_mass, totals.mass, 0), beyond.number, beyond.amount,
+    )  # fmt: skip
+    measure = Measure(
+        tl.where(by_distance, BY_DISTANCE, BY_LOGIT), tl.where(by_mass, MASS, NOTHING), none,
+        top - stats.distance, top, zero + 1, zero + 1,
+    )  # fmt: skip
+    phase = _next_of_search(interval, _is_short(base.source, config), row.collection.slots)
+    return State(
+        tl.where(reached, phase, state.phase), state.index, rule, state.kept, state.top_key, totals, measure,
+        Search(none + _OF_RULE, interval, goal, beyond, none, none - 1),
+        cutoff_key, state.budget, state.open_below, state.uncut, failed,
+    ), reached == 0  # fmt: skip
+
+
+@triton.jit
+def _start_ties(state, found, source, row, config):
+    """Of the tokens at a key only as many stay as it takes, by their ranks: these are searched."""
+    none, nothing, of, measure = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64), state.search, state.measure
+    V = row.scores.V
+    interval = Interval(nothing - V, nothing + V + 1, found.number - found.above, nothing, none, nothing)
+    task = tl.where(of.task == _OF_RULE, _OF_TIES, _OF_SHARED_TIES)
+    phase = _next_of_search(interval, _is_short(source, config) | (of.collected >= 0), row.collection.slots)
+    zero = tl.full([], 0.0, tl.float32)
+    return State(
+        phase, state.index, state.rule, state.kept, state.top_key, state.totals,
+        Measure(none + BY_RANK, none + NOTHING, found.key, zero, measure.top, measure.mass, measure.largest),
+        Search(task, interval, of.goal, Goal(none, nothing), none + 1, of.collected),
+        state.cutoff_key, state.budget, state.open_below, state.uncut, state.failed,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish_rule(state, base):
+    """A rule's cut-off is known: it drops what is below. Whether the next rule is due, and not the entropy's share."""
+    none, of, kept = tl.full([], 0, tl.int32), state.search, state.kept
+    threshold, entropy = state.rule.goal == NO_GOAL, state.rule.goal == ENTROPY_GOAL
+    cutoff_key, open_below, exceeds = finish_cutoff(
+        state.cutoff_key, state.top_key, state.open_below, base.bound, base.certain
+    )  # fmt: skip
+    cutoff_key = tl.where(threshold, cutoff_key, state.cutoff_key)
+    open_below = tl.where(threshold, open_below, state.open_below)
+    if threshold:
+        kept = from_key(kept, cutoff_key)
+    failed = state.failed | (threshold & exceeds) | (entropy & open_below)
+    spends = entropy & (open_below == 0)
+    phase, task, measure = state.phase, of.task, state.measure
+    if spends:
+        kept = cut_below(kept, number_of(state.top_key))
+        task = none + _OF_SHARE
+        phase = none + _WEIGH
+        measure = _of_amount(MASS, state.top_key)
+    begins = spends == 0
+    return State(
+        phase, state.index + begins.to(tl.int32), state.rule, kept, state.top_key, state.totals, measure,
+        Search(task, of.interval, of.goal, of.beyond, of.turns, of.collected),
+        cutoff_key, state.budget, open_below, tl.full([], False, tl.int1), failed,
+    ), begins  # fmt: skip
+
+
+@triton.jit
+def _begin_rule(state, stale, row, config):
+    """The next rule that drops anything."""
+    index, rule, phase, failed, amount, uncut = _begin(
+        state.index, state.uncut, stale, state.top_key, state.open_below, state.failed, row, config
+    )  # fmt: skip
+    of = state.search
+    return State(
+        phase, index, rule, state.kept, state.top_key, state.totals,
+        _of_amount(amount, state.top_key),
+        Search(tl.full([], _OF_RULE, tl.int32), of.interval, of.goal, of.beyond, of.turns, of.collected),
+        state.cutoff_key, state.budget, state.open_below, uncut, failed,
+    )  # fmt: skip
+
+
+@triton.jit
+def _first_state(phase, index, rule, top_key, amount, open_below, uncut):
+    """The state before the first pass."""
+    none, nothing, lowest = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64), tl.full([], LOWEST, tl.int64)
+    of = Search(
+        none + _OF_RULE, Interval(lowest, lowest, none, nothing, none, nothing), Goal(none, nothing),
+        Goal(none, nothing), none, none - 1,
+    )  # fmt: skip
+    return State(
+        phase, index, rule, all_kept(), top_key, Totals(none, nothing, nothing),
+        _of_amount(amount, top_key), of, none + LOWEST, nothing, open_below, uncut, tl.full([], False, tl.int1),
+    )  # fmt: skip
+
+
+@triton.jit
+def _full_row(row, pairs):
+    """A row processed from itself."""
+    none, nothing = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
+    return Base(
+        Source(none + ROW, pairs, none + row.scores.V),
+        Certain(none, nothing, none + LOWEST, none + HIGHEST), none + KEY_OF_MINUS_INFINITY,
+    )  # fmt: skip
+
+
+@triton.jit
+def _apply_rules(state, base, row, config):
+    """Pass over a row until all rules are applied."""
+    while state.phase != _DONE:
+        what = _next_pass(state, base.source, row)
+        if what.collects:
             # Other threads may still read what a search before this one has collected.
             tl.debug_barrier()
-            tl.store(work + COUNT_AT, 0)
+            tl.store(row.collection.counter, 0)
             tl.debug_barrier()
-        # What a whole row weighs may be known from its sums.
-        goal_kind = _of_kind(kind, GOAL)
-        knows_mass = (phase == _WEIGH) & (base.kind == ROW) & uncut & (row_top_key > LOWEST) & (rule < n_rules)
-        knows_mass = knows_mass & ((goal_kind == MASS_GOAL) | (goal_kind == DISTANCE_GOAL))
-        # The same of a cut-off that asks for the largest logit alone, where a pass has found that.
-        knows_all = (phase == _WEIGH) & (goal_kind == NO_GOAL) & (least == 1) & (row_top_key == LOWEST)
-        knows_all = knows_all & (_of_kind(kind, NEEDS_SUMS) == 0) & (rule < n_rules)
-        ends_search = (phase == _BISECT) | (phase == _FOUND)
-        passes_over = knows_mass | knows_all | ends_search
-        looks = (collects == 0) & (passes_over == 0)
-        simple = (collects == 0) & ((measure.order == _BY_LOGIT) | (measure.order == _BY_DISTANCE))
-        simple = simple & ((measure.amount == _NOTHING) | (measure.amount == _MASS))
-        tally = _pass(
-            tl.where(searches, first, lowest).to(tl.int32), tl.where(searches, second, lowest).to(tl.int32),
-            tl.where(searches, third, lowest).to(tl.int32), low.to(tl.int32), high,
-            simple, searches, looks, collects, work + COUNT_AT,
-            collected_pairs.to(tl.pointer_type(tl.int32)), room,
-            Source(base.kind, base.pairs, tl.where(passes_over, 0, base.size)), near, kept,
-            measure, row, scores, maps, OPS, MAX, LOWEST_TIES, BLOCK, PORTABLE,
-        )  # fmt: skip
-        found = Found(bounds.low.to(tl.int32), bounds.number, bounds.amount, bounds.above, bounds.amount_above)
-        if collects:
+        tally = pass_over(what, base.source, state.kept, state.measure, row, config)
+        if what.collects:
             tl.debug_barrier()
-            collected = yes
-            collected_number = tl.minimum(tl.load(work + COUNT_AT, volatile=True), room)
-        # A loop of one turn or none: Triton 3.6 can't compile one in a branch.
-        for _ in range(tl.where(collects | (phase == _BISECT), 1, 0)):
-            of_list = collected == 0
-            x, valid, token = load_candidates(
-                tl.where(of_list, base.pairs, collected_pairs), tl.where(of_list, base.size, collected_number), ROOM
-            )  # fmt: skip
-            if of_list:
-                raw = x
-                x = scaled(raw, row, maps)
-                valid = valid & _is_candidate(x, raw, near)
-            rank = token
-            if LOWEST_TIES:
-                rank = -token
-            key, lives, amount = _measured(x, valid, rank, kept, measure)
-            lives = lives & (key >= bounds.low.to(tl.int32)) & (key.to(tl.int64) < bounds.high)
-            found = search(
-                key, lives, amount, bounds.low, bounds.high - 1, goal.number, goal.amount, bounds.number, bounds.amount,
-                bounds.above, bounds.amount_above, True,
-            )  # fmt: skip
-
-        # -- What follows from it.
-        kind_goal, needs = _of_kind(kind, GOAL), _of_kind(kind, NEEDS_SUMS)
-        weighs = (needs == 1) | (needs == 2)
-        summed = uncut & (row_top_key > LOWEST)
-        count, mass, below = state.count, state.mass, state.below
-        budget, total, by_turns = state.budget, state.total, state.by_turns
-        has_goal = no  # the sums of a rule are there
-        begins = no  # the next rule is due
-        stale = no  # and the largest logit has to be found again
-        finishes = no  # the cut-off of a rule is known
-        starts_ties = no
-        normalises = rule > n_rules
-        # NaN is no candidate beside tokens that were kept for certain.
-        is_wrong = (sure.number > 0) & (tally.most > KEY_OF_INFINITY)
-        tied = found.number - found.above
-        if phase == _FIND_TOP:
-            top_key = tl.maximum(tally.most, sure.largest)
-            failed = failed | is_wrong
-            begins = normalises == 0
-            phase = tl.where(normalises, _WEIGH, phase)
-            measure = Measure(
-                measure.order, tl.where(normalises, _MASS, _NOTHING), none, zero, number_of(top_key), zero + 1, zero + 1
-            )  # fmt: skip
-        elif phase == _WEIGH:
-            of_share = task == _OF_SHARE
-            failed = failed | (is_wrong & looks)
-            count = tl.where(knows_mass, V, tally.number_1 + sure.number)
-            # One more than the sum of the tiles says, which is rounded: as much as any goal.
-            mass = tl.where(knows_mass, (row_sums.mass * ONE).to(tl.int64) + 1, tally.amount_1)
-            mass += tl.where(weighs, sure.mass, 0)
-            phase = tl.where(normalises, _DONE, phase)
-            has_goal = (normalises == 0) & (of_share == 0)
-            lacks_below = has_goal & (needs == 2) & (summed == 0)
-            lacks_squares = has_goal & (needs == 3) & (summed == 0)
-            has_goal = has_goal & (lacks_below == 0) & (lacks_squares == 0)
-            phase = tl.where(lacks_below, _WEIGH_BELOW, tl.where(lacks_squares, _ADD_SQUARES, phase))
-            phase = tl.where(of_share, _FIND_TERM, phase)
-            amount = tl.where(lacks_below, _BELOW, tl.where(lacks_squares, _SQUARES, measure.amount))
-            measure = Measure(
-                tl.where(of_share, _BY_TERM, measure.order), tl.where(of_share, _NOTHING, amount), none, zero,
-                measure.top, (mass.to(tl.float64) / ONE).to(tl.float32), zero + 1,
-            )  # fmt: skip
-        elif phase == _WEIGH_BELOW:
-            below = tally.amount_1
-            has_goal = yes
-        elif phase == _ADD_SQUARES:
-            has_goal = yes
-        elif phase == _FIND_TERM:
-            largest = tl.maximum(number_of(tally.most), LEAST_TERM)
-            measure = Measure(none + _BY_LOGIT, none + _SURPRISE, none, zero, measure.top, measure.mass, largest)
-            phase = tl.full([], _ADD_TERMS, tl.int32)
-        elif phase == _ADD_TERMS:
-            total = tally.amount_1
-            budget = (value * total.to(tl.float64)).to(tl.int64)
-            goes_on = total > budget
-            # The first token that goes beyond the budget.
-            goal = Goal(none + 1, budget + 1)
-            beyond = Goal(none, nothing)
-            bounds = Bounds(
-                nothing + KEY_OF_MINUS_INFINITY, top_key.to(tl.int64) + 1, tally.number_1, total, none, nothing
-            )  # fmt: skip
-            by_turns = none
-            phase = tl.where(goes_on, _next_of_search(bounds, is_short, room), phase)
-            begins = goes_on == 0
-            rule += begins.to(tl.int32)
-        elif phase == _SEARCH:
-            bounds = _narrowed(tally, first, second, third, beyond, goal, bounds)
-            by_turns += 1
-            phase = _next_of_search(bounds, is_short, room)
-        elif task == _OF_RULE:
-            if kind_goal == DISTANCE_GOAL:
-                kept = Kept(kept.edge, kept.cut, measure.centre, found.key)
-                rule += 1
-                uncut = no
-                open_below = open_below & (found.key > KEY_OF_INFINITY)
-                begins, stale = yes, yes
-            else:
-                keep = ties_kept(found, goal.number, goal.amount, edge, kind_goal, LOWEST_TIES)
-                edge = tl.where(kind_goal == NO_GOAL, tl.minimum(edge, found.key), found.key)
-                # As many NaN as that: nothing is below them.
-                all_nan = (kind_goal == COUNT_GOAL) & (found.key > KEY_OF_INFINITY)
-                edge = tl.where(all_nan, LOWEST, edge)
-                open_below = open_below & ((kind_goal == NO_GOAL) | (found.key > KEY_OF_INFINITY))
-                spares = (kind_goal != NO_GOAL) | (_of_kind(kind, SPARES_FEWEST) != 0)
-                starts_ties = spares & (keep < tied)
-                goal = Goal(keep, nothing)
-                if starts_ties == 0:
-                    kept = from_key(kept, edge)
-                    finishes = yes
-        else:
-            if task == _OF_SHARE:
-                keep = surprises_kept(found, budget)
-                starts_ties = (keep > 0) & (keep < tied)
-                goal = Goal(keep, nothing)
-                edge = found.key
-                if starts_ties == 0:
-                    kept = from_key(kept, tl.where(keep > 0, found.key, found.key + 1))
-                    begins = yes
-            else:
-                kept = with_ties(kept, edge, found.key)
-                finishes = task == _OF_TIES
-                begins = task == _OF_SHARED_TIES
-            failed = failed | (begins & open_below)
-            rule += begins.to(tl.int32)
-
-        if has_goal:
-            # -- A rule's sums are there: its cut-off, or how many tokens and what mass are to stay.
-            top = number_of(top_key)
-            all_mass, relative, distance = _stats(mass, below, summed, row_sums)
-            edge = tl.full([], LOWEST, tl.int32)
-            if kind_goal == NO_GOAL:
-                deviation = zero
-                if needs == 3:
-                    deviation = _deviation(summed, row_sums, tally)
-                limit = _cutoff_of(kind, value, top, relative, tl.log(relative) + distance, deviation)
-                edge = tl.where(limit == limit, key_of(limit), LOWEST)
-            by_mass = (kind_goal == MASS_GOAL) | (kind_goal == DISTANCE_GOAL)
-            number = tl.where(kind_goal == COUNT_GOAL, value.to(tl.int32), least)
-            number = tl.where(kind_goal == ENTROPY_GOAL, TOP_H_TOKENS, number)
-            amount_goal = tl.where(by_mass, tl.ceil(value * all_mass.to(tl.float64)).to(tl.int64), 0)
-            asks = (kind_goal != NO_GOAL) | (least > 1)
-            wrong = (kind_goal != NO_GOAL) & (sure.number > 0) & (sure.number >= number) & (sure.mass >= amount_goal)
-            reached = asks & (count >= number) & ((by_mass == 0) | (mass >= amount_goal)) & (wrong == 0)
-            # What is here is not enough; there may be more.
-            failed = failed | wrong | ((kind_goal != NO_GOAL) & (reached == 0) & open_below)
-            edge = tl.where((kind_goal == NO_GOAL) & asks & (reached == 0), LOWEST, edge)
-            by_distance = kind_goal == DISTANCE_GOAL
-            goal = Goal(number, amount_goal)
-            beyond = Goal(sure.number, tl.where(by_mass, sure.mass, 0))
-            highest = tl.where(sure.number > 0, sure.edge - 1, tl.where(by_distance, 0, top_key))
-            bounds = Bounds(
-                tl.where(by_distance, KEY_OF_MINUS_INFINITY, bound).to(tl.int64),
-                highest.to(tl.int64) + 1,
-                count, tl.where(by_mass, mass, 0), beyond.number, beyond.amount,
-            )  # fmt: skip
-            measure = Measure(
-                tl.where(by_distance, _BY_DISTANCE, _BY_LOGIT), tl.where(by_mass, _MASS, _NOTHING), none,
-                top - distance, top, zero + 1, zero + 1,
-            )  # fmt: skip
-            by_turns = none
-            task = none + _OF_RULE
-            finishes = reached == 0
-            phase = tl.where(reached, _next_of_search(bounds, is_short, room), phase)
-            collected = no
-
-        if starts_ties:
-            # -- Of the tokens at a key as many as it takes, by their ranks.
-            task = tl.where(task == _OF_RULE, _OF_TIES, _OF_SHARED_TIES)
-            beyond = Goal(none, nothing)
-            bounds = Bounds(nothing - V, nothing + V + 1, tied, nothing, none, nothing)
-            measure = Measure(
-                none + _BY_RANK, none + _NOTHING, found.key, zero, measure.top, measure.mass, measure.largest
-            )  # fmt: skip
-            by_turns = none + 1
-            phase = _next_of_search(bounds, is_short | collected, room)
-
+            number = tl.load(row.collection.counter, volatile=True)
+            state = _with_collected(state, tl.minimum(number, row.collection.slots))
+        found = _end_of_search(state, base.source, row, config)
+        state, then = _follow(state, what, tally, found, base, row, config)
+        finishes, begins = then.finishes, then.begins
+        if then.has_sums:
+            state, finishes = _start_search(state, tally, base, row, config)
+        if then.starts_ties:
+            state = _start_ties(state, found, base.source, row, config)
         if finishes:
-            # -- A rule has said what it drops.
-            threshold = kind_goal == NO_GOAL
-            edge = tl.where(threshold, tl.minimum(edge, top_key), edge)
-            open_below = open_below & ((threshold == 0) | (edge < bound))
-            failed = failed | (threshold & (sure.number > 0) & (edge > sure.edge))
-            if threshold:
-                kept = from_key(kept, edge)
-            spends = (kind_goal == ENTROPY_GOAL) & (open_below == 0)
-            failed = failed | ((kind_goal == ENTROPY_GOAL) & open_below)
-            uncut = no
-            if spends:
-                # What float32 takes for impossible goes.
-                kept = from_key(kept, key_of(number_of(top_key) - 103.0))
-                task = none + _OF_SHARE
-                phase = tl.full([], _WEIGH, tl.int32)
-                measure = Measure(none, none + _MASS, none, zero, number_of(top_key), zero + 1, zero + 1)
-            begins = spends == 0
-            rule += begins.to(tl.int32)
-
+            state, begins = _finish_rule(state, base)
         if begins:
-            rule, phase, failed, amount, uncut = _begin(
-                rule, uncut, stale, top_key, open_below, failed, row_top_key, n_rules, work + RULES_AT, NORMALISE
-            )  # fmt: skip
-            task = none + _OF_RULE
-            kind, least, value = _load_rule(work + RULES_AT, rule, n_rules)
-            measure = Measure(none, amount, none, zero, number_of(top_key), zero + 1, zero + 1)
+            state = _begin_rule(state, then.stale, row, config)
+        if state.failed & (base.source.kind == LIST):
+            # The list leaves a question open: process the full row.
+            base = _full_row(row, base.source.pairs)
+            none, no = tl.full([], 0, tl.int32), tl.full([], False, tl.int1)
+            state = _first_state(none + _FIND_TOP, none, state.rule, state.top_key, none, no, no == 0)
+    return state, base
 
-        if failed & (base.kind == LIST):
-            # -- The list leaves a question open: from the row itself.
-            base = Source(none + ROW, pairs, V)
-            sure = Sure(none, nothing, none + LOWEST, none + HIGHEST)
-            bound = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32)
-            kept = all_kept()
-            measure = Measure(none, none, none, zero, zero, zero + 1, zero + 1)
-            open_below, failed, uncut = no, no, yes
-            rule = none
-            task = none + _OF_RULE
-            phase = tl.full([], _FIND_TOP, tl.int32)
-        state = State(
-            phase, task, rule, top_key, count, mass, below, edge, budget, total, by_turns, open_below, uncut, failed
-        )  # fmt: skip
 
-    # -- Write what is kept, and over what the filter has kept; or sample of it and of what the filter has sampled.
-    top = number_of(state.top_key)
-    log_mass = zero
-    if NORMALISE:
-        log_mass = log_mass_of(state.top_key, state.mass)
-    overwrites = tl.where((row_state == BRACKET) & (base.kind == ROW), 1, 0)
-    best = tl.full([BLOCK], LOWEST, tl.int32)
-    which = tl.full([BLOCK], HIGHEST, tl.int32)
-    for start in range(0, base.size, BLOCK):
-        x, valid, token, rank = _block(start, base, near, row, scores, maps, OPS, MAX, LOWEST_TIES, BLOCK)
-        lives = is_kept(x, valid, rank, kept, True)
-        if out_ptr is not None:
+# -- A row ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_range(work):
+    """Which logits of a row are candidates."""
+    return Range(
+        number_of(tl.load(work + BOUND_AT)), tl.load(work + BANDED_AT) != 0, load_float(work + CENTRE_AT),
+        load_float(work + RAW_CERTAIN_AT), load_float(work + RAW_CERTAIN_AT + 1),
+    )  # fmt: skip
+
+
+@triton.jit
+def _collection(work, shape, ROOM: tl.constexpr):
+    """Where a search collects: not over the candidates, where there may be so many that they come as a list."""
+    collected_at = shape.pairs_at + 2 * tl.where(shape.slots > ROOM, shape.slots, 0)
+    return Collection(work + COUNT_AT, work + collected_at, tl.minimum(shape.slots, ROOM))
+
+
+@triton.jit
+def _likely(of, work):
+    """Two keys around the cut-off, as the sample tells; of distances it makes one likely, a little too far."""
+    high = tl.where(of.banded, key_of(0.9 * of.least), tl.load(work + CERTAIN_AT))
+    return tl.load(work + BOUND_AT).to(tl.int64), high.to(tl.int64)
+
+
+@triton.jit
+def _start(row, shape, tried, greedy, config, SAMPLES: tl.constexpr, PARTS: tl.constexpr):
+    """The first state of a row, what it is processed from, and its state in the workspace."""
+    work = row.work
+    none, yes, no = tl.full([], 0, tl.int32), tl.full([], True, tl.int1), tl.full([], False, tl.int1)
+    row_state = tl.load(work + STATE_AT)
+    number = tl.load(work + COUNT_AT)
+    listed = (row_state != FULL_ROW) & (number > tried) & (number <= shape.slots)
+    # The largest logit may be known from the sums of the row.
+    unknown = row.top_key == LOWEST
+    index, rule, phase, failed, amount, uncut = _begin(none, yes, unknown, row.top_key, listed, no, row, config)
+    is_sampled_as_it_is = greedy
+    if SAMPLES:
+        is_sampled_as_it_is = greedy | (row_state == UNCUT)
+    # A list that leaves a question open from the start is none.
+    listed = listed & (is_sampled_as_it_is | (failed == 0) | unknown)
+    pairs = (work + shape.pairs_at).to(tl.pointer_type(tl.int64))
+    source = Source(tl.where(listed, LIST, ROW), pairs, tl.where(listed, number, row.scores.V))
+    certain = load_certain(work, shape, tl.where(listed, row_state, FULL_ROW), PARTS)
+    # All tokens that aren't in the list are below the bound; one of distances says nothing of keys.
+    bound = tl.where(listed & (row.range.banded == 0), tl.load(work + BOUND_AT), KEY_OF_MINUS_INFINITY)
+    phase = tl.where(is_sampled_as_it_is, _DONE, tl.where(unknown, _FIND_TOP, phase))
+    state = _first_state(
+        phase, tl.where(unknown, 0, index), rule, row.top_key, tl.where(unknown, NOTHING, amount), listed,
+        uncut | unknown,
+    )  # fmt: skip
+    return state, Base(source, certain, bound), row_state
+
+
+@triton.jit
+def _write(state, base, overwrites, request, out, row, config):
+    """Write what is kept, and over what the filter has kept; or sample of it and of what the filter has sampled."""
+    source = base.source
+    log_mass = tl.full([], 0.0, tl.float32)
+    if config.NORMALISE:
+        log_mass = log_mass_of(state.top_key, state.totals.mass)
+    best = tl.full([config.BLOCK], LOWEST, tl.int32)
+    which = tl.full([config.BLOCK], HIGHEST, tl.int32)
+    for start in range(0, source.size, config.BLOCK):
+        x, valid, token, rank = load_block(start, source, row, config)
+        stays = is_kept(x, valid, rank, state.kept, True)
+        if out.ptr is not None:
             y = x - log_mass
-            if maps.temperature_ptr is not None:
-                y = fitted(y, top, out_ptr)
-            there = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
-            written = lives | (tl.where(valid, overwrites, 0) != 0)
-            tl.store(there, tl.where(lives, y, FILL).to(out_ptr.dtype.element_ty), mask=written)
-        if tokens_ptr is not None:
-            if base.kind == LIST:
-                # What is kept for certain and was collected, as it may be drawn.
-                place = start + tl.arange(0, BLOCK)
-                pair = tl.load(base.pairs + place, mask=place < base.size, other=0)
+            if row.scores.maps.temperature_ptr is not None:
+                y = fitted(y, number_of(state.top_key), out.ptr)
+            there = out.ptr + row.index * out.stride_row + token.to(tl.int64) * out.stride_token
+            written = stays | (tl.where(valid, overwrites, 0) != 0)
+            tl.store(there, tl.where(stays, y, out.fill).to(out.ptr.dtype.element_ty), mask=written)
+        if out.tokens_ptr is not None:
+            if source.kind == LIST:
+                # What is kept for certain and was collected, as it may be sampled.
+                place = start + tl.arange(0, config.BLOCK)
+                pair = tl.load(source.pairs + place, mask=place < source.size, other=0)
                 raw = pair.to(tl.int32).to(tl.float32, bitcast=True)
-                lives = lives | (_is_sure(raw, near) & (place < base.size))
-            key = key_of(x)
-            if greedy == 0:
-                key = key_of(x - tl.log(noise_of(token, seed, position)))
-            key = tl.where(lives, key, LOWEST)
-            better = (key > best) | ((key == best) & (token < which) & lives)
+                stays = stays | (is_certain_of(raw, row.range) & (place < source.size))
+            key = tl.where(stays, perturbed_key(x, token, request), LOWEST)
+            better = (key > best) | ((key == best) & (token < which) & stays)
             which = tl.where(better, token, which)
             best = tl.maximum(best, key)
-    store_kept(work, kept)
-    if tokens_ptr is not None:
+    if out.tokens_ptr is not None:
         largest = tl.max(best)
-        store_token(tokens_ptr + row, tl.min(tl.where(best == largest, which, HIGHEST)))
+        store_token(out.tokens_ptr + row.index, tl.min(tl.where(best == largest, which, HIGHEST)))
+
+
+@triton.jit
+def _refine_row(index, scores, work, shape, n_rules, tried, sampling, out, config, PARTS: tl.constexpr):
+    """Process a row that is not done, from its candidates where they are a list, else from itself."""
+    request = load_request(index, sampling, scores.maps)
+    of = _load_range(work)
+    likely_low, likely_high = _likely(of, work)
+    top_key = tl.load(work + TOP_KEY_AT)
+    row = Row(
+        index, scores, of, work, _collection(work, shape, config.ROOM), likely_low, likely_high,
+        load_row_sums(work + ROW_SUMS_AT, top_key > LOWEST), top_key, n_rules,
+    )  # fmt: skip
+    state, base, row_state = _start(row, shape, tried, request.greedy, config, out.tokens_ptr is not None, PARTS)
+    state, base = _apply_rules(state, base, row, config)
+    overwrites = tl.where((row_state == BRACKET) & (base.source.kind == ROW), 1, 0)
+    _write(state, base, overwrites, request, out, row, config)
+    store_kept(work, state.kept)
 
 
 @triton.jit(do_not_specialize=[*STEPWISE, "rows", "n_rules", "tried"], do_not_specialize_on_alignment=UNALIGNED)
@@ -888,23 +894,22 @@ def refine_rows_kernel(
     OPS: tl.constexpr, MAX: tl.constexpr, FILL: tl.constexpr, NORMALISE: tl.constexpr, LOWEST_TIES: tl.constexpr,
     PORTABLE: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """What the rules leave of the rows that the launch before has left open."""
+    """What the rules keep of the rows that the launch before has left open."""
     maps = Maps(
         temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
         stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
     )  # fmt: skip
-    samples = Samples(seeds_ptr, positions_ptr, stride_seed, stride_position)
-    shape = Shape(
-        W, tiles, parts, slots, sums_at, parts_at, pairs_at, capacity, room, Sample(runs, sample_size, share)
-    )  # fmt: skip
+    scores = Scores(scores_ptr, stride_row, stride_token, V, W, maps)
+    sampling = Sampling(seeds_ptr, positions_ptr, stride_seed, stride_position)
+    shape = Shape(W, tiles, parts, slots, sums_at, parts_at, pairs_at, capacity, room, runs, sample_size, share)
+    out = Output(out_ptr, stride_out, stride_out_token, tokens_ptr, FILL)
     wait_for_launch(PDL)
-    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = tl.full([], 0, tl.int64) + index
-        work = work_ptr + row * stride_work
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        index = tl.full([], 0, tl.int64) + i
+        work = work_ptr + index * stride_work
         # A loop of one turn or none: most rows are done, and Triton 3.6 can't compile a loop in a branch.
         for _ in range(1 - tl.load(work + DONE_AT)):
-            refine_row(
-                row, Scores(scores_ptr, stride_row, stride_token, V, shape.W), maps, samples, work,
-                out_ptr, tokens_ptr, shape, n_rules, tried, stride_out, stride_out_token,
-                OPS, MAX, FILL, NORMALISE, LOWEST_TIES, PORTABLE, BLOCK, ROOM, PARTS,
+            _refine_row(
+                index, scores, work, shape, n_rules, tried, sampling, out,
+                Config(Form(OPS, MAX), LOWEST_TIES, NORMALISE, PORTABLE, BLOCK, ROOM), PARTS,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the kernels of a selection share: the logits of a row, their order, their noise, and the workspace of a row."""
+"""What the kernels of a selection share: the rules, the logits of a row and their order, and its workspace."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from fastlogits_kernels.pointwise.fold import fold_logits
+from fastlogits_kernels.pointwise.fold import Tokens, fold_logits
 from fastlogits_kernels.rules import CODES, RULES
 from fastlogits_kernels.rules import TINY_TEMPERATURE as _TINY_TEMPERATURE
 from fastlogits_kernels.runtime.launcher import tl, triton
-from fastlogits_kernels.runtime.ptx import check_tokens, for_tokens, logits_of
 from fastlogits_kernels.truncate.reference import TOP_H_TOKENS as _TOP_H_TOKENS
 
 # -- Rules: what the table says, as the kernels read it ------------------------------------------------------------
@@ -42,33 +41,36 @@ _OFF_ACTS = tl.constexpr(tuple(not spec.off_as_number for spec in RULES.values()
 
 # -- The workspace of a row, in words of 32 bits --------------------------------------------------------------------
 
-# What a row is.
-FEW = tl.constexpr(0)  # its candidates were collected
-WHOLE = tl.constexpr(1)  # they would be too many
-FREE = tl.constexpr(2)  # no rule says anything of it
-BRACKET = tl.constexpr(3)  # as FEW, and tokens above the upper bound are kept for certain
+# What the bounds say of a row.
+COLLECTED = tl.constexpr(0)  # its candidates are collected
+FULL_ROW = tl.constexpr(1)  # they would be too many: the full row is processed
+UNCUT = tl.constexpr(2)  # no rule drops anything
+BRACKET = tl.constexpr(3)  # as COLLECTED, and tokens above an upper bound are kept for certain
 
 STATE_AT = tl.constexpr(0)
-BOUND_AT = tl.constexpr(1)  # the key below which no token is a candidate
-BANDED_AT = tl.constexpr(2)  # whether that is a key of distances
-CENTRE_AT = tl.constexpr(3)  # from this logit
-HIGH_AT = tl.constexpr(4)  # the key from which tokens are kept for certain
-TOP_AT = tl.constexpr(5)  # the largest logit
+BOUND_AT = tl.constexpr(1)  # the key of the scaled logit below which no token is a candidate
+BANDED_AT = tl.constexpr(2)  # whether that is a key of negative distances
+CENTRE_AT = tl.constexpr(3)  # from this scaled logit
+CERTAIN_AT = tl.constexpr(4)  # the key of the scaled logit from which on tokens are kept for certain
+TOP_AT = tl.constexpr(5)  # the largest scaled logit
 DONE_AT = tl.constexpr(6)  # whether the candidates were enough
 KEPT_AT = tl.constexpr(8)  # what is kept: the four fields of Kept
-REACH_AT = tl.constexpr(12)  # between which logits, before the temperature divides them, all candidates are
+RAW_RANGE_AT = tl.constexpr(12)  # all candidates are between these two raw logits
 ROW_SUMS_AT = tl.constexpr(14)  # the sums of the row, four of 64 bits: see RowSums
 TOP_KEY_AT = tl.constexpr(22)  # the largest key where the sums of the row are known, else LOWEST
-SURE_AT = tl.constexpr(26)  # between which logits, before the division, tokens are kept for certain
-SCALE_AT = tl.constexpr(24)  # which tokens may be drawn, where a row is drawn from before all is known: see may_win
+SCALE_AT = tl.constexpr(24)  # which tokens may be sampled before the rules are applied: see may_win
 OFFSET_AT = tl.constexpr(25)
+RAW_CERTAIN_AT = tl.constexpr(26)  # tokens between these two raw logits are kept for certain
 COUNT_AT = tl.constexpr(32)  # how many candidates there are; on a cache line that holds nothing else
 RULES_AT = tl.constexpr(64)
 LINE = tl.constexpr(32)  # words of a cache line, at whose start a row's workspace begins
 # Of each rule: its code, how many tokens it keeps at least, and its parameter, NaN where it doesn't act.
 RULE_WORDS = tl.constexpr(4)
-# Behind the rules stand the sums of each tile, the summary of each part, and the candidates, each with its token, or
-# before them the row's sample.
+RULE_KIND_AT = tl.constexpr(0)
+RULE_LEAST_AT = tl.constexpr(1)
+RULE_VALUE_AT = tl.constexpr(2)
+# Behind the rules: the sums of each tile, the summary of each part, then the candidates, each with its token. The
+# row's sample stands where the candidates will be.
 SUM_WORDS = tl.constexpr(6)
 # Of a part: how many tokens it keeps for certain, their largest key and their mass.
 PART_WORDS = tl.constexpr(4)
@@ -110,17 +112,28 @@ class Maps(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The logits as they are given, ``[B, V]`` of any strides; W mask words a row."""
+    """Raw logits, ``[B, V]`` of any strides with W mask words a row, and what the chain reads."""
 
     ptr: tl.tensor
     stride_row: tl.tensor
     stride_token: tl.tensor
     V: tl.tensor
     W: tl.tensor
+    maps: Maps
 
 
-class Samples(NamedTuple):
-    """What a token is drawn with: None and 0 where none is."""
+class Form(NamedTuple):
+    """What the compiler knows of a chain: its maps, and the largest number of the dtype that it rounds to.
+
+    Passed on and never assigned: Triton makes numbers of constants in a tuple that is assigned to a variable.
+    """
+
+    OPS: tl.constexpr
+    MAX: tl.constexpr
+
+
+class Sampling(NamedTuple):
+    """The seeds and positions with which tokens are sampled: None and 0 where none are."""
 
     seeds_ptr: tl.tensor
     positions_ptr: tl.tensor
@@ -128,41 +141,44 @@ class Samples(NamedTuple):
     stride_position: tl.tensor
 
 
+class Output(NamedTuple):
+    """What a selection writes: rows of logits with a fill value, or tokens; the other pointer is None."""
+
+    ptr: tl.tensor
+    stride_row: tl.tensor
+    stride_token: tl.tensor
+    tokens_ptr: tl.tensor
+    fill: tl.tensor
+
+
 class Kept(NamedTuple):
     """What is kept of a row.
 
-    Keys above ``edge``, those at it whose rank is at least ``cut``, all no further from ``centre`` than ``near`` says.
-    Ranks order tokens that tie.
+    Tokens with a key above ``cutoff``, and those at it with a rank of at least ``rank``; of them those at most as far
+    from ``centre`` as ``farthest`` says, a key of negative distances. Ranks order tokens that tie.
     """
 
-    edge: tl.tensor
-    cut: tl.tensor
+    cutoff: tl.tensor
+    rank: tl.tensor
     centre: tl.tensor
-    near: tl.tensor
+    farthest: tl.tensor
 
 
-class Sure(NamedTuple):
-    """Tokens that are kept for certain and aren't candidates: how many, their mass, largest key, and from which key."""
+class Certain(NamedTuple):
+    """Tokens that are kept for certain and are no candidates: their number, mass, largest key and least key."""
 
     number: tl.tensor
     mass: tl.tensor
     largest: tl.tensor
-    edge: tl.tensor
-
-
-class Sample(NamedTuple):
-    """How a row is sampled: of so many ``runs`` some, evenly apart, ``size`` tokens, which are a ``share`` of all."""
-
-    runs: tl.tensor
-    size: tl.tensor
-    share: tl.tensor
+    least: tl.tensor
 
 
 class Shape(NamedTuple):
-    """How a row is cut, what its workspace holds and where, in words of 32 bits.
+    """How a row is cut and sampled, what its workspace holds and where, in words of 32 bits.
 
-    W mask words, in tiles for the sums and in parts for the filter; ``slots`` candidates at most; of more than
-    ``capacity`` some are taken for kept, and of more than ``room`` the whole row is looked at.
+    W mask words, in tiles for the sums and in parts for the filter; ``slots`` candidates at most. Of more than
+    ``capacity`` some are kept for certain; of more than ``room`` the full row is processed. A sample has some of so
+    many ``runs`` of a row, evenly apart: ``sample_size`` tokens, which are a ``share`` of all.
     """
 
     W: tl.tensor
@@ -174,11 +190,13 @@ class Shape(NamedTuple):
     pairs_at: tl.tensor
     capacity: tl.tensor
     room: tl.tensor
-    sample: tl.tensor
+    runs: tl.tensor
+    sample_size: tl.tensor
+    share: tl.tensor
 
 
 class Listed(NamedTuple):
-    """Tokens that have values in place of their logits: lists of them, so many a row and over all rows."""
+    """Lists of edited tokens, which have values in place of their logits: so many a row, and over all rows."""
 
     tokens_ptr: tl.tensor
     spans_ptr: tl.tensor
@@ -188,7 +206,11 @@ class Listed(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Sums over a row, all float64: its mass, mass times distance from the top, number and squares of finite logits."""
+    """Sums over a row, all float64.
+
+    ``mass`` in units of the largest probability; ``below`` the mass times the distance from the largest logit;
+    ``finite`` the number of finite logits, ``squares`` the squares of their deviations.
+    """
 
     mass: tl.tensor
     below: tl.tensor
@@ -264,31 +286,30 @@ def is_greedy(temperature_ptr):
 
 @triton.jit
 def raw_scores(row, token, inside, scores):
-    """Logits of a row as they are given, of their dtype; -inf beyond its end."""
+    """Raw logits of a row, of their dtype; -inf beyond its end."""
     here = scores.ptr + row * scores.stride_row + token.to(tl.int64) * scores.stride_token
     return tl.load(here, mask=inside, other=float("-inf"))
 
 
 @triton.jit
-def row_scores(row, token, inside, scores):
-    """The same in float32."""
-    return raw_scores(row, token, inside, scores).to(tl.float32)
+def folded(x, row, word, lane, token, inside, scores, form):
+    """Raw logits of a row, float32, after the chain."""
+    maps = scores.maps
+    # Between maps the logits are rounded to the dtype whose largest number is said; to float32 for a sample.
+    dtype: tl.constexpr = tl.float32 if form.MAX == FLOAT32_MAX else scores.ptr.dtype.element_ty
+    x = fold_logits(
+        x, Tokens(row, word, lane, token, inside), maps, scores.V, scores.W, dtype, form.OPS, form.MAX
+    )  # fmt: skip
+    if len(form.OPS) > 0:
+        x = tl.where(inside, x, float("-inf"))
+    return x
 
 
 @triton.jit
-def folded(x, row, word, lane, token, inside, scores, maps, OPS: tl.constexpr, MAX: tl.constexpr):
-    """Given logits of a row as the chain makes them."""
-    # Between maps the logits are rounded to the dtype whose largest number is said; to float32 for a sample.
-    dtype: tl.constexpr = tl.float32 if MAX == FLOAT32_MAX else scores.ptr.dtype.element_ty
-    x = fold_logits(
-        x, row, word, lane, token, inside,
-        maps.bits_ptr, maps.planes_ptr, maps.biases_ptr, maps.row_values_ptr, maps.numbers_ptr,
-        scores.V, scores.W, maps.stride_set, maps.stride_bits_row, maps.stride_plane, maps.stride_values_row,
-        dtype, OPS, MAX,
-    )  # fmt: skip
-    if len(OPS) > 0:
-        x = tl.where(inside, x, float("-inf"))
-    return x
+def folded_logits(row, word, lane, token, inside, scores, form):
+    """Logits of a row after the chain, float32; -inf beyond its end."""
+    x = raw_scores(row, token, inside, scores).to(tl.float32)
+    return folded(x, row, word, lane, token, inside, scores, form)
 
 
 @triton.jit
@@ -319,10 +340,9 @@ def inverse_of(row, maps):
 
 
 @triton.jit
-def row_logits(row, word, lane, token, inside, scores, maps, OPS: tl.constexpr, MAX: tl.constexpr):
-    """Logits of a row as the chain and the temperature make them; -inf beyond its end."""
-    x = row_scores(row, token, inside, scores)
-    return scaled(folded(x, row, word, lane, token, inside, scores, maps, OPS, MAX), row, maps)
+def scaled_logits(row, word, lane, token, inside, scores, form):
+    """Logits of a row after the chain and the temperature, float32; -inf beyond its end."""
+    return scaled(folded_logits(row, word, lane, token, inside, scores, form), row, scores.maps)
 
 
 # -- What is kept ---------------------------------------------------------------------------------------------------
@@ -339,11 +359,11 @@ def rank_of(token, LOWEST_TIES: tl.constexpr):
 
 @triton.jit
 def is_kept(x, valid, rank, kept, BANDED: tl.constexpr):
-    """Which tokens of a row are kept; ``BANDED`` where centre and nearness say anything."""
+    """Which tokens of a row are kept; ``BANDED`` where ``centre`` and ``farthest`` say anything."""
     key = key_of(x)
-    found = valid & ((key > kept.edge) | ((key == kept.edge) & (rank >= kept.cut)))
+    found = valid & ((key > kept.cutoff) | ((key == kept.cutoff) & (rank >= kept.rank)))
     if BANDED:
-        found = found & (key_of(-tl.abs(x - kept.centre)) >= kept.near)
+        found = found & (key_of(-tl.abs(x - kept.centre)) >= kept.farthest)
     return found
 
 
@@ -363,10 +383,10 @@ def load_kept(ptr):
 @triton.jit
 def store_kept(work, kept):
     """Leave what is kept of a row where other launches find it."""
-    tl.store(work + KEPT_AT, kept.edge)
-    tl.store(work + KEPT_AT + 1, kept.cut)
+    tl.store(work + KEPT_AT, kept.cutoff)
+    tl.store(work + KEPT_AT + 1, kept.rank)
     store_float(work + KEPT_AT + 2, kept.centre)
-    tl.store(work + KEPT_AT + 3, kept.near)
+    tl.store(work + KEPT_AT + 3, kept.farthest)
 
 
 # -- Rules ----------------------------------------------------------------------------------------------------------
@@ -419,265 +439,12 @@ def cutoff(value, top, mass, entropy, deviation, KIND: tl.constexpr):
     return x
 
 
-# -- Noise: see fastlogits_kernels.draw for its definition ------------------------------------------------------------
-
-_COARSE, _FINE = (tl.constexpr(i) for i in range(2))  # the two calls of the generator
+# -- Candidates -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _random_words(block, seed, position, CALL: tl.constexpr):
-    """Four random words of a block of tokens, of a request's seed and position."""
-    low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
-    zero = block * 0
-    return tl.philox(
-        seed, block.to(tl.uint32), (zero + low).to(tl.uint32), (zero + high).to(tl.uint32), (zero + CALL).to(tl.uint32)
-    )
-
-
-@triton.jit
-def coarse_words(octet, seed, position):
-    """The first 16 bits of eight tokens each, two in a word, the lower token in the lower half."""
-    return _random_words(octet, seed, position, _COARSE)
-
-
-@triton.jit
-def coarse_of(token, words):
-    """The first 16 bits of tokens, of the words of their octets."""
-    pair = (token >> 1) & 3
-    word = tl.where(pair == 0, words[0], tl.where(pair == 1, words[1], tl.where(pair == 2, words[2], words[3])))
-    return (word >> (16 * (token & 1)).to(tl.uint32)) & 0xFFFF
-
-
-@triton.jit
-def least_coarse(words):
-    """The least 16 bits of the tokens of an octet."""
-    low = tl.minimum(tl.minimum(words[0] << 16, words[1] << 16), tl.minimum(words[2] << 16, words[3] << 16))
-    high = tl.minimum(tl.minimum(words[0], words[1]), tl.minimum(words[2], words[3]))
-    return tl.minimum(low, high) >> 16
-
-
-@triton.jit
-def exponential_of(u, rest):
-    """-log(1 - u), where ``rest`` is 1 - u to all its digits."""
-    z = u / (2 - u)
-    y = z * z
-    series = 2 * z * (1 + y * (1.0 / 3 + y * (0.2 + y * (1.0 / 7 + y * (1.0 / 9)))))
-    return tl.where(u < 0.25, series, -tl.log(rest))
-
-
-@triton.jit
-def least_sample(x, coarse):
-    """No more than the samples of tokens of some first 16 bits: their noise may come to no more than that."""
-    most = (coarse.to(tl.float32) + 1) * (2.0**-16)
-    return x - tl.log(exponential_of(most, 1 - most))
-
-
-@triton.jit
-def noise_of(token, seed, position):
-    """An exponential random number for each token, of a request's seed and position."""
-    coarse = coarse_of(token, coarse_words(token >> 3, seed, position))
-    words = _random_words(token >> 2, seed, position, _FINE)
-    lane = token & 3
-    fine = tl.where(lane == 0, words[0], tl.where(lane == 1, words[1], tl.where(lane == 2, words[2], words[3])))
-    n = (coarse.to(tl.int64) << 32) | fine.to(tl.int64)
-    u = (n.to(tl.float32) + 0.5) * (2.0**-48)
-    rest = ((n ^ 0xFFFFFFFFFFFF).to(tl.float32) + 0.5) * (2.0**-48)
-    return exponential_of(u, rest)
-
-
-@triton.jit
-def may_win(coarse, x, scale, offset):
-    """Whether tokens of undivided logits may be drawn; ``scale`` and ``offset`` are those of ``bounds``.
-
-    A token wins only if its noise is less than exp(x - best), where best is no more than the best sample of all; and
-    its noise is at least its first 16 bits as a number between 0 and 1. NaN may always.
-    """
-    return (coarse.to(tl.float32) >= tl.exp2(x * scale + offset)) == 0
-
-
-@triton.jit
-def load_seed(row, samples):
-    """A request's seed and position."""
-    seed = tl.load(samples.seeds_ptr + row * samples.stride_seed).to(tl.int64)
-    return seed, tl.load(samples.positions_ptr + row * samples.stride_position).to(tl.int64)
-
-
-# -- Candidates -----------------------------------------------------------------------------------------------------
-
-# Hardly any thread has a candidate: one test tells for all tokens of its 16 bytes, and warps that have none are done
-# with one branch. Triton itself would make an atomic addition and a store for each token, which takes longer than all
-# the rest of the filter.
-_NEAR = """
-    setp.geu.f32 some, largest, $low; vote.sync.any.pred some, some, 0xffffffff;
-    @!some bra done;
-    setp.geu.f32 asks#, value#, $low; setp.leu.and.f32 asks#, value#, $up, asks#; \
-    setp.lt.and.s32 asks#, $token#, $end, asks#;
-"""
-# Of an octet the largest logit and the least noise tell for all.
-_MAY_WIN = """
-    .reg .f32 limit, coarse;
-    .reg .b32 least, pair, word;
-    .reg .pred is;
-    mov.b32 least, $least0;
-    min.u32 least, least, $least#;
-    fma.rn.f32 limit, largest, $scale, $offset; ex2.approx.f32 limit, limit; cvt.rn.f32.u32 coarse, least;
-    setp.ltu.f32 some, coarse, limit; vote.sync.any.pred some, some, 0xffffffff;
-    @!some bra done;
-    and.b32 pair, $token#, 6; setp.eq.b32 is, pair, 0; selp.b32 word, $aa#, $bb#, is; \
-    setp.eq.b32 is, pair, 4; selp.b32 word, $cc#, word, is; setp.eq.b32 is, pair, 6; selp.b32 word, $dd#, word, is; \
-    and.b32 pair, $token#, 1; shl.b32 pair, pair, 4; shr.u32 word, word, pair; and.b32 word, word, 65535; \
-    cvt.rn.f32.u32 coarse, word; fma.rn.f32 limit, value#, $scale, $offset; ex2.approx.f32 limit, limit; \
-    setp.ltu.f32 asks#, coarse, limit; setp.lt.and.s32 asks#, $token#, $end, asks#;
-"""
-# Those that were chosen already.
-_CHOSEN = """
-    .reg .f32 value<4>;
-    setp.ne.s32 asks#, $candidate#, 0; mov.f32 value#, $x#;
-"""
-# What is in neither of two sets.
-_PLAIN = """
-    .reg .b32 place, plain, hidden;
-    .reg .b64 from;
-    mov.b32 plain, 0; mov.b32 hidden, 0; shr.u32 place, $token#, 5; mad.wide.u32 from, place, 4, $edited; \
-    @asks# ld.global.b32 plain, [from]; mad.wide.u32 from, place, 4, $banned; @asks# ld.global.b32 hidden, [from]; \
-    or.b32 plain, plain, hidden; and.b32 place, $token#, 31; shr.u32 plain, plain, place; and.b32 plain, plain, 1; \
-    setp.eq.and.b32 asks#, plain, 0, asks#;
-"""
-# A warp asks for room once.
-_STORE = """
-    .reg .b32 count, free, lane, below, votes<8>, mine<8>;
-    .reg .b64 to;
-    .reg .pred first;
-    vote.sync.ballot.b32 votes#, asks#, 0xffffffff;
-    mov.b32 count, 0;
-    popc.b32 mine#, votes#; add.u32 count, count, mine#;
-    setp.eq.s32 first, count, 0;
-    @first bra done;
-    mov.u32 lane, %laneid; mov.u32 below, %lanemask_lt; mov.b32 free, 0; setp.eq.u32 first, lane, 0;
-    @first atom.relaxed.gpu.global.add.u32 free, [$counter], count;
-    shfl.sync.idx.b32 free, free, 0, 31, 0xffffffff;
-    and.b32 lane, votes#, below; popc.b32 lane, lane; add.u32 lane, lane, free; \
-    setp.lt.and.u32 asks#, lane, $slots, asks#; mad.wide.u32 to, lane, 8, $pairs; \
-    @asks# st.global.v2.b32 [to], {value#, $token#}; add.u32 free, free, mine#;
-    done:
-"""
-
-
-_START = ".reg .pred some, asks<8>;"
-_COLLECT, _COLLECT_OPERANDS = for_tokens(
-    "out:b candidate x token counter:l pairs:l slots", f"{_START}\nmov.b32 $out0, 0;\n" + _CHOSEN + _STORE, 4
-)
-
-
-def _collecting(dtype: str, wins: bool, listed: bool) -> tuple[tl.constexpr, tl.constexpr]:
-    """PTX that collects of 16 bytes the tokens that are near enough, or may win; ``listed``: those of no list."""
-    wide = dtype != "fp32"
-    operands = f"out:b x{':h' if wide else ''} token end counter:l pairs:l slots"
-    operands += " least aa bb cc dd scale offset" if wins else " low up"
-    operands += " edited:l banned:l" if listed else ""
-    outputs = "mov.b32 $out0, 0;" + " mov.b32 $out1, 0;" * wide
-    body = f"{_START}\n{outputs}\n" + logits_of(dtype) + (_MAY_WIN if wins else _NEAR) + (_PLAIN if listed else "")
-    return for_tokens(operands, body + _STORE, 8 if wide else 4)
-
-
-_DTYPES = ("fp32", "bf16", "fp16")
-_MADE = [_collecting(dtype, wins, listed) for dtype in _DTYPES for wins in (False, True) for listed in (False, True)]
-_COLLECTING = tl.constexpr(tuple(text.value for text, _ in _MADE))
-_COLLECTING_OPERANDS = tl.constexpr(tuple(operands.value for _, operands in _MADE))
-_BF16, _FP16 = tl.constexpr(_DTYPES.index("bf16")), tl.constexpr(_DTYPES.index("fp16"))
-
-
-@triton.jit
-def collect(candidate, x, token, counter, pairs, slots, PORTABLE: tl.constexpr):
-    """Collect candidates of float32 logits, each as 64 bits: its token above its logit."""
-    if PORTABLE:
-        # The interpreter may hold what was combined as something else than booleans.
-        candidate = candidate.to(tl.int32) != 0
-        place = tl.atomic_add(counter + tl.zeros_like(token), 1, mask=candidate, sem="relaxed")
-        here = pairs + 2 * place
-        tl.store(here, x.to(tl.int32, bitcast=True), mask=candidate & (place < slots))
-        tl.store(here + 1, token, mask=candidate & (place < slots))
-    else:
-        check_tokens(x, 4)
-        tl.inline_asm_elementwise(
-            _COLLECT, _COLLECT_OPERANDS,
-            [candidate.to(tl.int32), x, token, counter.to(tl.int64), pairs.to(tl.int64), slots],
-            dtype=tl.int8, is_pure=False, pack=4,
-        )  # fmt: skip
-
-
-@triton.jit
-def _collect_tested(
-    x, token, end, counter, pairs, slots, tests, edited_ptr, banned_ptr, WINS: tl.constexpr
-):  # fmt: skip
-    """Collect tokens by PTX; ``tests`` are the operands of the test."""
-    KIND: tl.constexpr = _BF16 if x.dtype == tl.bfloat16 else (_FP16 if x.dtype == tl.float16 else 0)
-    TOKENS: tl.constexpr = 4 if KIND == 0 else 8
-    WHICH: tl.constexpr = 4 * KIND + 2 * WINS + (edited_ptr is not None)
-    check_tokens(x, TOKENS)
-    sets = () if edited_ptr is None else (edited_ptr.to(tl.int64), banned_ptr.to(tl.int64))
-    tl.inline_asm_elementwise(
-        _COLLECTING[WHICH], _COLLECTING_OPERANDS[WHICH],
-        (x, token, end, counter.to(tl.int64), pairs.to(tl.int64), slots) + tests + sets,  # noqa: RUF005
-        dtype=tl.int8, is_pure=False, pack=TOKENS,
-    )  # fmt: skip
-
-
-@triton.jit
-def _collect_chosen(candidate, x, token, end, counter, pairs, slots, edited_ptr, banned_ptr):
-    """Collect candidates without PTX, those before ``end`` and of no set where there are sets."""
-    candidate = candidate & (token < end)
-    if edited_ptr is not None:
-        held = tl.load(edited_ptr + (token >> 5), mask=candidate, other=0)
-        held |= tl.load(banned_ptr + (token >> 5), mask=candidate, other=0)
-        candidate = candidate & (((held >> (token & 31)) & 1) == 0)
-    collect(candidate, x, token, counter, pairs, slots, True)
-
-
-@triton.jit
-def collect_near(
-    x, token, low, up, edited_ptr, banned_ptr, end, counter, pairs, slots, PORTABLE: tl.constexpr
-):  # fmt: skip
-    """Collect tokens before ``end`` of logits between two, of any dtype, and NaN; of no set where there are sets."""
-    if PORTABLE:
-        x = x.to(tl.float32)
-        candidate = ((x < low) == 0) & ((x > up) == 0)
-        _collect_chosen(candidate, x, token, end, counter, pairs, slots, edited_ptr, banned_ptr)
-    else:
-        _collect_tested(x, token, end, counter, pairs, slots, (low, up), edited_ptr, banned_ptr, False)
-
-
-@triton.jit
-def collect_winners(
-    x, token, words, least, scale, offset, edited_ptr, banned_ptr, end, counter, pairs, slots, PORTABLE: tl.constexpr
-):  # fmt: skip
-    """The same of tokens that may be drawn: see ``may_win``; ``words`` and ``least`` are the noise of their octets."""
-    if PORTABLE:
-        x = x.to(tl.float32)
-        candidate = may_win(coarse_of(token, words), x, scale, offset)
-        _collect_chosen(candidate, x, token, end, counter, pairs, slots, edited_ptr, banned_ptr)
-    else:
-        noise = (
-            least.to(tl.int32, bitcast=True), words[0].to(tl.int32, bitcast=True),
-            words[1].to(tl.int32, bitcast=True), words[2].to(tl.int32, bitcast=True),
-            words[3].to(tl.int32, bitcast=True), scale, offset,
-        )  # fmt: skip
-        _collect_tested(x, token, end, counter, pairs, slots, noise, edited_ptr, banned_ptr, True)
-
-
-@triton.jit
-def load_candidates(pairs, found, SLOTS: tl.constexpr):
-    """Logits, whether they are there, and tokens of what was collected."""
-    slot = tl.arange(0, SLOTS)
-    valid = slot < found
-    # From L2: this multiprocessor may hold what stood there before.
-    pair = tl.load(pairs + slot, mask=valid, other=0, volatile=True)
-    return pair.to(tl.int32).to(tl.float32, bitcast=True), valid, (pair >> 32).to(tl.int32)
-
-
-@triton.jit
-def is_near(x, least, banded, centre, BANDED: tl.constexpr):
-    """Whether logits are candidates: those that were collected are a few too many."""
+def is_candidate(x, least, banded, centre, BANDED: tl.constexpr):
+    """Whether scaled logits are candidates; the filter, which sees raw ones, collects a few more."""
     test = x
     if BANDED:
         test = tl.where(banded, -tl.abs(x - centre), x)
@@ -685,9 +452,9 @@ def is_near(x, least, banded, centre, BANDED: tl.constexpr):
 
 
 @triton.jit
-def is_sure(x, work):
-    """Whether undivided logits of a row are kept for certain."""
-    return (x >= load_float(work + SURE_AT)) & (x <= load_float(work + SURE_AT + 1))
+def is_certain(x, work):
+    """Whether raw logits of a row are kept for certain."""
+    return (x >= load_float(work + RAW_CERTAIN_AT)) & (x <= load_float(work + RAW_CERTAIN_AT + 1))
 
 
 # Launches differ in these from step to step; no kernel is compiled for their values. They are arguments of their own,

@@ -1,4 +1,4 @@
-"""Sums over a row of logits, tile by tile, and a sample of it: what the bounds need where a rule speaks of mass."""
+"""Sums over a row of logits, tile by tile, and a sample of it: what the bounds need where a rule asks for mass."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from fastlogits_kernels.selection.row import (
     SUM_WORDS,
     TILE_W,
     UNALIGNED,
+    Form,
     Maps,
     RowSums,
-    Sample,
     Scores,
     Shape,
     exp,
-    folded,
+    folded_logits,
     inverse_of,
     is_active,
     is_greedy,
     let_next_launch,
-    row_scores,
     rule_value,
     scaled,
     store_float,
@@ -31,14 +30,21 @@ from fastlogits_kernels.selection.row import (
 )
 
 _CHUNK = tl.constexpr(512)  # tokens of a sample that a program takes
+# The sums of a tile: its largest scaled logit, its mass, mass times distance from there, and of the finite logits their
+# number, mean and squares of deviations.
+_TILE_TOP_AT, _TILE_MASS_AT, _TILE_BELOW_AT, _TILE_FINITE_AT, _TILE_MEAN_AT, _TILE_SQUARES_AT = (
+    tl.constexpr(i) for i in range(6)
+)
+# The sums of a row, as RowSums has them.
+_MASS_AT, _BELOW_AT, _FINITE_AT, _SQUARES_AT = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
 def sums_asked(row, V, values, maps, KINDS: tl.constexpr, PLACES: tl.constexpr, GREEDY: tl.constexpr):
     """Which sums over a row anything reads: 1 for its mass, 2 for its entropy too, 3 for its deviation too, 0 for none.
 
-    Those that the first rule which may drop something speaks of. Temperatures by row make some rows greedy, where
-    ``GREEDY`` says so; no rule is asked there.
+    The first rule that may drop something says which. Temperatures by row make some rows greedy, where ``GREEDY`` says
+    so; no rule is asked there.
     """
     asked = tl.full([], 0, tl.int32)
     cut = tl.full([], False, tl.int1)
@@ -53,17 +59,18 @@ def sums_asked(row, V, values, maps, KINDS: tl.constexpr, PLACES: tl.constexpr, 
 
 
 @triton.jit
-def load_sums(sums_ptr, tiles, asked, SUMS: tl.constexpr, TILES: tl.constexpr):
-    """The largest logit of a row, and its sums: the tiles', added up in their order.
+def _load_floats(ptr, mask):
+    return tl.load(ptr, mask=mask, other=0).to(tl.float32, bitcast=True)
 
-    Masses are in units of the largest probability, distances those from the largest logit. What wasn't ``asked`` for
-    is 0.
-    """
+
+@triton.jit
+def load_sums(sums_ptr, tiles, asked, SUMS: tl.constexpr, TILES: tl.constexpr):
+    """The largest logit of a row and its sums, those of the tiles in their order; 0 for what wasn't ``asked`` for."""
     tile = tl.arange(0, TILES)
     here = sums_ptr + SUM_WORDS * tile
     there = tile < tiles
-    tops = tl.load(here, mask=there, other=MINUS_INFINITY).to(tl.float32, bitcast=True)
-    masses = tl.load(here + 1, mask=there, other=0).to(tl.float32, bitcast=True)
+    tops = tl.load(here + _TILE_TOP_AT, mask=there, other=MINUS_INFINITY).to(tl.float32, bitcast=True)
+    masses = _load_floats(here + _TILE_MASS_AT, there)
     top = tl.max(tops)
     apart = tl.where(tops > float("-inf"), top - tops, 0.0)
     share = tl.where(tops > float("-inf"), exp(-apart), 0.0).to(tl.float64)
@@ -71,13 +78,13 @@ def load_sums(sums_ptr, tiles, asked, SUMS: tl.constexpr, TILES: tl.constexpr):
     below, count, squares = (tl.full([], 0.0, tl.float64),) * 3
     if SUMS >= 2:
         if asked >= 2:
-            belows = tl.load(here + 2, mask=there, other=0).to(tl.float32, bitcast=True)
+            belows = _load_floats(here + _TILE_BELOW_AT, there)
             below = tl.sum((belows + apart * masses).to(tl.float64) * share)
     if SUMS >= 3:
         if asked >= 3:
-            counts = tl.load(here + 3, mask=there, other=0).to(tl.float32, bitcast=True).to(tl.float64)
-            means = tl.load(here + 4, mask=there, other=0).to(tl.float32, bitcast=True).to(tl.float64)
-            each = tl.load(here + 5, mask=there, other=0).to(tl.float32, bitcast=True).to(tl.float64)
+            counts = _load_floats(here + _TILE_FINITE_AT, there).to(tl.float64)
+            means = _load_floats(here + _TILE_MEAN_AT, there).to(tl.float64)
+            each = _load_floats(here + _TILE_SQUARES_AT, there).to(tl.float64)
             count = tl.sum(counts)
             off = means - tl.sum(counts * means) / tl.maximum(count, 1.0)
             squares = tl.sum(each + counts * off * off)
@@ -87,30 +94,57 @@ def load_sums(sums_ptr, tiles, asked, SUMS: tl.constexpr, TILES: tl.constexpr):
 @triton.jit
 def load_row_sums(ptr, mask):
     """The sums of a row as its workspace has them."""
-    there = ptr.to(tl.pointer_type(tl.float64))
+    here = ptr.to(tl.pointer_type(tl.float64))
     return RowSums(
-        tl.load(there, mask=mask, other=0.0), tl.load(there + 1, mask=mask, other=0.0),
-        tl.load(there + 2, mask=mask, other=0.0), tl.load(there + 3, mask=mask, other=0.0),
+        tl.load(here + _MASS_AT, mask=mask, other=0.0), tl.load(here + _BELOW_AT, mask=mask, other=0.0),
+        tl.load(here + _FINITE_AT, mask=mask, other=0.0), tl.load(here + _SQUARES_AT, mask=mask, other=0.0),
     )  # fmt: skip
 
 
 @triton.jit
 def store_row_sums(ptr, sums):
     """Put the sums of a row into its workspace."""
-    there = ptr.to(tl.pointer_type(tl.float64))
-    tl.store(there, sums.mass)
-    tl.store(there + 1, sums.below)
-    tl.store(there + 2, sums.finite)
-    tl.store(there + 3, sums.squares)
+    here = ptr.to(tl.pointer_type(tl.float64))
+    tl.store(here + _MASS_AT, sums.mass)
+    tl.store(here + _BELOW_AT, sums.below)
+    tl.store(here + _FINITE_AT, sums.finite)
+    tl.store(here + _SQUARES_AT, sums.squares)
 
 
 @triton.jit
-def sampled(row, flat, sample, scores, maps, OPS: tl.constexpr, MAX: tl.constexpr, SAMPLE: tl.constexpr):
-    """Of the undivided logits of a row some runs, spread evenly over all of them; -inf beyond the sample's end."""
-    token = (flat // RUN) * sample.runs // (SAMPLE // RUN) * RUN + flat % RUN
-    inside = (flat < sample.size) & (token < scores.V)
-    x = row_scores(row, token, inside, scores)
-    return folded(x, row, token >> 5, token & 31, token, inside, scores, maps, OPS, MAX)
+def sampled(row, flat, shape, scores, form, SAMPLE: tl.constexpr):
+    """The folded logits of some runs of a row, spread evenly over all of it; -inf beyond the sample's end."""
+    token = (flat // RUN) * shape.runs // (SAMPLE // RUN) * RUN + flat % RUN
+    inside = (flat < shape.sample_size) & (token < scores.V)
+    return folded_logits(row, token >> 5, token & 31, token, inside, scores, form)
+
+
+@triton.jit
+def _sum_tile(row, tile, inverse, asked, scores, form, here, SUMS: tl.constexpr):
+    """Write the sums of a tile of a row."""
+    word = tile * TILE_W + tl.arange(0, TILE_W)[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    token = word * 32 + lane
+    x = folded_logits(row, word, lane, token, token < scores.V, scores, form)
+    top = tl.max(x)
+    off = x - tl.where(top > float("-inf"), top, 0.0)
+    p = tl.exp2(off * (inverse * LOG2_E))
+    # A product by the reciprocal serves all but the largest logit.
+    store_float(here + _TILE_TOP_AT, scaled(top, row, scores.maps))
+    store_float(here + _TILE_MASS_AT, tl.sum(p))
+    if SUMS >= 2:
+        if asked >= 2:
+            store_float(here + _TILE_BELOW_AT, tl.sum(tl.where(p > 0, p * -off, 0.0)) * inverse)
+    if SUMS >= 3:
+        if asked >= 3:
+            x = x * inverse
+            finite = tl.abs(x) < float("inf")
+            count = tl.sum(finite.to(tl.float32))
+            mean = tl.sum(tl.where(finite, x, 0.0)) / tl.maximum(count, 1.0)
+            off = tl.where(finite, x - mean, 0.0)
+            store_float(here + _TILE_FINITE_AT, count)
+            store_float(here + _TILE_MEAN_AT, mean)
+            store_float(here + _TILE_SQUARES_AT, tl.sum(off * off))
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -129,53 +163,24 @@ def sums_kernel(
     OPS: tl.constexpr, MAX: tl.constexpr, KINDS: tl.constexpr, PLACES: tl.constexpr, SUMS: tl.constexpr,
     GREEDY: tl.constexpr, SAMPLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the row's sample, and sums over a tile by itself: so they don't depend on how the row is split."""
+    """A chunk of the row's sample, and the sums of one tile: so they don't depend on how the row is split."""
     maps = Maps(
         temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
         stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
     )  # fmt: skip
-    shape = Shape(
-        W, tiles, parts, slots, sums_at, parts_at, pairs_at, capacity, room, Sample(runs, sample_size, share)
-    )  # fmt: skip
+    scores = Scores(scores_ptr, stride_row, stride_token, V, W, maps)
+    shape = Shape(W, tiles, parts, slots, sums_at, parts_at, pairs_at, capacity, room, runs, sample_size, share)
     # Nothing is known of the launch before but that it ends; the next one reads what all before it have written.
     wait_for_launch(PDL)
     let_next_launch(PDL)
     program = tl.program_id(0)
-    row = (program // shape.tiles).to(tl.int64)
-    tile = program % shape.tiles
-    scores = Scores(scores_ptr, stride_row, stride_token, V, shape.W)
+    row = (program // tiles).to(tl.int64)
+    tile = program % tiles
     work = work_ptr + row * stride_work
     inverse = inverse_of(row, maps)
-    for start in range(tile * _CHUNK, shape.sample.size, shape.tiles * _CHUNK):
+    for start in range(tile * _CHUNK, sample_size, tiles * _CHUNK):
         flat = start + tl.arange(0, _CHUNK)
-        store_float(
-            work + shape.pairs_at + flat, sampled(row, flat, shape.sample, scores, maps, OPS, MAX, SAMPLE) * inverse
-        )
+        store_float(work + pairs_at + flat, sampled(row, flat, shape, scores, Form(OPS, MAX), SAMPLE) * inverse)
     asked = sums_asked(row, V, values, maps, KINDS, PLACES, GREEDY)
     if asked > 0:
-        word = tile * TILE_W + tl.arange(0, TILE_W)[:, None]
-        lane = tl.arange(0, 32)[None, :]
-        token = word * 32 + lane
-        inside = token < V
-        x = row_scores(row, token, inside, scores)
-        x = folded(x, row, word, lane, token, inside, scores, maps, OPS, MAX)
-        here = work + shape.sums_at + SUM_WORDS * tile
-        top = tl.max(x)
-        off = x - tl.where(top > float("-inf"), top, 0.0)
-        p = tl.exp2(off * (inverse * LOG2_E))
-        # Of the other logits a product by the reciprocal serves.
-        store_float(here, scaled(top, row, maps))
-        store_float(here + 1, tl.sum(p))
-        if SUMS >= 2:
-            if asked >= 2:
-                store_float(here + 2, tl.sum(tl.where(p > 0, p * -off, 0.0)) * inverse)
-        if SUMS >= 3:
-            if asked >= 3:
-                x = x * inverse
-                finite = tl.abs(x) < float("inf")
-                count = tl.sum(finite.to(tl.float32))
-                mean = tl.sum(tl.where(finite, x, 0.0)) / tl.maximum(count, 1.0)
-                off = tl.where(finite, x - mean, 0.0)
-                store_float(here + 3, count)
-                store_float(here + 4, mean)
-                store_float(here + 5, tl.sum(off * off))
+        _sum_tile(row, tile, inverse, asked, scores, Form(OPS, MAX), work + sums_at + SUM_WORDS * tile, SUMS)

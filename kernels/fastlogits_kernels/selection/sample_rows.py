@@ -1,20 +1,27 @@
-"""A token of each row where no rule drops anything: two launches, of which the first reads the logits once.
+"""Sample a token of each row where no rule drops anything: two launches, which read the logits once.
 
-    sample_parts    the best sample of each part of a row
+    sample_parts    the best perturbed logit of each part of a row
     sample_rows     the best of these
 
-A program makes the first 16 bits of the noise of all its tokens. What the largest logit of each octet comes to at least
-bounds what the noise of a token may be that wins, so that nearly all are ruled out by one comparison for an octet. The
-few others are collected, and only they ask for the rest of their noise and for logarithms. A program looks at its part
-alone: so a row's token depends on no guess, and where many pass they are looked at one by one.
+Few tokens can win, so few ask for their whole noise: see the README beside. A program processes its part alone, so that
+a row's token depends on no guess. Where too many tokens of a part may win, all of the part are perturbed.
 """
 
 from __future__ import annotations
 
 from fastlogits_kernels.runtime.launcher import tl, triton
-from fastlogits_kernels.selection.bounds import scale_and_offset
-from fastlogits_kernels.selection.filter import raw_or_folded, tokens_of
-from fastlogits_kernels.selection.refine import best_of, store_token
+from fastlogits_kernels.selection.collect import Collection, Excluded, collect_winners, load_candidates
+from fastlogits_kernels.selection.filter import Part, logits_of_part, tokens_of
+from fastlogits_kernels.selection.noise import (
+    best_of,
+    coarse_of,
+    coarse_words,
+    least_coarse,
+    least_perturbed,
+    load_request,
+    store_token,
+    win_test,
+)
 from fastlogits_kernels.selection.row import (
     HIGHEST,
     LINE,
@@ -22,42 +29,63 @@ from fastlogits_kernels.selection.row import (
     MAP_STRIDES,
     OCTET,
     UNALIGNED,
+    Form,
     Maps,
-    Samples,
+    Sampling,
     Scores,
     all_kept,
-    coarse_of,
-    coarse_words,
-    collect_winners,
     inverse_of,
-    is_greedy,
-    least_coarse,
-    least_sample,
     let_next_launch,
-    load_candidates,
-    load_seed,
-    row_logits,
     scaled,
+    scaled_logits,
     store_kept,
     wait_for_launch,
 )
 
+ROOM = 64
+"""Tokens of a part that are collected; where more pass, all of the part are looked at."""
+_ROOM = tl.constexpr(ROOM)
 # The workspace of a row: a line with what is kept, then its parts. Of a part: how many tokens were collected, the key
-# of its best sample and that one's token, and what was collected.
-COLLECTED = 64
-"""Tokens of a part that are looked at together; of more than that all are looked at."""
-_COLLECTED = tl.constexpr(COLLECTED)
-PART_WORDS = tl.constexpr(4 + 2 * COLLECTED)
+# of its best perturbed logit, that one's token, and what was collected.
+_COUNT_AT = tl.constexpr(0)
+_KEY_AT = tl.constexpr(1)
+_TOKEN_AT = tl.constexpr(2)
 _PAIRS_AT = tl.constexpr(4)
+PART_WORDS = tl.constexpr(4 + 2 * ROOM)
 _CHUNK = tl.constexpr(256)
 
 STEPWISE = [*MAP_STRIDES, "stride_seed", "stride_position", "stride_work", "W", "parts"]
 
 
 @triton.jit
-def _most_noise(x, largest, token, words):
+def _coarse_of_largest(x, largest, token, words):
     """The first bits of the noise of those tokens of an octet that have its largest logit: the least of them."""
     return tl.min(tl.where(x == largest[:, None], coarse_of(token, words).to(tl.int32), 65535), 1)
+
+
+@triton.jit
+def _collect_part(
+    row, x, y, octet, token, request, scores, here, HALVES: tl.constexpr, PORTABLE: tl.constexpr
+):  # fmt: skip
+    """Collect the tokens of a part that may win: ``x`` and ``y`` are the halves of its octets. Returns how many."""
+    other = token + OCTET // 2
+    words = coarse_words(octet, request.seed, request.position)
+    largest = tl.max(x.to(tl.float32), 1)
+    if HALVES == 2:
+        largest = tl.maximum(largest, tl.max(y.to(tl.float32), 1))
+    coarse = _coarse_of_largest(x.to(tl.float32), largest, token, words)
+    if HALVES == 2:
+        coarse = tl.minimum(coarse, _coarse_of_largest(y.to(tl.float32), largest, other, words))
+    inverse = inverse_of(row, scores.maps)
+    test = win_test(tl.max(least_perturbed(largest * inverse, coarse)), inverse)
+    tl.debug_barrier()
+    least = least_coarse(words)
+    to = Collection(here + _COUNT_AT, here + _PAIRS_AT, _ROOM)
+    collect_winners(x, token, scores.V, words, least, test, Excluded(None, None), to, PORTABLE)
+    if HALVES == 2:
+        collect_winners(y, other, scores.V, words, least, test, Excluded(None, None), to, PORTABLE)
+    tl.debug_barrier()
+    return tl.load(here + _COUNT_AT, volatile=True)
 
 
 @triton.jit(do_not_specialize=STEPWISE, do_not_specialize_on_alignment=UNALIGNED)
@@ -77,80 +105,55 @@ def sample_parts_kernel(
     OPS: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, PORTABLE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The best sample of a part of a row."""
+    """The best perturbed logit of a part of a row, and its token."""
     maps = Maps(
         temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
         stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
     )  # fmt: skip
-    samples = Samples(seeds_ptr, positions_ptr, stride_seed, stride_position)
+    scores = Scores(scores_ptr, stride_row, stride_token, V, W, maps)
+    sampling = Sampling(seeds_ptr, positions_ptr, stride_seed, stride_position)
     let_next_launch(PDL)
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
-    scores = Scores(scores_ptr, stride_row, stride_token, V, W)
     here = work_ptr + row * stride_work + LINE + PART_WORDS * part
-    octet, token = tokens_of(part, 0, BLOCK, HALVES)
-    other = token + OCTET // 2
-    x = raw_or_folded(row, octet, token, scores, maps, OPS, MAX, len(OPS) == 0)
+    octet, token = tokens_of(Part(part, BLOCK, HALVES, len(OPS) == 0, -1, -1))
+    x = logits_of_part(row, Part(part, BLOCK, HALVES, len(OPS) == 0, -1, -1), octet, token, scores, Form(OPS, MAX))
     y = x
     if HALVES == 2:
-        y = raw_or_folded(row, octet, other, scores, maps, OPS, MAX, len(OPS) == 0)
-    greedy = tl.full([], False, tl.int1)
-    if temperature_ptr is not None:
-        greedy = is_greedy(temperature_ptr + row * maps.stride_temperature)
-    tl.store(here, 0)
+        other = token + OCTET // 2
+        y = logits_of_part(row, Part(part, BLOCK, HALVES, len(OPS) == 0, -1, -1), octet, other, scores, Form(OPS, MAX))
+    request = load_request(row, sampling, maps)
+    tl.store(here + _COUNT_AT, 0)
     best, which = tl.full([], LOWEST, tl.int32), tl.full([], HIGHEST, tl.int32)
     found = tl.full([], 0, tl.int32)
-    seed, position = load_seed(row, samples)
-    if greedy:
-        found += _COLLECTED + 1
+    if request.greedy:
+        found += _ROOM + 1
     else:
-        words = coarse_words(octet, seed, position)
-        largest = tl.max(x.to(tl.float32), 1)
-        if HALVES == 2:
-            largest = tl.maximum(largest, tl.max(y.to(tl.float32), 1))
-        coarse = _most_noise(x.to(tl.float32), largest, token, words)
-        if HALVES == 2:
-            coarse = tl.minimum(coarse, _most_noise(y.to(tl.float32), largest, other, words))
-        inverse = inverse_of(row, maps)
-        scale, offset = scale_and_offset(tl.max(least_sample(largest * inverse, coarse)), inverse)
-        tl.debug_barrier()
-        least = least_coarse(words)
-        collect_winners(
-            x, token, words, least, scale, offset, None, None, V, here,
-            here + _PAIRS_AT, _COLLECTED, PORTABLE,
-        )  # fmt: skip
-        if HALVES == 2:
-            collect_winners(
-                y, other, words, least, scale, offset, None, None, V, here,
-                here + _PAIRS_AT, _COLLECTED, PORTABLE,
-            )  # fmt: skip
-        tl.debug_barrier()
-        found += tl.load(here, volatile=True)
-        if found <= _COLLECTED:
-            pairs = (here + _PAIRS_AT).to(tl.pointer_type(tl.int64))
-            some, valid, which_of = load_candidates(pairs, found, _COLLECTED)
-            best, which = best_of(scaled(some, row, maps), valid, which_of, seed, position, greedy)
+        found += _collect_part(row, x, y, octet, token, request, scores, here, HALVES, PORTABLE)
+        if found <= _ROOM:
+            some, valid, which_of = load_candidates((here + _PAIRS_AT).to(tl.pointer_type(tl.int64)), found, _ROOM)
+            best, which = best_of(scaled(some, row, maps), valid, which_of, request)
     # Where they were too many, and where the largest logit is asked for, all of the part.
-    for start in range(0, tl.where(found > _COLLECTED, BLOCK, 0), _CHUNK):
+    for start in range(0, tl.where(found > _ROOM, BLOCK, 0), _CHUNK):
         each = part * BLOCK + start + tl.arange(0, _CHUNK)
         inside = each < V
-        z = row_logits(row, each >> 5, each & 31, each, inside, scores, maps, OPS, MAX)
-        top, first = best_of(z, inside, each, seed, position, greedy)
+        z = scaled_logits(row, each >> 5, each & 31, each, inside, scores, Form(OPS, MAX))
+        top, first = best_of(z, inside, each, request)
         which = tl.where(top > best, first, which)
         best = tl.maximum(top, best)
-    tl.store(here + 1, best)
-    tl.store(here + 2, which)
+    tl.store(here + _KEY_AT, best)
+    tl.store(here + _TOKEN_AT, which)
 
 
 @triton.jit(do_not_specialize=["parts", "stride_work"], do_not_specialize_on_alignment=["work_ptr", "tokens_ptr"])
 def sample_rows_kernel(work_ptr, tokens_ptr, parts, stride_work, PARTS: tl.constexpr, PDL: tl.constexpr):
-    """The best of the parts of a row: its token, and that all of it was kept."""
+    """The token of a row, the best of its parts; all of the row is kept."""
     row = tl.program_id(0).to(tl.int64)
     work = work_ptr + row * stride_work
     part = tl.arange(0, PARTS)
     wait_for_launch(PDL)
     here = work + LINE + PART_WORDS * part
-    key = tl.load(here + 1, mask=part < parts, other=LOWEST)
-    which = tl.load(here + 2, mask=part < parts, other=HIGHEST)
+    key = tl.load(here + _KEY_AT, mask=part < parts, other=LOWEST)
+    which = tl.load(here + _TOKEN_AT, mask=part < parts, other=HIGHEST)
     store_token(tokens_ptr + row, tl.min(tl.where(key == tl.max(key), which, HIGHEST)))
     store_kept(work, all_kept())

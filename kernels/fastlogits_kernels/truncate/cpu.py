@@ -3,8 +3,8 @@
     scores[b, v] = filter_value   for every token v that a rule drops, rule after rule
 
 Bytes moved: one to four reads of the scores and one write, where about a hundred tokens stay; the rules after the first
-see only those. Nothing is sorted but them, and where more stay, the neighbourhood of the edge. In float16 and bfloat16
-transformers rounds its sums to that dtype, so there only the selections (top_k, top_h) take this way.
+see only those. Nothing is sorted but them, and where more stay, the neighbourhood of the cut-off. In float16 and
+bfloat16 transformers rounds its sums to that dtype, so there only the selections (top_k, top_h) take this way.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _Tail(NamedTuple):
 
     values: torch.Tensor
     tokens: torch.Tensor
-    settled: torch.Tensor
+    complete: torch.Tensor
     """The rows ``[B]`` in which it drops all other tokens."""
     limit: torch.Tensor | None
     """In the other rows it drops what is below this ``[B, 1]``; None where that isn't known yet."""
@@ -101,26 +101,26 @@ def _apply_to_tail(scores: torch.Tensor, rule: Rule, count: int, ordered: bool) 
         tail = scores.gather(1, tokens)
         last = (_masses(tail, row).flip(1).cumsum(1) < value).sum(1, keepdim=True)
         drop = _spare(likeness < likeness.gather(1, (count - 1 - last).clamp(min=0)), rule)
-        settled = drop[:, 0]
+        complete = drop[:, 0]
         if ordered:
             tokens, order = tokens.sort(1)
             tail, drop = tail.gather(1, order), drop.gather(1, order)
-        return _Tail(tail.masked_fill(drop, rule.filter_value), tokens, settled, None)
+        return _Tail(tail.masked_fill(drop, rule.filter_value), tokens, complete, None)
     tail, tokens = row_tails(scores, count, ordered or kind == "top_p" or lowest)
     if kind == "top_k":
         limit = tail[:, -int(value), None]
         drop = tail < limit
         if lowest:
-            settled = drop[:, :1]
+            complete = drop[:, :1]
             drop = of_tied(tail, drop, limit, value - (~(tail <= limit)).sum(1, keepdim=True))
-            drop[:, :1] &= settled  # else not all that tie are here
+            drop[:, :1] &= complete  # else not all that tie are here
             limit = None
     elif kind == "top_p":
         p = _masses(tail, row_of(scores)).flip(1)
         drop = _spare((p.cumsum(1) - p >= value).flip(1), rule)
         if lowest:
             drop = first_of_tied(tail, drop)
-        # Which of the tied tokens at the edge go is only known where all of them are here.
+        # Which of the tied tokens at the cut-off go is only known where all of them are here.
         drop[:, :1] &= tail[:, :1] < tail.masked_fill(drop, float("inf")).amin(1, keepdim=True)
     elif kind == "top_h":
         drop = drop_top_h(tail, value, rule)
@@ -130,10 +130,10 @@ def _apply_to_tail(scores: torch.Tensor, rule: Rule, count: int, ordered: bool) 
         if not rule.spec.spares_fewest:  # all that tie with the last of those asked for stay
             limit = torch.minimum(limit, tail[:, -rule.min_tokens_to_keep, None])
         drop = _spare(tail < limit, rule)
-    settled = drop[:, 0]
-    if rule.filter_value == _MINUS_INFINITY and not bool(settled.all()):
-        settled = settled | (tail[:, 0] == _MINUS_INFINITY)
-    return _Tail(tail.masked_fill(drop, rule.filter_value), tokens, settled, limit)
+    complete = drop[:, 0]
+    if rule.filter_value == _MINUS_INFINITY and not bool(complete.all()):
+        complete = complete | (tail[:, 0] == _MINUS_INFINITY)
+    return _Tail(tail.masked_fill(drop, rule.filter_value), tokens, complete, limit)
 
 
 def _tail_size(scores: torch.Tensor, rule: Rule) -> int:
@@ -149,7 +149,7 @@ def _tail_size(scores: torch.Tensor, rule: Rule) -> int:
 
 
 def _search(scores: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """Top-p or typical where many tokens stay: only those near the edge, as far as a sample tells where, are sorted."""
+    """Top-p or typical where many tokens stay: only those that a sample puts near the cut-off are sorted."""
     B, value = len(scores), _number(rule)
     typical = rule.kind == "typical"
     rank, row = _likeness(scores) if typical else (scores, row_of(scores))
@@ -161,15 +161,16 @@ def _search(scores: torch.Tensor, rule: Rule) -> torch.Tensor:
     sample, order = torch.cat((rank.gather(1, tokens), rank[:, ::one_in]), 1).sort(1, descending=True)
     reached = weight.gather(1, order).cumsum(1)
     size = sample.shape[1]
-    edge = (reached < value * reached[:, -1:]).sum(1, keepdim=True)
+    middle = (reached < value * reached[:, -1:]).sum(1, keepdim=True)
     margin = 4 * math.isqrt(size)
-    upper = sample.gather(1, (edge - margin).clamp(min=0)).masked_fill(edge < margin, float("inf"))
-    lower = sample.gather(1, (edge + margin).clamp(max=size - 1)).masked_fill(edge + margin >= size, _MINUS_INFINITY)
+    upper = sample.gather(1, (middle - margin).clamp(min=0)).masked_fill(middle < margin, float("inf"))
+    lower = sample.gather(1, (middle + margin).clamp(max=size - 1))
+    lower = lower.masked_fill(middle + margin >= size, _MINUS_INFINITY)
 
     above = rank > upper
-    near = (rank >= lower.clamp(min=torch.finfo(rank.dtype).min)) & ~above
-    rows, tokens = near.nonzero(as_tuple=True)
-    count = near.sum(1)
+    between = (rank >= lower.clamp(min=torch.finfo(rank.dtype).min)) & ~above
+    rows, tokens = between.nonzero(as_tuple=True)
+    count = between.sum(1)
     width = int(count.max())
     place = torch.arange(len(rows)) + (width - count.cumsum(0))[rows]  # each row at the right end of its columns
     candidates = scores.new_full((B, width), _MINUS_INFINITY).index_put_((rows, place), rank[rows, tokens])
@@ -210,9 +211,9 @@ def _truncate_chain(scores: torch.Tensor, rules: Sequence[Rule]) -> torch.Tensor
     if whole is not None:
         return _truncate_chain(whole, rest) if rest else whole
     tail = _apply_to_tail(scores, first, size, bool(rest))
-    if bool(tail.settled.all()):
+    if bool(tail.complete.all()):
         return _scattered(scores, tail, first, rest)
-    missing = (~tail.settled).nonzero().squeeze(1)
+    missing = (~tail.complete).nonzero().squeeze(1)
     some = len(missing) < len(scores)
     left = scores[missing] if some else scores
     if tail.limit is not None:

@@ -4,8 +4,8 @@ Also the path of CUDA where the kernels don't take a list: no host sync. A rule'
 ``[B, 1]``. What a rule keeps is what transformers' warper of that name keeps, ties and rows of NaN or -inf included:
 
     top_k          those not below the k-th largest score: all that tie with it
-    top_p          the most likely ones until their mass reaches p; of those that tie at the edge as many as it takes,
-                   the ones with the largest ids, where transformers has it as its sort comes out
+    top_p          the most likely ones until their mass reaches p; of those that tie at the cut-off as many as it
+                   takes, the ones with the largest ids, where transformers has it as its sort comes out
     min_p          those at least ``min_p`` times as likely as the likeliest
     top_a          those of at least ``top_a`` times the square of the largest probability; a rule of our own
     typical        those whose surprise is nearest to the entropy, until their mass reaches the value: all that tie
@@ -50,28 +50,28 @@ def _entropy(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return p, -(logarithms.clamp(min=torch.finfo(scores.dtype).min) * p).sum(-1, keepdim=True)
 
 
-def of_tied(scores: torch.Tensor, drop: torch.Tensor, edge: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """``drop``, but of the tokens that tie with the ``edge`` ``[B, 1]`` the first ``kept`` ``[B, 1]`` stay."""
-    tied = (scores == edge) & (edge > _MINUS_INFINITY)
+def of_tied(scores: torch.Tensor, drop: torch.Tensor, cutoff: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """``drop``, but of the tokens that tie with the ``cutoff`` ``[B, 1]`` the first ``kept`` ``[B, 1]`` stay."""
+    tied = (scores == cutoff) & (cutoff > _MINUS_INFINITY)
     return torch.where(tied, tied.cumsum(-1) > kept, drop)
 
 
 def first_of_tied(scores: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
     """As many dropped as in ``drop``, but of those that tie with the least kept one the first ones stay."""
-    edge = scores.masked_fill(drop, math.inf).amin(-1, keepdim=True)
-    return of_tied(scores, drop, edge, ((scores == edge) & ~drop).sum(-1, keepdim=True))
+    cutoff = scores.masked_fill(drop, math.inf).amin(-1, keepdim=True)
+    return of_tied(scores, drop, cutoff, ((scores == cutoff) & ~drop).sum(-1, keepdim=True))
 
 
 def drop_top_k(scores: torch.Tensor, value: Value, rule: Rule) -> torch.Tensor:
     V = scores.shape[-1]
     if isinstance(value, torch.Tensor):
         value = value.long().clamp(1, V)
-        edge = scores.sort(descending=True).values.gather(1, value - 1)
+        cutoff = scores.sort(descending=True).values.gather(1, value - 1)
     else:
-        edge = _smallest_of_top(scores, int(value))
-    drop = scores < edge
+        cutoff = _smallest_of_top(scores, int(value))
+    drop = scores < cutoff
     if rule.ties == "lowest":
-        return of_tied(scores, drop, edge, value - (~(scores <= edge)).sum(-1, keepdim=True))  # NaN is the largest
+        return of_tied(scores, drop, cutoff, value - (~(scores <= cutoff)).sum(-1, keepdim=True))  # NaN is the largest
     return drop
 
 

@@ -166,7 +166,7 @@ def test_arguments_are_checked_before_anything_is_written(device):
         with pytest.raises(ValueError, match=message):
             apply_token_bitmask_inplace(*arguments)
     for options, message in (
-        ({"vocab_size": 41}, "from 0 to 40, got 41"),
+        ({"vocab_size": 41}, "between 0 and 40, got 41"),
         ({"vocab_size": -1}, "got -1"),
         ({"indices": [0, 2]}, "indices must be rows from 0 to 1, got 2"),
         ({"indices": [-1]}, "indices must be rows from 0 to 1, got -1"),

@@ -15,8 +15,9 @@ from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import backend
 from fastlogits_kernels.runtime import launcher as runtime
 from fastlogits_kernels.runtime.backend import CompileError, KernelError
-from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.selection import logprobs as report
+from fastlogits_kernels.serving import search
 from fastlogits_kernels.serving import steps as slot_sets
 from fastlogits_kernels.truncate.dispatch import truncate
 from fastlogits_kernels.truncate.reference import reference_truncate
@@ -74,8 +75,8 @@ def break_kernels(monkeypatch, *launchers, at_launch=False):
 
 
 def break_selection(monkeypatch, name):
-    for launchers in (launch._launchers, launch._early):
-        found = getattr(launchers, name)
+    for made in (launchers.LAUNCHERS, launchers.EARLY):
+        found = getattr(made, name)
         break_kernels(monkeypatch, *(found.values() if isinstance(found, dict) else [found]))
 
 
@@ -169,7 +170,7 @@ def test_a_batch_of_requests_whose_kernels_cannot_be_compiled(monkeypatch, fresh
     if broken == "selection":
         break_selection(monkeypatch, "rows")
     elif broken == "slots":
-        break_kernels(monkeypatch, slot_sets._slot_sets_launcher)
+        break_kernels(monkeypatch, search._slot_sets_launcher)
     else:
         break_kernels(monkeypatch, sys.modules["fastlogits_kernels.selection.keep"]._keep_launcher)
     with pytest.warns(RuntimeWarning, match="falls back to torch"):

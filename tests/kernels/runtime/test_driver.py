@@ -20,7 +20,7 @@ from fastlogits_kernels.runtime import launcher as runtime
 from fastlogits_kernels.runtime.backend import KernelError
 from fastlogits_kernels.runtime.driver import Call, Given, Relaunch, UnfitError, entry_of
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, Relaunches, collected
-from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import launch, layout
 
 from fastlogits.inspect import doctor
 
@@ -433,7 +433,7 @@ def test_threads_hand_over_their_own(library, one_device, monkeypatch):
 
 
 def test_a_call_is_laid_out_when_it_comes_again(monkeypatch):
-    monkeypatch.setattr(launch, "_MOST_CALLS", 3)
+    monkeypatch.setattr(layout, "_MOST_CALLS", 3)
     selection = launch.Selection((Rule("top_k", 5),), 100, CPU)
     asked = []
 

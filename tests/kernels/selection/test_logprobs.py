@@ -202,8 +202,8 @@ def test_of_what_a_chain_and_a_temperature_make():
     )
     temperature = torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
     divisor = torch.tensor([0.5, 1.0, 2.0], device=DEVICE)
-    chain, given, position, allowed = processors.plan.inner_parts[0].inputs(ids, logits.float(), None)
-    found_sets = launch.find_sets(logits.float(), chain, given, position, allowed)
+    chain, call = processors.plan.inner_parts[0].inputs(ids, logits.float(), None)
+    found_sets = launch.find_sets(logits.float(), chain, call)
     right = processors(ids, logits.float()) / divisor[:, None]
     tokens = torch.tensor([5, 2, 150], device=DEVICE)
     found = launch_report(logits, tokens, 20, chain=chain, found=found_sets, temperature=temperature)

@@ -12,7 +12,7 @@ import torch
 from fastlogits_kernels import draw
 from fastlogits_kernels.rules import CODES, ORDERS, RULES, Rule, argument_of
 from fastlogits_kernels.runtime import launcher
-from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.serving import steps as slot_sets
 from fastlogits_kernels.serving.layout import OFF
 from fastlogits_kernels.truncate.reference import reference_truncate
@@ -79,7 +79,7 @@ def test_reference_and_cpu_keep_what_the_oracle_keeps(kind):
 def test_kernels_keep_what_the_oracle_keeps(monkeypatch, kind, path):
     """Whole rows and lists block by block, with the rules at run time, and candidates in registers."""
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
-    monkeypatch.setattr(launch, "ROW_BLOCK", 256 if DEVICE == "cpu" else launch.ROW_BLOCK)
+    monkeypatch.setattr(launchers, "ROW_BLOCK", 256 if DEVICE == "cpu" else launchers.ROW_BLOCK)
     given = scores().to(DEVICE)
     for rules in ((Rule(kind, VALUES[kind]),), (Rule("top_k", 60), Rule(kind, VALUES[kind]))):
         found = launch.select(given, selection(rules, path))
@@ -95,7 +95,7 @@ def test_kernels_keep_what_the_oracle_keeps(monkeypatch, kind, path):
 def test_a_deviation_behind_what_cannot_act(monkeypatch, others, path):
     """Nothing is likely beside an infinity, but a deviation is: its sums are not those that another rule asked for."""
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
-    monkeypatch.setattr(launch, "ROW_BLOCK", 256 if DEVICE == "cpu" else launch.ROW_BLOCK)
+    monkeypatch.setattr(launchers, "ROW_BLOCK", 256 if DEVICE == "cpu" else launchers.ROW_BLOCK)
     given = torch.stack(list(broken_rows(V).values())).to(DEVICE)
     rules = (*(Rule(kind, VALUES[kind]) for kind in others), Rule("top_n_sigma", 1.0), Rule("top_p", 0.8))
     check_truncation(given, rules, launch.select(given, selection(rules, path)))

@@ -8,8 +8,8 @@ from fastlogits_kernels import draw
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.launcher import tl, triton
-from fastlogits_kernels.selection import launch, row
-from fastlogits_kernels.selection.row import noise_of
+from fastlogits_kernels.selection import launch, layout, row
+from fastlogits_kernels.selection.noise import noise_of
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
@@ -27,6 +27,10 @@ CHAINS = {
     "p k": (Rule("top_p", 0.9), Rule("top_k", 50)),
     "min k p": (Rule("min_p", 0.05), Rule("top_k", 50), Rule("top_p", 0.9)),
     "k p min": (Rule("top_k", 50), Rule("top_p", 0.9), Rule("min_p", 0.05)),
+    "k min": (Rule("top_k", 50), Rule("min_p", 0.05)),
+    "p min": (Rule("top_p", 0.9), Rule("min_p", 0.05)),
+    "k min of 9": (Rule("top_k", 50), Rule("min_p", 0.3, 9)),
+    "typical min": (Rule("typical", 0.9), Rule("min_p", 0.05)),
     "min of 4": (Rule("min_p", 0.9, 4),),
     "p of 3": (Rule("top_p", 0.1, 3),),
     "epsilon": (Rule("epsilon", 0.002),),
@@ -93,7 +97,7 @@ def test_rows_without_a_distribution(chain):
 
 def is_sampled(V):
     """Which tokens of a large vocabulary the bounds of a row are guessed from."""
-    run, runs = row.RUN.value, launch._SAMPLE // row.RUN.value
+    run, runs = row.RUN.value, layout.SAMPLE // row.RUN.value
     sampled = torch.zeros(V, dtype=torch.bool)
     first = torch.arange(runs) * (V // run) // runs * run
     sampled[(first.unsqueeze(1) + torch.arange(run)).flatten()] = True
@@ -229,7 +233,7 @@ def test_rows_that_nothing_is_dropped_of(monkeypatch, V, dtype):
     off = torch.tensor([1.0] * 9 + [0.5], device=DEVICE)
     for temperature in (None, torch.tensor(0.7, device=DEVICE), by_row):
         given = (scores, launch.Selection((), V, scores.device), seeds, seeds, temperature)
-        wanted, _ = launch.reference_tokens(*given, None, None, launch.NOWHERE, None)
+        wanted, _ = launch.reference_tokens(*given, None, launch.NOTHING)
         assert torch.equal(launch.select_tokens(*given), wanted)
         with monkeypatch.context() as context:
             context.setattr(launch, "_MOST_SAMPLED", 0)
@@ -315,7 +319,9 @@ LISTED = {
 def between_bounds(scores, work):
     """How many tokens of each row, which no temperature divides, lie between the bounds in its workspace."""
     low, up, first, last = (
-        work[:, at.value + i].view(torch.float32)[:, None] for at in (row.REACH_AT, row.SURE_AT) for i in (0, 1)
+        work[:, at.value + i].view(torch.float32)[:, None]
+        for at in (row.RAW_RANGE_AT, row.RAW_CERTAIN_AT)
+        for i in (0, 1)
     )
     return ((scores >= low) & (scores <= up) & ~((scores >= first) & (scores <= last))).sum(1)
 
@@ -358,6 +364,24 @@ def test_a_sample_that_misleads(slots):
         if slots == "list":
             selection.slots = (1,)  # hardly any candidates are refined in registers
         check_truncation(scores, FLAT[chain], launch.select(scores, selection))
+
+
+@pytest.mark.parametrize("chain", ["k min", "p min", "typical min", "k min of 9"])
+def test_a_goal_that_a_later_rule_leaves_no_room_for(chain):
+    """Where min-p drops all that is no candidate, fewer than top-k wants suffice; not where a band has them."""
+    V = 12_000
+    noise = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+    scores, sampled = noise * 3, is_sampled(V)
+    # In the last row a tenth of the mass lies beyond a band that no sample has seen to the end.
+    scores[2] = -15.0
+    near, far = (of.nonzero().flatten()[:count] for of, count in ((sampled, 300), (~sampled, 120)))
+    scores[2, near], scores[2, far] = noise[2, near] * 0.1, noise[2, far] * 0.1 - 1
+    scores = scores.to(DEVICE)
+    work = workspace(scores, CHAINS[chain])
+    if chain in ("k min", "p min"):
+        assert work[0, row.COUNT_AT.value] < 50
+        assert work[:2, row.DONE_AT.value].all()
+    check_truncation(scores, CHAINS[chain], selected(scores, CHAINS[chain]))
 
 
 def test_tokens_are_the_reference_draw(monkeypatch):
