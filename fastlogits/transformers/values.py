@@ -78,7 +78,8 @@ def _form_of(stage: Stage) -> Hashable:
         return Penalize, _source_of(stage.tokens), stage.keeps_bans
     if isinstance(stage, Bias):
         signs = tuple((value == 0, value == -math.inf) for value in (stage.value, stage.counted))
-        return Bias, _source_of(stage.tokens), signs, _gate_of(stage.when), stage.keeps_bans
+        extra = kind_of(stage.extra), stage.rounds_once
+        return Bias, _source_of(stage.tokens), signs, _gate_of(stage.when), stage.keeps_bans, extra
     if isinstance(stage, Ban):
         blank = kind_of(stage.blank)
         return Ban, _source_of(stage.tokens), _gate_of(stage.when), blank, stage.lenient, stage.inverted
@@ -97,7 +98,7 @@ def _source_of(source: Any) -> Hashable:
     if isinstance(source, Given):
         return Given, tuple(source.ids.shape)
     if isinstance(source, Repeated):
-        return Repeated, source.size, None if source.text is None else tuple(source.text.ids.shape)
+        return Repeated, source.size, source.span, None if source.text is None else tuple(source.text.ids.shape)
     return kind_of(source)
 
 

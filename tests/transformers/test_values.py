@@ -55,6 +55,8 @@ OTHER = {
     "other words": ([fl.NoBadWordsLogitsProcessor([[5, 6]])], [fl.NoBadWordsLogitsProcessor([[5, 7]])]),
     "other ends": ([fl.ForcedEOSTokenLogitsProcessor(L, 5)], [fl.ForcedEOSTokenLogitsProcessor(L, 6)]),
     "nothing added": ([fl.PresencePenaltyLogitsProcessor(0.0)], [fl.PresencePenaltyLogitsProcessor(0.5)]),
+    "other penalties of repetitions": ([fl.DRYLogitsProcessor(0.8)], [fl.DRYLogitsProcessor(0.9)]),
+    "another part that is looked at": ([fl.DRYLogitsProcessor(0.8)], [fl.DRYLogitsProcessor(0.8, range_=5)]),
     "many kept": ([fl.TopKLogitsWarper(5)], [fl.TopKLogitsWarper(3000)]),
     "by row or not": (
         [fl.RepetitionPenaltyLogitsProcessor(3.0, prompt_ignore_length=IGNORED)],
