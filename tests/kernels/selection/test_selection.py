@@ -8,7 +8,7 @@ from fastlogits_kernels import draw
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.launcher import tl, triton
-from fastlogits_kernels.selection import launch, layout, row
+from fastlogits_kernels.selection import launch, launchers, layout, row
 from fastlogits_kernels.selection.noise import noise_of
 from fastlogits_kernels.truncate.reference import reference_truncate
 
@@ -331,8 +331,9 @@ def test_many_candidates_are_refined_block_by_block(monkeypatch, chain):
     """More than are looked at at once, and no more than can be put by."""
     V, most = (151_936, 4096) if GPU else (40_000, 256)
     if not GPU:
-        for name in ("ROOM", "_SOME", "_MANY"):
-            monkeypatch.setattr(launch, name, 256)
+        for module in (layout, launchers):
+            for name in ("ROOM", "SOME", "MANY"):
+                monkeypatch.setattr(module, name, 256)
     scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1))
     scores[1] = (scores[1] * 16).round() / 16  # hundreds tie
     scores, rules = scores.to(DEVICE), LISTED[chain]
