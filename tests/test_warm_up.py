@@ -136,6 +136,8 @@ def many_calls(processors, dtype, rows=(1, 2, 5, 90, 140)):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", list(LISTS))
 def test_a_list_launches_nothing_new(name, dtype, kernels, monkeypatch):
+    if DEVICE.type != "cpu" and name in ("allowed, then first tokens", "allowed from the prompt", "encoder"):
+        pytest.skip("a warm-up launches what builds the tables of these, which are on the CPU here")
     processors = fl.LogitsProcessorList(LISTS[name]())
     there = rehearsed_by(monkeypatch, lambda: processors.warm_up(V, dtype, device=CPU))
     assert there or (name, dtype) == ("watermark", torch.bfloat16)  # of which torch is the definition
@@ -411,8 +413,8 @@ def test_a_call_after_it_compiles_nothing(monkeypatch):
         for B in (1, 2, 17):
             logits = torch.randn(B, V, device=DEVICE).bfloat16()
             ids = torch.randint(0, V, (B, 9), device=DEVICE)
-            processors(ids, logits)
-            processors.apply_(ids, logits.clone())
+            processors(ids, logits, prompt_length=4)
+            processors.apply_(ids, logits.clone(), prompt_length=4)
             for most in (2**24, 0):  # as of few rows, and of many
                 monkeypatch.setattr(launch, "_MOST_SAMPLED", most)
                 for sampler in samplers:

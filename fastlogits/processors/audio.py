@@ -172,7 +172,8 @@ class BarkEosPrioritizerLogitsProcessor(StagedProcessor, _BarkEosPrioritizer):
             return scores
         eos = ids.get(scores.device)
         if eos is None:
-            eos = ids[scores.device] = self.eos_token_id.to(scores.device)
+            # Each once: a token that stands twice would count twice in gradients.
+            eos = ids[scores.device] = self.eos_token_id.unique().to(scores.device)
         ends = (scores.float().softmax(-1)[:, eos] > self.min_eos_p).any(1, keepdim=True)
         out = torch.where(ends, -_INF, scores)
         out[:, eos] = scores[:, eos]

@@ -319,6 +319,12 @@ MUTATIONS = [
         ("kernels/selection/test_selection.py::test_a_goal_that_a_later_rule_leaves_no_room_for[typical min]",),
     ),
     Mutation(
+        "a cut-off lowered by a rule that keeps more", f"{SELECTION}/goals.py",
+        "return Kept(tl.maximum(key, kept.cutoff), rank, kept.centre, kept.farthest)\n\n\n@triton.jit\ndef cut_below",
+        "return Kept(key, rank, kept.centre, kept.farthest)\n\n\n@triton.jit\ndef cut_below",
+        ("kernels/selection/test_selection.py::test_a_goal_that_a_later_rule_leaves_no_room_for[k min of 9]",),
+    ),
+    Mutation(
         "what is kept for certain never doubted", f"{SELECTION}/goals.py",
         "exceeds = exceeds & (kind_goal != NO_GOAL)", "exceeds = exceeds & False",
         ("kernels/selection/test_selection.py::test_a_sample_that_misleads",),

@@ -252,7 +252,7 @@ def check(name, arguments, case, ids, scores, found, expected, path):
     elif path == "torch":
         right = same(found, expected)
     else:
-        right = close(found, expected, 1)
+        right = close(found, expected, ENTRIES[name].ulps)
     if not right.all() and law == "truncation":
         right |= but_for_ties(found, expected, scores, right)
     if not right.all() and law == "truncation":

@@ -265,16 +265,17 @@ class Chain:
         self.flat = tuple(number for op in self.ops for number in op)
         # Chains of one form share their compiled kernel, whatever their parameters are.
         self.form = form_of(self.flat)
-        self._numbers: torch.Tensor | None = None
+        self._numbers: dict[torch.device, torch.Tensor] = {}
 
     def kernel_numbers(self, device: torch.device) -> torch.Tensor:
         """The parameters as the kernel reads them, float32 ``[N]``."""
-        if self._numbers is None:
+        numbers = self._numbers.get(device)
+        if numbers is None:
             values = [*self.numbers, 0.0]
             for i in self.divisors:
                 values[i + 1] = 1.0 / values[i] if values[i] else float("inf")
-            self._numbers = table_on(torch.tensor(values, dtype=torch.float32), device)
-        return self._numbers
+            numbers = self._numbers[device] = table_on(torch.tensor(values, dtype=torch.float32), device)
+        return numbers
 
     def is_idle(self, found: StaticSets) -> bool:
         """Whether no map does anything, given masks that hold for all rows."""

@@ -91,7 +91,10 @@ def from_key(kept, key):
 @triton.jit
 def with_ties(kept, key, rank):
     """``kept`` without what is below a key, and without the tokens at it that have a lower rank."""
-    return Kept(key, tl.where(key == kept.cutoff, tl.maximum(rank, kept.rank), rank), kept.centre, kept.farthest)
+    # A rule that would keep more than is left drops nothing.
+    higher = key > kept.cutoff
+    rank = tl.where(higher, rank, tl.where(key == kept.cutoff, tl.maximum(rank, kept.rank), kept.rank))
+    return Kept(tl.maximum(key, kept.cutoff), rank, kept.centre, kept.farthest)
 
 
 @triton.jit

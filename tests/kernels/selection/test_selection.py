@@ -371,8 +371,9 @@ def test_a_sample_that_misleads(slots):
 def test_a_goal_that_a_later_rule_leaves_no_room_for(chain):
     """Where min-p drops all that is no candidate, fewer than top-k wants suffice; not where a band has them."""
     V = 12_000
-    noise = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, V, generator=torch.Generator().manual_seed(0))
     scores, sampled = noise * 3, is_sampled(V)
+    scores[3] = noise[3] * 0.01  # all that min-p keeps: fewer than top-k has left, whatever it spares
     # In the last row a tenth of the mass lies beyond a band that no sample has seen to the end.
     scores[2] = -15.0
     near, far = (of.nonzero().flatten()[:count] for of, count in ((sampled, 300), (~sampled, 120)))
