@@ -69,7 +69,7 @@ def decode(
 
     What can't be captured takes transformers' own loop, with the same tokens for the same logits: models on a CPU or on
     several devices, those with a state, a ``prepare_inputs_for_generation`` of their own or hooks in their modules,
-    attention other than ``"sdpa"`` and ``"eager"``, other caches than dynamic and static ones, processors that
+    attention other than ``"sdpa"``, other caches than dynamic and static ones, processors that
     fastlogits doesn't know or that read the text on the host, ``output_attentions``, ``output_hidden_states`` and
     ``synced_gpus``. The logger ``fastlogits`` says why, at level INFO. So does a step of which a capture fails.
 

@@ -128,7 +128,8 @@ def _reason_of_model(model: Any) -> str | None:
         if getattr(cls, name) is not getattr(GenerationMixin, name) or name in vars(model):
             return f"{cls.__name__} has a {name} of its own"
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation not in ("sdpa", "eager"):
+    # The masks of eager attention are made of a number that is copied from the host, which a capture refuses.
+    if config._attn_implementation not in (("sdpa",) if model.device.type == "cuda" else ("sdpa", "eager")):
         return f"the attention is {config._attn_implementation}, whose masks are made on the host"
     layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention", "sliding_attention"}
     if layers or getattr(config, "attention_chunk_size", None) is not None or getattr(model, "_is_stateful", False):

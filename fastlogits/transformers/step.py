@@ -215,6 +215,8 @@ class Step:
         """
         self.forget_prompt()
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[self.tokens.device.index or 0]
+        random_state = generator.clone_state()
         shared = {} if pool is None else {"pool": pool}
         stream.wait_stream(torch.cuda.current_stream())
         with _no_collection(), torch.cuda.stream(stream):
@@ -224,6 +226,8 @@ class Step:
             except BaseException:
                 with suppress(Exception):  # the capture has failed, as CUDA then says too
                     graph.capture_end()
+                # The state that was captured believes to be in a capture for ever.
+                generator.graphsafe_set_state(random_state)
                 raise
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
