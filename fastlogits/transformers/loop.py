@@ -20,7 +20,7 @@ from transformers.generation import utils
 
 from fastlogits.plan.barrier import Barrier
 from fastlogits.plan.plan import Plan
-from fastlogits.plan.stages import Rows, stages_of
+from fastlogits.plan.stages import Mix, Observe, Rows, stages_of, values_of
 from fastlogits.processors.base import RunProcessor
 from fastlogits.sampling import Sampler
 from fastlogits.transformers import caches
@@ -182,8 +182,14 @@ def reason_of_plan(plan: Plan) -> str | None:
             if isinstance(part, Barrier):
                 return f"{member.name} is a processor that fastlogits doesn't know"
             for stage in stages_of(member.stage):
-                if isinstance(stage, Rows) and stage.needs_history and not stage.positioned:
+                if isinstance(stage, Observe) or (
+                    isinstance(stage, Rows) and stage.needs_history and not stage.positioned
+                ):
                     return f"{member.name} reads the text on the host"
+                if isinstance(stage, Mix):
+                    return f"{member.name} makes one row of two"
+                if any(value.of.keeps_notes for value in values_of(stage)):
+                    return f"{member.name} carries something from step to step"
     return None
 
 
