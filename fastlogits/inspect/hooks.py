@@ -114,6 +114,7 @@ def _try_continuous(model: Any) -> str | None:
         return "this transformers has no init_continuous_batching"
     from fastlogits.transformers.continuous import RequestProcessors  # which needs what continuous batching needs
 
+    model = _tiny_model()  # whose attention becomes another one
     with accelerate(model):
         manager = model.init_continuous_batching(GenerationConfig(do_sample=True, temperature=0.5, eos_token_id=1))
     if isinstance(manager.logit_processor, RequestProcessors):

@@ -185,7 +185,7 @@ def _is_of_a_row(stage: Stage) -> bool:
     if isinstance(stage, Rows):
         return stage.needs_history or stage.law == "mix"
     carries = any(value.of.keeps_notes for value in values_of(stage))
-    return isinstance(stage, (AllowFrom, Mix, Observe)) or carries or has_row_values(stage)
+    return isinstance(stage, (AllowFrom, Mix, Observe, Opaque)) or carries or has_row_values(stage)
 
 
 def has_row_values(stage: Stage) -> bool:

@@ -137,7 +137,7 @@ def test_windows_and_turns(name, drafted):
     (wanted, theirs), (said, mine) = run(), run(**given)
     assert torch.equal(said, wanted)
     for layer, other in zip(mine.layers, theirs.layers, strict=True):
-        torch.testing.assert_close(layer.keys, other.keys)
+        torch.testing.assert_close(layer.keys, other.keys, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("eos", [2, [*range(40, 60), 2], [*range(3, 97)]], ids=["one", "many", "most"])
