@@ -27,7 +27,7 @@ text { font: 13px system-ui, sans-serif; fill: #24292f }
 # Where the bounds and the cut-off are, as shares of the axis.
 UPPER, CUTOFF, LOWER = 0.24, 0.33, 0.43
 LAUNCHES = (
-    ("row_sums", "reads the row", "only if the first", "rule needs the mass"),
+    ("sums", "reads the row", "only if the first", "rule needs the mass"),
     ("bounds", "reads a sample", "guesses two bounds", "from 8192 tokens"),
     ("filter", "reads the row, writes", "fill and certain tokens,", "collects candidates"),
     ("refine", "reads the candidates", "applies the rules", "in registers"),

@@ -105,10 +105,10 @@ def _told(part: Part) -> PartText:
 
 
 def _laws(part: Part) -> tuple[str, ...]:
-    """The laws by which the processors of a part act as one; their names, where it isn't all of them."""
+    """Why the processors of a part may act as one; their names, where it isn't all of them."""
     everyone = None if part.takes_in_others else len(part.members)
     return tuple(
-        f"law: {law}" + ("" if len(names) == everyone else f" ({', '.join(names)})") for law, names in part.merges()
+        f"why: {law}" + ("" if len(names) == everyone else f" ({', '.join(names)})") for law, names in part.merges()
     )
 
 

@@ -27,8 +27,8 @@ OUT_OF_BOUNDS = """========= COMPUTE-SANITIZER
 ========= ERROR SUMMARY: 3 errors
 """
 RACE = """========= COMPUTE-SANITIZER
-========= Error: Race reported between Write access at settle_kernel+0x1b0 in settle.py:400
-=========     and Read access at settle_kernel+0x2d0 in settle.py:404 [4 hazards]
+========= Error: Race reported between Write access at refine_kernel+0x1b0 in refine.py:400
+=========     and Read access at refine_kernel+0x2d0 in refine.py:404 [4 hazards]
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
@@ -39,7 +39,7 @@ RACE = """========= COMPUTE-SANITIZER
     [
         (CLEAN, 0, False, ""),
         (OUT_OF_BOUNDS, 3, True, "Invalid __global__ write of size 4 bytes"),
-        (RACE, 1, False, "Error: Race reported between Write access at settle_kernel+0x1b0 in settle.py:400"),
+        (RACE, 1, False, "Error: Race reported between Write access at refine_kernel+0x1b0 in refine.py:400"),
         ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, False, ""),
         (CLEAN + OUT_OF_BOUNDS, 3, True, "Invalid __global__ write of size 4 bytes"),
         ("========= COMPUTE-SANITIZER\n========= Error: process did not launch\n", None, True, None),

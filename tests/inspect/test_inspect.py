@@ -62,16 +62,16 @@ def test_explain_names_the_law_of_each_merge():
     fold, truncation, _ = explanation.parts
     bans = "NoRepeatNGramLogitsProcessor, SuppressTokensLogitsProcessor"
     assert fold.laws == (
-        f"law: mask . mask = mask (or) ({bans})",
-        "law: a mask commutes with every map that keeps -inf (SuppressTokensLogitsProcessor)",
-        "law: pointwise maps compose, in their order",
+        f"why: mask . mask = mask (or) ({bans})",
+        "why: a mask commutes with every map that keeps -inf (SuppressTokensLogitsProcessor)",
+        "why: pointwise maps compose, in their order",
     )
     assert truncation.laws == ()
     assert explanation.gpu == (
         "at most 5 launches",
         "parts 1, 2 and 3 share one read and one write of the logits, after a look at a sample of each row",
-        "law: a pointwise map is done wherever a logit is read (part 1, part 2)",
-        "law: the sum over a row is that over the tokens kept (part 2, part 3)",
+        "why: a pointwise map is done wherever a logit is read (part 1, part 2)",
+        "why: the sum over a row is that over the tokens kept (part 2, part 3)",
     )
     assert all(line in explanation for line in (*fold.laws, *explanation.gpu))
 
@@ -91,7 +91,7 @@ def test_a_mask_is_said_to_move_only_where_it_does(between, merges):
 
 def test_sources_that_are_searched_for_once():
     twice = [fl.RepetitionPenaltyLogitsProcessor(1.1), fl.RepetitionPenaltyLogitsProcessor(1.2)]
-    assert "law: the same tokens are searched for once" in fl.LogitsProcessorList(twice).explain()
+    assert "why: the same tokens are searched for once" in fl.LogitsProcessorList(twice).explain()
     other = [fl.RepetitionPenaltyLogitsProcessor(1.1), fl.RepetitionPenaltyLogitsProcessor(1.2, 2)]
     assert "searched for once" not in fl.LogitsProcessorList(other).explain()
 

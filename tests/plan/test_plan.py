@@ -94,7 +94,7 @@ def test_explain_says_what_merged_and_what_did_not():
         "1. mask_tokens: 2 masks in one",
         "     SuppressFirstTokens  mask       ban 2 tokens while step < 1",
         "     OnlyTokensFrom       mask       allow the tokens of the prompt, 0 tokens extra, 1 to end with",
-        "     law: mask . mask = mask (or)",
+        "     why: mask . mask = mask (or)",
         "     moves: one read and one write of the logits; in place, the banned words only",
         "2. barrier",
         "     Add                  opaque     unknown to fastlogits: runs as it is",

@@ -227,7 +227,7 @@ class Launcher:
 
     def _not_compiled(self, device: torch.device, error: Exception) -> CompileError:
         said = self._failed("compiled", error)
-        return CompileError(device, f"{said}; mend what it says (a C compiler?), or {SWITCH_OFF}")
+        return CompileError(device, f"{said}; fix what it says (a C compiler?), or {SWITCH_OFF}")
 
     def _failed(self, what: str, error: BaseException) -> str:
         while error.__cause__ is not None:  # a compiler says last in which call of which call it was
