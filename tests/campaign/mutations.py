@@ -217,7 +217,7 @@ MUTATIONS = [
     Mutation(
         "a match that begins before the range (torch)", f"{KERNELS}/pointwise/places.py",
         "before = at - begin[row, 0]", "before = at",
-        ("plan/test_pointwise.py::test_kernels_equal_torch",),
+        ("processors/test_dry.py::test_dry",),
     ),
     Mutation(
         "a penalty of a repetition rounded first (torch)", f"{KERNELS}/pointwise/fold.py",

@@ -65,6 +65,9 @@ def test_dry(data):
         assert same(processed[row], expected), (ids[row], processed[row], expected)
         assert same(processor(ids[row : row + 1], scores[row : row + 1])[0], processed[row])
     assert same(processor.apply_(ids, scores.clone()), processed)
+    if length:  # the same where only the device knows how long the text is
+        newest = torch.tensor(length - 1, device=ids.device)
+        assert same(processor.for_run(cache_position=newest)(ids, scores), processed)
     if HAS_TRITON and (scores.dtype != torch.bfloat16 or DEVICE == "cuda"):  # which Triton's interpreter truncates
         with forced(True):
             assert same(processor(ids, scores), processed)
