@@ -26,7 +26,7 @@ from fastlogits.plan.stages import (
     Opaque,
     Rows,
     Truncate,
-    values_of,
+    values_keep_notes,
 )
 
 
@@ -57,8 +57,7 @@ def _observe(groups: list[list[Member] | Observation], member: Member, stage: Ob
 
 def _is_pure(member: Member) -> bool:
     """Whether a stage may act twice in a call, and nobody can tell."""
-    carries = any(value.of.keeps_notes for value in values_of(member.stage))
-    return isinstance(member.stage, (Truncate, *FOLDED)) and not carries
+    return isinstance(member.stage, (Truncate, *FOLDED)) and not values_keep_notes(member.stage)
 
 
 def _part_of(group: list[Member]) -> Part:

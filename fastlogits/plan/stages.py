@@ -687,3 +687,8 @@ def stages_of(stage: Stage) -> tuple[Stage, ...]:
 def values_of(stage: Stage) -> tuple[RowValue, ...]:
     """The values of each row that a stage reads."""
     return stage.values if isinstance(stage, _OfRowValues) else ()
+
+
+def values_keep_notes(stage: Stage) -> bool:
+    """Whether a value of each row that a stage reads carries something from call to call."""
+    return any(value.of.keeps_notes for value in values_of(stage))

@@ -32,7 +32,7 @@ from fastlogits.plan.stages import (
     Rows,
     Stage,
     Truncate,
-    values_of,
+    values_keep_notes,
 )
 from fastlogits.processors.base import LogitsProcessorList, RunProcessor, StagedProcessor, as_theirs, their_class
 
@@ -184,8 +184,8 @@ def _is_of_a_row(stage: Stage) -> bool:
     """Whether a stage has something that belongs to a row of the run, or reads other rows."""
     if isinstance(stage, Rows):
         return stage.needs_history or stage.law == "mix"
-    carries = any(value.of.keeps_notes for value in values_of(stage))
-    return isinstance(stage, (AllowFrom, Mix, Observe, Opaque)) or carries or has_row_values(stage)
+    reads_or_carries = isinstance(stage, (AllowFrom, Mix, Observe, Opaque)) or values_keep_notes(stage)
+    return reads_or_carries or has_row_values(stage)
 
 
 def has_row_values(stage: Stage) -> bool:

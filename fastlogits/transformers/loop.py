@@ -20,7 +20,7 @@ from transformers.generation import utils
 
 from fastlogits.plan.barrier import Barrier
 from fastlogits.plan.plan import Plan
-from fastlogits.plan.stages import Mix, Observe, Rows, stages_of, values_of
+from fastlogits.plan.stages import Mix, Observe, Rows, stages_of, values_keep_notes
 from fastlogits.processors.base import RunProcessor
 from fastlogits.sampling import Sampler
 from fastlogits.transformers import caches
@@ -188,7 +188,7 @@ def reason_of_plan(plan: Plan) -> str | None:
                     return f"{member.name} reads the text on the host"
                 if isinstance(stage, Mix):
                     return f"{member.name} makes one row of two"
-                if any(value.of.keeps_notes for value in values_of(stage)):
+                if values_keep_notes(stage):
                     return f"{member.name} carries something from step to step"
     return None
 
