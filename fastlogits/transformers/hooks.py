@@ -61,12 +61,17 @@ LOOP = Hook(
     "static layers that count in a tensor, cumulative_length",
     "custom_generate=decode takes transformers' own loop, or draws other tokens on a GPU than there",
 )
+ATTENTION = Hook(
+    "attention without copies of the cache in the step of custom_generate=decode",
+    "models take their attention from ALL_ATTENTION_FUNCTIONS under the name sdpa, and hand it num_key_value_groups",
+    "the step is slower where heads share keys and values: up to three times at 64 rows",
+)
 TOKENIZER = Hook(
     "stop strings beside custom_generate=decode",
     "_extract_generation_mode_kwargs looks at the signature of custom_generate after it has taken the tokenizer",
     "stop_strings raise a ValueError with custom_generate=decode",
 )
-HOOKS = (RUN_START, ASSEMBLED, DRAFTS, CONTINUOUS, DECODE, LOOP, TOKENIZER)
+HOOKS = (RUN_START, ASSEMBLED, DRAFTS, CONTINUOUS, DECODE, LOOP, ATTENTION, TOKENIZER)
 
 
 # -- The start of a run -------------------------------------------------------------------------------------------
