@@ -127,7 +127,7 @@ class Stage:
     """What one processor does to the logits."""
 
     kind: ClassVar[Kind]
-    """The law it obeys: stages of kind ``"mask"`` merge; an ``"opaque"`` one is a barrier."""
+    """What it may be fused with: stages of kind ``"mask"`` merge; an ``"opaque"`` one is a barrier."""
 
     @property
     def needs_position(self) -> bool:
@@ -553,7 +553,7 @@ class Rows(Stage):
     One that carries something from call to call gets the ``run`` too, to which that belongs.
 
     Args:
-        law: the kind of stage that it is.
+        acts_as: the kind of stage that it is.
         function: the function.
         description: its parameters in a few words.
         positioned: whether it asks which step of the run it is in.
@@ -564,7 +564,7 @@ class Rows(Stage):
     """
 
     kind = "normalise"
-    law: Kind
+    acts_as: Kind
     function: Callable[..., torch.Tensor]
     description: str
     positioned: bool = False

@@ -132,7 +132,7 @@ class _Planned:
         dtype: torch.dtype = torch.float32,
         bandwidth: float | None = None,
     ) -> Explanation:
-        """What becomes of the processors: launches, merges and the law that allows each; see ``Plan.explain``."""
+        """What becomes of the processors: launches, merges and why each is allowed; see ``Plan.explain``."""
         return self.plan.explain(shape, dtype, bandwidth)
 
     def trace(

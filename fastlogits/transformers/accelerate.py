@@ -183,7 +183,7 @@ def takes_any_length(part: Part) -> bool:
 def _is_of_a_row(stage: Stage) -> bool:
     """Whether a stage has something that belongs to a row of the run, or reads other rows."""
     if isinstance(stage, Rows):
-        return stage.needs_history or stage.law == "mix"
+        return stage.needs_history or stage.acts_as == "mix"
     reads_or_carries = isinstance(stage, (AllowFrom, Mix, Observe, Opaque)) or values_keep_notes(stage)
     return reads_or_carries or has_row_values(stage)
 

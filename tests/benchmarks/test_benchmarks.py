@@ -81,7 +81,7 @@ def test_a_run_prints_tables_and_leaves_a_csv(tiny_run, tmp_path, capsys, monkey
     fast = next(row for row in rows if row["contender"] == FAST_)
     assert fast["in_place"] == "True"
     assert float(fast["p10"]) <= float(fast["median"]) <= float(fast["p90"])
-    assert float(fast["roof_us"]) == pytest.approx(2 * 1 * 64 * 4 / 1e10 * 1e6, abs=1e-3)
+    assert float(fast["limit_us"]) == pytest.approx(2 * 1 * 64 * 4 / 1e10 * 1e6, abs=1e-3)
     assert (fast["logits"], fast["cache"], fast["remark"]) == ("gauss", "warm", "")
     assert results.read_csv(next(tmp_path.glob("*.csv")))[0].median > 0
 
