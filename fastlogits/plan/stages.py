@@ -692,3 +692,17 @@ def values_of(stage: Stage) -> tuple[RowValue, ...]:
 def values_keep_notes(stage: Stage) -> bool:
     """Whether a value of each row that a stage reads carries something from call to call."""
     return any(value.of.keeps_notes for value in values_of(stage))
+
+
+def has_row_values(stage: Stage) -> bool:
+    """Whether a stage was made with a value for each row of a batch."""
+    if isinstance(stage, Truncate):
+        return any(isinstance(rule.value, torch.Tensor) for rule in stage.rules)
+    if isinstance(stage, AllowFrom):
+        return isinstance(stage.source, torch.Tensor) and stage.source.shape[0] != 1
+    source = getattr(stage, "tokens", None)
+    if isinstance(source, Repeated):
+        source = source.text
+    if isinstance(source, Given):
+        return source.ids.shape[0] != 1
+    return isinstance(source, History) and isinstance(source.ignore, torch.Tensor)
