@@ -21,6 +21,7 @@ from benchmarks.__main__ import RESULTS, main
 from benchmarks.catalogue import catalogue, uncatalogued
 from benchmarks.inputs import Case, random_scores
 from benchmarks.peers import PEERS, Peer
+from benchmarks.peers.handwritten import HANDWRITTEN
 from benchmarks.processors import CHAINS, CLASSES, TRUNCATIONS
 from benchmarks.targets import verdicts
 from benchmarks.timing import ReplayBunch, Timing
@@ -265,6 +266,15 @@ def test_compiled_transformers_are_a_peer(tiny_run, tmp_path):
     assert tiny_run("--workload", "chain 1", "--peers", "compiled") == 0
     (row,) = (row for row in _rows(tmp_path) if row["contender"] == "transformers, compiled")
     assert row["median"] or row["remark"].startswith("failed: ")
+
+
+def test_what_many_write_by_hand_is_a_peer(tiny_run, tmp_path):
+    """It is right, where tokens don't tie at the cut-off."""
+    name = HANDWRITTEN.name
+    assert tiny_run("--size", "8x4096", "--workload", *HANDWRITTEN.workloads, "--peers", name, "--logits", "gauss") == 0
+    rows = [row for row in _rows(tmp_path) if row["contender"] == name]
+    assert {row["workload"] for row in rows} == set(HANDWRITTEN.workloads)
+    assert all(row["median"] for row in rows if row["dtype"] == "float32")
 
 
 def test_only_ours_leaves_the_others_out(tiny_run, tmp_path):
