@@ -405,8 +405,8 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
     (root / "docs").mkdir(parents=True)
     mark = "a\n<!-- benchmarks: {} -->\nold\n<!-- /benchmarks -->\nb\n"
     (root / "README.md").write_text(mark.format("gpu") + mark.format("claim") + mark.format("plot"))
-    for name in ("results.md",):
-        (root / "docs" / name).write_text("nothing\n")
+    for name in documents.DOCUMENTS[1:]:
+        (root / name).write_text("nothing\n")
     assert documents.fill(measured, write=False, root=root) == [root / "README.md"]
     assert "old" in (root / "README.md").read_text()
     documents.fill(measured, root=root)
@@ -423,7 +423,7 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
         "Some GPU, GPU time: transformers 164 us, fastlogits 25 us (7 x faster); copying the logits takes 16 us."
         in text
     )
-    assert "](benchmarks/results/some-gpu-headline-gpu.png)" in text
+    assert "/benchmarks/results/some-gpu-headline-gpu.png)" in text
     (root / "README.md").write_text(mark.format("weather"))
     with pytest.raises(ValueError, match="no region 'weather'"):
         documents.fill(measured, root=root)
