@@ -153,7 +153,9 @@ def _plot(records: Sequence[Record]) -> str:
         found = _of_newest_device(records, metric)
         if found:
             name = f"{slug(found[0].device)}-headline-{metric.removesuffix('_us')}.png"
-            text = f"Times faster than transformers, or than the published loop, by batch size on {found[0].device}"
+            text = (
+                f"Time of a step with transformers, other packages and fastlogits on {found[0].device}, lower is better"
+            )
             return f"![{text}]({_RAW}benchmarks/results/{name})"
     return ""
 
