@@ -199,6 +199,8 @@ def _measure(model: Any, size: Size, batch: int, options: argparse.Namespace, st
 
     same, same_drawn = _checked(model, size, generate, f"batch {batch}", started)
     for contender in _contenders(options.compiled, batch):
+        if contender.name in options.without:
+            continue
         if time.perf_counter() - started > options.deadline:
             _say(started, f"batch {batch}, {contender.name}: LEFT OUT, it is late")
             continue
@@ -468,6 +470,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, help="tokens to generate; default: 128, of a tiny model 6")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; default: %(default)s")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which nothing more is begun")
+    parser.add_argument("--without", nargs="+", default=(), metavar="NAME", help="contenders that are left out")
     parser.add_argument("--compiled", action="store_true", help="what compiles the forward pass besides")
     parser.add_argument("--tiny", action="store_true", help="a model of nothing, to see that it runs")
     parser.add_argument("--out", type=Path, default=LOCAL / "generate", help="of the CSV file")
