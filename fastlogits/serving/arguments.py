@@ -109,6 +109,15 @@ def check_draft_rows(slots: list[int], local: list[int]) -> None:
             )
 
 
+def check_neighbours(slots: list[int]) -> None:
+    """Refuse a slot whose rows aren't neighbours."""
+    met: set[int] = set()
+    for row, slot in enumerate(slots):
+        if slot >= 0 and slot in met and slots[row - 1] != slot:
+            raise ValueError(f"slots must have the rows of a request side by side, got slot {slot} again in row {row}")
+        met.add(slot)
+
+
 def check_own_memory(argument: str, tensor: torch.Tensor) -> None:
     """Refuse what can't be written, since several of its elements are one."""
     if 0 in tensor.stride() and any(

@@ -12,11 +12,20 @@ from fastlogits_kernels.rules import ORDERS
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.serving import layout
 from fastlogits_kernels.serving.layout import Slots, StepRows
-from fastlogits_kernels.serving.steps import Step, append_tokens, process_rows, sample_rows, swap_slots
+from fastlogits_kernels.serving.reference import accepted
+from fastlogits_kernels.serving.steps import (
+    Step,
+    accept_drafts,
+    append_tokens,
+    process_rows,
+    sample_rows,
+    swap_slots,
+)
 
 from fastlogits import warm_up as warming
 from fastlogits.checks import LOGITS_DTYPES, device_of, is_integer, one_of, whole_number
 from fastlogits.sampled import Distribution, Sample
+from fastlogits.serving.accepted import Accepted
 from fastlogits.serving.arguments import (
     INDEX_DTYPES,
     NO_TOKENS,
@@ -26,6 +35,7 @@ from fastlogits.serving.arguments import (
     check_distinct,
     check_draft_rows,
     check_history,
+    check_neighbours,
     check_own_memory,
     history_ids,
     is_in_place,
@@ -36,7 +46,7 @@ from fastlogits.serving.params import RequestParams
 from fastlogits.warm_up import WarmUp
 
 History: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"
-Call: TypeAlias = Literal["sample", "apply_", "apply", "append", "swap"]
+Call: TypeAlias = Literal["sample", "apply_", "apply", "append", "accept", "swap"]
 
 
 class BatchProcessor:
@@ -426,13 +436,70 @@ class BatchProcessor:
         tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs)
         return Sample.of(tokens, asked, self.max_logprobs)
 
+    def accept(self, out: Sample | torch.Tensor, slots: Ids, draft_ids: Ids) -> Accepted:
+        """Say which drafts of a step are kept, and append what counts to the histories of the requests.
+
+        Rows of draft tokens are sampled as if their drafts were the text. So a draft is right if it is the token that
+        the row before it drew. A request keeps its drafts up to the first that isn't, and then takes the token that was
+        drawn in its place, or behind the last draft: always one token more than drafts kept. These are the tokens that
+        it would have got without drafts, whatever made them.
+
+        This is one launch, which a graph may hold, and waits for nothing. It looks for no stop token: cut the tokens on
+        the host. If the engine has the history, nothing is appended.
+
+        Args:
+            out: what ``sample`` returned for the step, or its tokens, int64 or int32 ``[rows]``. A negative token
+                counts for nothing, and neither does what follows it in its request.
+            slots: the slot of each row, as given to ``sample``. Rows of a request are neighbours, and a request has
+                rows in one place. Rows of no request count for nothing.
+            draft_ids: the token that each row was fed with, as given to ``sample``. That of a request's first row
+                isn't looked at. -1 is never kept: steps of one shape pad short drafts with it.
+
+        Returns:
+            The tokens that count, and how many drafts each request keeps.
+
+        Raises:
+            ValueError: not one entry for each row; or, if the host knows the arguments, a slot without a request, or in
+                two places, or more tokens than ``max_length``. Then nothing has changed. On a GPU, tokens beyond
+                ``max_length`` are dropped from the history. See ``lengths``.
+
+        Example:
+            >>> batch = BatchProcessor(2, vocab_size=8, device="cpu", max_length=32, max_rows=6)
+            >>> slot = batch.add(RequestParams(temperature=0), prompt_ids=[1, 2])
+            >>> logits = torch.eye(8)[[3, 4, 6]] * 9.0  # the model goes on with 3, then 4, then 6
+            >>> drafts = [2, 3, 5]  # the last token, and two drafts, of which the second is wrong
+            >>> out = batch.sample(logits, [slot] * 3, draft_ids=drafts, local_position=[0, 1, 2])
+            >>> batch.accept(out, [slot] * 3, drafts)
+            Accepted(tokens=tensor([ 3,  4, -1]), kept=tensor([1, 1, 1], dtype=torch.int32))
+            >>> int(batch.lengths[slot])
+            4
+        """
+        tokens = read_index("out", out.tokens if isinstance(out, Sample) else out, self.device)
+        of, known = self._slot_index(slots)
+        drafts = read_index("draft_ids", draft_ids, self.device)
+        drawn, fed = cast("torch.Tensor", tokens.on_device), cast("torch.Tensor", drafts.on_device)
+        for name, value in (("slots", of), ("draft_ids", fed)):
+            if len(value) != len(drawn):
+                raise ValueError(f"{name} must have one entry for each of {len(drawn)} rows, got {len(value)}")
+        counted = None
+        if known is not None:
+            check_neighbours(known)
+            if tokens.on_host is not None and drafts.on_host is not None:
+                active = [slot >= 0 for slot in known]
+                counted = accepted(known, tokens.on_host.tolist(), drafts.on_host.tolist(), active)[0]
+        if self._owns_history:
+            self._count(known, None if counted is None else torch.tensor(counted, dtype=torch.int64))
+        if not len(drawn):
+            return Accepted(torch.empty_like(drawn, dtype=torch.int64), torch.empty_like(drawn, dtype=torch.int32))
+        return Accepted(*accept_drafts(self._slots, of, drawn, fed, self._owns_history))
+
     # -- Before the first step -------------------------------------------------------------------------------------
 
     def warm_up(
         self,
         dtype: torch.dtype = torch.float32,
         *,
-        calls: Call | Sequence[Call] = ("sample", "apply_", "apply", "append", "swap"),
+        calls: Call | Sequence[Call] = ("sample", "apply_", "apply", "append", "accept", "swap"),
         logprobs: Distribution | Sequence[Distribution] = (),
         bitmask: bool | None = None,
         cache_position: torch.dtype | None = None,
@@ -448,8 +515,8 @@ class BatchProcessor:
 
         Args:
             dtype: of the logits: float32, float16 or bfloat16.
-            calls: which methods will be called; ``"swap"`` includes ``move``. Fewer take less time: ``sample``,
-                ``apply`` and ``apply_`` have kernels of their own.
+            calls: which methods will be called; ``"swap"`` includes ``move``, and ``"accept"`` needs ``draft_ids``.
+                Fewer take less time: ``sample``, ``apply`` and ``apply_`` have kernels of their own.
             logprobs: the ``logprobs`` of ``sample``: ``"raw"``, ``"processed"``, both or none.
             bitmask: whether steps have a bitmask; None for steps with and without.
             cache_position: the dtype of the ``cache_position`` of steps, int32 or int64 (lists count as int64); None
@@ -491,6 +558,9 @@ class BatchProcessor:
                 self._rehearse_step(asked, logits, nobody, step, (None, *reports))
             if "append" in asked and self._owns_history:
                 append_tokens(self._slots, nobody, torch.zeros(1, dtype=torch.int64, device=self.device))
+            if "accept" in asked and draft_ids is not None:
+                drawn = torch.zeros(1, dtype=torch.int64, device=self.device)
+                accept_drafts(self._slots, nobody, drawn, cast("torch.Tensor", whole(0, draft_ids)), self._owns_history)
             if "swap" in asked:
                 swap_slots(self._table, 0, 0)
 

@@ -97,7 +97,8 @@ for dtype in ("fp32", "bf16"):
     cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
     absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
     cases[f"slot_sets plain {dtype}"] = (slot_sets._slot_sets_kernel, dtype, absent, search | {"DRAWS": False}, 8)
-cases["append"] = (slot_histories._append_kernel, "fp32", (), {"BLOCK": 32})
+cases["append"] = (slot_histories._append_kernel, "fp32", (), {"BLOCK": 256})
+cases["accept"] = (slot_histories._accept_kernel, "fp32", (), {"APPENDS": True, "BLOCK": 32})
 cases["swap"] = (slot_histories._swap_kernel, "fp32", (), {"BLOCK": 1024})
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 

@@ -24,9 +24,14 @@ from fastlogits_kernels.selection.launch import (
 )
 from fastlogits_kernels.selection.logprobs import KeptRows, Report, launch_report, report, takes
 from fastlogits_kernels.serving import search
-from fastlogits_kernels.serving.history import launch_append, launch_swap
+from fastlogits_kernels.serving.history import launch_accept, launch_append, launch_swap
 from fastlogits_kernels.serving.layout import Numbers, Semantics, Slots, StepRows
-from fastlogits_kernels.serving.reference import reference_append, reference_slots, reference_swap
+from fastlogits_kernels.serving.reference import (
+    reference_accept,
+    reference_append,
+    reference_slots,
+    reference_swap,
+)
 from fastlogits_kernels.serving.search import BANNED, EDITED, RANKS, Sizes, launch_slot_sets
 
 _OPERATION = Operation("slots")
@@ -181,6 +186,19 @@ def append_tokens(tables: Slots, of: torch.Tensor, tokens: torch.Tensor) -> None
         reference_append(tables, of, tokens)
     elif len(of):
         launch_append(tables, of, tokens)
+
+
+@_OPERATION.falls_back
+def accept_drafts(
+    tables: Slots, of: torch.Tensor, tokens: torch.Tensor, drafts: torch.Tensor, appends: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of a step that count, int64 ``[B]``, and the drafts that each row's request keeps, int32 ``[B]``.
+
+    Rows that don't count have -1. What counts is appended to the histories where ``appends``: one launch.
+    """
+    if not _takes(tables.records):
+        return reference_accept(tables, of, tokens, drafts, appends)
+    return launch_accept(tables, of, tokens, drafts, appends)
 
 
 @_OPERATION.falls_back
