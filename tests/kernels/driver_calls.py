@@ -28,7 +28,7 @@ from fastlogits_kernels.runtime import driver as cuda_driver
 from fastlogits_kernels.runtime import launcher as runtime
 from fastlogits_kernels.runtime.launcher import Launch, Relaunches
 from fastlogits_kernels.selection import launch, launchers
-from fastlogits_kernels.serving import search
+from fastlogits_kernels.serving import search, steps
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import OPERATIONS, Given, forced
@@ -220,6 +220,7 @@ def calls() -> list[Callable[[], Any]]:
     slots = [batch.add(fl.RequestParams(logprobs=2, logit_bias={3: 1.0}), [1]) for _ in range(2)]
     found.append(lambda: batch.sample(wide[:, :V], slots, logprobs="processed"))
     found.append(lambda: batch.apply(wide[:, :V], slots))
+    found.append(lambda: batch.apply_(wide[:, :V], slots))
     return found
 
 
@@ -287,6 +288,7 @@ def compare() -> dict[str, Any]:
         standing_in(library.library),
         mock.patch.object(Relaunches, "__call__", both),
         mock.patch.object(launch, "launch_together", ordinary),
+        mock.patch.object(steps, "launch_together", ordinary),
     ):
         for call in made_calls:
             before = alike["laid out"]

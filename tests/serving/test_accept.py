@@ -8,6 +8,8 @@ from fastlogits_kernels.serving.reference import reference_accept
 import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 V = 61
 
 

@@ -13,7 +13,7 @@ README of this folder says how edits are stored.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ from fastlogits_kernels.history import (
 from fastlogits_kernels.pointwise.fold import popcount
 from fastlogits_kernels.pointwise.search import Listed, TokenSets
 from fastlogits_kernels.runtime.bits import words as words_of
-from fastlogits_kernels.runtime.launcher import Launcher, tl, triton
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, tl, triton
 from fastlogits_kernels.selection.launchers import overlaps
 from fastlogits_kernels.selection.row import TINY_TEMPERATURE, let_next_launch
 from fastlogits_kernels.serving.layout import (
@@ -557,6 +557,14 @@ class Workspace:
         self.spans = torch.zeros(rows, sizes.lists, 2, dtype=torch.int32, device=device)
         self.numbers = Numbers.empty(rows, device)
 
+    def splits(self, B: int) -> int:
+        """Programs that share the search of each of so many rows."""
+        return max(1, min(self.sizes.lists, _PROGRAMS // max(1, B)))
+
+    def found(self, B: int) -> TokenSets:
+        """What the search of so many rows writes."""
+        return TokenSets(self.bits, self.values, listed=Listed(self.listed, self.spans, self.splits(B)))
+
 
 def launch_slot_sets(made: Workspace, scores: torch.Tensor, rows: StepRows, draws: bool) -> TokenSets:
     """Find what the requests of the rows ask for: one launch.
@@ -567,19 +575,28 @@ def launch_slot_sets(made: Workspace, scores: torch.Tensor, rows: StepRows, draw
         rows: the slot of each, and what the rows of drafts see.
         draws: whether a token is drawn; then rows of no request are banned whole, and edits are not rounded.
     """
-    tables, (_, W, room, lists), semantics = made.tables, made.sizes, made.semantics
+    launcher, key, programs, args = slot_sets_launch(made, scores, rows, draws, scores, rows)
+    launcher(key, programs, args)
+    return made.found(len(scores))
+
+
+def slot_sets_launch(
+    made: Workspace, scores: torch.Tensor, rows: StepRows, draws: bool, given_scores: Any, given: StepRows
+) -> Launch:
+    """The launch of ``launch_slot_sets``; the kernel is given ``given_scores`` and ``given`` of scores and rows."""
+    tables, (_, W, room, _), semantics = made.tables, made.sizes, made.semantics
     B, V = scores.shape
-    splits = max(1, min(lists, _PROGRAMS // B))
-    numbers, given = made.numbers, (rows.cache_position, rows.local_position, rows.draft_ids)
+    splits = made.splits(B)
+    numbers, indices = made.numbers, (rows.cache_position, rows.local_position, rows.draft_ids)
     key = (
         scores.device, scores.dtype, V, semantics, draws, room, scores.stride(1),
-        rows.slots.dtype, rows.bitmask is None, tuple([None if each is None else each.dtype for each in given]),
+        rows.slots.dtype, rows.bitmask is None, tuple([None if each is None else each.dtype for each in indices]),
         tables.history.dtype, tables.lengths.dtype, tables.prompts.dtype,
     )  # fmt: skip
-    cache, local, drafts = (0 if each is None else each.stride(0) for each in given)
+    cache, local, drafts = (0 if each is None else each.stride(0) for each in indices)
     bitmask = rows.bitmask
-    _slot_sets_launcher(key, B * splits, (
-        scores, rows.slots, rows.cache_position, rows.local_position, rows.draft_ids, bitmask,
+    return Launch(_slot_sets_launcher, key, B * splits, (
+        given_scores, given.slots, given.cache_position, given.local_position, given.draft_ids, given.bitmask,
         tables.records, tables.masks, tables.history, tables.lengths, tables.prompts,
         made.bits, made.cursors, made.tallies, made.values, made.listed, made.spans, numbers.values,
         numbers.counts, numbers.longs,
@@ -591,4 +608,3 @@ def launch_slot_sets(made: Workspace, scores: torch.Tensor, rows: StepRows, draw
         draws, semantics.bias_last, semantics.words_in_output, room, _BLOCK, _LIST_BLOCK,
         overlaps(scores.device),
     ))  # fmt: skip
-    return TokenSets(made.bits, made.values, listed=Listed(made.listed, made.spans, splits))
