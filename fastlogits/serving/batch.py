@@ -11,7 +11,7 @@ import torch
 from fastlogits_kernels.rules import ORDERS
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.serving import layout
-from fastlogits_kernels.serving.layout import Slots, StepRows
+from fastlogits_kernels.serving.layout import NO_INDEX, HistoryIndex, IndexSizes, Slots, StepRows
 from fastlogits_kernels.serving.reference import accepted
 from fastlogits_kernels.serving.steps import (
     Step,
@@ -172,20 +172,24 @@ class BatchProcessor:
         return whole_number("max_length", max_length, 1)
 
     def _make_slots(self, room: int, history: History | None) -> Slots:
-        """Memory for all slots: packed masks, record, lists and history side by side, so that one copy fills them."""
+        """Memory for all slots: packed masks, record, lists, history and index side by side. One copy fills a slot."""
         W = words(self.vocab_size)
         self._lists_end = layout.RECORD.value + self.max_listed
         self._masks_end = layout.MASKS * W
-        width = self._masks_end + self._lists_end + room
+        sizes = IndexSizes.of(self.vocab_size, room)
+        width = self._masks_end + self._lists_end + room + sizes.total
         self._table = torch.zeros(self.max_requests, width, dtype=torch.int32, device=self.device)
         masks = self._table[:, : self._masks_end].view(self.max_requests, layout.MASKS, W)
         records = self._table[:, self._masks_end :]
+        index = NO_INDEX
         if history is None:
             lengths, prompts = records[:, layout.LENGTH.value], records[:, layout.PROMPT.value]
-            tokens = records[:, self._lists_end :]
+            tokens = records[:, self._lists_end : self._lists_end + room]
+            if sizes.total:
+                index = HistoryIndex(records[:, self._lists_end + room :], sizes)
         else:
             tokens, prompts, lengths = history
-        return Slots(records, masks, tokens, lengths, prompts)
+        return Slots(records, masks, tokens, lengths, prompts, index)
 
     # -- Requests --------------------------------------------------------------------------------------------------
 
@@ -211,10 +215,15 @@ class BatchProcessor:
 
     @property
     def bytes_per_slot(self) -> dict[str, int]:
-        """Memory of a slot: parameters and lists, packed masks, and its history if the batch keeps it."""
+        """Memory of a slot: parameters and lists, packed masks, and its history with an index, if the batch keeps it.
+
+        The index is for long histories, and takes no more than they do: of one that it covers, a step reads what it
+        needs, so that its time hardly depends on the length.
+        """
         record = self._lists_end * 4
         masks = self._slots.masks[0].numel() * 4
-        return {"parameters": record, "masks": masks, "history": self.max_length * 4 if self._owns_history else 0}
+        tokens = self.max_length * 4 if self._owns_history else 0
+        return {"parameters": record, "masks": masks, "history": tokens, "index": self._slots.indices.sizes.total * 4}
 
     @property
     def bytes_per_row(self) -> int:

@@ -1,25 +1,26 @@
 """Histories that grow: append the tokens of a step, accept drafts; and exchange two slots. One launch each.
 
-Bytes moved: a token and a slot of each row, and for each program the slots of the rows before its own; and the two rows
-of a table, once.
+Bytes moved: a token and a slot of each row, for each program the slots of the rows before its own, and what a new token
+changes of the index; and the two rows of a table, once.
 
 A program owns the slot of the first row that names it, so that no two write to one slot, and none waits for another.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastlogits_kernels.history import narrow
 from fastlogits_kernels.runtime.launcher import Launcher, tl, triton
-from fastlogits_kernels.serving.layout import ACTIVE, FLAGS, Slots
+from fastlogits_kernels.serving.index import Index, catch_up
+from fastlogits_kernels.serving.layout import ACTIVE, COUNT_PLANES, FLAGS, INDEXED, Slots
 
 _UNALIGNED = ["slots_ptr", "tokens_ptr", "drafts_ptr", "kept_ptr", "counts_ptr", "records_ptr", "history_ptr"]
-_UNALIGNED += ["lengths_ptr"]
+_UNALIGNED += ["lengths_ptr", "prompts_ptr", "index_ptr"]
 _STEPWISE = ["N", "S", "L", "stride_slot", "stride_token", "stride_draft", "stride_record", "stride_history"]
-_STEPWISE += ["stride_length"]
+_STEPWISE += ["stride_length", "stride_prompt", "W", "V", "planes_at", "shift", "span", "carries"]
 
 
 class _Entries(NamedTuple):
@@ -38,6 +39,7 @@ class _Growing(NamedTuple):
     There is no room in one that doesn't.
     """
 
+    slot: tl.tensor
     ptr: tl.tensor
     length_ptr: tl.tensor
     length: tl.tensor
@@ -66,7 +68,7 @@ def _history_of(records_ptr, history_ptr, lengths_ptr, slot, S, L, stride_record
     length_ptr = lengths_ptr + slot * stride_length
     length = tl.minimum(tl.maximum(tl.load(length_ptr).to(tl.int32), 0), L)
     taken = there & ((flags & ACTIVE) != 0)
-    return _Growing(history_ptr + slot * stride_history, length_ptr, length, tl.where(taken, L, 0), taken)
+    return _Growing(slot, history_ptr + slot * stride_history, length_ptr, length, tl.where(taken, L, 0), taken)
 
 
 @triton.jit
@@ -80,6 +82,25 @@ def _store_tokens(growing, rank, token, found):
 def _store_length(growing, added):
     length = tl.minimum(growing.length + added, growing.L)
     tl.store(growing.length_ptr, length.to(growing.length_ptr.dtype.element_ty), mask=growing.taken)
+    return length
+
+
+@triton.jit
+def _index(
+    growing, length, records_ptr, prompts_ptr, index_ptr, V, W, planes_at, shift, span, carries,
+    stride_record, stride_prompt, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Bring the index of a history that has grown up to date."""
+    tl.debug_barrier()
+    record_ptr = records_ptr + growing.slot * stride_record
+    here = index_ptr + growing.slot * stride_record
+    planes_ptr, carries_ptr = None, None
+    if COUNTS:
+        planes_ptr = here + planes_at
+        carries_ptr = planes_ptr + COUNT_PLANES * W
+    index = Index(here, here + W, planes_ptr, carries_ptr, tl.load(record_ptr + INDEXED), shift, span)
+    prompt = tl.load(prompts_ptr + growing.slot * stride_prompt).to(tl.int32)
+    catch_up(record_ptr, growing.ptr, length, prompt, growing.taken, index, V, W, carries, BLOCK)
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
@@ -87,13 +108,13 @@ def _append_kernel(
     # inputs
     slots_ptr, tokens_ptr,
     # outputs
-    records_ptr, history_ptr, lengths_ptr,
+    records_ptr, history_ptr, lengths_ptr, prompts_ptr, index_ptr,
     # shapes
-    N, S, L,
+    N, S, L, V, W, planes_at, shift, span, carries,
     # strides
-    stride_slot, stride_token, stride_record, stride_history, stride_length,
+    stride_slot, stride_token, stride_record, stride_history, stride_length, stride_prompt,
     # constants
-    BLOCK: tl.constexpr,
+    COUNTS: tl.constexpr, BLOCK: tl.constexpr, INDEX_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first entry of each slot appends the tokens of all its entries, in their order."""
     first = tl.program_id(0)
@@ -114,7 +135,12 @@ def _append_kernel(
         found = token >= 0
         _store_tokens(growing, added + tl.cumsum(found.to(tl.int32)) - 1, token, found)
         added += tl.sum(found.to(tl.int32))
-    _store_length(growing, added)
+    length = _store_length(growing, added)
+    if index_ptr is not None:
+        _index(
+            growing, length, records_ptr, prompts_ptr, index_ptr, V, W, planes_at, shift, span, carries,
+            stride_record, stride_prompt, COUNTS, INDEX_BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
@@ -122,13 +148,13 @@ def _accept_kernel(
     # inputs
     slots_ptr, tokens_ptr, drafts_ptr,
     # outputs
-    kept_ptr, counts_ptr, records_ptr, history_ptr, lengths_ptr,
+    kept_ptr, counts_ptr, records_ptr, history_ptr, lengths_ptr, prompts_ptr, index_ptr,
     # shapes
-    N, S, L,
+    N, S, L, V, W, planes_at, shift, span, carries,
     # strides
-    stride_slot, stride_token, stride_draft, stride_record, stride_history, stride_length,
+    stride_slot, stride_token, stride_draft, stride_record, stride_history, stride_length, stride_prompt,
     # constants
-    APPENDS: tl.constexpr, BLOCK: tl.constexpr,
+    APPENDS: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr, INDEX_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first row of each request compares drafts with tokens, and appends those that count."""
     first = tl.program_id(0)
@@ -166,23 +192,32 @@ def _accept_kernel(
             counts_ptr + first + entry, tl.zeros([BLOCK], tl.int32) + tl.maximum(counted - 1, 0), mask=entry < rows
         )
     if APPENDS:
-        _store_length(growing, counted)
+        length = _store_length(growing, counted)
+        if index_ptr is not None:
+            _index(
+                growing, length, records_ptr, prompts_ptr, index_ptr, V, W, planes_at, shift, span, carries,
+                stride_record, stride_prompt, COUNTS, INDEX_BLOCK,
+            )  # fmt: skip
 
 
-_append_launcher = Launcher(_append_kernel, num_warps=1)
-_accept_launcher = Launcher(_accept_kernel, num_warps=1)
+_append_launcher = Launcher(_append_kernel, num_warps=4)
+_accept_launcher = Launcher(_accept_kernel, num_warps=4)
 # Slots that a program compares at once; and rows of a request, which are few.
 _APPEND_BLOCK = 256
 _ACCEPT_BLOCK = 32
 
 
+# Tokens that are put into an index at once.
+_INDEX_BLOCK = 1024
+
+
 def launch_append(tables: Slots, of: torch.Tensor, tokens: torch.Tensor) -> None:
     """Add each token to the history of its slot: one launch."""
-    _append_launcher((of.device, of.dtype, tokens.dtype), len(of), (
-        of, tokens, tables.records, tables.history, tables.lengths,
-        len(of), tables.records.shape[0], tables.history.shape[1],
-        of.stride(0), tokens.stride(0), tables.records.stride(0), tables.history.stride(0), tables.lengths.stride(0),
-        _APPEND_BLOCK,
+    _append_launcher((*_key(tables, of), tokens.dtype), len(of), (
+        of, tokens, *_grown(tables),
+        len(of), *_shapes(tables),
+        of.stride(0), tokens.stride(0), *_strides(tables),
+        tables.indices.sizes.carries > 0, _APPEND_BLOCK, _INDEX_BLOCK,
     ))  # fmt: skip
 
 
@@ -192,15 +227,37 @@ def launch_accept(
     """The tokens that count, -1 elsewhere, and how many drafts the request of each row keeps: one launch."""
     kept = torch.empty(len(of), dtype=torch.int64, device=of.device)
     counts = torch.empty(len(of), dtype=torch.int32, device=of.device)
-    key = (of.device, of.dtype, tokens.dtype, drafts.dtype, tables.history.dtype, tables.lengths.dtype, appends)
-    _accept_launcher(key, len(of), (
-        of, tokens, drafts, kept, counts, tables.records, tables.history, tables.lengths,
-        len(of), tables.records.shape[0], tables.history.shape[1],
-        of.stride(0), tokens.stride(0), drafts.stride(0), tables.records.stride(0), tables.history.stride(0),
-        tables.lengths.stride(0),
-        appends, _ACCEPT_BLOCK,
+    _accept_launcher((*_key(tables, of), tokens.dtype, drafts.dtype, appends), len(of), (
+        of, tokens, drafts, kept, counts, *_grown(tables),
+        len(of), *_shapes(tables),
+        of.stride(0), tokens.stride(0), drafts.stride(0), *_strides(tables),
+        appends, tables.indices.sizes.carries > 0, _ACCEPT_BLOCK, _INDEX_BLOCK,
     ))  # fmt: skip
     return kept, counts
+
+
+def _key(tables: Slots, of: torch.Tensor) -> tuple[Any, ...]:
+    """What launches depend on that write to histories."""
+    memory, sizes = tables.indices
+    return (
+        of.device, of.dtype, tables.history.dtype, tables.lengths.dtype, tables.prompts.dtype, memory is None,
+        sizes.carries > 0,
+    )  # fmt: skip
+
+
+def _grown(tables: Slots) -> tuple[torch.Tensor | None, ...]:
+    return tables.records, tables.history, tables.lengths, tables.prompts, tables.indices.memory
+
+
+def _shapes(tables: Slots) -> tuple[int, ...]:
+    sizes = tables.indices.sizes
+    return tables.records.shape[0], tables.history.shape[1], sizes.V, sizes.W, *tables.indices.arguments
+
+
+def _strides(tables: Slots) -> tuple[int, ...]:
+    return (
+        tables.records.stride(0), tables.history.stride(0), tables.lengths.stride(0), tables.prompts.stride(0)
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["a", "b", "N", "stride_row"], do_not_specialize_on_alignment=["table_ptr"])

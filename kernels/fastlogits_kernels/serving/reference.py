@@ -119,7 +119,7 @@ def reference_slots(
     was, and edited scores are rounded to the dtype of the scores.
     """
     if scores.device.type != "cpu":  # row by row, each element would be waited for
-        of_slots: Any = [table.cpu() for table in slots]
+        of_slots: Any = [table.cpu() for table in slots[:5]]
         of_rows: Any = [None if index is None else index.cpu() for index in rows]
         x, numbers = reference_slots(scores.cpu(), Slots(*of_slots), StepRows(*of_rows), semantics, draws)
         return x.to(scores.device), Numbers(*(each.to(scores.device) for each in numbers))
