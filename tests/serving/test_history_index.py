@@ -170,6 +170,26 @@ def test_a_row_that_sees_less_than_the_index_reads_what_it_sees(device, short):
         check(batch, StepRows(torch.tensor([0], device=device), torch.tensor([position], device=device)), 1)
 
 
+def test_a_token_whose_count_was_carried_whole_is_penalised(device, short):
+    """Of 16 or 32 occurrences nothing is left in the bits of a count."""
+    batch = BatchProcessor(1, V, device, max_length=L)
+    batch.add(RequestParams(frequency_penalty=0.25), [7], [5] * 16 + [6] * 32 + [9])
+    slot_sets.append_tokens(batch._slots, *[torch.tensor([each], device=device) for each in (0, 9)])
+    check(batch, StepRows(torch.tensor([0], device=device)), 2)
+
+
+def test_what_an_index_doesn_t_cover_yet_is_read(device, short):
+    """The first token behind it may be the last of an n-gram, or of what DRY looks for."""
+    for options in ({"no_repeat_ngram_size": 3}, {"dry_multiplier": 1.0, "dry_allowed_length": 2}):
+        batch = BatchProcessor(1, V, device, max_length=L, max_rows=8)
+        batch.add(RequestParams(**options), [9, 8])
+        slot_sets.append_tokens(batch._slots, *[torch.tensor([each], device=device) for each in (0, 1)])
+        assert covered(batch) == [3]
+        slots = torch.zeros(5, dtype=torch.int64, device=device)
+        drafts, local = torch.tensor([1, 2, 3, 1, 2], device=device), torch.arange(5, device=device)
+        check(batch, StepRows(slots, draft_ids=drafts, local_position=local), 3)
+
+
 @pytest.mark.parametrize("vocab", [32_000, 128_256, 151_936])
 def test_an_index_takes_no_more_memory_than_the_history(vocab):
     for length in (1, 512, 4096, 4097, 8192, 16_384, 32_768, 131_072, 2**20):
