@@ -101,6 +101,9 @@ class BatchProcessor:
             each banned or suppressed first token up to 64 (more are kept as a mask); 51 for DRY.
         history: an engine's own tensors, which the engine keeps up to date: token ids ``[max_requests, L]``, lengths of
             the prompts, and lengths so far, both ``[max_requests]``, int32 or int64. Then ``append`` is not used.
+        history_grows: whether that history only grows: tokens that a step has seen stay as they are, and lengths never
+            shrink, until a request is added to the slot. Then long histories are not read anew at each step, for one
+            launch more. A batch's own history does so, and needs none.
         max_logprobs: the largest ``logprobs`` of a request, at most V.
 
     Raises:
@@ -127,6 +130,7 @@ class BatchProcessor:
         max_rows: int | None = None,
         max_listed: int = 1024,
         history: History | None = None,
+        history_grows: bool = False,
         max_logprobs: int = 0,
     ) -> None:
         self.max_requests = whole_number("max_requests", max_requests, 1)
@@ -138,7 +142,11 @@ class BatchProcessor:
         self.max_logprobs = whole_number("max_logprobs", max_logprobs, 0, self.vocab_size)
         self.device = device_of("device", device)
         self._owns_history = history is None
-        self._slots = self._make_slots(self._room_for_tokens(max_length, history), history)
+        if history_grows and history is None:
+            raise ValueError(
+                "history_grows must be False without a history of the engine's, got True: a batch's own grows"
+            )
+        self._slots = self._make_slots(self._room_for_tokens(max_length, history), history, history_grows)
         self.max_length: int = self._slots.history.shape[1]
         stack = STACKS[semantics]
         self._step = Step(
@@ -171,22 +179,23 @@ class BatchProcessor:
             )
         return whole_number("max_length", max_length, 1)
 
-    def _make_slots(self, room: int, history: History | None) -> Slots:
+    def _make_slots(self, room: int, history: History | None, grows: bool) -> Slots:
         """Memory for all slots: packed masks, record, lists, history and index side by side. One copy fills a slot."""
         W = words(self.vocab_size)
         self._lists_end = layout.RECORD.value + self.max_listed
         self._masks_end = layout.MASKS * W
-        sizes = IndexSizes.of(self.vocab_size, room)
-        width = self._masks_end + self._lists_end + room + sizes.total
-        self._table = torch.zeros(self.max_requests, width, dtype=torch.int32, device=self.device)
+        longest = history[0].shape[1] if history is not None and grows else room
+        sizes = IndexSizes.of(self.vocab_size, longest)
+        index_at = self._lists_end + room
+        self._table = torch.zeros(
+            self.max_requests, self._masks_end + index_at + sizes.total, dtype=torch.int32, device=self.device
+        )
         masks = self._table[:, : self._masks_end].view(self.max_requests, layout.MASKS, W)
         records = self._table[:, self._masks_end :]
-        index = NO_INDEX
+        index = HistoryIndex(records[:, index_at:], sizes, history is not None) if sizes.total else NO_INDEX
         if history is None:
             lengths, prompts = records[:, layout.LENGTH.value], records[:, layout.PROMPT.value]
-            tokens = records[:, self._lists_end : self._lists_end + room]
-            if sizes.total:
-                index = HistoryIndex(records[:, self._lists_end + room :], sizes)
+            tokens = records[:, self._lists_end : index_at]
         else:
             tokens, prompts, lengths = history
         return Slots(records, masks, tokens, lengths, prompts, index)

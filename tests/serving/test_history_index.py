@@ -9,6 +9,7 @@ from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.bits import unpack_bits
 from fastlogits_kernels.serving import layout
 from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving.history import cover_launch
 from fastlogits_kernels.serving.layout import IndexSizes, StepRows
 from fastlogits_kernels.serving.reference import reference_slots
 from fastlogits_kernels.serving.search import launch_slot_sets
@@ -134,6 +135,40 @@ def test_an_index_is_right_whatever_happens_to_a_batch(device, short, seed, sema
         if step % 2:
             machine.look(step)
     assert any(covered(machine.batch))
+
+
+def test_a_step_covers_the_history_of_an_engine_that_only_grows(device, short):
+    """Several rows of a slot bring its index up to date once; a slot that is added anew begins anew."""
+    rng = random.Random(4)
+    tokens = torch.zeros(3, L, dtype=torch.int64, device=device)
+    prompts, lengths = (torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2))
+    batch = BatchProcessor(3, V, device, history=(tokens, prompts, lengths), history_grows=True, max_rows=8)
+    slots = torch.tensor([0, 2, 2, 1, 0], device=device)
+    for step in range(5):
+        for slot in range(3):
+            if slot not in batch or rng.random() < 0.1:
+                if slot in batch:
+                    batch.remove(slot)
+                batch.add(asked(rng), slot=slot)
+                prompts[slot] = lengths[slot] = rng.randrange(70)
+                tokens[slot] = torch.tensor([rng.choice([1, 2, 3, V + 5, 2**33]) for _ in range(L)])
+            lengths[slot] = min(L, int(lengths[slot]) + rng.randrange(5))
+        rows = StepRows(slots, draft_ids=torch.tensor([1, 2, 3, 1, 2], device=device),
+                        local_position=torch.tensor([0, 0, 1, 0, 0], device=device))  # fmt: skip
+        launcher.launch_together([cover_launch(batch._slots, slots, slots)])
+        looks = (batch._slots.records[:, [layout.GRAM.value]] > 0).any(1)
+        looks |= (batch._slots.records[:, layout.FLAGS.value] & layout.TALLIED.value) != 0
+        assert torch.equal(batch._slots.records[:, layout.INDEXED.value], torch.where(looks, lengths, 0).int())
+        check(batch, rows, step)
+    slots = torch.arange(3, device=device)
+    lengths.clamp_(max=L - 3).add_(2)
+    batch.sample(torch.randn(3, V, device=device), slots)
+    assert torch.equal(batch._slots.records[:, layout.INDEXED.value], torch.where(looks, lengths, 0).int())
+
+
+def test_only_an_engine_says_that_its_history_grows():
+    with pytest.raises(ValueError, match="history_grows must be False without a history"):
+        BatchProcessor(1, V, "cpu", max_length=L, history_grows=True)
 
 
 def test_what_an_index_holds(device, short):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlogits_kernels.history import narrow
-from fastlogits_kernels.runtime.launcher import Launcher, tl, triton
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, tl, triton
 from fastlogits_kernels.serving.index import Index, catch_up
 from fastlogits_kernels.serving.layout import ACTIVE, COUNT_PLANES, FLAGS, INDEXED, Slots
 
@@ -52,6 +52,17 @@ def _slots_of(entries, entry):
     """The slots of some entries; -1 beyond the last, and for any that is negative."""
     slot = tl.load(entries.slots_ptr + entry * entries.stride_slot, mask=(entry >= 0) & (entry < entries.N), other=-1)
     return tl.maximum(slot, -1)
+
+
+@triton.jit
+def _first_of_its_slot(entries, first, BLOCK: tl.constexpr):
+    """The slot of an entry if no earlier one names it; else -1."""
+    slot = tl.max(_slots_of(entries, first + tl.zeros([1], tl.int32)), 0)
+    earlier = 0
+    for start in range(0, first, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        earlier += tl.sum(((_slots_of(entries, entry) == slot) & (entry < first)).to(tl.int32))
+    return tl.where(earlier == 0, slot, -1)
 
 
 @triton.jit
@@ -119,14 +130,9 @@ def _append_kernel(
     """The first entry of each slot appends the tokens of all its entries, in their order."""
     first = tl.program_id(0)
     entries = _Entries(slots_ptr, tokens_ptr, N, stride_slot, stride_token)
-    slot = tl.max(_slots_of(entries, first + tl.zeros([1], tl.int32)), 0)
-    earlier = 0
-    for start in range(0, first, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        earlier += tl.sum(((_slots_of(entries, entry) == slot) & (entry < first)).to(tl.int32))
+    slot = _first_of_its_slot(entries, first, BLOCK)
     growing = _history_of(
-        records_ptr, history_ptr, lengths_ptr, tl.where(earlier == 0, slot, -1), S, L,
-        stride_record, stride_history, stride_length,
+        records_ptr, history_ptr, lengths_ptr, slot, S, L, stride_record, stride_history, stride_length
     )  # fmt: skip
     added = 0
     for start in range(first, tl.where(growing.taken, N, first), BLOCK):
@@ -200,8 +206,35 @@ def _accept_kernel(
             )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
+def _cover_kernel(
+    # inputs
+    slots_ptr, history_ptr, lengths_ptr, prompts_ptr,
+    # outputs
+    records_ptr, index_ptr,
+    # shapes
+    N, S, L, V, W, planes_at, shift, span, carries,
+    # strides
+    stride_slot, stride_record, stride_history, stride_length, stride_prompt,
+    # constants
+    COUNTS: tl.constexpr, BLOCK: tl.constexpr, INDEX_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first row of each slot brings the index of its history up to date."""
+    first = tl.program_id(0)
+    entries = _Entries(slots_ptr, slots_ptr, N, stride_slot, stride_slot)
+    slot = _first_of_its_slot(entries, first, BLOCK)
+    growing = _history_of(
+        records_ptr, history_ptr, lengths_ptr, slot, S, L, stride_record, stride_history, stride_length
+    )  # fmt: skip
+    _index(
+        growing, growing.length, records_ptr, prompts_ptr, index_ptr, V, W, planes_at, shift, span, carries,
+        stride_record, stride_prompt, COUNTS, INDEX_BLOCK,
+    )  # fmt: skip
+
+
 _append_launcher = Launcher(_append_kernel, num_warps=4)
 _accept_launcher = Launcher(_accept_kernel, num_warps=4)
+_cover_launcher = Launcher(_cover_kernel, num_warps=4)
 # Slots that a program compares at once; and rows of a request, which are few.
 _APPEND_BLOCK = 256
 _ACCEPT_BLOCK = 32
@@ -236,9 +269,20 @@ def launch_accept(
     return kept, counts
 
 
+def cover_launch(tables: Slots, of: torch.Tensor, given: Any) -> Launch:
+    """The launch that brings the indices of some slots up to date; the kernel is given ``given`` of the slots."""
+    records, history, lengths, prompts, memory = _grown(tables)
+    return Launch(_cover_launcher, _key(tables, of), len(of), (
+        given, history, lengths, prompts, records, memory,
+        len(of), *_shapes(tables),
+        of.stride(0), *_strides(tables),
+        tables.indices.sizes.carries > 0, _APPEND_BLOCK, _INDEX_BLOCK,
+    ))  # fmt: skip
+
+
 def _key(tables: Slots, of: torch.Tensor) -> tuple[Any, ...]:
     """What launches depend on that write to histories."""
-    memory, sizes = tables.indices
+    memory, sizes, _ = tables.indices
     return (
         of.device, of.dtype, tables.history.dtype, tables.lengths.dtype, tables.prompts.dtype, memory is None,
         sizes.carries > 0,

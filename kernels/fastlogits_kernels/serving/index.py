@@ -128,7 +128,8 @@ def catch_up(
     if index.planes_ptr is not None:
         _clear(index.planes_ptr, tl.where(anew & ((flags & TALLIED) != 0), COUNT_PLANES * W + 1, 0), BLOCK)
     tl.debug_barrier()
-    text = Text(text_ptr, 1, length)
+    # Ids as a step sees them, so that their hashes are the same.
+    text = Text(text_ptr, 1, length, None, None, None, True)
     every = WordRange(0, W, V)
     for start in range(begin, tl.where(asks, length, begin), BLOCK):
         at = start + tl.arange(0, BLOCK)

@@ -138,6 +138,8 @@ class HistoryIndex(NamedTuple):
     memory: torch.Tensor | None
     """int32 ``[S, total]``, rows as far apart as those of the records."""
     sizes: IndexSizes
+    by_step: bool = False
+    """Whether each step brings them up to date, since the histories are an engine's."""
 
     @property
     def arguments(self) -> tuple[int, int, int, int]:

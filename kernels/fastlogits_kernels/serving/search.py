@@ -371,13 +371,13 @@ def _ban_repeated(banned_ptr, text, size, covered, words, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rank_edits(edits, cursor_ptr, span_ptr, words, ROOM: tl.constexpr, BLOCK: tl.constexpr):
+def _rank_edits(edits, cursor_ptr, span_ptr, any_edits, words, ROOM: tl.constexpr, BLOCK: tl.constexpr):
     """Give each edited token of a range a place in the row's ring, list it there, and clear what else is there.
 
     Returns where the places begin, and how many there are.
     """
     total = tl.full([], 0, tl.int32)
-    for start in range(words.first, words.last, BLOCK):
+    for start in range(words.first, tl.where(any_edits, words.last, words.first), BLOCK):
         word = start + tl.arange(0, BLOCK)
         total += tl.sum(popcount(tl.load(edits.edited_ptr + word, mask=word < words.last, other=0)))
     base = tl.atomic_add(cursor_ptr, total, sem="relaxed")
@@ -626,7 +626,10 @@ def _slot_sets_kernel(
     _mark_repetitions(edits, request, text, penalties, covered, words, W, BLOCK)
     tl.debug_barrier()
 
-    base, total = _rank_edits(edits, cursors_ptr + row, spans_ptr + row * stride_span + 2 * split, words, ROOM, BLOCK)
+    span_ptr = spans_ptr + row * stride_span + 2 * split
+    any_edits = request.is_forced | (biases.length > 0) | (penalties.first < text.length) | (penalties.dry_count > 0)
+    any_edits = any_edits | penalties.repeats | penalties.counts
+    base, total = _rank_edits(edits, cursors_ptr + row, span_ptr, any_edits, words, ROOM, BLOCK)
     tl.debug_barrier()
     _tally(edits, request, text, penalties, biases, covered, words, W, ROOM, BLOCK, LIST_BLOCK)
     tl.debug_barrier()

@@ -28,7 +28,7 @@ from fastlogits_kernels.selection.launch import (
 from fastlogits_kernels.selection.launchers import Tensors
 from fastlogits_kernels.selection.logprobs import KeptRows, Report, launch_report, report, takes
 from fastlogits_kernels.serving import search
-from fastlogits_kernels.serving.history import launch_accept, launch_append, launch_swap
+from fastlogits_kernels.serving.history import cover_launch, launch_accept, launch_append, launch_swap
 from fastlogits_kernels.serving.layout import Numbers, Semantics, Slots, StepRows
 from fastlogits_kernels.serving.prepared import PreparedSteps, StepTensors, signature
 from fastlogits_kernels.serving.reference import (
@@ -216,7 +216,9 @@ def _launches(made: _Workspace, step: StepTensors, given: StepTensors) -> list[L
         spans, tuple(selection.rows),
     )  # fmt: skip
     brought = tensors._replace(scores=given.scores, work=given.work, out=given.out, tokens=given.tokens)
+    covers = [cover_launch(made.tables, step.rows.slots, given.rows.slots)] if made.tables.indices.by_step else []
     launches = [
+        *covers,
         slot_sets_launch(made, scores, step.rows, draws, given.scores, given.rows),
         *launches_of(selection, chain, found, tensors, brought),
     ]
