@@ -221,6 +221,9 @@ def calls() -> list[Callable[[], Any]]:
     found.append(lambda: batch.sample(wide[:, :V], slots, logprobs="processed"))
     found.append(lambda: batch.apply(wide[:, :V], slots))
     found.append(lambda: batch.apply_(wide[:, :V], slots))
+    mask, local = torch.full((2, V // 32 + 1), -1, dtype=torch.int32)[:, 1:], torch.zeros(2, dtype=torch.int32)
+    given: dict[str, Any] = {"bitmask": mask, "draft_ids": longs[2:4], "local_position": local, "logprobs": "raw"}
+    found.append(lambda: batch.sample(wide[:, :V], slots, longs[4:6] * 0, **given))
     return found
 
 
