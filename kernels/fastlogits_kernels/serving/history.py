@@ -182,7 +182,7 @@ def _accept_kernel(
         token = tl.where(growing.taken, _tokens_of(entries, entry, own), -1)
         drawn = _tokens_of(entries, entry - 1, own & (entry > first))
         draft = tl.load(drafts_ptr + entry * stride_draft, mask=own & (entry > first), other=-1)
-        fits = own & (token >= 0) & ((entry == first) | ((draft >= 0) & (draft == drawn)))
+        fits = own & (token >= 0) & ((entry == first) | (draft == drawn))
         counts = tl.cumsum((fits == 0).to(tl.int32)) + tl.where(counted == rows, 0, 1) == 0
         if APPENDS:
             _store_tokens(growing, entry - first, token, counts)

@@ -392,11 +392,10 @@ def _rank_edits(edits, cursor_ptr, span_ptr, any_edits, words, ROOM: tl.constexp
         tl.store(edits.ranks_ptr + word, rank, mask=word < words.last)
         before += tl.sum(count)
         left = held.to(tl.uint32, bitcast=True)
-        while tl.max(count) > 0:
+        for _ in range(tl.max(count)):  # nothing but stores, which nobody waits for
             token = word * 32 + popcount((left & (~left + 1)) - 1).to(tl.int32)
-            tl.store(edits.listed_ptr + (rank & (ROOM - 1)), token, mask=count > 0)
+            tl.store(edits.listed_ptr + (rank & (ROOM - 1)), token, mask=left != 0)
             left &= left - 1
-            count = tl.maximum(count - 1, 0)
             rank += 1
     for start in range(0, total, BLOCK):
         place = start + tl.arange(0, BLOCK)
