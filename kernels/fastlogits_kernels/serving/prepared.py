@@ -16,7 +16,7 @@ from fastlogits_kernels.runtime.launcher import Launch, Relaunches, is_collectin
 from fastlogits_kernels.selection.row import KEPT_AT
 from fastlogits_kernels.serving.layout import StepRows
 
-_MOST_STEPS = 256
+_MOST_STEPS = 1024
 """Kinds of steps that are kept laid out: batch sizes, dtypes and strides."""
 _KEPT_BYTES: int = 4 * KEPT_AT.value
 _ALIGNMENT = 16
@@ -87,7 +87,7 @@ class PreparedSteps:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._index = device, -1 if device.type != "cuda" else device.index or 0
-        self._made: dict[tuple[Any, ...], Relaunches] = {}
+        self._made: dict[tuple[Any, ...], Relaunches | None] = {}  # None where Triton makes the launches
         self._seen: set[tuple[Any, ...]] = set()
 
     def __call__(self, step: Signature, work: torch.Tensor, tokens: torch.Tensor | None) -> bool:
@@ -119,6 +119,4 @@ class PreparedSteps:
         if any(each is not None and each.device != self._device for each in (*given[:1], *given.rows, *given[2:5])):
             return  # pinned memory, of which Triton asks whether it is
         stand_in, count = stand_ins(given)
-        relaunches = Relaunches.of(launches_of(stand_in), count)
-        if relaunches is not None:
-            self._made[step.key] = relaunches
+        self._made[step.key] = Relaunches.of(launches_of(stand_in), count)
