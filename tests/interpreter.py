@@ -155,7 +155,11 @@ def _operations_at_once() -> None:
         arithmetic_check: bool = True, div_or_mod: bool = False,
     ) -> tuple[Any, Any]:  # fmt: skip
         left, right = type(lhs) is tl.tensor, type(rhs) is tl.tensor
-        if left and type(lhs.dtype) is not _PLAIN or right and type(rhs.dtype) is not _PLAIN or not arithmetic_check:
+        if (
+            (left and type(lhs.dtype) is not _PLAIN)
+            or (right and type(rhs.dtype) is not _PLAIN)
+            or not arithmetic_check
+        ):
             return legalise(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
         if left and right:
             name = lhs.dtype.name
