@@ -166,7 +166,7 @@ def test_registers_spills_and_widths(capability):
         assert kernel["registers"] <= REGISTERS.get(name, 136), (name, kernel)
         if name.startswith(("mask_tokens", "bitmask", "fold")):
             assert kernel["wide"] >= 2, (name, kernel)
-    calls = {"list", "draw", "typical", "serving", "sample"} if capability == 90 else {"list", "serving", "sample"}
+    calls = {"list", "draw", "typical", "serving", "sample"} if capability == 90 else {"serving", "sample"}
     assert {name.split()[1] for name in selection} == calls
     for name, kernel in selection.items():
         kind, call, _ = name.split()
