@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_not
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -19,11 +21,10 @@ from fastlogits.checks import whole_number
 from fastlogits.inspect.candidates import Candidates, Change, change_of
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
-from fastlogits.plan.stages import Member, Opaque
+from fastlogits.plan.stages import Member, Opaque, Stage
 from fastlogits.processors.base import LogitsProcessorList, RunProcessor, StagedProcessor, member_of
 from fastlogits.token_text import token_texts
 from fastlogits.transformers.accelerate import RunList, generating_models
-from fastlogits.transformers.loop import logger
 
 __all__ = ["Call", "Processor", "Step", "Watched", "watch"]
 
@@ -233,14 +234,15 @@ class Watched:
         calls[-1].recordings.append(recording)
         if calls[-1].decodes and not isinstance(processors, RunList):
             start = kwargs.get("input_ids_seq_length")
-            processors = RunList(processors, start if isinstance(start, int) else None)
-        if isinstance(processors, RunList):
-            run_list = processors.in_same_run(_WatchedRun)
-            run_list.recording = recording
-            return run_list
-        watched = _WatchedList(processors)
-        watched.recording = recording
-        return watched
+            known = processors.one_by_one.recordings if isinstance(processors, _WatchedList) else []
+            processors = RunList(processors, start if isinstance(start, int) else None).in_same_run(_WatchedRun)
+            processors.one_by_one.recordings += known
+        elif isinstance(processors, RunList):
+            processors = processors if processors.is_watched else processors.in_same_run(_WatchedRun)
+        elif not isinstance(processors, _WatchedList):
+            processors = _WatchedList(processors)
+        processors.one_by_one.recordings.append(recording)
+        return processors
 
     def _end(self, recording: _Recording, output: Any) -> None:
         with self._lock:
@@ -367,68 +369,143 @@ class _Call:
 class _WatchedList(_TransformersList):  # type: ignore[misc]
     """The processors of a plain ``generate``: transformers' own classes run as they are."""
 
-    recording: _Recording
+    def __init__(self, processors: Iterable[Any]) -> None:
+        super().__init__(processors)
+        self.one_by_one = _OneByOne(_as_it_is)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Process the scores of one step, and note what each processor does."""
-        return self.recording.process(list(self), _as_it_is, input_ids, scores, kwargs)
+        return self.one_by_one.process(list(self), input_ids, scores, kwargs)
 
 
 class _WatchedRun(RunList):
     """The processors of an accelerated ``generate``: each is planned by itself."""
 
-    recording: _Recording
     is_watched = True
+
+    def __init__(self, processors: Iterable[Any], prompt_length: int | None) -> None:
+        super().__init__(processors, prompt_length)
+        self.one_by_one = _OneByOne(functools.partial(_planned, self))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Process the scores of one step, and note what each processor does."""
-        planned = functools.partial(_planned, self)
-        return self.recording.process(list(self), planned, input_ids, scores, kwargs)
+        return self.one_by_one.process(list(self), input_ids, scores, kwargs)
 
 
-class _Single(NamedTuple):
-    """One processor by itself."""
+class _Single:
+    """One processor by itself.
 
-    shown: Processor
-    plan: Callable[[], Plan]
-    """Its plan as it is now: its attributes may be set in the middle of a run."""
-    run: Run | None
+    Args:
+        plan: its plan as it is now: its attributes may be set in the middle of a run.
+        run: the run that it stands in.
+    """
+
+    def __init__(self, plan: Callable[[], Plan], run: Run | None = None) -> None:
+        self._plan_of_now, self.run = plan, run
+        self._known: tuple[Plan, Processor] | None = None
+
+    def look(self) -> tuple[Plan, Processor]:
+        """Its plan and what it is."""
+        plan = self._plan_of_now()
+        if self._known is None or self._known[0] is not plan:
+            stages = [_known_stage(member.stage) for member in plan.members]
+            does = "; ".join(stage.describe() for stage in stages if not isinstance(stage, Opaque))
+            self._known = plan, Processor(plan.members[0].name, does)
+        return self._known
+
+
+def _known_stage(stage: Stage) -> Stage:
+    """What is known of a processor that runs as it is."""
+    return member_of(stage.processor).stage if isinstance(stage, Opaque) else stage
+
+
+class _OfRun:
+    """The processors for which one was made for a run.
+
+    Args:
+        processor: that one.
+    """
+
+    def __init__(self, processor: RunProcessor) -> None:
+        self._processor = processor
+        self._known: tuple[Plan, list[Plan]] | None = None
+
+    def plans(self) -> list[Plan]:
+        """A plan for each of them, as they are now."""
+        plan = self._processor.plan
+        if self._known is None or self._known[0] is not plan:
+            members: dict[int, list[Member]] = {}
+            for member in plan.members:
+                members.setdefault(member.place, []).append(member)
+            self._known = plan, [Plan.compile(each) for each in members.values()]
+        return self._known[1]
+
+    def singles(self) -> Iterator[_Single]:
+        """Each of them by itself."""
+        for number in range(len(self.plans())):
+            yield _Single(functools.partial(self._plan, number), self._processor.run)
+
+    def _plan(self, number: int) -> Plan:
+        return self.plans()[number]
 
 
 def _as_it_is(processor: Any) -> Iterator[_Single]:
     """A processor of a plain list, or those that stand in it for a run."""
     if isinstance(processor, RunProcessor):
-        yield from _of_run(processor)
+        yield from _OfRun(processor).singles()
     elif isinstance(processor, StagedProcessor) and type(processor).__call__ is StagedProcessor.__call__:
-        yield _Single(_shown(processor), lambda: processor.plan, None)
+        yield _Single(lambda: processor.plan)
     else:
         plan = Plan.compile([Member(type(processor).__name__, Opaque(processor), processor)])
-        yield _Single(_shown(processor), lambda: plan, None)
+        yield _Single(lambda: plan)
 
 
 def _planned(run_list: RunList, processor: Any) -> Iterator[_Single]:
     """The same in an accelerated list, where transformers' own classes are planned too."""
     own = run_list.in_this_run(processor)
     if own is None and isinstance(processor, RunProcessor):
-        yield from _of_run(processor)
+        yield from _OfRun(processor).singles()
     else:
         alone = LogitsProcessorList([processor if own is None else own])
-        yield _Single(_shown(alone[0]), lambda: alone.plan, run_list.run)
+        yield _Single(lambda: alone.plan, run_list.run)
 
 
-def _of_run(processor: RunProcessor) -> Iterator[_Single]:
-    members: dict[int, list[Member]] = {}
-    for member in processor.plan.members:
-        members.setdefault(member.place, []).append(member)
-    for each in members.values():
-        plan = Plan.compile(each)
-        does = "; ".join(member.stage.describe() for member in each)
-        yield _Single(Processor(each[0].name, does), lambda plan=plan: plan, processor.run)  # type: ignore[misc]
+class _OneByOne:
+    """Runs the processors of a list one by one, for all that note what they do.
 
+    Args:
+        expand: what makes single ones of a processor of the list.
+    """
 
-def _shown(processor: Any) -> Processor:
-    member = member_of(processor)
-    return Processor(member.name, "" if isinstance(member.stage, Opaque) else member.stage.describe())
+    def __init__(self, expand: Callable[[Any], Iterable[_Single]]) -> None:
+        self._expand = expand
+        self._known: list[Any] = []
+        self._singles: list[_Single] = []
+        self.recordings: list[_Recording] = []
+
+    def process(
+        self, processors: list[Any], input_ids: torch.Tensor, scores: torch.Tensor, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """The scores after all processors, and a note of what each of them does."""
+        if len(processors) != len(self._known) or any(map(is_not, processors, self._known)):
+            self._known = processors
+            self._singles = [single for each in processors for single in self._expand(each)]
+        noted = scores.ndim == 2 and input_ids is not None and input_ids.ndim == 2
+        for recording in self.recordings:
+            recording.begin(input_ids, scores, noted)
+        # Copies: the next processor may write in place, and generate may store its result into the logits.
+        stages = [Candidates(scores.detach().clone())] if noted else []
+        shown = []
+        for single in self._singles:
+            plan, processor = single.look()
+            scores = plan(input_ids, scores, single.run, kwargs)
+            if noted:
+                shown.append(processor)
+                stages.append(Candidates(scores.detach().clone()))
+        if noted:
+            for recording in self.recordings:
+                recording.note(tuple(shown), stages, input_ids)
+        return scores
 
 
 # -- The notes of one call ----------------------------------------------------------------------------------------
@@ -524,39 +601,23 @@ class _Recording:
         self._notes: dict[tuple[int, int], tuple[_Noted, list[int]]] = {}
         self._last: torch.Tensor | None = None
         self._prompt_length = 0
-        self._singles: tuple[tuple[Any, ...], list[_Single]] | None = None
+        self._has_warned = False
 
-    def process(
-        self,
-        processors: list[Any],
-        expand: Callable[[Any], Iterable[_Single]],
-        input_ids: torch.Tensor,
-        scores: torch.Tensor,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        """The scores after all processors, and a note of what each of them does."""
-        singles = self._singles_of(processors, expand)
-        noted = scores.ndim == 2 and input_ids is not None and input_ids.ndim == 2
-        if noted:
+    def begin(self, input_ids: torch.Tensor, scores: torch.Tensor, is_noted: bool) -> None:
+        """Be told of a call of the list, before its processors run."""
+        if is_noted:
             self._resolve(input_ids)
-        # Copies: the next processor may write in place, and generate may store its result into the logits.
-        stages = [Candidates(scores.detach().clone())] if noted else []
-        for single in singles:
-            scores = single.plan()(input_ids, scores, single.run, kwargs)
-            if noted:
-                stages.append(Candidates(scores.detach().clone()))
-        if noted:
-            self._note(tuple(single.shown for single in singles), stages, input_ids)
-        return scores
+        elif not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self._model} has scores of shape {tuple(scores.shape)}: fastlogits.watch notes those of shape "
+                "(B, V), and nothing of these",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
-    def _singles_of(self, processors: list[Any], expand: Callable[[Any], Iterable[_Single]]) -> list[_Single]:
-        """The processors one by one; made again where the list has changed."""
-        known = tuple((id(each), id(each.plan) if isinstance(each, RunProcessor) else None) for each in processors)
-        if self._singles is None or self._singles[0] != known:
-            self._singles = known, [single for each in processors for single in expand(each)]
-        return self._singles[1]
-
-    def _note(self, processors: tuple[Processor, ...], stages: list[Candidates], input_ids: torch.Tensor) -> None:
+    def note(self, processors: tuple[Processor, ...], stages: list[Candidates], input_ids: torch.Tensor) -> None:
+        """Note what the processors did: the candidates at first and after each of them."""
         count = min(stages[-1].rows, input_ids.shape[0])
         # Guidance makes one row of two: what it made is compared with the first rows of what it was given.
         stages = [stage if stage.rows == count else stage.first(count) for stage in stages]
@@ -572,7 +633,8 @@ class _Recording:
             for each in rows:
                 for token in self._ends:
                     each.draw(token)
-        self._prompt_length = min(self._prompt_length or noted.length, noted.length)
+        # The shortest: a draft may ask what may follow before the first step.
+        self._prompt_length = noted.length if self._last is None else min(self._prompt_length, noted.length)
         self._last = ids
         self._waiting.append(noted)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,10 @@ _PARTS = 1_000_000
 """Probabilities stand in the page as integers, in millionths."""
 _PROMPT_CHARACTERS = 6000
 """More of a prompt is left out in the middle."""
+_PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTES = {chr(code): code for code in _PRINTED}
+_BYTES |= {chr(256 + number): code for number, code in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
+"""The byte for which a character stands in a byte-level vocabulary."""
 _UNREADABLE = "\ufffd"
 """What stands for bytes that are no text by themselves."""
 
@@ -47,7 +52,9 @@ class _Data:
         self._tokenizer = tokenizer
         self._texts: list[str | None] = [] if tokenizer is None else token_texts(tokenizer)
         self._names: list[str | None] = [] if tokenizer is None else names_of_tokens(tokenizer)
-        self._raw: dict[int, str] = {}
+        self._vocabulary: dict[int, str] = {}
+        if tokenizer is not None:
+            self._vocabulary = {token: name for name, token in tokenizer.get_vocab().items()}
         self._tokens: dict[int, int] = {}
         self._processors: dict[Processor, int] = {}
 
@@ -108,9 +115,9 @@ class _Data:
         if text is not None and _UNREADABLE not in text:
             return [token, text, 0]
         name = self._names[token] if token < len(self._names) else None
-        if text is not None:  # bytes: the tokenizer's own name for them says more than what can't be read
-            name = self._tokenizer.convert_ids_to_tokens(token) if _converts(self._tokenizer) else text
-        return [token, f"#{token}" if name is None else name, 1]
+        if text is not None:
+            name = _bytes_of(self._vocabulary.get(token, ""))
+        return [token, name or f"#{token}", 1]
 
     def _pieces(self, steps: Sequence[Step]) -> Iterator[str | int]:
         """What each step adds to the text: 0 where that is the token's own text, else the text."""
@@ -131,18 +138,23 @@ class _Data:
                 yield together
 
     def _prompt(self, tokens: Sequence[int]) -> str:
-        if self._tokenizer is None:
-            text = " ".join(map(str, tokens))
-        else:
-            text = str(self._tokenizer.decode(list(tokens)))
+        text = " ".join(map(str, tokens)) if self._tokenizer is None else str(self._tokenizer.decode(list(tokens)))
         if len(text) <= _PROMPT_CHARACTERS:
             return text
         half = _PROMPT_CHARACTERS // 2
         return f"{text[:half]} \u2026 {text[-half:]}"
 
 
-def _converts(tokenizer: Any) -> bool:
-    return hasattr(tokenizer, "convert_ids_to_tokens")
+def _bytes_of(name: str) -> str | None:
+    """The bytes of a token that is no text, such as ``<F0 9F>``; None where its name doesn't tell.
+
+    SentencePiece names a byte ``<0xF0>``. A byte-level vocabulary writes a byte as the character of that number, and
+    those that can't be printed, in their order, as the characters from 256 on.
+    """
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
+        return f"<{name[3:5]}>"
+    codes = [_BYTES.get(character) for character in name]
+    return None if None in codes or not codes else f"<{' '.join(f'{code:02X}' for code in codes)}>"
 
 
 def _parts(probabilities: Sequence[float]) -> list[int]:
