@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, ParamSpec, Protocol, cast
 
 import torch
 from fastlogits_kernels.selection import launch
@@ -27,19 +27,22 @@ __all__ = ["decode"]
 _PART = 2**32
 
 
-class _Decode(Protocol):
+_P = ParamSpec("_P")
+
+
+class _Decode(Protocol[_P]):
     """A decoding method that keeps something between calls."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Any:
         """Decode, see ``decode``."""
 
     def clear(self) -> None:
         """Drop all CUDA graphs that are kept, with their caches; the next call captures anew."""
 
 
-def _with_clear(method: Callable[..., Any]) -> _Decode:
+def _with_clear(method: Callable[_P, Any]) -> _Decode[_P]:
     method.clear = GRAPHS.drop  # type: ignore[attr-defined]
-    return cast(_Decode, method)
+    return cast("_Decode[_P]", method)
 
 
 @_with_clear

@@ -11,9 +11,11 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
+
+_P = ParamSpec("_P")
 
 SEEN = ("4.57.6", "5.0.0", "5.17.0", "5.20.2", "5.23.0", "5.24.0")
 """The versions of transformers in which all hooks have been seen to hold."""
@@ -139,7 +141,7 @@ class _Signature(inspect.Signature):
         return super().parameters
 
 
-def keeps_tokenizer(method: Callable[..., Any]) -> Callable[..., Any]:
+def keeps_tokenizer(method: Callable[_P, Any]) -> Callable[_P, Any]:
     """A decoding method, to which ``generate`` hands on the tokenizer too."""
     plain = inspect.signature(method)
     method.__signature__ = _Signature(  # type: ignore[attr-defined]
