@@ -151,9 +151,8 @@ class Watched:
                 self._hooks = []
 
     def __repr__(self) -> str:
-        calls = self.calls
-        rows = sum(len(call.rows) for call in calls)
-        return f"<Watched: {len(calls)} calls of generate, {rows} rows, {len(self.steps)} steps>"
+        rows = sum(len(call.rows) for call in self.calls)
+        return f"<Watched: calls of generate {len(self.calls)}, rows {rows}, steps {len(self.steps)}>"
 
     @property
     def calls(self) -> tuple[Call, ...]:

@@ -52,7 +52,7 @@ def test_the_page_needs_nothing_else_and_no_token_ends_its_data(sentencepiece, t
     frame = watched._repr_html_()
     assert frame.startswith("<iframe srcdoc=")
     assert "<script" not in frame
-    assert fl.watch(model)._repr_html_() == "&lt;Watched: 0 calls of generate, 0 rows, 0 steps&gt;"
+    assert fl.watch(model)._repr_html_() == "&lt;Watched: calls of generate 0, rows 0, steps 0&gt;"
 
 
 def test_characters_of_several_tokens_are_shown_once(tmp_path):
