@@ -142,9 +142,11 @@ class Trace(Sequence[Change]):
             tokens.plot(range(len(stages)), found, marker="o", label=self.text(token).replace("$", r"\$"))
         tokens.set(title=f"row {row}: its most likely tokens", ylim=(0, None))
         tokens.legend(frameon=False, fontsize="small")
+        for panel in (counts, left):
+            panel.yaxis.set_major_formatter("{x:,.0f}")
         for panel in (counts, left, mass):
-            panel.set_xticks(list(places), names, rotation=30, ha="right")
-        tokens.set_xticks([0, *places], ["start", *names], rotation=30, ha="right")
+            panel.set_xticks(list(places), names, rotation=30, ha="right", rotation_mode="anchor")
+        tokens.set_xticks([0, *places], ["start", *names], rotation=30, ha="right", rotation_mode="anchor")
         if path is not None:
             figure.savefig(path)
         return figure
@@ -161,7 +163,9 @@ class Trace(Sequence[Change]):
                 f"{change.kept_mass:.4f}",
                 f"{change.kept_of_start:.4f}",
                 self._words(change.removed_likeliest, between),
-                between.join(f"{self.text(token)} {was:.3f} -> {now:.3f}" for token, was, now in change.moved_most),
+                between.join(
+                    f"{self.text(token)} {_digits(was)} -> {_digits(now)}" for token, was, now in change.moved_most
+                ),
                 self._words(change.top_after, between),
             )
 
@@ -218,6 +222,11 @@ def trace(
         changes += (change_of(number, member.name, row, start, before, after, top)[0] for row in range(after.rows))
         before = after
     return Trace(changes, texts, before.scores)
+
+
+def _digits(probability: float) -> str:
+    """A probability, so that a small one tells something too."""
+    return f"{probability:.1e}" if 0 < probability < 5e-4 else f"{probability:.3f}"
 
 
 def short_name(name: str) -> str:
