@@ -39,16 +39,21 @@ def hooks_of(model):
     return {"generate", "_get_logits_processor"} & set(vars(model))
 
 
+ITSELF = object()
+"""Stands for the model that is watched."""
+
+
 def ways():
     one = {"prompts": PROMPTS[:1]}
     yield "greedy", GREEDY | {"repetition_penalty": 1.2}
     yield "sampled", SAMPLED
     yield "several sequences", SAMPLED | {"num_return_sequences": 2}
     yield "beams", GREEDY | {"num_beams": 3, "repetition_penalty": 1.2}
+    yield "beams that end early", GREEDY | {"num_beams": 3, "eos_token_id": list(range(40, 97)), "pad_token_id": 0}
     yield "sampled beams", SAMPLED | {"num_beams": 3}
     yield "prompt lookup", one | GREEDY | {"prompt_lookup_num_tokens": 3}
     yield "an assistant", one | SAMPLED | {"assistant_model": tiny_llama(1)}
-    yield "itself as assistant", one | GREEDY | {"assistant_model": tiny_llama(0)}
+    yield "itself as assistant", one | GREEDY | {"assistant_model": ITSELF}
     yield "decode", SAMPLED | {"custom_generate": fl.decode, "seeds": 3}
     yield "decode with drafts", one | GREEDY | {"custom_generate": fl.decode, "prompt_lookup_num_tokens": 3}
 
@@ -57,6 +62,8 @@ def ways():
 @pytest.mark.parametrize(("name", "asked"), list(ways()), ids=[name for name, _ in ways()])
 def test_watched_calls_say_the_same_and_every_token_has_its_step(name, asked, accelerated, accelerates_nothing_after):
     model = tiny_llama()
+    if asked.get("assistant_model") is ITSELF:
+        asked = asked | {"assistant_model": model}
 
     def run():
         return generate(model, logits_processor=custom(), **asked)
@@ -78,7 +85,7 @@ def test_watched_calls_say_the_same_and_every_token_has_its_step(name, asked, ac
         tokens = [step.token for step in row]
         assert tuple(text[:LENGTH]) == prompt
         assert tokens == text[LENGTH : LENGTH + len(tokens)]
-        assert set(text[LENGTH + len(tokens) :]) <= {0}
+        assert set(text[LENGTH + len(tokens) :]) <= {0, 40}  # beams are filled up with what ends them
         assert [step.number for step in row] == list(range(len(tokens)))
         for step in row:
             assert step.rank is not None, step
@@ -86,6 +93,8 @@ def test_watched_calls_say_the_same_and_every_token_has_its_step(name, asked, ac
             at = step.tokens.index(step.token)
             assert step.probability == step.probabilities[-1][at] > 0
             assert step.probability_before == step.probabilities[0][at]
+            assert (step.rank == 1) == (step.probability == max(step.probabilities[-1]))
+            assert (step.rank_before == 1) == (step.probability_before == max(step.probabilities[0]))
             assert len(step.probabilities) == len(step.changes) + 1 == len(step.processors) + 1
         if "beam" not in call.method and not asked["do_sample"]:
             assert all(step.rank == 1 for step in row)

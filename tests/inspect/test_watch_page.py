@@ -16,6 +16,7 @@ from tests.models import tiny_llama
 PROMPTS = torch.tensor([[5, 7, 9, 11], [3, 4, 5, 6]])
 CHAIN = [
     transformers.RepetitionPenaltyLogitsProcessor(1.2),
+    transformers.NoRepeatNGramLogitsProcessor(3),  # changes nothing at most steps
     transformers.SuppressTokensLogitsProcessor([9, 61]),
     transformers.TemperatureLogitsWarper(0.7),
     transformers.TopKLogitsWarper(20),
@@ -29,7 +30,7 @@ def run():
     model = tiny_llama()
     torch.manual_seed(3)
     asked = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "suppress_tokens": [9, 61]}
-    asked |= {"do_sample": True, "max_new_tokens": 12, "pad_token_id": 0}
+    asked |= {"no_repeat_ngram_size": 3, "do_sample": True, "max_new_tokens": 12, "pad_token_id": 0}
     asked |= {"output_logits": True, "return_dict_in_generate": True, "attention_mask": torch.ones_like(PROMPTS)}
     with fl.watch(model) as watched:
         found = model.generate(PROMPTS, **asked)
@@ -149,6 +150,10 @@ def check_step(shown, found, row, number):
         if column["name"] != "Model":  # a processor that changes nothing has a narrow column without words
             assert f"{int((now > 0).sum())} left" in column["does"] or (not column["does"] and torch.equal(before, now))
         before = now
+    heat = next(number for number, each in enumerate(CHAIN) if isinstance(each, transformers.TemperatureLogitsWarper))
+    for other, _, kind in columns[heat + 1]["cells"]:
+        if expected[heat + 1][other] > 0:
+            assert ("up" in kind.split()) == bool(expected[heat + 1][other] > expected[heat][other])
     penalised = [cell for cell in columns[1]["cells"] if "down" in cell[2]]
     seen = set(found.sequences[row, :position].tolist())
     assert {cell[0] for cell in penalised} == {cell[0] for cell in columns[1]["cells"]} & seen
