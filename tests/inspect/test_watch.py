@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 import transformers
+from fastlogits_kernels.selection import launch
 
 import fastlogits as fl
 from fastlogits.inspect.candidates import Candidates
@@ -184,6 +185,14 @@ def test_decode_says_that_it_takes_the_ordinary_loop(caplog):
     with fl.watch(model), caplog.at_level(logging.INFO, "fastlogits"):
         generate(model, custom_generate=fl.decode, **GREEDY)
     assert "decode takes transformers' own loop, without a CUDA graph: fastlogits.watch notes" in caplog.text
+
+
+def test_decode_calls_the_list_where_a_kernel_would_draw(monkeypatch):
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
+    model = tiny_llama()
+    with fl.watch(model) as watched:
+        found = generate(model, PROMPTS[:1], custom_generate=fl.decode, max_new_tokens=2, do_sample=True, top_k=5)
+    assert [step.token for step in watched.steps] == found[0, LENGTH:].tolist()[: len(watched.steps)] != []
 
 
 def test_attributes_that_are_set_in_the_middle_of_a_run_act():
