@@ -1,6 +1,6 @@
 """The picture of docs/watch.md: the page of a run of a real model, in headless Chromium.
 
-Run it with ``python docs/figures/watch.py``. It needs the real model, see ``fastlogits.demo.real_model``, and a browser.
+Run it with ``python docs/figures/watch.py``. It needs a browser and the real model, see ``fastlogits.demo.real_model``.
 """
 
 from __future__ import annotations

@@ -208,7 +208,9 @@ def test_nothing_overlaps_or_leaves_the_window(run, browser, tmp_path, width, sc
     assert browser.run("document.documentElement.scrollWidth") <= width
     inside = browser.run(
         """[...document.querySelectorAll(".number, .legend span, .fact, .does div, h2")]
-            .filter((each) => each.offsetParent).every((each) => each.getBoundingClientRect().right <= innerWidth && each.scrollWidth <= each.offsetWidth + 1)"""
+            .filter((each) => each.offsetParent)
+            .every((each) => each.getBoundingClientRect().right <= innerWidth
+                && each.scrollWidth <= each.offsetWidth + 1)"""
     )
     assert inside
     paper = browser.run("getComputedStyle(document.body).backgroundColor")
