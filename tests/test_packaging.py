@@ -132,6 +132,7 @@ def test_wheel_holds_both_packages_their_types_and_the_licence(distributions):
     names = set(zipfile.ZipFile(distributions["wheel"]).namelist())
     assert {
         "fastlogits/__init__.py",
+        "fastlogits/inspect/watch.html",
         "fastlogits/py.typed",
         "fastlogits/processors/masks.py",
         "fastlogits_kernels/pointwise/mask.py",

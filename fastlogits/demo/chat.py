@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,12 +55,13 @@ def load(model_name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def show(loaded: tuple[Any, Any] | None, device: str) -> None:
+def show(loaded: tuple[Any, Any] | None, device: str, requests: Sequence[str] | None = None) -> None:
     """Run the demo on the terminal.
 
     Args:
         loaded: a model and its tokenizer; None trains tiny ones.
         device: where the model runs.
+        requests: what the user says in each turn; None for two articles to summarise.
     """
     console = Console(highlight=False)
     model, tokenizer = load_or_train(console=console) if loaded is None else loaded
@@ -72,23 +73,25 @@ def show(loaded: tuple[Any, Any] | None, device: str) -> None:
     console.print(
         f"[bold]{len(digits)}[/bold] of {len(tokenizer)} tokens begin with a digit:", Text(" ").join(texts), "..."
     )
-    rng = random.Random(1)
-    articles = [sample_article(rng, held_out=True).text for _ in range(2)]
+    if requests is None:
+        rng = random.Random(1)
+        articles = [sample_article(rng, held_out=True).text for _ in range(2)]
+        requests = FIRST_REQUEST + articles[0], NEXT_REQUEST + articles[1]
     for name, chosen in (("without the processor", LogitsProcessorList()), ("with the processor", processors)):
-        _chat(console, name, model, tokenizer, articles, chosen)
+        _chat(console, name, model, tokenizer, requests, chosen)
     console.print(Panel(Text(processors.explain()), title="the plan", title_align="left"))
     vocab_size = model.config.get_text_config().vocab_size
     console.print(_times(list(digits.fit(vocab_size)), vocab_size, torch.device(device)))
 
 
 def _chat(
-    console: Console, name: str, model: Any, tokenizer: Any, articles: list[str], processors: LogitsProcessorList
+    console: Console, name: str, model: Any, tokenizer: Any, requests: Sequence[str], processors: LogitsProcessorList
 ) -> None:
     """Hold one chat. The prompt of a turn is the whole history, so its length doesn't tell the step."""
     console.rule(name)
     history: list[dict[str, str]] = []
-    for article in articles:
-        history.append({"role": "user", "content": (NEXT_REQUEST if history else FIRST_REQUEST) + article})
+    for request in requests:
+        history.append({"role": "user", "content": request})
         inputs = tokenizer.apply_chat_template(
             history, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(model.device)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastlogits.checks import whole_number
+from fastlogits.inspect.candidates import Candidates, Change, Likely, change_of
 from fastlogits.inspect.members import checked_scores, fresh_members, listed, single_plans
 from fastlogits.plan.run import Run
 from fastlogits.token_text import token_texts
@@ -21,43 +21,21 @@ if TYPE_CHECKING:
 
     from fastlogits.plan.position import Index
 
-Likely = tuple[tuple[int, float], ...]
-"""Token ids with their probabilities, the most likely first."""
-
-_HEADINGS = ("processor", "row", "removed", "left", "kept mass", "of the start", "removed, likeliest first", "top now")
-
-
-@dataclass(frozen=True)
-class Change:
-    """What one processor did to one row. A candidate is a token whose score is above the dtype's lowest number.
-
-    Args:
-        number: place of the processor in the list, from 0.
-        processor: its class name.
-        row: the row of its result.
-        removed: number of candidates that it removed.
-        added: number of candidates that it added.
-        changed: number of candidates that stayed with another score.
-        left: number of candidates after it.
-        kept_mass: total probability, before it, of the candidates that stayed.
-        kept_of_start: total probability, before all processors, of the candidates that are left.
-        removed_likeliest: the most likely candidates that it removed, with their probabilities before it.
-        top_before: the most likely tokens before it.
-        top_after: the most likely tokens after it.
-    """
-
-    number: int
-    processor: str
-    row: int
-    removed: int
-    added: int
-    changed: int
-    left: int
-    kept_mass: float
-    kept_of_start: float
-    removed_likeliest: Likely
-    top_before: Likely
-    top_after: Likely
+_HEADINGS = (
+    "processor",
+    "row",
+    "removed",
+    "raised",
+    "lowered",
+    "left",
+    "kept mass",
+    "of the start",
+    "removed, likeliest first",
+    "changed most",
+    "top now",
+)
+_NUMBERS = slice(1, 8)
+"""The columns of numbers."""
 
 
 class Trace(Sequence[Change]):
@@ -97,14 +75,14 @@ class Trace(Sequence[Change]):
         from rich.text import Text
 
         table = Table(*(_HEADINGS))
-        for column in table.columns[1:6]:
+        for column in table.columns[_NUMBERS]:
             column.justify = "right"
         number = 0
         for change, cells in zip(self._changes, self._cells(between="\n"), strict=True):
             if change.number != number:
                 table.add_section()
                 number = change.number
-            table.add_row(_short(change.processor), *map(Text, cells[1:]))
+            table.add_row(short_name(change.processor), *map(Text, cells[1:]))
         return table
 
     def __rich__(self) -> Table:
@@ -128,7 +106,7 @@ class Trace(Sequence[Change]):
 
         Args:
             path: where to save it, in the format of its ending; None not to.
-            row: the row whose most likely tokens are plotted; the other panels show all rows.
+            row: the row whose changes and most likely tokens are plotted; the other two panels show all rows.
 
         Raises:
             ValueError: there is no such row.
@@ -139,10 +117,17 @@ class Trace(Sequence[Change]):
             raise ValueError(f"row must be a row that was traced, 0 to {most}, got {row!r}")
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(12, 4), layout="constrained")
-        left, mass, tokens = figure.subplots(1, 3)
-        names = [_short(change.processor) for change in chosen]
+        figure = Figure(figsize=(15, 4.5), layout="constrained")
+        counts, left, mass, tokens = figure.subplots(1, 4)
+        names = [short_name(change.processor) for change in chosen]
         places = range(1, len(names) + 1)
+        for shift, what in enumerate(("removed", "raised", "lowered"), -1):
+            at = [place + 0.27 * shift for place in places]
+            counts.bar(at, [getattr(change, what) for change in chosen], 0.25, label=what)
+        counts.set_yscale("symlog")
+        counts.set_ylim(bottom=0)
+        counts.set_title(f"row {row}: tokens removed, raised, lowered")
+        counts.legend(frameon=False, fontsize="small")
         for each in sorted({change.row for change in self._changes}):
             of_row = [change for change in self._changes if change.row == each]
             at = [change.number + 1 for change in of_row]
@@ -157,9 +142,11 @@ class Trace(Sequence[Change]):
             tokens.plot(range(len(stages)), found, marker="o", label=self.text(token).replace("$", r"\$"))
         tokens.set(title=f"row {row}: its most likely tokens", ylim=(0, None))
         tokens.legend(frameon=False, fontsize="small")
-        for panel in (left, mass):
-            panel.set_xticks(list(places), names, rotation=30, ha="right")
-        tokens.set_xticks([0, *places], ["start", *names], rotation=30, ha="right")
+        for panel in (counts, left):
+            panel.yaxis.set_major_formatter("{x:,.0f}")
+        for panel in (counts, left, mass):
+            panel.set_xticks(list(places), names, rotation=30, ha="right", rotation_mode="anchor")
+        tokens.set_xticks([0, *places], ["start", *names], rotation=30, ha="right", rotation_mode="anchor")
         if path is not None:
             figure.savefig(path)
         return figure
@@ -170,10 +157,15 @@ class Trace(Sequence[Change]):
                 change.processor,
                 str(change.row),
                 f"{change.removed:,}" + (f" (+{change.added:,})" if change.added else ""),
+                f"{change.raised:,}",
+                f"{change.lowered:,}",
                 f"{change.left:,}",
                 f"{change.kept_mass:.4f}",
                 f"{change.kept_of_start:.4f}",
                 self._words(change.removed_likeliest, between),
+                between.join(
+                    f"{self.text(token)} {_digits(was)} -> {_digits(now)}" for token, was, now in change.moved_most
+                ),
                 self._words(change.top_after, between),
             )
 
@@ -218,69 +210,31 @@ def trace(
     """
     top = whole_number("top", top, 1)
     members = fresh_members(listed(processors))
-    texts = None if tokenizer is None else _named(tokenizer)
+    texts = None if tokenizer is None else names_of_tokens(tokenizer)
     run = Run.of(prompt_length, cache_position)
-    start = before = _Candidates(checked_scores(scores))
+    start = before = Candidates(checked_scores(scores))
     changes: list[Change] = []
     for number, (member, plan) in enumerate(zip(members, single_plans(members), strict=True)):
-        after = _Candidates(plan(input_ids, before.scores, run))
+        after = Candidates(plan(input_ids, before.scores, run))
         if after.scores.shape != before.scores.shape:
             # A processor that mixes rows, such as guidance: its rows are compared with the first ones before it.
             before, start = before.first(after.scores.shape[0]), start.first(after.scores.shape[0])
-        changes += (_change(number, member.name, row, start, before, after, top) for row in range(after.rows))
+        changes += (change_of(number, member.name, row, start, before, after, top)[0] for row in range(after.rows))
         before = after
     return Trace(changes, texts, before.scores)
 
 
-class _Candidates:
-    """Scores ``[B, V]``, which of their tokens are candidates, and the probabilities of these."""
-
-    def __init__(self, scores: torch.Tensor) -> None:
-        self.scores = scores
-        self.rows = scores.shape[0]
-        self.are = scores > torch.finfo(scores.dtype).min
-        masked = scores.double().masked_fill(~self.are, float("-inf"))
-        self.probabilities = masked.softmax(-1).nan_to_num(0.0)  # a row without candidates has no probabilities
-
-    def first(self, rows: int) -> _Candidates:
-        """The same for the first rows."""
-        return _Candidates(self.scores[:rows])
-
-    def likeliest(self, row: int, count: int, among: torch.Tensor | None = None) -> Likely:
-        """The most likely candidates of a row, or of some of them; ties by token id."""
-        among = self.are[row] if among is None else among
-        tokens = among.nonzero().squeeze(1)
-        order = self.probabilities[row, tokens].sort(descending=True, stable=True).indices[:count]
-        chosen = tokens[order]
-        return tuple(zip(chosen.tolist(), self.probabilities[row, chosen].tolist(), strict=True))
+def _digits(probability: float) -> str:
+    """A probability, so that a small one tells something too."""
+    return f"{probability:.1e}" if 0 < probability < 5e-4 else f"{probability:.3f}"
 
 
-def _change(
-    number: int, name: str, row: int, start: _Candidates, before: _Candidates, after: _Candidates, top: int
-) -> Change:
-    was, now = before.are[row], after.are[row]
-    removed = was & ~now
-    return Change(
-        number=number,
-        processor=name,
-        row=row,
-        removed=int(removed.sum()),
-        added=int((now & ~was).sum()),
-        changed=int((was & now & (before.scores[row] != after.scores[row])).sum()),
-        left=int(now.sum()),
-        kept_mass=float(before.probabilities[row, now].sum()),
-        kept_of_start=float(start.probabilities[row, now].sum()),
-        removed_likeliest=before.likeliest(row, top, removed),
-        top_before=before.likeliest(row, top),
-        top_after=after.likeliest(row, top),
-    )
-
-
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """A class name without the ending that all of them have."""
     return name.removesuffix("LogitsProcessor").removesuffix("LogitsWarper")
 
 
-def _named(tokenizer: Any) -> list[str | None]:
+def names_of_tokens(tokenizer: Any) -> list[str | None]:
     """The text of each token; the name of special ones."""
     texts = token_texts(tokenizer)
     names: dict[int, str] = {token: name for name, token in tokenizer.get_vocab().items()}

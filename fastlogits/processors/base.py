@@ -64,7 +64,9 @@ class RunProcessor(LogitsProcessor):
     """
 
     def __init__(self, planned: _HasPlan, run: Run) -> None:
-        self._planned, self._run = planned, run
+        self._planned = planned
+        self.run = run
+        """The run that it stands in."""
 
     @property
     def plan(self) -> Plan:
@@ -73,7 +75,7 @@ class RunProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Processed scores ``[B, V]``, see ``StagedProcessor``."""
-        return self._planned.plan(input_ids, scores, self._run)
+        return self._planned.plan(input_ids, scores, self.run)
 
     def __repr__(self) -> str:
         names = ", ".join(member.name for member in self.plan.members)
@@ -81,11 +83,11 @@ class RunProcessor(LogitsProcessor):
 
     def starts_at(self, prompt_length: int) -> bool:
         """Whether its run is one that starts after so many tokens, see ``Run.starts_at``."""
-        return self._run.starts_at(prompt_length)
+        return self.run.starts_at(prompt_length)
 
     def apply_(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The same in place."""
-        return self._planned.plan(input_ids, scores, self._run, in_place=True)
+        return self._planned.plan(input_ids, scores, self.run, in_place=True)
 
     def explain(
         self,

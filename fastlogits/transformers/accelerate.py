@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import GenerationMixin
@@ -40,6 +40,9 @@ __all__ = ["accelerate", "restore"]
 _EVERYTHING = "every model of the process"
 
 
+_Another = TypeVar("_Another", bound="RunList")
+
+
 class RunList(LogitsProcessorList):
     """The processors of one run of ``generate`` as one plan, which knows where the run started.
 
@@ -49,6 +52,9 @@ class RunList(LogitsProcessorList):
         processors: what ``generate`` has assembled.
         prompt_length: number of tokens of the prompt; None where it is not known.
     """
+
+    is_watched = False
+    """Whether somebody notes what each processor does, so that each step has to call the list."""
 
     def __init__(self, processors: Iterable[Any], prompt_length: int | None) -> None:
         # A draft model may call them one by one, with lengths that its own tokenizer counts.
@@ -75,18 +81,29 @@ class RunList(LogitsProcessorList):
         return list.__iter__(self)
 
     def _member_of(self, processor: Any) -> Member:
-        mine = isinstance(processor, _OfRun) and processor.run is self._drafts
-        member = super()._member_of(processor.processor if mine else processor)
+        own = self.in_this_run(processor)
+        member = super()._member_of(processor if own is None else own)
         if self._sorts and isinstance(member.stage, Truncate) and member.original is not None:
             return member._replace(stage=Opaque(member.original))
         return member
 
     def sorting(self) -> RunList:
         """The same processors in the same run, where tokens that tie are kept or dropped as a sort comes out."""
-        same = RunList((), self._prompt_length)
-        list.extend(same, self)
-        same._drafts, same.run, same._sorts = self._drafts, self.run, True
+        same = self.in_same_run(RunList)
+        same._sorts = True
         return same
+
+    def in_same_run(self, cls: type[_Another]) -> _Another:
+        """The same processors in the same run, as a list of another class."""
+        same = cls((), self._prompt_length)
+        list.extend(same, self)
+        same._drafts, same.run = self._drafts, self.run
+        return same
+
+    def in_this_run(self, processor: Any) -> Any:
+        """The processor that one of the list stands for; None where it stands for itself."""
+        mine = isinstance(processor, _OfRun) and processor.run is self._drafts
+        return processor.processor if mine else None
 
     def expect_nothing(self) -> None:
         """Be told that the candidates of before have been verified: a draft may call meanwhile."""
@@ -103,7 +120,7 @@ class _OfRun(RunProcessor):
 
     def __init__(self, processor: StagedProcessor, run: Run) -> None:
         super().__init__(processor, run)
-        self.processor, self.run = processor, run
+        self.processor = processor
 
 
 def _asks_for_position(processor: Any) -> bool:
@@ -410,6 +427,21 @@ def _generators(given: Any) -> _Found:
         )
     alone = [(where, other) for where, other in others if not _has_inside(other, models)]
     return _Found(models, alone)
+
+
+def generating_models(given: Any) -> list[tuple[str, Any]]:
+    """The models of transformers that can generate, in a model or in what holds one, with their paths there.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = _generators(given)
+    if not found.models:
+        raise TypeError(
+            f"model must be, or hold, a model whose generate is transformers', got {type(given).__name__}: it has only "
+            f"{_listed(found.others)}"
+        )
+    return found.models
 
 
 def _modules_in(given: Any) -> tuple[str, Any]:

@@ -139,6 +139,8 @@ def decode(
         compile, model_kwargs,
     )  # fmt: skip
     try:
+        if run.is_watched:
+            raise loop.Unfit("fastlogits.watch notes what each processor does")
         if synced_gpus:
             raise loop.Unfit("synced_gpus: processes wait for each other at each step")
         if assistant is None and not generation_config.prompt_lookup_num_tokens:
@@ -151,6 +153,7 @@ def decode(
     except loop.Unfit as reason:
         loop.logger.info("decode takes transformers' own loop, without a CUDA graph: %s", str(reason))
     keeps_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
+    keeps_scores = keeps_scores or run.is_watched
     if generation_config.do_sample:
         run = _Drawing(run, *rows, input_ids.shape[1], keeps_scores)
         generation_config = copy.copy(generation_config)

@@ -196,7 +196,7 @@ def test_trace_as_text_table_html_and_plot(tokenizer, tmp_path):
     processors = fl.LogitsProcessorList([fl.SuppressFirstTokens(digits), fl.TopKLogitsWarper(3)])
     found = processors.trace(IDS, scores(vocab=len(tokenizer)), tokenizer, prompt_length=5, top=2)
     lines = str(found).splitlines()
-    for heading in ("processor", "removed", "kept mass", "removed, likeliest first", "top now"):
+    for heading in ("processor", "removed", "raised", "lowered", "kept mass", "changed most", "top now"):
         assert heading in lines[0]
     assert len(lines) == 1 + 4
     token = found[2].top_after[0][0]
@@ -212,6 +212,21 @@ def test_trace_as_text_table_html_and_plot(tokenizer, tmp_path):
     assert "<svg" in (tmp_path / "trace.svg").read_text()
     with pytest.raises(ValueError, match="row must be a row that was traced, 0 to 1"):
         found.plot(row=2)
+
+
+def test_trace_shows_what_stays_and_changes():
+    found = fl.trace([fl.RepetitionPenaltyLogitsProcessor(1.3), fl.TemperatureLogitsWarper(0.5)], IDS, scores(), top=2)
+    penalty, heat = found[0], found[2]
+    assert (penalty.removed, penalty.raised, penalty.lowered, penalty.changed) == (0, 0, 2, 2)
+    before = scores()[0].double().softmax(-1)
+    assert {token: was for token, was, _ in penalty.moved_most} == pytest.approx(
+        {token: float(before[token]) for token in (5, 6)}
+    )
+    assert heat.raised + heat.lowered == V
+    assert heat.raised > 0
+    token, was, now = heat.moved_most[0]
+    assert (token, was, now) == (heat.top_after[0][0], heat.top_before[0][1], heat.top_after[0][1])
+    assert f"{was:.3f} -> {now:.3f}" in str(found).splitlines()[3]
 
 
 def test_trace_as_a_frame():
