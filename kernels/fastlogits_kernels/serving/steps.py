@@ -23,6 +23,7 @@ from fastlogits_kernels.selection.launch import (
     reference_distribution,
 )
 from fastlogits_kernels.selection.logprobs import KeptRows, Report, launch_report, report, takes
+from fastlogits_kernels.selection.masses import launch_masses
 from fastlogits_kernels.serving import search
 from fastlogits_kernels.serving.history import launch_append, launch_swap
 from fastlogits_kernels.serving.layout import Numbers, Semantics, Slots, StepRows
@@ -170,7 +171,8 @@ def sample_rows(
         processed = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
         launch_keep(scores, processed, selection, kept_in(work), made.chain, found, numbers.temperature)
         return tokens, report(processed, tokens, count, counts)
-    left = KeptRows(kept_in(work), selection.lowest_ties, selection.banded)
+    masses = launch_masses(scores, selection, work, made.chain, found, numbers.temperature)
+    left = KeptRows(kept_in(work), selection.lowest_ties, selection.banded, masses)
     return tokens, launch_report(scores, tokens, count, counts, made.chain, found, numbers.temperature, left)
 
 
