@@ -28,6 +28,7 @@ from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, row_stride, tl, triton
 from fastlogits_kernels.runtime.library import register
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection.kept import launch_kept_bits
 from fastlogits_kernels.selection.launch import Selection, kept_in, launch_select
 from fastlogits_kernels.selection.launchers import maps_of
 from fastlogits_kernels.selection.masses import Tile, joined, launch_masses, log_of, reference_log_mass, tile_of
@@ -92,8 +93,8 @@ class KeptRows(NamedTuple):
 # -- The kernels -----------------------------------------------------------------------------------------------------
 
 _UNALIGNED = [
-    *MAPS, "tokens_ptr", "kept_ptr", "masses_ptr", "counts_ptr", "work_ptr", "logprobs_ptr", "ranks_ptr", "top_tokens_ptr",
-    "top_logprobs_ptr",
+    *MAPS, "tokens_ptr", "kept_ptr", "masses_ptr", "counts_ptr", "work_ptr", "logprobs_ptr", "ranks_ptr",
+    "top_tokens_ptr", "top_logprobs_ptr",
 ]  # fmt: skip
 _STEPWISE = [*MAP_STRIDES, "W", "tiles", "count", "groups"]
 _STEPWISE += ["stride_of_tokens", "stride_kept", "stride_counts", "stride_work"]
@@ -346,6 +347,7 @@ def select_and_report(
     chain: Chain | None = None,
     call: Call = NOTHING,
     counts: torch.Tensor | None = None,
+    kept_bits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Report]:
     """The tokens of ``select_tokens``, and a report on them in the distribution that they were sampled from.
 
@@ -359,10 +361,11 @@ def select_and_report(
         chain: see there.
         call: see there.
         counts: see ``launch_report``.
+        kept_bits: see ``select_tokens``.
     """
     if not (takes(logits, count) and launch.takes_scores(logits)):
         tokens, processed = launch.reference_tokens(
-            logits, selection, seeds, positions, temperature, chain, call
+            logits, selection, seeds, positions, temperature, chain, call, kept_bits
         )  # fmt: skip
         return tokens, report(processed, tokens, count, counts)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
@@ -372,6 +375,8 @@ def select_and_report(
     work = launch_select(
         logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
     )
+    if kept_bits is not None:
+        launch_kept_bits(logits, selection, work, kept_bits, chain, found, temperature)
     masses = launch_masses(logits, selection, work, chain or _NO_CHAIN, found, temperature)
     kept = KeptRows(kept_in(work), selection.lowest_ties, selection.banded, masses)
     return tokens, launch_report(logits, tokens, count, counts, chain, found, temperature, kept)

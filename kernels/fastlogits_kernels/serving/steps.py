@@ -16,6 +16,7 @@ from fastlogits_kernels.pointwise.fold import Chain, Op
 from fastlogits_kernels.rules import Rule, RuleKind, Ties
 from fastlogits_kernels.runtime.backend import Operation
 from fastlogits_kernels.selection.keep import launch_keep
+from fastlogits_kernels.selection.kept import bits_of_scores, launch_kept_bits
 from fastlogits_kernels.selection.launch import (
     Selection,
     kept_in,
@@ -141,14 +142,18 @@ def sample_rows(
     rows: StepRows,
     logprobs: Literal["raw", "processed"] | None = None,
     count: int = 0,
+    kept_bits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Report | None]:
     """A token of each row, int64 ``[B]``, and a report on it in the logits as they are or as they are drawn from.
 
-    There is room for ``count`` of the likeliest tokens.
+    There is room for ``count`` of the likeliest tokens. What is kept is written to ``kept_bits``: see
+    ``select_tokens``.
     """
     if not _takes(scores):
         processed, greedy, numbers = _reference(step, scores, rows, True)
         tokens = draw(processed, numbers.longs[0], numbers.longs[1], greedy)
+        if kept_bits is not None:
+            kept_bits.copy_(bits_of_scores(processed))
         if logprobs is None:
             return tokens, None
         return tokens, report(scores if logprobs == "raw" else processed, tokens, count, numbers.counts)
@@ -162,6 +167,8 @@ def sample_rows(
         scores, selection, made.chain, found, temperature=numbers.temperature, seeds=numbers.longs[0],
         positions=numbers.longs[1], tokens=tokens,
     )  # fmt: skip
+    if kept_bits is not None:
+        launch_kept_bits(scores, selection, work, kept_bits, made.chain, found, numbers.temperature)
     if logprobs is None:
         return tokens, None
     counts = numbers.counts[: len(tokens)]

@@ -11,14 +11,14 @@ Where token ids are given, only their logits are read, before all of the row bec
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from fastlogits_kernels.runtime.launcher import tl, triton
 from fastlogits_kernels.selection.row import (
     LOG2_E,
     Kept,
     Maps,
-    Scores,
     inverse_of,
-    is_greedy,
     is_kept,
     load_float,
     rank_of,
@@ -42,7 +42,6 @@ from fastlogits_kernels.training.rows import (
     in_bits,
     span_of,
 )
-from typing import NamedTuple
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -57,8 +56,10 @@ class Incoming(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What makes probabilities of raw logits: their largest, a factor, what is subtracted then, the entropy, and one
-    over the temperature."""
+    """What makes probabilities of raw logits: their largest, a factor, what is subtracted then.
+
+    Then the entropy, and one over the temperature.
+    """
 
     top: tl.tensor
     factor: tl.tensor
@@ -68,12 +69,12 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
-def load_incoming(row, grads_ptr, stride_grad, entropy_grads_ptr, stride_entropy_grad, targets_ptr, stride_target, ignore):
+def load_incoming(row, grads_ptr, stride_grad, entropies_ptr, stride_entropy, targets_ptr, stride_target, ignore):
     """What comes to a row."""
     g = tl.load(grads_ptr + row * stride_grad).to(tl.float32)
     h = tl.zeros_like(g)
-    if entropy_grads_ptr is not None:
-        h = tl.load(entropy_grads_ptr + row * stride_entropy_grad).to(tl.float32)
+    if entropies_ptr is not None:
+        h = tl.load(entropies_ptr + row * stride_entropy).to(tl.float32)
     target = tl.load(targets_ptr + row * stride_target).to(tl.int64)
     return Incoming(g, h, target, ((g != 0) | (h != 0)) & (target != ignore))
 

@@ -255,8 +255,8 @@ def _reference(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
     empty = torch.empty(0, dtype=dtype, device=logits.device)
     columns = list(zip(*found, strict=True)) or [(empty,), (empty,), (empty.bool(),)]
     record = torch.zeros((len(task.targets), _WORDS), dtype=torch.int32, device=logits.device)
-    entropies = torch.cat(columns[1]) if entropy else None  # type: ignore[arg-type]
-    return Rows(torch.cat(columns[0]), entropies, torch.cat(columns[2]), record)  # type: ignore[arg-type]
+    entropies = torch.cat(columns[1]) if entropy else None
+    return Rows(torch.cat(columns[0]), entropies, torch.cat(columns[2]), record)
 
 
 # -- Backward --------------------------------------------------------------------------------------------------------
@@ -422,18 +422,18 @@ register(
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, targets, temperature, kinds, values, by_row, ties, ids, counts, offsets, bits, ignore_index, entropy = inputs
+    logits, targets, temperature, kinds, values, by_row, ties, *sets, ignore_index, entropy = inputs
     ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(logits, targets, output[3], temperature, by_row, ids, counts, offsets, bits)
+    ctx.save_for_backward(logits, targets, output[3], temperature, by_row, *sets)
     ctx.given = (kinds, values, ties, ignore_index, entropy)
 
 
 def _differentiate(ctx: Any, grads: torch.Tensor, entropy_grads: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    logits, targets, record, temperature, by_row, ids, counts, offsets, bits = ctx.saved_tensors
+    logits, targets, record, temperature, by_row, *sets = ctx.saved_tensors
     kinds, values, ties, ignore_index, entropy = ctx.given
     gradient = torch.ops.fastlogits.logprobs_backward(
         grads, entropy_grads if entropy else None, logits, targets, record, temperature, kinds, values, by_row, ties,
-        ids, counts, offsets, bits, ignore_index,
+        *sets, ignore_index,
     )  # fmt: skip
     return (gradient, *(None,) * 12)
 
@@ -478,7 +478,7 @@ def logprobs(
         in_place: whether the gradient takes the place of the logits, which nobody may read any more then.
     """
     if in_place and not torch.compiler.is_compiling():
-        found, entropies, outside = _InPlace.apply(logits, task, entropy)  # type: ignore[no-untyped-call]
+        found, entropies, outside = _InPlace.apply(logits, task, entropy)
     else:
         found, entropies, outside, _ = torch.ops.fastlogits.logprobs(logits, task.targets, *flattened(task), entropy)
     return found, entropies if entropy else None, outside

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 
 from fastlogits_kernels.rules import Rule
-from fastlogits_kernels.runtime.bits import unpack_bits
 from fastlogits_kernels.selection.launch import reference_distribution
 from fastlogits_kernels.selection.masses import reference_log_mass
 from fastlogits_kernels.training.sets import GivenSets
@@ -111,8 +110,10 @@ def _chunks(logits: torch.Tensor) -> Iterator[tuple[int, int]]:
 def reference_logprobs(
     logits: torch.Tensor, task: Task, entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Log-probabilities ``[N]`` of the targets of ``logits`` ``[N, V]``, entropies if asked for, and which targets
-    wouldn't have been kept."""
+    """Log-probabilities ``[N]`` of the targets of ``logits`` ``[N, V]``, and entropies if asked for.
+
+    And which targets wouldn't have been kept, bool ``[N]``.
+    """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     N = len(logits)
     logprobs = torch.empty(N, dtype=dtype, device=logits.device)

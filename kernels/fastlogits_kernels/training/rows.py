@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastlogits_kernels.runtime.launcher import tl, triton
+from fastlogits_kernels.selection.goals import below_of
 from fastlogits_kernels.selection.masses import (
     KeptSums,
     Tile,
@@ -28,27 +29,22 @@ from fastlogits_kernels.selection.masses import (
     tile_of,
 )
 from fastlogits_kernels.selection.row import (
-    HIGHEST,
     KEPT_AT,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
     LOWEST,
-    MINUS_INFINITY,
     ONE,
     STEPWISE,
     UNALIGNED,
     Form,
-    Kept,
     Maps,
     Scores,
     Shape,
     all_kept,
-    exp,
     folded_logits,
     inverse_of,
     is_kept,
     key_of,
-    load_float,
     load_kept,
     number_of,
     rank_of,
@@ -56,7 +52,6 @@ from fastlogits_kernels.selection.row import (
     store_float,
     weight_of,
 )
-from fastlogits_kernels.selection.goals import below_of
 
 # -- The record of a row, in words of 32 bits ------------------------------------------------------------------------
 
@@ -102,8 +97,10 @@ class Results(NamedTuple):
 
 
 class Own(NamedTuple):
-    """The target of a row: its token, whether it is one, whether the row is left out, and its logit before and after
-    the temperature."""
+    """The target of a row: its token, whether it is one, and whether the row is left out.
+
+    Then its logit before and after the temperature.
+    """
 
     token: tl.tensor
     known: tl.tensor
@@ -162,7 +159,7 @@ def tile_kernel(
     # constants
     BELOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of a tile, its mass, and its mass times distance from there; rows that are left out aren't read."""
+    """The largest logit of a tile, its mass, and its mass times distance from there; not of rows left out."""
     maps = Maps(temperature_ptr, None, None, None, None, None, stride_temperature, 0, 0, 0, 0)
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
@@ -369,7 +366,14 @@ def _load_given(start, size, row, begin, sets, scores, BLOCK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["stride_temperature", "stride_target", "stride_ids", "stride_counts", "stride_bits", "most"],
-    do_not_specialize_on_alignment=["temperature_ptr", "targets_ptr", "ids_ptr", "counts_ptr", "offsets_ptr", "bits_ptr"],
+    do_not_specialize_on_alignment=[
+        "temperature_ptr",
+        "targets_ptr",
+        "ids_ptr",
+        "counts_ptr",
+        "offsets_ptr",
+        "bits_ptr",
+    ],
 )
 def given_kernel(
     # inputs
