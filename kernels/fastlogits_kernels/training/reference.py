@@ -146,7 +146,7 @@ def reference_gradient_(
             h = entropy_grads[begin:end].to(p.dtype).unsqueeze(1)
             share = share + h * torch.where(p > 0, logarithms + entropy, 0.0)
             acts = acts | (h != 0)
-        d = -p * share
+        d = 0.0 - p * share
         d.masked_fill_(~rows.known, math.nan)
         target = torch.where(rows.known, part.targets.unsqueeze(1), 0)
         d.scatter_add_(1, target, g)

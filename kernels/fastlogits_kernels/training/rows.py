@@ -402,11 +402,14 @@ def given_kernel(
         begin, size, whole, overflows = row, tl.full([], 0, tl.int32) + V, no, no
     size = tl.where(own.ignored | overflows, 0, size)
     raw_key = tl.where(own.known, key_of(own.raw), LOWEST)
-    found = tl.full([], 0, tl.int32)
+    found, number = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for start in range(0, size, BLOCK):
         x, inside, token = _load_given(start, size, row, begin, sets, scores, BLOCK)
         raw_key = tl.maximum(raw_key, tl.max(tl.where(inside, key_of(x), LOWEST)))
         found += tl.sum((inside & (token == own.token)).to(tl.int32))
+        number += tl.sum(inside.to(tl.int32))
+    if bits_ptr is not None:
+        whole = number >= V
     joins = own.known & (found == 0) & (whole == 0)
     raw_top = number_of(raw_key)
     top = scaled(raw_top, row, maps)
@@ -421,11 +424,10 @@ def given_kernel(
             below += tl.sum(below_of(x, top, inside))
     sums = KeptSums(raw_top, top, mass, below)
     defined = (mass > 0) & (overflows == 0)
-    if ids_ptr is not None:
-        all_sums, all_defined = _whole_row(row, whole & (own.ignored == 0), scores, Form((), 0.0), BELOW, TILE)
-        if whole:
-            sums = all_sums
-            defined = all_defined
+    all_sums, all_defined = _whole_row(row, whole & (own.ignored == 0), scores, Form((), 0.0), BELOW, TILE)
+    if whole:
+        sums = all_sums
+        defined = all_defined
     log_mass = log_of(sums.mass, sums.top, defined)
     lowest = tl.full([], float("-inf"), tl.float32)
     _store_row(
