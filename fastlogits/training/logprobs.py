@@ -158,6 +158,7 @@ def logprobs(
         found = kernel_logprobs(given.logits, given.task, entropy, inplace_backward)
     if strict:
         _check_inside(found[2], kept)
+    result: torch.Tensor
     result, entropies, unlikely = found[0].view(given.shape), found[1], found[2].view(given.shape)
     if not (entropy or outside):
         return result

@@ -6,7 +6,9 @@ import pytest
 import torch
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection.row import STATE_AT, UNCUT
 from fastlogits_kernels.training import logprobs as kernels
+from fastlogits_kernels.training.rows import FINISHED
 
 import fastlogits as fl
 from tests.oracle import broken_rows, hard_rows
@@ -44,6 +46,12 @@ RULES = {
         "top_k": torch.tensor([5, 50, 700, 3, 699, 900]),
     },
 }
+
+
+def spared(backend, dtype, options, taken):
+    """Skip what is slow in the interpreter: of most rules one dtype is enough."""
+    if backend == "kernel" and not GPU and dtype != taken and options not in ("k p", "temperature"):
+        pytest.skip("slow in the interpreter")
 
 
 def on_device(options):
@@ -101,6 +109,7 @@ ENTROPY_WEIGHTS = torch.tensor([0.1, 0.0, -0.2, 0.3, 0.0, 0.0], device=DEVICE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", RULES)
 def test_is_what_it_is_defined_to_be(backend, options, dtype):
+    spared(backend, dtype, options, torch.bfloat16)
     logits = some_rows(dtype).to(DEVICE)
     targets = some_targets(logits)
     given = on_device(RULES[options])
@@ -123,6 +132,7 @@ def test_is_what_it_is_defined_to_be(backend, options, dtype):
 @pytest.mark.parametrize("options", RULES)
 def test_is_what_the_sampler_reports_bit_for_bit(backend, options, dtype):
     """Whatever the batch, the strides, and what the kept tokens are known from."""
+    spared(backend, dtype, options, torch.float32)
     logits = some_rows(dtype).to(DEVICE)
     given = on_device(RULES[options])
     drawn = fl.sample(logits, seeds=11, positions=4, logprobs="processed", return_kept="bits", **given)
@@ -163,6 +173,39 @@ def test_long_rows_whose_candidates_are_a_part_of_them(backend):
         torch.testing.assert_close(found.entropy.cpu().double(), entropy, atol=3e-5, rtol=3e-5)
         found.logprobs.sum().backward()
         torch.testing.assert_close(leaf.grad.cpu().double(), gradient, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize(
+    "options", [{"top_k": 50, "top_p": 0.9, "temperature": 0.7}, {"top_p": torch.tensor([0.9, 1.0, 0.5, 0.9, 0.3])}]
+)
+def test_many_rows_are_as_few(monkeypatch, options):
+    """One program for all of a row: the same results, and rows that their candidates decide are finished by it."""
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
+    rows = hard_rows(9000)
+    logits = torch.stack([rows[name] for name in ("gauss", "zipf", "masked", "equal", "spike .95")]).bfloat16()
+    logits, given = logits.to(DEVICE), on_device(options)
+    targets = logits.argmax(-1)
+    targets[1], targets[4] = 77, -100
+    states = []
+    finish = kernels._launch_open
+
+    def noted(logits, task, selection, layout, work, into):
+        states.extend(work[:, STATE_AT.value].tolist())
+        finish(logits, task, selection, layout, work, into)
+
+    def both(many):
+        monkeypatch.setattr(kernels, "_MANY_ROWS", 1 if many else 1 << 30)
+        leaf = logits.clone().requires_grad_()
+        found = fl.logprobs(leaf, targets, outside=True, **given)
+        found.logprobs.sum().backward()
+        return found.logprobs, found.outside, leaf.grad
+
+    few = both(False)
+    monkeypatch.setattr(kernels, "_launch_open", noted)
+    assert all(map(torch.equal, both(True), few))
+    assert states[0] == FINISHED.value
+    assert states[4] == UNCUT.value  # left out
 
 
 FORMS = ["bits", "ids", 300]

@@ -18,16 +18,26 @@ import torch
 from fastlogits_kernels.pointwise.fold import Chain
 from fastlogits_kernels.rules import CODES, RULES, TIES, Rule
 from fastlogits_kernels.runtime.backend import Operation
-from fastlogits_kernels.runtime.launcher import Launcher, launch_key, row_stride, triton
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, launch_key, launch_together, row_stride, triton
 from fastlogits_kernels.runtime.library import NAMESPACE, register
 from fastlogits_kernels.runtime.library import _library as library
 from fastlogits_kernels.runtime.recent import recent
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.selection.launchers import LARGEST
-from fastlogits_kernels.selection.layout import SOME, Layout, Selection, takes_rules
+from fastlogits_kernels.selection.launchers import (
+    _BITS,
+    LARGEST,
+    Tensors,
+    _Call,
+    _rows_launch,
+    _sums_launch,
+    is_portable,
+    multiprocessors,
+)
+from fastlogits_kernels.selection.layout import MANY, SAMPLE, SOME, Layout, Selection, takes_rules
 from fastlogits_kernels.selection.masses import BLOCK, weighs_certain
-from fastlogits_kernels.selection.row import LINE
+from fastlogits_kernels.selection.row import LINE, RUN, SUM_WORDS
 from fastlogits_kernels.training.gradient import gradient_kernel, listed_gradient_kernel
+from fastlogits_kernels.training.many_rows import many_rows_kernel
 from fastlogits_kernels.training.reference import Task, reference_gradient_, reference_logprobs
 from fastlogits_kernels.training.rows import (
     LISTED,
@@ -56,11 +66,22 @@ _LEAST_ROWS = 64
 _PART = 2048
 _LIST_BLOCK = 256
 
+# From so many rows on a program does all of a row: each multiprocessor has several at once.
+_MANY_ROWS = 512
+_MOST_TILES = 256
+# What a program of many rows reads at once: as many bytes as keep the memory busy while others decide.
+_BLOCK_BYTES = 8192
+
 _tile_launcher = Launcher(tile_kernel, num_warps=4, enable_fp_fusion=False)
 _join_launcher = Launcher(join_kernel, num_warps=4, enable_fp_fusion=False)
 _selected_launcher = Launcher(selected_kernel, num_warps=4, enable_fp_fusion=False)
 _given_launcher = Launcher(given_kernel, num_warps=4, enable_fp_fusion=False)
 _gradient_launcher = Launcher(gradient_kernel, num_warps=4, enable_fp_fusion=False)
+# By candidates of a row: the launcher, and how many programs a multiprocessor runs at once.
+_many_launchers = {
+    SOME: (Launcher(many_rows_kernel, num_warps=8, enable_fp_fusion=False, maxnreg=80), 3),
+    MANY: (Launcher(many_rows_kernel, num_warps=16, enable_fp_fusion=False, maxnreg=64), 2),
+}
 _listed_launcher = Launcher(listed_gradient_kernel, num_warps=4, enable_fp_fusion=False)
 
 
@@ -180,9 +201,15 @@ def _index_key(task: Task, targets: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _launch_selected(logits: torch.Tensor, task: Task, selection: Selection, into: Rows) -> None:
+    work = launch.launch_select(logits, selection, temperature=task.temperature)
+    _launch_open(logits, task, selection, selection.layouts[logits.element_size()], work, into)
+
+
+def _launch_open(
+    logits: torch.Tensor, task: Task, selection: Selection, layout: Layout, work: torch.Tensor, into: Rows
+) -> None:
+    """Finish the rows of which ``work`` says what is kept."""
     temperature, targets = task.temperature, task.targets
-    work = launch.launch_select(logits, selection, temperature=temperature)
-    layout = selection.layouts[logits.element_size()]
     entropy = into.entropy is not None
     key = (
         *launch_key(logits), selection.form, *_dtypes(temperature, targets), entropy, _index_key(task, targets),
@@ -194,6 +221,63 @@ def _launch_selected(logits: torch.Tensor, task: Task, selection: Selection, int
         logits.shape[1], *layout.shape, task.ignore_index, *logits.stride(), targets.stride(0), work.stride(0),
         selection.lowest_ties, selection.banded, certain, entropy, layout.PARTS, BLOCK, _TILE,
     ))  # fmt: skip
+
+
+def _takes_many(logits: torch.Tensor, selection: Selection) -> bool:
+    """Whether there are so many rows that one program does all of each.
+
+    Not where what is kept for certain isn't weighed: a row of many candidates would be processed as a whole.
+    """
+    if selection.banded or (selection.bracketed and not selection.weighed):
+        return False
+    return len(logits) >= _MANY_ROWS and selection.layouts[logits.element_size()].TILES <= _MOST_TILES
+
+
+def _many_layout(selection: Selection, V: int, itemsize: int) -> tuple[Layout, int, int]:
+    """A workspace without lists, which programs have; how many candidates a list holds, and tokens of a sample."""
+    few = not selection.bracketed and max(selection.slots) <= SOME
+    slots, sample = (SOME, SAMPLE // 2) if few else (MANY, SAMPLE)
+    plain = selection.layouts[itemsize]
+    line: int = LINE.value
+    size = min(V, sample)
+    shape: Any = plain.shape._replace(
+        slots=slots, capacity=0.6 * slots, room=0.95 * slots, runs=max(V, sample) // RUN.value, sample_size=size,
+        share=size / V,
+    )  # fmt: skip
+    width = shape.sums_at + (SUM_WORDS.value * shape.tiles if selection.sums else 0)
+    return plain._replace(shape=shape, words_of_row=-(-width // line) * line), slots, sample
+
+
+def _launch_many(logits: torch.Tensor, task: Task, selection: Selection, into: Rows) -> None:
+    N, V = logits.shape
+    device, temperature, targets = logits.device, task.temperature, task.targets
+    layout, slots, sample = _many_layout(selection, V, logits.element_size())
+    launcher, programs_of_each = _many_launchers[slots]
+    programs = min(N, programs_of_each * multiprocessors(device))
+    stride = layout.words_of_row
+    memory = torch.empty(N * stride + programs * 2 * slots, dtype=torch.int32, device=device)
+    work = memory[: N * stride].view(N, stride)
+    tensors = Tensors(logits, work, temperature=temperature, rows=tuple(selection.rows))
+    call = _Call.of(selection, _NO_CHAIN, None, tensors, tensors)
+    # The sums take no sample, and what is left open has no list.
+    bare: Any = layout.shape._replace(slots=0, sample_size=0)
+    call = call._replace(layout=layout, shape=bare)
+    entropy = into.entropy is not None
+    key = (
+        *launch_key(logits), selection.form, *_dtypes(temperature, targets, *selection.rows), entropy, slots,
+        _index_key(task, targets),
+    )  # fmt: skip
+    many = Launch(launcher, key, programs, (
+        logits, (selection.numbers, *selection.rows), temperature, row_stride(temperature), targets, memory,
+        into.logprobs, into.entropy, into.outside, into.record,
+        V, *layout.shape, N, task.ignore_index, *logits.stride(), targets.stride(0), stride, 2 * slots,
+        selection.kinds, selection.leasts, selection.places, selection.sums, selection.bracketed, selection.weighed,
+        selection.lowest_ties, entropy, sample, _BITS, layout.TILES, slots, _BLOCK_BYTES // logits.element_size(),
+        is_portable(device),
+    ))  # fmt: skip
+    sums = [_sums_launch(call)] if selection.sums else []
+    launch_together([*sums, many, _rows_launch(call, slots)])
+    _launch_open(logits, task, selection, call.layout._replace(shape=bare), work, into)
 
 
 def _sets_of(kept: GivenSets) -> tuple[tuple[Any, ...], tuple[int, ...], int]:
@@ -232,7 +316,9 @@ def _forward(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
     V = logits.shape[-1]
     selection = None if task.kept is not None else _selection_of(task.rules, V, device)
     acts = selection is not None and bool(selection.kinds)
-    most = _rows_at_once(logits, selection) if selection is not None and acts else None
+    most = None
+    if selection is not None and acts and not _takes_many(_views(logits)[0], selection):
+        most = _rows_at_once(logits, selection)
     for part, begin, end in _parts(logits, most):
         its, into = task.rows(begin, end), found.rows(begin, end)
         if task.kept is not None:
@@ -243,7 +329,7 @@ def _forward(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
             given = selection
             if selection.rows:
                 given = _slim(Selection(its.rules, V, device), V)
-            _launch_selected(part, its, given, into)
+            (_launch_many if _takes_many(part, given) else _launch_selected)(part, its, given, into)
     return found
 
 
