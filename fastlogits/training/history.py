@@ -30,8 +30,12 @@ class _Process(NamedTuple):
         """The processed logits ``[B, V]`` of a position, float32, or float64 where they are that."""
         x = logits if logits.dtype == torch.float64 else logits.float()
         seen = self.input_ids[:, : self.input_ids.shape[1] - self.T + t + 1]
-        run = None if self.prompt_length is None else Run.of(self.prompt_length, None)
-        return self.plan(seen, x, run, {})
+        start = self.prompt_length
+        if isinstance(start, torch.Tensor):
+            start = start.clamp(max=seen.shape[1])
+        elif start is not None:
+            start = min(start, seen.shape[1])
+        return self.plan(seen, x, None if start is None else Run.of(start, None), {})
 
 
 def _steps(logits: torch.Tensor, task: Task) -> Iterator[tuple[int, torch.Tensor, Task]]:
@@ -76,13 +80,15 @@ class _Processed(torch.autograd.Function):
         logits, *records = ctx.saved_tensors
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for t, each, of_it in _steps(logits.detach(), ctx.task):
+            # As in the forward pass, to the last bit; the pass that torch records may round otherwise.
+            same = ctx.process(each, t)
+            own = torch.empty(same.shape, dtype=same.dtype, device=same.device)
+            entropy_grads = came[1][:, t].contiguous() if ctx.entropy else None
+            incoming = kernels.Incoming(came[0][:, t].contiguous(), entropy_grads, records[t])
+            kernels._backward_(same, of_it, incoming, own)
             with torch.enable_grad():
                 leaf = each.detach().clone().requires_grad_()
                 processed = ctx.process(leaf, t)
-            own = torch.empty(processed.shape, dtype=processed.dtype, device=processed.device)
-            entropy_grads = came[1][:, t].contiguous() if ctx.entropy else None
-            incoming = kernels.Incoming(came[0][:, t].contiguous(), entropy_grads, records[t])
-            kernels._backward_(processed.detach(), of_it, incoming, own)
             if processed.requires_grad:
                 (found,) = torch.autograd.grad(processed, leaf, own)
             else:  # a processor has made them anew

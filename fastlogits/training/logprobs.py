@@ -112,7 +112,7 @@ def logprobs(
             ``[B, T, V]``; those of position t have seen the first ``L - T + t + 1``, so that L is T where the logits
             are those of the whole text. ``[N, L]`` for ``[N, V]``: all of them.
         prompt_length: for processors that ask for the step, see ``LogitsProcessorList``: an integer, or one for each of
-            the B or N texts.
+            the B or N texts. Positions inside the prompt count as its last.
         kept: what sampling has returned, in place of the truncations: ``KeptTokens``, or packed bits, int32
             ``[..., W]``. A row for whose ids there was no room has NaN.
         strict: whether a target that wouldn't have been kept is refused, and a set for which there was no room; this
