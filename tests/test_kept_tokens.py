@@ -1,5 +1,7 @@
 """What a sampler says was kept, in each form, from kernels and from torch."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from fastlogits_kernels.runtime import launcher
@@ -48,7 +50,9 @@ def test_a_sampler_says_what_it_has_kept(backend, form, options):
         assert sample.kept.counts.tolist() == wanted.sum(1).tolist()
         first = [row.nonzero()[:5, 0].tolist() for row in wanted]
         assert sample.kept.ids.tolist() == [row + [-1] * (5 - len(row)) for row in first]
-        with pytest.raises(ValueError, match=r"kept tokens must have room for \d+ ids in a row, got room for 5"):
+        lacking = (sample.kept.counts > 5) & (sample.kept.counts < V)
+        said = pytest.raises(ValueError, match=r"must have room for \d+ ids in a row, got room for 5")
+        with said if bool(lacking.any()) else nullcontext():
             sample.kept.check()
         return
     if form != 400 or bool((wanted.sum(1) <= 400).all()):

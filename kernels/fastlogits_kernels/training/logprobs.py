@@ -102,8 +102,14 @@ class Rows(NamedTuple):
         return Rows(*(None if each is None else each[begin:end] for each in self))  # type: ignore[arg-type]
 
 
-def _takes(logits: torch.Tensor) -> bool:
-    return _OPERATION.takes(logits, launch.FORCE_KERNEL) and logits.dtype in LARGEST and logits.shape[-1] > 1
+def takes(logits: torch.Tensor, task: Task) -> bool:
+    """Whether the kernels do what is asked of these logits."""
+    return (
+        _OPERATION.takes(logits, launch.FORCE_KERNEL)
+        and logits.dtype in LARGEST
+        and logits.shape[-1] > 1
+        and (task.kept is not None or takes_rules(task.rules))
+    )
 
 
 # -- Rows as views ---------------------------------------------------------------------------------------------------
@@ -304,7 +310,7 @@ def _launch_given(logits: torch.Tensor, task: Task, into: Rows) -> None:
 @_OPERATION.falls_back
 def _forward(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
     N = len(task.targets)
-    if not (_takes(logits) and (task.kept is not None or takes_rules(task.rules))):
+    if not takes(logits, task):
         return _reference(logits, task, entropy)
     device = logits.device
     found = Rows(
@@ -414,7 +420,7 @@ def _is_idle(rule: Rule, V: int) -> bool:
 @_OPERATION.falls_back
 def _backward_(logits: torch.Tensor, task: Task, came: Incoming, out: torch.Tensor) -> None:
     """Write the gradient of ``logits`` ``[..., V]`` to ``out``, which may be these."""
-    kernels = _takes(logits) and (task.kept is not None or takes_rules(task.rules))
+    kernels = takes(logits, task)
     for (part, begin, end), into in zip(_parts(logits), _views_like(out, logits), strict=True):
         its, given = task.rows(begin, end), came.rows(begin, end)
         if kernels:

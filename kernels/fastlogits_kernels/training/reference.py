@@ -47,7 +47,7 @@ class Task(NamedTuple):
         return Task(self.targets[some], temperature, rules, kept, self.ignore_index)
 
 
-class _Rows(NamedTuple):
+class ProcessedRows(NamedTuple):
     """Some rows as they are sampled from, with their targets."""
 
     scores: torch.Tensor
@@ -63,8 +63,16 @@ class _Rows(NamedTuple):
     top: torch.Tensor
     log_mass: torch.Tensor
 
+    def entropy(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Entropies ``[n, 1]``, the logarithms of all probabilities, and these."""
+        logarithms = self.scores - self.top - self.log_mass
+        p = logarithms.exp()
+        below = torch.where(p > 0, p * (self.top - self.scores), p * 0).sum(-1, keepdim=True)
+        return self.log_mass + below, logarithms, p
 
-def _rows(logits: torch.Tensor, task: Task) -> _Rows:
+
+def rows_of(logits: torch.Tensor, task: Task) -> ProcessedRows:
+    """Rows ``[n, V]`` as they are sampled from."""
     x = logits if logits.dtype == torch.float64 else logits.float()
     n, V = x.shape
     target = task.targets.unsqueeze(1)
@@ -89,15 +97,7 @@ def _rows(logits: torch.Tensor, task: Task) -> _Rows:
     outside = known & (processed.gather(1, target) == -math.inf)
     processed = processed.scatter(1, target, torch.where(known, own, processed.gather(1, target)))
     top = processed.amax(-1, keepdim=True)
-    return _Rows(processed, own, known, outside, divisor, top, reference_log_mass(processed, top))
-
-
-def _entropy(rows: _Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Entropies ``[n, 1]``, and the logarithms of all probabilities and these."""
-    logarithms = rows.scores - rows.top - rows.log_mass
-    p = logarithms.exp()
-    below = torch.where(p > 0, p * (rows.top - rows.scores), p * 0).sum(-1, keepdim=True)
-    return rows.log_mass + below, logarithms, p
+    return ProcessedRows(processed, own, known, outside, divisor, top, reference_log_mass(processed, top))
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[tuple[int, int]]:
@@ -121,13 +121,13 @@ def reference_logprobs(
     outside = torch.empty(N, dtype=torch.bool, device=logits.device)
     for begin, end in _chunks(logits):
         part = task.rows(begin, end)
-        rows = _rows(logits[begin:end], part)
+        rows = rows_of(logits[begin:end], part)
         ignored = part.targets == task.ignore_index
         found = torch.where(rows.known, rows.own - rows.top - rows.log_mass, math.nan).squeeze(1)
         logprobs[begin:end] = found.masked_fill(ignored, 0.0)
         outside[begin:end] = rows.outside.squeeze(1) & ~ignored
         if entropies is not None:
-            entropies[begin:end] = _entropy(rows)[0].squeeze(1).masked_fill(ignored, 0.0)
+            entropies[begin:end] = rows.entropy()[0].squeeze(1).masked_fill(ignored, 0.0)
     return logprobs, entropies, outside
 
 
@@ -137,9 +137,9 @@ def reference_gradient_(
     """Write the gradient of ``logits`` ``[N, V]`` to ``out``, which may be these; see ``gradient.py``."""
     for begin, end in _chunks(logits):
         part = task.rows(begin, end)
-        rows = _rows(logits[begin:end], part)
+        rows = rows_of(logits[begin:end], part)
         g = grads[begin:end].to(rows.scores.dtype).unsqueeze(1)
-        entropy, logarithms, p = _entropy(rows)
+        entropy, logarithms, p = rows.entropy()
         share = g.expand_as(p)
         acts = g != 0
         if entropy_grads is not None:
