@@ -131,7 +131,7 @@ REGISTERS = {"synthid wraps": 192}
 LIMITS = {
     "refine_rows": (128, 768), "bounds typical": (64, 256), "bounds serving": (64, 256), "filter serving": (48, 256),
     "bounds": (64, 40), "filter": (48, 8), "refine": (128, 0), "report": (192, 8), "tiles": (136, 8),
-    "slot_sets": (136, 28),
+    "slot_sets": (136, 28), "many_rows": (80, 640), "selected": (136, 16), "given": (136, 8),
 }  # fmt: skip
 VERSION = tuple(int(n) for n in launcher.triton.__version__.split(".")[:2]) if launcher.HAS_TRITON else ()
 
@@ -166,7 +166,7 @@ def test_registers_spills_and_widths(capability):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_registers_spills_and_widths_of_a_selection(capability):
     found = compiled("-m", "tests.kernels.launches", "resources", capability)
-    assert {name.split()[1] for name in found} == {"list", "draw", "typical", "serving", "sample"}
+    assert {name.split()[1] for name in found} == {"list", "draw", "typical", "serving", "sample", "train"}
     for name, kernel in found.items():
         kind, call, _ = name.split()
         registers, spilled = LIMITS.get(f"{kind} {call}") or LIMITS.get(kind) or (136, 0)

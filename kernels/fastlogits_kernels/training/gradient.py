@@ -35,8 +35,8 @@ from fastlogits_kernels.training.rows import (
     LOG_MASS_AT,
     PACKED,
     RANK_AT,
+    RAW_TOP_AT,
     SELECTED,
-    TOP_AT,
     WORDS,
     Sets,
     in_bits,
@@ -84,7 +84,7 @@ def load_softmax(row, record, maps):
     """The distribution of a row from its record."""
     inverse = inverse_of(row, maps)
     return Softmax(
-        load_float(record + TOP_AT), inverse * LOG2_E, load_float(record + LOG_MASS_AT) * LOG2_E,
+        load_float(record + RAW_TOP_AT), inverse * LOG2_E, load_float(record + LOG_MASS_AT) * LOG2_E,
         load_float(record + ENTROPY_AT), inverse,
     )  # fmt: skip
 

@@ -56,7 +56,15 @@ from fastlogits_kernels.selection.row import (
     weight_of,
 )
 from fastlogits_kernels.selection.row_sums import load_sums, sampled, store_row_sums, sums_asked
-from fastlogits_kernels.training.rows import FINISHED, Results, _entropy, _kept_raw, _store_row, load_own
+from fastlogits_kernels.training.rows import (
+    BEGINS_ANYWHERE,
+    FINISHED,
+    Results,
+    _entropy,
+    _kept_raw,
+    _store_row,
+    load_own,
+)
 
 _GROUPS = tl.constexpr(64)  # of a sample, as where its bounds are found
 _CERTAIN = tl.constexpr(1024)  # tokens that are looked at at a time where some are kept for certain
@@ -220,7 +228,7 @@ def _row_of_many(
 
 @triton.jit(
     do_not_specialize=[*STEPWISE, "stride_target", "rows", "stride_list"],
-    do_not_specialize_on_alignment=[*UNALIGNED, "targets_ptr"],
+    do_not_specialize_on_alignment=[*UNALIGNED, *BEGINS_ANYWHERE],
 )
 def many_rows_kernel(
     # inputs

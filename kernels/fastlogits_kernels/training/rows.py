@@ -59,7 +59,7 @@ from fastlogits_kernels.selection.row import (
 FIRST_AT = tl.constexpr(0)  # the least raw logit that comes to the cut-off: tokens from here on with a rank are kept
 ABOVE_AT = tl.constexpr(1)  # the least raw logit that comes to more: all tokens from here on are kept
 RANK_AT = tl.constexpr(2)
-TOP_AT = tl.constexpr(3)  # the largest raw logit of what is kept
+RAW_TOP_AT = tl.constexpr(3)  # the largest raw logit of what is kept
 LOG_MASS_AT = tl.constexpr(4)
 ENTROPY_AT = tl.constexpr(5)
 CUTOFF_AT = tl.constexpr(6)  # what is kept, as ``Kept`` has it, for bands
@@ -74,6 +74,11 @@ TILE_WORDS = tl.constexpr(3)
 FINISHED = tl.constexpr(9)  # the state of a row that a launch before has finished
 _ROUNDS = tl.constexpr(7)  # of a search among 2 ** 32 keys, each of which leaves a 32nd
 _PER_ONE = tl.constexpr(1 / ONE.value)
+
+
+# Some rows of a tensor, or a tensor of the caller: they begin anywhere.
+BEGINS_ANYWHERE = ["temperature_ptr", "targets_ptr", "logprobs_ptr", "entropy_ptr", "outside_ptr", "record_ptr"]
+_OF_TILES = ["stride_temperature", "stride_target", "tiles"]
 
 
 class Sets(NamedTuple):
@@ -134,7 +139,7 @@ def _store_row(row, own, outside, kept_raw, raw_top, top, log_mass, entropy, res
         unlikely = own.known & (outside | (own.raw == float("-inf")))
         tl.store(results.outside_ptr + row, unlikely.to(tl.int8))
     record = results.record_ptr + row * WORDS
-    store_float(record + TOP_AT, raw_top)
+    store_float(record + RAW_TOP_AT, raw_top)
     # A row whose target is none has no gradient either, but NaN.
     store_float(record + LOG_MASS_AT, tl.where(own.known, log_mass, float("nan")))
     store_float(record + ENTROPY_AT, entropy)
@@ -146,7 +151,9 @@ def _store_row(row, own, outside, kept_raw, raw_top, top, log_mass, entropy, res
 # -- Rows that are kept as a whole -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["stride_temperature", "tiles"], do_not_specialize_on_alignment=["temperature_ptr"])
+@triton.jit(
+    do_not_specialize=["stride_temperature", "stride_target", "tiles"], do_not_specialize_on_alignment=BEGINS_ANYWHERE
+)
 def tile_kernel(
     # inputs
     scores_ptr, temperature_ptr, stride_temperature, targets_ptr,
@@ -177,7 +184,9 @@ def tile_kernel(
         tl.store(there + 2, found.below)
 
 
-@triton.jit(do_not_specialize=["stride_temperature", "tiles"], do_not_specialize_on_alignment=["temperature_ptr"])
+@triton.jit(
+    do_not_specialize=["stride_temperature", "stride_target", "tiles"], do_not_specialize_on_alignment=BEGINS_ANYWHERE
+)
 def join_kernel(
     # inputs
     scores_ptr, temperature_ptr, stride_temperature, targets_ptr, tiles_ptr,
@@ -276,7 +285,9 @@ def _kept_raw(row, kept, maps):
     return first, above, kept.rank
 
 
-@triton.jit(do_not_specialize=[*STEPWISE, "stride_target"], do_not_specialize_on_alignment=[*UNALIGNED, "targets_ptr"])
+@triton.jit(
+    do_not_specialize=[*STEPWISE, "stride_target"], do_not_specialize_on_alignment=[*UNALIGNED, *BEGINS_ANYWHERE]
+)
 def selected_kernel(
     # inputs
     scores_ptr, temperature_ptr, stride_temperature, targets_ptr, work_ptr,
@@ -370,14 +381,7 @@ def _load_given(start, size, row, begin, sets, scores, BLOCK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["stride_temperature", "stride_target", "stride_ids", "stride_counts", "stride_bits", "most"],
-    do_not_specialize_on_alignment=[
-        "temperature_ptr",
-        "targets_ptr",
-        "ids_ptr",
-        "counts_ptr",
-        "offsets_ptr",
-        "bits_ptr",
-    ],
+    do_not_specialize_on_alignment=[*BEGINS_ANYWHERE, "ids_ptr", "counts_ptr", "offsets_ptr", "bits_ptr"],
 )
 def given_kernel(
     # inputs
