@@ -8,7 +8,7 @@ OLD_VENV := .venv-4.57
 ENGINES_VENV := .venv-engines
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-fast test-matrix test-engines fuzz lint bench figures export clean
+.PHONY: demo test test-fast test-matrix test-engines fuzz lint docs docs-serve bench figures publish export clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -41,13 +41,26 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The site, in build/docs; a dead link or a docstring that can't be read is an error.
+MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:kernels $(RUN) -m mkdocs
+docs: $(VENV)/ready
+	$(MKDOCS) build --quiet
+
+docs-serve: $(VENV)/ready
+	$(MKDOCS) serve
+
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks $(ARGS)
 
-# What is drawn and written from benchmarks/results/*.csv: plots, report.html, the figures of the documents.
+# Plots and a page of HTML of the newest run of `make bench`, beside its files in build/benchmarks.
 figures: $(VENV)/ready
 	$(RUN) -m benchmarks plots
 	$(RUN) -m benchmarks report
+
+# Documents show what is published: make publish NAME=2026-11-27-1310-724ff48 (without a name, the runs are listed).
+publish: $(VENV)/ready
+	$(RUN) -m benchmarks publish $(NAME) $(ARGS)
+	$(RUN) -m benchmarks plots --results benchmarks/results
 	$(RUN) -m benchmarks readme
 
 # The kernels as a kernel of the Hugging Face Hub.
@@ -56,7 +69,7 @@ export: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,docs]'
 	touch $@
 
 $(OLD_VENV)/ready: pyproject.toml constraints-4.57.txt

@@ -16,11 +16,13 @@ import transformers
 from fastlogits_kernels.runtime.bits import unpack_bits
 
 from benchmarks import __main__ as cli
-from benchmarks import documents, inputs, results, workloads
-from benchmarks.__main__ import RESULTS, main
+from benchmarks import documents, folders, inputs, publish, results, workloads
+from benchmarks.__main__ import main
 from benchmarks.catalogue import catalogue, uncatalogued
+from benchmarks.folders import PUBLISHED
 from benchmarks.inputs import Case, random_scores
 from benchmarks.peers import PEERS, Peer
+from benchmarks.peers.handwritten import HANDWRITTEN
 from benchmarks.processors import CHAINS, CLASSES, TRUNCATIONS
 from benchmarks.targets import verdicts
 from benchmarks.timing import ReplayBunch, Timing
@@ -62,7 +64,7 @@ def _rows(folder):
 
 def test_a_run_prints_tables_and_leaves_a_csv(tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTLOGITS_COMMIT", "abc1234")
-    assert tiny_run("--batch", "1", "2", "--ids", "3", "12") == 0
+    assert tiny_run("--batch", "1", "2", "--ids", "3", "12", "--targets") == 0
     printed = capsys.readouterr().out
     assert "first step, 3 ids, gauss float32, warm: wall time" in printed
     assert "later step, 12 ids, gauss float32, warm: wall time" in printed
@@ -81,7 +83,7 @@ def test_a_run_prints_tables_and_leaves_a_csv(tiny_run, tmp_path, capsys, monkey
     fast = next(row for row in rows if row["contender"] == FAST_)
     assert fast["in_place"] == "True"
     assert float(fast["p10"]) <= float(fast["median"]) <= float(fast["p90"])
-    assert float(fast["roof_us"]) == pytest.approx(2 * 1 * 64 * 4 / 1e10 * 1e6, abs=1e-3)
+    assert float(fast["limit_us"]) == pytest.approx(2 * 1 * 64 * 4 / 1e10 * 1e6, abs=1e-3)
     assert (fast["logits"], fast["cache"], fast["remark"]) == ("gauss", "warm", "")
     assert results.read_csv(next(tmp_path.glob("*.csv")))[0].median > 0
 
@@ -157,7 +159,7 @@ def test_a_contender_that_writes_its_input_must_say_so(tiny_run, capsys, monkeyp
 
 def test_every_class_is_measured_and_right(tiny_run, tmp_path, capsys):
     """All of them at a small size, against transformers' own."""
-    assert tiny_run("--workload", "*", "--batch", "8", "--vocab", "2000") == 0, capsys.readouterr().out
+    assert tiny_run("--workload", "*", "--batch", "8", "--vocab", "2000", "--targets") == 0, capsys.readouterr().out
     rows = _rows(tmp_path)
     assert {row["workload"] for row in rows} >= set(CLASSES) | set(CHAINS)
     assert {row["contender"] for row in rows if row["workload"] == "TopPLogitsWarper"} >= {THEIRS, FAST}
@@ -265,6 +267,15 @@ def test_compiled_transformers_are_a_peer(tiny_run, tmp_path):
     assert tiny_run("--workload", "chain 1", "--peers", "compiled") == 0
     (row,) = (row for row in _rows(tmp_path) if row["contender"] == "transformers, compiled")
     assert row["median"] or row["remark"].startswith("failed: ")
+
+
+def test_what_many_write_by_hand_is_a_peer(tiny_run, tmp_path):
+    """It is right, where tokens don't tie at the cut-off."""
+    name = HANDWRITTEN.name
+    assert tiny_run("--size", "8x4096", "--workload", *HANDWRITTEN.workloads, "--peers", name, "--logits", "gauss") == 0
+    rows = [row for row in _rows(tmp_path) if row["contender"] == name]
+    assert {row["workload"] for row in rows} == set(HANDWRITTEN.workloads)
+    assert all(row["median"] for row in rows if row["dtype"] == "float32")
 
 
 def test_only_ours_leaves_the_others_out(tiny_run, tmp_path):
@@ -395,8 +406,8 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
     (root / "docs").mkdir(parents=True)
     mark = "a\n<!-- benchmarks: {} -->\nold\n<!-- /benchmarks -->\nb\n"
     (root / "README.md").write_text(mark.format("gpu") + mark.format("claim") + mark.format("plot"))
-    for name in ("results.md",):
-        (root / "docs" / name).write_text("nothing\n")
+    for name in documents.DOCUMENTS[1:]:
+        (root / name).write_text("nothing\n")
     assert documents.fill(measured, write=False, root=root) == [root / "README.md"]
     assert "old" in (root / "README.md").read_text()
     documents.fill(measured, root=root)
@@ -413,7 +424,7 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
         "Some GPU, GPU time: transformers 164 us, fastlogits 25 us (7 x faster); copying the logits takes 16 us."
         in text
     )
-    assert "](benchmarks/results/some-gpu-headline-gpu.png)" in text
+    assert "/benchmarks/results/some-gpu-headline-gpu.png)" in text
     (root / "README.md").write_text(mark.format("weather"))
     with pytest.raises(ValueError, match="no region 'weather'"):
         documents.fill(measured, root=root)
@@ -432,12 +443,12 @@ def test_the_table_holds_every_processor():
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="the documents' table is that of the newest transformers")
 def test_the_documents_are_up_to_date():
-    assert documents.fill(RESULTS, write=False) == [], "run python -m benchmarks readme"
+    assert documents.fill(PUBLISHED, write=False) == [], "run python -m benchmarks readme"
 
 
 def test_the_files_are_of_one_schema():
-    assert results.read_folder(RESULTS)
-    for record in results.read_folder(RESULTS):
+    assert results.read_folder(PUBLISHED)
+    for record in results.read_folder(PUBLISHED):
         assert (record.median is None) == bool(record.remark)
 
 
@@ -552,3 +563,54 @@ def test_cliffs_are_looked_for_everywhere():
     assert made["ties"].unique().numel() < made["gauss"].unique().numel()
     if not torch.cuda.is_available():
         assert cliffs.main([]) == 2
+
+
+# -- Publishing ----------------------------------------------------------------------------------------------------
+
+
+def _publish(tmp_path, *arguments):
+    folders = ("--local", str(tmp_path / "local"), "--published", str(tmp_path / "published"))
+    return publish.main([*arguments, *folders])
+
+
+def test_a_run_is_published_whole(tiny_run, tmp_path, capsys):
+    """Documents show one run; one that lacks what they show is refused, and nothing changes."""
+    for name, measured_ones in (("first", ("chain 1", "T p")), ("second", ("chain 1", "T p")), ("less", ("chain 1",))):
+        assert main([*_TINY, "--out", str(tmp_path / "local" / name), "--workload", *measured_ones]) == 0
+    assert _publish(tmp_path) == 0
+    assert capsys.readouterr().out.split()[-3:] == ["first", "less", "second"]
+    assert _publish(tmp_path, "first") == 0
+    (path,) = (tmp_path / "published").glob("*.csv")
+    first = path.read_text()
+    assert _publish(tmp_path, "second") == 0
+    assert path.read_text() != first
+    assert len(path.read_text().splitlines()) == len(first.splitlines())
+    second = path.read_text()
+    assert _publish(tmp_path, "less") == 1
+    told = capsys.readouterr().out
+    assert "published figures are not in this run" in told
+    assert "T p, 1 x 64" in told
+    assert path.read_text() == second
+    assert _publish(tmp_path, "less", "--force") == 0
+    assert {record.workload for record in results.read_csv(path)} == {"chain 1"}
+    with pytest.raises(SystemExit):
+        _publish(tmp_path, "none")
+
+
+def test_a_run_writes_to_a_folder_that_git_ignores():
+    made = cli._parse([]).out
+    assert made.parent == folders.LOCAL
+    ignored = subprocess.run(["git", "check-ignore", "-q", str(made)], cwd=folders.ROOT, check=False)
+    assert ignored.returncode in (0, 128)  # there may be no git
+
+
+def test_a_run_says_how_long_it_takes_and_who_is_not_there(tiny_run, capsys):
+    tiny_run("--workload", "T p", "--peers", "FlashInfer")
+    told = capsys.readouterr().out
+    assert re.search(r"\d+ cases, about \d+ min", told)
+    assert "FlashInfer: doesn't run on cpu" in told
+
+
+def test_targets_are_told_where_asked_for(tiny_run, capsys):
+    tiny_run("--batch", "1")
+    assert "Targets" not in capsys.readouterr().out
