@@ -43,7 +43,9 @@ def local_logits(logits: Any, group: Any) -> tuple[Any, Any]:
         return logits.to_local(), logits.device_mesh.get_group(split[0])
     if group is None:
         return logits, None
-    group = getattr(group, "process_group", group)  # a fastlogits.parallel.Group
+    if hasattr(group, "shards"):  # a fastlogits.parallel.Group, which knows which columns are padding
+        logits = logits[..., : group.shards(logits.shape[-1]).sizes[group.rank]]
+        group = group.process_group
     if hasattr(group, "get_group"):  # a DeviceMesh
         group = group.get_group()
     if not dist.is_initialized() or not isinstance(group, dist.ProcessGroup):

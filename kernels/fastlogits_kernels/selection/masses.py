@@ -57,6 +57,7 @@ from fastlogits_kernels.selection.row import (
 
 _ONE = ONE.value
 _PER_ONE = tl.constexpr(1 / _ONE)
+_UNDEFINED = tl.constexpr(-32768.0)  # sixteen times a tile of the largest probabilities, below 0
 BLOCK = 1024
 """Tokens that a program looks at at once."""
 
@@ -78,12 +79,13 @@ def tile_of(x, inverse, BELOW: tl.constexpr):
     top = tl.max(x)
     off = (x - tl.where(top > float("-inf"), top, 0.0)) * inverse
     p = tl.exp2(off * LOG2_E)
-    defined = tl.sum(p)
-    mass = tl.sum((p * ONE).to(tl.int64)).to(tl.float32) * _PER_ONE
+    # One sum says both: beside NaN, or where a logit is +inf, it is below 0, whatever the others are.
+    amount = tl.sum((tl.where(p == p, p, _UNDEFINED) * ONE).to(tl.int64))
+    mass = tl.where(amount < 0, float("nan"), amount.to(tl.float32) * _PER_ONE)
     below = tl.zeros_like(mass)
     if BELOW:
         below = tl.sum(tl.where(p > 0, p * -off * ONE, 0.0).to(tl.int64)).to(tl.float32) * _PER_ONE
-    return Tile(top, tl.where(defined == defined, mass, float("nan")), below)
+    return Tile(top, mass, below)
 
 
 @triton.jit
