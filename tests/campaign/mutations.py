@@ -716,7 +716,7 @@ MUTATIONS = [
     Mutation(
         "a tile that isn't brought to the largest logit of its row", f"{SELECTION}/masses.py",
         "share = tl.where(there, tl.exp2(-apart * LOG2_E), 0.0)", "share = tl.where(there, 1.0, 0.0)",
-        ("kernels/selection/test_logprobs.py::test_hard_rows",),
+        ("kernels/selection/test_logprobs.py::test_is_what_log_softmax_says",),
     ),
     Mutation(
         "a position that sees one token more", f"{PACKAGE}/training/history.py",

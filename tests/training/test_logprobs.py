@@ -158,7 +158,7 @@ def test_long_rows_whose_candidates_are_a_part_of_them(backend):
     """A vocabulary of which a selection collects candidates, keeps some for certain, or processes all."""
     size = 40000 if GPU or backend == "torch" else 9000
     generator = torch.Generator().manual_seed(5)
-    gauss = torch.randn(3, size, generator=generator) * 3
+    gauss = torch.randn(3, size, generator=generator) * torch.tensor([[3.0], [1.5], [3.0]])
     flat = torch.randn(1, size, generator=generator) * 0.01
     zipf = (-1.5 * torch.arange(1, size + 1).float().log())[torch.randperm(size, generator=generator)].unsqueeze(0)
     logits = torch.cat((gauss, flat, zipf)).to(DEVICE)
@@ -167,6 +167,8 @@ def test_long_rows_whose_candidates_are_a_part_of_them(backend):
         leaf = logits.clone().requires_grad_()
         found = fl.logprobs(leaf, drawn.tokens, entropy=True, **options)
         assert torch.equal(found.logprobs, drawn.logprobs)
+        # What was kept for certain is weighed where no entropy is asked for.
+        assert torch.equal(fl.logprobs(logits, drawn.tokens, **options), drawn.logprobs)
         weights = torch.ones(5, device=DEVICE)
         wanted, entropy, _, gradient = oracle(logits, drawn.tokens, options, weights, 0 * weights)
         torch.testing.assert_close(found.logprobs.cpu().double(), wanted, atol=3e-5, rtol=1e-5)
@@ -183,8 +185,9 @@ def test_many_rows_are_as_few(monkeypatch, options):
     """One program for all of a row: the same results, and rows that their candidates decide are finished by it."""
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     rows = hard_rows(9000)
-    logits = torch.stack([rows[name] for name in ("gauss", "zipf", "masked", "equal", "spike .95")]).bfloat16()
-    logits, given = logits.to(DEVICE), on_device(options)
+    logits = torch.stack([rows[name] for name in ("gauss", "zipf", "masked", "equal", "spike .95")])
+    logits[0] /= 2  # a nucleus of thousands, most of them kept for certain
+    logits, given = logits.bfloat16().to(DEVICE), on_device(options)
     targets = logits.argmax(-1)
     targets[1], targets[4] = 77, -100
     states = []

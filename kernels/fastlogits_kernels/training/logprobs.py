@@ -22,7 +22,7 @@ from fastlogits_kernels.runtime.launcher import Launch, Launcher, launch_key, la
 from fastlogits_kernels.runtime.library import NAMESPACE, register
 from fastlogits_kernels.runtime.library import _library as library
 from fastlogits_kernels.runtime.recent import recent
-from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.selection.launchers import (
     _BITS,
     LARGEST,
@@ -30,8 +30,6 @@ from fastlogits_kernels.selection.launchers import (
     _Call,
     _rows_launch,
     _sums_launch,
-    is_portable,
-    multiprocessors,
 )
 from fastlogits_kernels.selection.layout import MANY, SAMPLE, SOME, Layout, Selection, takes_rules
 from fastlogits_kernels.selection.masses import BLOCK, weighs_certain
@@ -259,7 +257,7 @@ def _launch_many(logits: torch.Tensor, task: Task, selection: Selection, into: R
     device, temperature, targets = logits.device, task.temperature, task.targets
     layout, slots, sample = _many_layout(selection, V, logits.element_size())
     launcher, programs_of_each = _many_launchers[slots]
-    programs = min(N, programs_of_each * multiprocessors(device))
+    programs = min(N, programs_of_each * launchers.multiprocessors(device))
     stride = layout.words_of_row
     memory = torch.empty(N * stride + programs * 2 * slots, dtype=torch.int32, device=device)
     work = memory[: N * stride].view(N, stride)
@@ -279,7 +277,7 @@ def _launch_many(logits: torch.Tensor, task: Task, selection: Selection, into: R
         V, *layout.shape, N, task.ignore_index, *logits.stride(), targets.stride(0), stride, 2 * slots,
         selection.kinds, selection.leasts, selection.places, selection.sums, selection.bracketed, selection.weighed,
         selection.lowest_ties, entropy, sample, _BITS, layout.TILES, slots, _BLOCK_BYTES // logits.element_size(),
-        is_portable(device),
+        launchers.is_portable(device),
     ))  # fmt: skip
     sums = [_sums_launch(call)] if selection.sums else []
     launch_together([*sums, many, _rows_launch(call, slots)])
