@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastlogits.inspect.watch import Watched as Watched
     from fastlogits.inspect.watch import watch as watch
     from fastlogits.integrations.bitmask import apply_token_bitmask_inplace as apply_token_bitmask_inplace
+    from fastlogits.kept_tokens import KeptTokens as KeptTokens
     from fastlogits.plan.plan import Plan as Plan
     from fastlogits.plan.position import Position as Position
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
@@ -96,6 +97,8 @@ if TYPE_CHECKING:
     from fastlogits.serving import BatchProcessor as BatchProcessor
     from fastlogits.serving import RequestParams as RequestParams
     from fastlogits.token_mask import TokenMask as TokenMask
+    from fastlogits.training.logprobs import LogProbs as LogProbs
+    from fastlogits.training.logprobs import logprobs as logprobs
     from fastlogits.transformers.accelerate import accelerate as accelerate
     from fastlogits.transformers.accelerate import restore as restore
     from fastlogits.transformers.decode import decode as decode
@@ -129,6 +132,8 @@ _HOME = {
     "GenLengthLogitsProcessor": "processors.nvidia_zoo",
     "HammingDiversityLogitsProcessor": "processors.beams",
     "InfNanRemoveLogitsProcessor": "processors.scaling",
+    "KeptTokens": "kept_tokens",
+    "LogProbs": "training.logprobs",
     "LogitBiasLogitsProcessor": "processors.sequences",
     "LogitNormalization": "processors.scaling",
     "LogitsProcessor": "processors.base",
@@ -182,6 +187,7 @@ _HOME = {
     "apply_token_bitmask_inplace": "integrations.bitmask",
     "check": "inspect.check",
     "decode": "transformers.decode",
+    "logprobs": "training.logprobs",
     "restore": "transformers.accelerate",
     "sample": "sampling",
     "trace": "inspect.trace",

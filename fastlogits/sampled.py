@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from fastlogits_kernels.selection.logprobs import Report
 
+from fastlogits.kept_tokens import KeptTokens
+
 Distribution: TypeAlias = Literal["raw", "processed"]
 """Whose log-probabilities are meant: of the logits as they are given, or of the distribution that is sampled."""
 
@@ -25,11 +27,29 @@ class Sample(NamedTuple):
     top_logprobs: torch.Tensor | None
     """Their log-probabilities, float32 ``[B, n]``."""
 
+    @property
+    def kept(self) -> KeptTokens | None:
+        """The tokens that the truncations kept of each row; None where ``return_kept`` didn't ask for them."""
+        return getattr(self, "_kept", None)
+
     @classmethod
-    def of(cls, tokens: torch.Tensor, found: Report | None, top_logprobs: int) -> Sample:
+    def of(
+        cls, tokens: torch.Tensor, found: Report | None, top_logprobs: int, kept: KeptTokens | None = None
+    ) -> Sample:
         """Tokens with the report on them, if there is one. It covers ``top_logprobs`` of the likeliest tokens."""
-        if found is None:
-            return cls(tokens, None, None, None, None)
-        if not top_logprobs:
-            return cls(tokens, found.logprobs, found.ranks, None, None)
-        return cls(tokens, found.logprobs, found.ranks, found.top_tokens, found.top_logprobs)
+        logprobs = ranks = top_tokens = top = None
+        if found is not None:
+            logprobs, ranks = found.logprobs, found.ranks
+            if top_logprobs:
+                top_tokens, top = found.top_tokens, found.top_logprobs
+        if kept is None:
+            return cls(tokens, logprobs, ranks, top_tokens, top)
+        sample = _SampleOfKept(tokens, logprobs, ranks, top_tokens, top)
+        sample._kept = kept
+        return sample
+
+
+class _SampleOfKept(Sample):
+    """A sample that says what was kept; as a tuple it has no more fields than others."""
+
+    _kept: KeptTokens

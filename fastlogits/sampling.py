@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeGuard, get_arg
 
 import torch
 from fastlogits_kernels.draw import draw
+from fastlogits_kernels.pointwise.search import NOTHING
 from fastlogits_kernels.rules import (
     ORDERS,
     RULES,
@@ -21,13 +22,16 @@ from fastlogits_kernels.rules import (
     check_row_values,
     check_rules,
 )
+from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import table_on
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection.kept import bits_of_scores
 from fastlogits_kernels.selection.logprobs import MOST, Report, report, select_and_report
 from fastlogits_kernels.truncate.dispatch import truncate
 
 from fastlogits import warm_up as warming
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
+from fastlogits.kept_tokens import KeptForm, KeptTokens, checked_form, kept_of_bits
 from fastlogits.plan.causes import explain_failure, kind
 from fastlogits.plan.fusion import fused_to_logits, fused_to_token
 from fastlogits.plan.part import NO_ARGUMENTS
@@ -163,6 +167,10 @@ class Sampler:
             distribution that is sampled; None for none.
         top_logprobs: for how many of the most likely tokens log-probabilities are wanted too. Up to 32 cost two
             launches that read the logits once, the token's own included; for more of them the logits are sorted.
+        return_kept: how the tokens that the truncations kept of each row are returned too, as ``KeptTokens``: an
+            integer K for ids with room for K in each row, ``"bits"`` for packed bits, ``"ids"`` for ids of any number,
+            which waits for the GPU; None for not at all. It reads the logits once more. Tokens at -inf are not kept;
+            of a greedy row all others are. ``logprobs(kept=...)`` takes them.
         options: fields of ``SamplingParams``, which replace those of ``params``.
 
     Raises:
@@ -185,6 +193,7 @@ class Sampler:
         *,
         logprobs: Distribution | None = None,
         top_logprobs: int = 0,
+        return_kept: KeptForm = None,
         **options: Unpack[SamplingOptions],
     ) -> None:
         self.params = _with_options(params, options)
@@ -204,6 +213,7 @@ class Sampler:
         self._rules = self.params.rules
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
+        self._return_kept = checked_form(return_kept)
         self._fuses = launch.takes_rules(self._rules)
         self._fused: FusedDraw | None = None
 
@@ -350,10 +360,13 @@ class Sampler:
                 run = Run.of(prompt_length, cache_position)
                 kwargs = positions_for_others(prompt_length, cache_position)
             reported = self._top_logprobs if self._logprobs == "processed" else None
-            tokens, found = self._fused(logits, seeds, positions, input_ids, run, reported, kwargs)
+            bits = None
+            if self._return_kept is not None:
+                bits = torch.empty((len(logits), words(logits.shape[1])), dtype=torch.int32, device=logits.device)
+            tokens, found = self._fused(logits, seeds, positions, input_ids, run, reported, kwargs, bits)
             if self._logprobs == "raw":
-                return self._reported(logits, tokens)
-            return Sample.of(tokens, found, self._top_logprobs)
+                found = report(logits, tokens, self._top_logprobs)
+            return Sample.of(tokens, found, self._top_logprobs, self._kept(bits, logits))
         raw = logits.float()
         plain = raw
         if self._processors is not None:
@@ -361,12 +374,14 @@ class Sampler:
             plain = self._processors(ids, raw, prompt_length=prompt_length, cache_position=cache_position)
         scores, greedy = self._distribution(plain)
         tokens = draw(scores, seeds, positions, greedy)
-        return self._reported(raw if self._logprobs == "raw" else scores, tokens)
+        found = None
+        if self._logprobs is not None:
+            found = report(raw if self._logprobs == "raw" else scores, tokens, self._top_logprobs)
+        bits = None if self._return_kept is None else bits_of_scores(scores)
+        return Sample.of(tokens, found, self._top_logprobs, self._kept(bits, logits))
 
-    def _reported(self, scores: torch.Tensor, tokens: torch.Tensor) -> Sample:
-        """The tokens, and what was asked about them in the distribution of some scores."""
-        found = None if self._logprobs is None else report(scores, tokens, self._top_logprobs)
-        return Sample.of(tokens, found, self._top_logprobs)
+    def _kept(self, bits: torch.Tensor | None, logits: torch.Tensor) -> KeptTokens | None:
+        return None if bits is None else kept_of_bits(bits, logits.shape[1], self._return_kept)
 
     def _distribution(self, plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The logits that are drawn from, after temperature and truncations, and which rows are greedy."""
@@ -439,10 +454,11 @@ class FusedDraw:
         run: Run | None,
         top_logprobs: int | None = None,
         kwargs: Mapping[str, Any] = NO_ARGUMENTS,
+        kept_bits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Report | None]:
         """The tokens of one call; and where a number of ``top_logprobs`` is given, a report on them.
 
-        ``kwargs`` are for processors of more than two parameters.
+        ``kwargs`` are for processors of more than two parameters; what is kept is written to ``kept_bits``.
         """
         plan = None if self._processors is None else self._processors.plan
         joined = self._joined
@@ -456,10 +472,15 @@ class FusedDraw:
         if joined.by_row:
             check_rules(logits, joined.rules)
         given: Any = input_ids
-        inputs = () if joined.fold is None else joined.fold.inputs(given, logits, run)
+        chain, call = (None, NOTHING) if joined.fold is None else joined.fold.inputs(given, logits, run)
         if top_logprobs is None:
-            return launch.select_tokens(logits, selection, seeds, positions, temperature, *inputs), None
-        return select_and_report(logits, selection, seeds, positions, top_logprobs, temperature, *inputs)
+            tokens = launch.select_tokens(
+                logits, selection, seeds, positions, temperature, chain, call, kept_bits=kept_bits
+            )
+            return tokens, None
+        return select_and_report(
+            logits, selection, seeds, positions, top_logprobs, temperature, chain, call, kept_bits=kept_bits
+        )
 
     def _selection(self, joined: _Joined, logits: torch.Tensor) -> tuple[launch.Selection, torch.Tensor | None]:
         """The rules as the kernels take them, and a temperature that is a number."""
@@ -502,6 +523,7 @@ def sample(
     params: SamplingParams | None = None,
     logprobs: Distribution | None = None,
     top_logprobs: int = 0,
+    return_kept: KeptForm = None,
     **options: Unpack[SamplingOptions],
 ) -> Sample:
     """Sample a token for each row of logits, once. In a loop over steps, make a ``Sampler`` and call that.
@@ -517,6 +539,7 @@ def sample(
         params: see ``Sampler``.
         logprobs: see ``Sampler``.
         top_logprobs: see ``Sampler``.
+        return_kept: see ``Sampler``.
         options: fields of ``SamplingParams``, which replace those of ``params``.
 
     Raises:
@@ -529,7 +552,9 @@ def sample(
         >>> sample(logits, seeds=0, positions=0, temperature=0.0).tokens
         tensor([2, 0])
     """
-    sampler = Sampler(processors, params, logprobs=logprobs, top_logprobs=top_logprobs, **options)
+    sampler = Sampler(
+        processors, params, logprobs=logprobs, top_logprobs=top_logprobs, return_kept=return_kept, **options
+    )
     return sampler(logits, seeds, positions, input_ids, prompt_length=prompt_length, cache_position=cache_position)
 
 

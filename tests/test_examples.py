@@ -52,3 +52,14 @@ def test_all_cells_of_a_notebook_run(path, monkeypatch, tmp_path, capsys):
         # Where it is installed, what the notebook keeps is what comes out again.
         assert said.split() == "".join(map(outputs_of, cells)).split()
     assert "SuppressFirstTokens" in said
+
+
+def test_a_step_of_grpo(capsys):
+    told = runpy.run_path(str(ROOT / "examples" / "grpo_step.py"))["main"]()
+    assert told["largest |ratio - 1| before the update"] == 0
+    assert told["the same by the rules again"] == 0
+    assert told["tokens that the rules would not have kept"] == 0
+    assert told["the same by a full softmax"] > 0.1
+    assert told["largest |ratio - 1| after the update"] > 0
+    assert told["loss after"] < told["loss before"]
+    assert "before the update" in capsys.readouterr().out

@@ -25,6 +25,7 @@ from fastlogits_kernels.serving.steps import (
 
 from fastlogits import warm_up as warming
 from fastlogits.checks import LOGITS_DTYPES, device_of, is_integer, one_of, whole_number
+from fastlogits.kept_tokens import KeptForm, checked_form, kept_of_bits
 from fastlogits.representation import arguments
 from fastlogits.sampled import Distribution, Sample
 from fastlogits.serving.accepted import Accepted
@@ -459,6 +460,7 @@ class BatchProcessor:
         draft_ids: Ids | None = None,
         local_position: Ids | None = None,
         logprobs: Distribution | None = None,
+        return_kept: KeptForm = None,
     ) -> Sample:
         """Sample the token of each row, as a ``Sampler`` does: with the request's seed and the token's position.
 
@@ -476,16 +478,22 @@ class BatchProcessor:
                 tokens. If a request asked for fewer, the others are -1 and NaN. A row without a request, or whose
                 request asked for none, has NaN and rank 0. If the host knows the slots, it refuses a step without them
                 if a request asked for them, and a step with them if no request did.
+            return_kept: how the tokens that the truncations kept of each row are returned too: see ``Sampler``.
 
         Raises:
-            ValueError: see ``apply_``, and ``logprobs``.
+            ValueError: see ``apply_``, and ``logprobs``; or ``return_kept`` is none of what it may be.
         """
         one_of("logprobs", logprobs, (None, *get_args(Distribution)))
+        form = checked_form(return_kept)
         rows, known = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
         if known is not None:
             self._check_logprobs(known, logprobs)
-        tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs)
-        return Sample.of(tokens, asked, self.max_logprobs)
+        if form is None:
+            tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs)
+            return Sample.of(tokens, asked, self.max_logprobs)
+        bits = torch.empty((len(logits), words(self.vocab_size)), dtype=torch.int32, device=self.device)
+        tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs, bits)
+        return Sample.of(tokens, asked, self.max_logprobs, kept_of_bits(bits, self.vocab_size, form))
 
     def accept(self, out: Sample | torch.Tensor, slots: Ids, draft_ids: Ids) -> Accepted:
         """Say which drafts of a step are kept, and append what counts to the histories of the requests.

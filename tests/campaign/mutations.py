@@ -723,6 +723,42 @@ MUTATIONS = [
         'rest["tokenizer"] = taken["tokenizer"]', "pass",
         ("transformers/test_decode.py::test_stop_strings",),
     ),
+    # -- training --
+    Mutation(
+        "a target outside that joins nothing", f"{KERNELS}/training/rows.py",
+        "joins = own.known & (found == 0) & (whole == 0)", "joins = own.known & (found < 0) & (whole == 0)",
+        ("training/test_logprobs.py::test_kept_sets_in_each_form",),
+    ),
+    Mutation(
+        "a gradient that isn't divided by the temperature", f"{KERNELS}/training/gradient.py",
+        "- p * share) * softmax.inverse", "- p * share)",
+        ("training/test_logprobs.py::test_is_what_it_is_defined_to_be",),
+    ),
+    Mutation(
+        "the cut-off in raw logits one number too high", f"{KERNELS}/training/rows.py",
+        "number_of(high.to(tl.int32))", "number_of(high.to(tl.int32) + 1)",
+        ("training/test_logprobs.py::test_is_what_it_is_defined_to_be",),
+    ),
+    Mutation(
+        "tokens kept for certain that weigh nothing", f"{SELECTION}/masses.py",
+        "mass += load_certain(source.work, shape, tl.full([], BRACKET, tl.int32), PARTS).mass", "mass += 0",
+        ("training/test_logprobs.py::test_long_rows_whose_candidates_are_a_part_of_them",),
+    ),
+    Mutation(
+        "a tile that isn't brought to the largest logit of its row", f"{SELECTION}/masses.py",
+        "share = tl.where(there, tl.exp2(-apart * LOG2_E), 0.0)", "share = tl.where(there, 1.0, 0.0)",
+        ("kernels/selection/test_logprobs.py::test_is_what_log_softmax_says",),
+    ),
+    Mutation(
+        "a position that sees one token more", f"{PACKAGE}/training/history.py",
+        "self.input_ids.shape[1] - self.T + t + 1]", "self.input_ids.shape[1] - self.T + t + 2]",
+        ("training/test_history.py::test_each_position_is_as_it_was_sampled",),
+    ),
+    Mutation(
+        "ids of bits that begin a word later", f"{KERNELS}/training/kept.py",
+        "place = total + tl.cumsum(number, 0) - number", "place = total + tl.cumsum(number, 0)",
+        ("test_kept_tokens.py::test_ids_of_bits",),
+    ),
 ]  # fmt: skip
 
 

@@ -150,3 +150,43 @@ def test_two_steps_whose_tokens_decode_draws(tokenizer, tmp_path, monkeypatch):
     assert all(torch.isfinite(value).all() for value in ours[2].values())
     assert _changed(ours[2], tokenizer)
     _assert_same(run(), ours)
+
+
+def test_importance_ratios_are_of_what_was_sampled(tokenizer, tmp_path, monkeypatch):
+    """The mixin's log-probabilities are those of the trainer's own distribution, and training goes on with them."""
+    from fastlogits.integrations.trl import SampledLogProbs
+
+    class Trainer(SampledLogProbs, GRPOTrainer):
+        """GRPO whose log-probabilities are those of what it samples from."""
+
+    monkeypatch.setitem(_train.__globals__, "GRPOTrainer", Trainer)
+    seen = []
+    method = SampledLogProbs._of_some
+
+    def noted(self, model, ids, mask, count):
+        found = method(self, model, ids, mask, count)
+        seen.append((ids, mask, count, found, model(input_ids=ids, attention_mask=mask).logits.detach()))
+        return found
+
+    monkeypatch.setattr(SampledLogProbs, "_of_some", noted)
+    completions, losses, weights = _train(tokenizer, tmp_path, False)
+    assert len(completions) == 8
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert _changed(weights, tokenizer)
+    assert seen
+    # What TRL generates is what transformers' processors leave: each token with its own history.
+    ids, mask, count, found, logits = seen[0]
+    listed = fl.LogitsProcessorList(
+        [
+            fl.RepetitionPenaltyLogitsProcessor(1.2),
+            fl.TemperatureLogitsWarper(0.9),
+            fl.TopKLogitsWarper(20),
+            fl.TopPLogitsWarper(0.9),
+        ]
+    )
+    for t in range(count):
+        at = ids.shape[1] - count + t
+        right = listed(ids[:, :at], logits[:, at - 1].float()).log_softmax(-1).gather(1, ids[:, at : at + 1])[:, 0]
+        meant = (mask[:, at] == 1) & right.isfinite()
+        torch.testing.assert_close(found.logprobs[meant, t], right[meant], atol=1e-4, rtol=1e-4)
+    assert not any(loss != loss for loss in losses)

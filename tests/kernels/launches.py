@@ -32,6 +32,7 @@ from fastlogits_kernels.runtime import backend, driver, launcher
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
 from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.serving import search
+from fastlogits_kernels.training import logprobs as training
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import CASES, OPERATIONS, Given, forced
@@ -151,6 +152,34 @@ def _many_calls() -> None:
                         sampler(given, seeds, seeds)
                 for rules in ((Rule("top_k", 50), Rule("top_p", rows[:B])), (Rule("min_p", 0.1),), (Rule("eta", 0.1),)):
                     launch.select(given, launch.Selection(rules, given.shape[1], cpu))
+                _train_on(given, rows, longs)
+
+
+def _train_on(given: torch.Tensor, rows: torch.Tensor, longs: torch.Tensor) -> None:
+    """Log-probabilities and their gradients, of what is known in every way."""
+    B, V = given.shape
+    for many in (1, 1 << 30):
+        with mock.patch.object(training, "_MANY_ROWS", many):
+            for options in ({"top_k": 50, "top_p": 0.9}, {"top_p": rows[:B]}, {"typical_p": 0.9}):
+                for targets in (longs[:B], longs[1 : B + 1], longs[: 2 * B : 2].int()):
+                    _backward(given, targets, temperature=rows[1 : B + 1], **options)
+    ids = torch.zeros(41, 9, dtype=torch.int64)
+    for kept in (
+        fl.KeptTokens(V, ids[:B, :7], longs[:B]), fl.KeptTokens(V, ids[1 : B + 1].int(), longs[: 2 * B : 2]),
+        fl.KeptTokens(V, ids[0], offsets=longs[: B + 1]), fl.KeptTokens(V, bits=torch.zeros(B, 300, dtype=torch.int32)),
+    ):  # fmt: skip
+        _backward(given, longs[:B], kept=kept)
+        _backward(given, longs[:B], kept=kept, ignore_index=1)
+    _backward(given, longs[:B], ignore_index=-(2**40))
+    fl.sample(given, seeds=0, positions=0, top_k=9, logprobs="processed", return_kept=8)
+
+
+def _backward(logits: torch.Tensor, targets: torch.Tensor, **options: Any) -> None:
+    leaf = logits.detach().requires_grad_()
+    # Nobody runs the launches, so there is a log-probability of anything.
+    found = fl.logprobs(leaf, targets.clamp(max=logits.shape[1] - 1), entropy=len(options) > 2, **options)
+    total = found if isinstance(found, torch.Tensor) else found.logprobs + found.entropy
+    total.sum().backward()  # type: ignore[union-attr]
 
 
 def keys() -> list[str]:
@@ -202,10 +231,21 @@ def _sample(dtype: torch.dtype) -> None:
     fl.Sampler(temperature=0.7)(torch.zeros(2, V, dtype=dtype), 0, 0)
 
 
+def _train(dtype: torch.dtype) -> None:
+    logits, targets = torch.zeros(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    _backward(logits, targets, temperature=0.7)
+    kept = fl.sample(logits, seeds=0, positions=0, top_k=9, logprobs="processed", return_kept=8).kept
+    _backward(logits, targets, kept=kept)
+    for many in (1, 3):
+        with mock.patch.object(training, "_MANY_ROWS", many):
+            _backward(logits, targets, top_k=50, top_p=0.9)
+            _backward(logits, targets, top_p=0.9, temperature=0.7)
+
+
 CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
     ("list", _warp, torch.float32), ("list", _warp, torch.bfloat16), ("draw", _draw, torch.float32),
     ("draw", _draw, torch.bfloat16), ("typical", _typical, torch.float32), ("serving", _serve, torch.float32),
-    ("sample", _sample, torch.float32), ("sample", _sample, torch.bfloat16),
+    ("sample", _sample, torch.float32), ("sample", _sample, torch.bfloat16), ("train", _train, torch.bfloat16),
 ]  # fmt: skip
 
 

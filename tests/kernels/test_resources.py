@@ -142,7 +142,7 @@ REGISTERS = {"synthid wraps": 192}
 LIMITS = {
     "refine_rows": (128, 768), "bounds typical": (64, 256), "bounds serving": (64, 256), "filter serving": (48, 256),
     "bounds": (64, 40), "filter": (48, 8), "refine": (128, 0), "report": (192, 8), "tiles": (136, 8),
-    "slot_sets": (136, 28),
+    "slot_sets": (136, 28), "many_rows": (80, 640), "selected": (136, 16), "given": (136, 8),
 }  # fmt: skip
 VERSION = tuple(int(n) for n in launcher.triton.__version__.split(".")[:2]) if launcher.HAS_TRITON else ()
 
@@ -174,7 +174,7 @@ def test_registers_spills_and_widths(capability):
         assert kernel["registers"] <= REGISTERS.get(name, 136), (name, kernel)
         if name.startswith(("mask_tokens", "bitmask", "fold")):
             assert kernel["wide"] >= 2, (name, kernel)
-    calls = {"list", "draw", "typical", "serving", "sample"} if capability == 90 else {"serving", "sample"}
+    calls = {"list", "draw", "typical", "serving", "sample", "train"} if capability == 90 else {"serving", "sample"}
     assert {name.split()[1] for name in selection} == calls
     for name, kernel in selection.items():
         kind, call, _ = name.split()

@@ -12,6 +12,8 @@ from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime.bits import pack_bits
 from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.training.logprobs import flattened as trained
+from fastlogits_kernels.training.reference import Task
 from fastlogits_kernels.truncate.dispatch import _flattened
 
 import fastlogits as fl
@@ -160,6 +162,11 @@ def _rows(*values):
     return torch.tensor(values, device=DEVICE)
 
 
+def _of_rows():
+    """Targets, and what is asked of them."""
+    return IDS[:2, 0], *trained(Task(IDS[:2, 0], None, (Rule("top_k", 20), Rule("top_p", _rows(0.9, 0.5))), None, -100))
+
+
 EXAMPLES = {
     "apply_bitmask_": lambda: ((SCORES.clone(), _rows(*[0b0101] * -(-V // 32)).int().expand(len(SCORES), -1), V), {}),
     "draw": lambda: ((SCORES, _rows(3, 4), _rows(0, 1), _rows(True, False)), {}),
@@ -170,6 +177,19 @@ EXAMPLES = {
     "pack_ids": lambda: ((IDS, V), {}),
     "report": lambda: ((SCORES, _rows(3, 4), 5), {"counts": _rows(5, 5).int()}),
     "select": _selection,
+    "kept_ids": lambda: ((torch.tensor([[5, 0], [-1, 3]], dtype=torch.int32, device=DEVICE), 60, 9), {}),
+    "logprobs": lambda: ((SCORES, *_of_rows(), True), {}),
+    "logprobs_backward": lambda: (
+        (
+            _rows(1.0, 2.0),
+            None,
+            SCORES,
+            IDS[:2, 0],
+            torch.ops.fastlogits.logprobs(SCORES, *_of_rows(), True)[3],
+            *_of_rows()[1:],
+        ),
+        {},
+    ),
     "synthid": lambda: (
         (SCORES, _rows(0, 1, 1, 0, 1, 0, 0).to(torch.uint8), IDS[:, :3], _rows(False, True).view(2, 1), 5),
         {},

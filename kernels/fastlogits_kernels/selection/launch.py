@@ -23,6 +23,7 @@ from fastlogits_kernels.rules import TINY_TEMPERATURE, Rule
 from fastlogits_kernels.runtime.backend import Operation
 from fastlogits_kernels.runtime.launcher import Launch, Relaunches, empty_out, is_collecting, launch_together
 from fastlogits_kernels.runtime.library import register
+from fastlogits_kernels.selection.kept import bits_of_scores, launch_kept_bits
 from fastlogits_kernels.selection.launchers import LARGEST, Tensors, sample_launches, select_launches
 from fastlogits_kernels.selection.layout import Selection as Selection
 from fastlogits_kernels.selection.layout import selections
@@ -245,6 +246,7 @@ def reference_tokens(
     temperature: torch.Tensor | None,
     chain: Chain | None,
     call: Call,
+    kept_bits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens as ``select_tokens`` samples them, and the distribution that they are from, float32 ``[B, V]``."""
     x, greedy = _folded(logits.float(), chain, call), None
@@ -252,6 +254,8 @@ def reference_tokens(
         x = truncate(x, selection.given)
     else:
         x, greedy = reference_distribution(x, temperature, selection.given)
+    if kept_bits is not None:
+        kept_bits.copy_(bits_of_scores(x))
     return draw(x, seeds.expand(len(x)), positions.expand(len(x)), greedy), x
 
 
@@ -284,6 +288,7 @@ def select_tokens(
     temperature: torch.Tensor | None = None,
     chain: Chain | None = None,
     call: Call = NOTHING,
+    kept_bits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A token sampled from what the rules keep of each row of ``logits`` ``[B, V]``, int64 ``[B]``.
 
@@ -296,16 +301,19 @@ def select_tokens(
             number are greedy. None for 1.
         chain: what is done to the logits before; None for nothing.
         call: what the chain reads.
+        kept_bits: where what is kept is written, contiguous int32 ``[B, W]``; None for nowhere.
     """
     if not OPERATION.takes(logits, FORCE_KERNEL):
         tokens, _ = reference_tokens(
-            logits, selection, seeds, positions, temperature, chain, call
+            logits, selection, seeds, positions, temperature, chain, call, kept_bits
         )  # fmt: skip
         return tokens
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if logits.numel():
         found = None if chain is None else find_sets(logits, chain, call)
-        launch_select(
+        work = launch_select(
             logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
         )
+        if kept_bits is not None:
+            launch_kept_bits(logits, selection, work, kept_bits, chain, found, temperature)
     return tokens

@@ -28,26 +28,28 @@ from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, row_stride, tl, triton
 from fastlogits_kernels.runtime.library import register
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection.kept import launch_kept_bits
 from fastlogits_kernels.selection.launch import Selection, kept_in, launch_select
 from fastlogits_kernels.selection.launchers import maps_of
+from fastlogits_kernels.selection.masses import Tile, joined, launch_masses, log_of, reference_log_mass, tile_of
 from fastlogits_kernels.selection.row import (
     LOWEST,
     MAP_STRIDES,
     MAPS,
-    ONE,
+    MINUS_INFINITY,
     TILE_W,
     Form,
     Maps,
     Scores,
-    exp,
+    folded_logits,
+    inverse_of,
     is_kept,
     key_of,
     load_kept,
     number_of,
     rank_of,
-    scaled_logits,
+    scaled,
     store_float,
-    weight_of,
 )
 from fastlogits_kernels.truncate.cpu import row_tails
 
@@ -55,9 +57,10 @@ MOST = 32
 """How many of the likeliest tokens the kernels look for; for more of them a sort is no slower."""
 
 _MOST_GROUPS = 2048
-# The workspace of a row, in words of 32 bits: the token's logit; key, mass and count of each tile; key of each group.
+# The workspace of a row, in words of 32 bits: the token's logit; of each tile its key, its mass, how many tokens are as
+# likely, and its largest logit before the temperature; the key of each group.
 _TILES_AT = tl.constexpr(1)
-_TILE_WORDS = tl.constexpr(3)
+_TILE_WORDS = tl.constexpr(4)
 
 
 class Report(NamedTuple):
@@ -82,13 +85,16 @@ class KeptRows(NamedTuple):
     """Whether of tokens that tie the lowest ids are kept, rather than the largest."""
     banded: bool
     """Whether centre and nearness say anything."""
+    masses: torch.Tensor | None = None
+    """The largest logit and the log-mass of what is kept, float32 ``[B, 2]``, as ``launch_masses`` has them. None
+    for the sums over tiles; NaN for rows to which these belong."""
 
 
 # -- The kernels -----------------------------------------------------------------------------------------------------
 
 _UNALIGNED = [
-    *MAPS, "tokens_ptr", "kept_ptr", "counts_ptr", "work_ptr", "logprobs_ptr", "ranks_ptr", "top_tokens_ptr",
-    "top_logprobs_ptr",
+    *MAPS, "tokens_ptr", "kept_ptr", "masses_ptr", "counts_ptr", "work_ptr", "logprobs_ptr", "ranks_ptr",
+    "top_tokens_ptr", "top_logprobs_ptr",
 ]  # fmt: skip
 _STEPWISE = [*MAP_STRIDES, "W", "tiles", "count", "groups"]
 _STEPWISE += ["stride_of_tokens", "stride_kept", "stride_counts", "stride_work"]
@@ -107,12 +113,14 @@ def _count_of_row(row, counts_ptr, stride_counts, count):
 def _sampled_from(
     row, token, inside, scores, form, kept_ptr, stride_kept, LOWEST_TIES: tl.constexpr, BANDED: tl.constexpr
 ):  # fmt: skip
-    """Logits of a row as they are sampled from: -inf where nothing is kept."""
-    x = scaled_logits(row, token >> 5, token & 31, token, inside, scores, form)
+    """Logits of a row as they are sampled from, and before the temperature: -inf where nothing is kept."""
+    raw = folded_logits(row, token >> 5, token & 31, token, inside, scores, form)
+    x = scaled(raw, row, scores.maps)
     if kept_ptr is not None:
         kept = load_kept(kept_ptr + row * stride_kept)
-        x = tl.where(is_kept(x, inside, rank_of(token, LOWEST_TIES), kept, BANDED), x, float("-inf"))
-    return x
+        stays = is_kept(x, inside, rank_of(token, LOWEST_TIES), kept, BANDED)
+        x, raw = tl.where(stays, x, float("-inf")), tl.where(stays, raw, float("-inf"))
+    return x, raw
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
@@ -146,25 +154,24 @@ def tiles_kernel(
         # [TILE // 32, 32]: a row of it is a word of each mask.
         token = (tile * TILE_W + tl.arange(0, TILE_W)[:, None]) * 32 + tl.arange(0, 32)[None, :]
         inside = token < V
-        x = _sampled_from(row, token, inside, scores, Form(OPS, MAX), kept_ptr, stride_kept, LOWEST_TIES, BANDED)
+        x, raw = _sampled_from(row, token, inside, scores, Form(OPS, MAX), kept_ptr, stride_kept, LOWEST_TIES, BANDED)
         # After the tile's loads, lest those wait for the id.
         own_token = tl.load(tokens_ptr + row * stride_of_tokens)
         known = (own_token >= 0) & (own_token < V)
         own_token = tl.where(known, own_token, 0).to(tl.int32)
-        own = _sampled_from(
+        own, _raw = _sampled_from(
             row, own_token, known, scores, Form(OPS, MAX), kept_ptr, stride_kept, LOWEST_TIES, BANDED
         )  # fmt: skip
         own = tl.where(known, own, float("nan"))
         largest = tl.max(tl.reshape(tl.where(inside, key_of(x), LOWEST), [TILE // GROUP, GROUP]), 1)
-        top_key = tl.max(largest)
-        top = number_of(top_key)
         # As integers, whose sum doesn't depend on how the threads of a program share a tile.
-        mass = tl.sum(tl.where(x > float("-inf"), weight_of(x, top), 0)).to(tl.float32) / ONE
+        of_tile = tile_of(raw, inverse_of(row, maps), False)
         work = work_ptr + row * stride_work
         here = work + _TILES_AT + _TILE_WORDS * tile
-        tl.store(here, top_key)
-        store_float(here + 1, mass)
+        tl.store(here, tl.max(largest))
+        store_float(here + 1, of_tile.mass)
         tl.store(here + 2, tl.sum(tl.where(inside & (x >= own), 1, 0)))
+        store_float(here + 3, of_tile.top)
         if tile == 0:
             store_float(work, own)
         if GROUPED:
@@ -178,7 +185,7 @@ def report_kernel(
     scores_ptr,
     temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
     stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
-    kept_ptr, counts_ptr, work_ptr,
+    kept_ptr, masses_ptr, counts_ptr, work_ptr,
     # outputs
     logprobs_ptr, ranks_ptr, top_tokens_ptr, top_logprobs_ptr,
     # shapes
@@ -200,13 +207,16 @@ def report_kernel(
     tile = tl.arange(0, TILES)
     here = work + _TILES_AT + _TILE_WORDS * tile
     there = tile < tl.where(wanted >= 0, tiles, 0)
-    top_keys = tl.load(here, mask=there, other=LOWEST)
+    top = number_of(tl.max(tl.load(here, mask=there, other=LOWEST)))
     masses = tl.load(here + 1, mask=there, other=0).to(tl.float32, bitcast=True)
-    top_key = tl.max(top_keys)
-    top = number_of(top_key)
-    share = tl.where(masses > 0, exp(number_of(top_keys) - top), 0.0).to(tl.float64)
-    log_mass = tl.log(tl.sum(masses.to(tl.float64) * share).to(tl.float32))
-    log_mass = tl.where(tl.abs(top) < float("inf"), log_mass, float("nan"))
+    raw_tops = tl.load(here + 3, mask=there, other=MINUS_INFINITY).to(tl.float32, bitcast=True)
+    each, _below = joined(Tile(raw_tops, masses, tl.zeros_like(masses)), tl.max(raw_tops), inverse_of(row, maps))
+    log_mass = log_of(tl.sum(each), top, tl.sum((masses != masses).to(tl.int32)) == 0)
+    if masses_ptr is not None:
+        # Of what is kept, where that isn't all.
+        its_top, its_mass = tl.load(masses_ptr + 2 * row), tl.load(masses_ptr + 2 * row + 1)
+        log_mass = tl.where(its_mass == its_mass, its_mass, log_mass)
+        top = tl.where(its_mass == its_mass, its_top, top)
     own = tl.load(work, mask=wanted >= 0, other=0).to(tl.float32, bitcast=True)
     rank = tl.sum(tl.load(here + 2, mask=there, other=0))
     tl.store(logprobs_ptr + row, tl.where(wanted >= 0, own - top - log_mass, float("nan")))
@@ -228,7 +238,7 @@ def report_kernel(
         token = picked[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = (picked[:, None] >= 0) & (token < V)
         token = tl.where(inside, token, 0)
-        x = _sampled_from(row, token, inside, scores, Form(OPS, MAX), kept_ptr, stride_kept, LOWEST_TIES, BANDED)
+        x, _raw = _sampled_from(row, token, inside, scores, Form(OPS, MAX), kept_ptr, stride_kept, LOWEST_TIES, BANDED)
         keys = tl.where(inside, key_of(x), LOWEST)
         tops = tl.full([SLOTS], LOWEST, tl.int32)
         ids = tl.full([SLOTS], -1, tl.int32)
@@ -306,10 +316,10 @@ def launch_report(
     words_of_row = _TILES_AT.value + _TILE_WORDS.value * tiles + (groups if count else 0)
     work = torch.empty((B, words_of_row), dtype=torch.int32, device=device)
     maps = maps_of(chain, found, temperature, logits)
-    rows, lowest_ties, banded = (None, False, False) if kept is None else kept
+    rows, lowest_ties, banded, masses = (None, False, False, None) if kept is None else kept
     key = (
         *launch_key(logits), chain.form, None if temperature is None else temperature.dtype, tokens.dtype,
-        counts is None or counts.dtype, rows is None, lowest_ties, banded, slots,
+        counts is None or counts.dtype, rows is None, masses is None, lowest_ties, banded, slots,
     )  # fmt: skip
     shared = (chain.flat, _FLOAT32_MAX, lowest_ties, banded, group_words * 32)
     stride_kept = 0 if rows is None else rows.stride(0)
@@ -319,7 +329,7 @@ def launch_report(
         *shared, count > 0,
     ))  # fmt: skip
     _report_launcher(key, B, (
-        logits, *maps, rows, counts, work, *report, V, W, tiles, count, groups,
+        logits, *maps, rows, masses, counts, work, *report, V, W, tiles, count, groups,
         *logits.stride(), stride_kept, row_stride(counts), words_of_row,
         *shared, triton.next_power_of_2(groups), triton.next_power_of_2(tiles), slots,
     ))  # fmt: skip
@@ -337,6 +347,7 @@ def select_and_report(
     chain: Chain | None = None,
     call: Call = NOTHING,
     counts: torch.Tensor | None = None,
+    kept_bits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Report]:
     """The tokens of ``select_tokens``, and a report on them in the distribution that they were sampled from.
 
@@ -350,10 +361,11 @@ def select_and_report(
         chain: see there.
         call: see there.
         counts: see ``launch_report``.
+        kept_bits: see ``select_tokens``.
     """
     if not (takes(logits, count) and launch.takes_scores(logits)):
         tokens, processed = launch.reference_tokens(
-            logits, selection, seeds, positions, temperature, chain, call
+            logits, selection, seeds, positions, temperature, chain, call, kept_bits
         )  # fmt: skip
         return tokens, report(processed, tokens, count, counts)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
@@ -363,7 +375,10 @@ def select_and_report(
     work = launch_select(
         logits, selection, chain, found, temperature=temperature, seeds=seeds, positions=positions, tokens=tokens
     )
-    kept = KeptRows(kept_in(work), selection.lowest_ties, selection.banded)
+    if kept_bits is not None:
+        launch_kept_bits(logits, selection, work, kept_bits, chain, found, temperature)
+    masses = launch_masses(logits, selection, work, chain or _NO_CHAIN, found, temperature)
+    kept = KeptRows(kept_in(work), selection.lowest_ties, selection.banded, masses)
     return tokens, launch_report(logits, tokens, count, counts, chain, found, temperature, kept)
 
 
@@ -409,7 +424,7 @@ def reference_report(
     own = torch.where(known.unsqueeze(1), own, float("nan"))
     # In this order, or logits far from 0 would lose what makes them differ.
     top = scores.amax(-1, keepdim=True)
-    log_mass = (scores - top).logsumexp(-1, keepdim=True)
+    log_mass = reference_log_mass(scores, top)
     top_tokens = _likeliest(scores, count)
     top_logprobs = scores.gather(1, top_tokens) - top - log_mass
     report = Report((own - top - log_mass).squeeze(1), (scores >= own).sum(1), top_tokens, top_logprobs)

@@ -19,6 +19,7 @@ from fastlogits_kernels.rules import Rule, RuleKind, Ties
 from fastlogits_kernels.runtime.backend import Operation
 from fastlogits_kernels.runtime.launcher import Launch, launch_together
 from fastlogits_kernels.selection.keep import keep_launch, launch_keep
+from fastlogits_kernels.selection.kept import bits_of_scores, launch_kept_bits
 from fastlogits_kernels.selection.launch import (
     Selection,
     kept_in,
@@ -27,6 +28,7 @@ from fastlogits_kernels.selection.launch import (
 )
 from fastlogits_kernels.selection.launchers import Tensors
 from fastlogits_kernels.selection.logprobs import KeptRows, Report, launch_report, report, takes
+from fastlogits_kernels.selection.masses import launch_masses
 from fastlogits_kernels.serving import search
 from fastlogits_kernels.serving.history import cover_launch, launch_accept, launch_append, launch_swap
 from fastlogits_kernels.serving.layout import Numbers, Semantics, Slots, StepRows
@@ -144,14 +146,18 @@ def sample_rows(
     rows: StepRows,
     logprobs: Literal["raw", "processed"] | None = None,
     count: int = 0,
+    kept_bits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Report | None]:
     """A token of each row, int64 ``[B]``, and a report on it in the logits as they are or as they are drawn from.
 
-    There is room for ``count`` of the likeliest tokens.
+    There is room for ``count`` of the likeliest tokens. What is kept is written to ``kept_bits``: see
+    ``select_tokens``.
     """
     if not _takes(scores):
         processed, greedy, numbers = _reference(step, scores, rows, True)
         tokens = draw(processed, numbers.longs[0], numbers.longs[1], greedy)
+        if kept_bits is not None:
+            kept_bits.copy_(bits_of_scores(processed))
         if logprobs is None:
             return tokens, None
         return tokens, report(scores if logprobs == "raw" else processed, tokens, count, numbers.counts)
@@ -160,6 +166,9 @@ def sample_rows(
         return tokens, None if logprobs is None else report(scores, tokens, count)
     made = step.workspace
     work = _launch_step(made, scores, rows, None, tokens)
+    if kept_bits is not None:
+        found = made.found(len(tokens))
+        launch_kept_bits(scores, made.selection, work, kept_bits, made.chain, found, made.numbers.temperature)
     if logprobs is None:
         return tokens, None
     counts = made.numbers.counts[: len(tokens)]
@@ -182,7 +191,8 @@ def _report_processed(
         processed = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
         launch_keep(scores, processed, selection, kept_in(work), made.chain, found, temperature)
         return report(processed, tokens, count, counts)
-    left = KeptRows(kept_in(work), selection.lowest_ties, selection.banded)
+    masses = launch_masses(scores, selection, work, made.chain, found, temperature)
+    left = KeptRows(kept_in(work), selection.lowest_ties, selection.banded, masses)
     return launch_report(scores, tokens, count, counts, made.chain, found, temperature, left)
 
 

@@ -1,0 +1,1 @@
+"""The distribution that tokens were sampled from, in training."""

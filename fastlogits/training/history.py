@@ -1,0 +1,139 @@
+"""Log-probabilities behind processors: each position of a text with its own history, as where it was sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from fastlogits_kernels.training import logprobs as kernels
+from fastlogits_kernels.training.reference import Task
+from fastlogits_kernels.training.sets import GivenSets
+
+from fastlogits.plan.causes import kind
+from fastlogits.plan.fusion import fused_to_logits, fused_to_token
+from fastlogits.plan.plan import Plan
+from fastlogits.plan.position import Index
+from fastlogits.plan.run import Run
+from fastlogits.processors.base import LogitsProcessorList
+
+
+class _Process(NamedTuple):
+    """What is applied to the logits of each position, and to which of them."""
+
+    plan: Plan
+    input_ids: torch.Tensor
+    prompt_length: Index | None
+    T: int
+
+    def __call__(self, logits: torch.Tensor, t: int) -> torch.Tensor:
+        """The processed logits ``[B, V]`` of a position, float32, or float64 where they are that."""
+        x = logits if logits.dtype == torch.float64 else logits.float()
+        seen = self.input_ids[:, : self.input_ids.shape[1] - self.T + t + 1]
+        start = self.prompt_length
+        if isinstance(start, torch.Tensor):
+            start = start.clamp(max=seen.shape[1])
+        elif start is not None:
+            start = min(start, seen.shape[1])
+        return self.plan(seen, x, None if start is None else Run.of(start, None), {})
+
+
+def _steps(logits: torch.Tensor, task: Task) -> Iterator[tuple[int, torch.Tensor, Task]]:
+    """The logits ``[B, V]`` of each position, and what is asked of them."""
+    B, T = logits.shape[:2]
+
+    def column(value: Any, t: int) -> Any:
+        return value.view(B, T, *value.shape[1:])[:, t] if isinstance(value, torch.Tensor) and value.ndim else value
+
+    for t in range(T):
+        rules = [rule._replace(value=column(rule.value, t)) for rule in task.rules]
+        rules = [
+            rule._replace(value=rule.value.contiguous()) if isinstance(rule.value, torch.Tensor) else rule
+            for rule in rules
+        ]
+        kept = None if task.kept is None else GivenSets(*(column(each, t) for each in task.kept))
+        yield t, logits[:, t], Task(
+            column(task.targets, t), column(task.temperature, t), rules, kept, task.ignore_index
+        )  # fmt: skip
+
+
+class _Processed(torch.autograd.Function):
+    """Log-probabilities behind processors; in the backward pass these run once more, in torch."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, task: Task, entropy: bool, process: _Process) -> tuple[Any, ...]:
+        """Log-probabilities, entropies and what is outside, each ``[B, T]``."""
+        found = []
+        for t, each, of_it in _steps(logits.detach(), task):
+            found.append(kernels._forward(process(each, t), of_it, entropy))
+        ctx.save_for_backward(logits, *(rows.record for rows in found))
+        ctx.task, ctx.entropy, ctx.process = task, entropy, process
+        outside = torch.stack([rows.outside for rows in found], 1)
+        ctx.mark_non_differentiable(outside)
+        result = torch.stack([rows.logprobs for rows in found], 1)
+        entropies = torch.stack([rows.entropy for rows in found], 1) if entropy else result.new_empty(0)  # type: ignore[misc]
+        return result, entropies, outside
+
+    @staticmethod
+    def backward(ctx: Any, *came: Any) -> tuple[Any, ...]:
+        """The gradient of the logits."""
+        logits, *records = ctx.saved_tensors
+        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        for t, each, of_it in _steps(logits.detach(), ctx.task):
+            # As in the forward pass, to the last bit; the pass that torch records may round otherwise.
+            same = ctx.process(each, t)
+            own = torch.empty(same.shape, dtype=same.dtype, device=same.device)
+            entropy_grads = came[1][:, t].contiguous() if ctx.entropy else None
+            incoming = kernels.Incoming(came[0][:, t].contiguous(), entropy_grads, records[t])
+            kernels._backward_(same, of_it, incoming, own)
+            with torch.enable_grad():
+                leaf = each.detach().clone().requires_grad_()
+                processed = ctx.process(leaf, t)
+            if processed.requires_grad:
+                (found,) = torch.autograd.grad(processed, leaf, own)
+            else:  # a processor has made them anew
+                found = torch.zeros_like(leaf)
+            gradient[:, t] = found
+        return gradient, None, None, None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def processed_logprobs(
+    logits: torch.Tensor,
+    task: Task,
+    entropy: bool,
+    processors: Iterable[Any],
+    input_ids: torch.Tensor | None,
+    prompt_length: Index | None,
+    shape: torch.Size,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Log-probabilities of targets behind processors, entropies if asked for, and which targets are outside.
+
+    Raises:
+        ValueError: ``input_ids`` that don't fit the logits; kept ids with offsets.
+    """
+    listed = processors if isinstance(processors, LogitsProcessorList) else LogitsProcessorList(processors)
+    whole = logits if logits.ndim == 3 else logits.unsqueeze(1)
+    B, T = whole.shape[:2]
+    if input_ids is None:
+        needing = [member.name for member in listed.plan.members if member.stage.needs_history]
+        if needing:
+            raise ValueError(f"input_ids must be the tokens that the model has seen, got None: {needing[0]} reads them")
+        input_ids = torch.zeros((B, T), dtype=torch.int64, device=logits.device)
+    if (
+        not isinstance(input_ids, torch.Tensor)
+        or input_ids.ndim != 2
+        or input_ids.shape[0] != B
+        or input_ids.shape[1] < T - 1
+    ):
+        raise ValueError(f"input_ids must be integers of shape ({B}, L) with L at least {T}, got {kind(input_ids)}")
+    if task.kept is not None and task.kept.offsets is not None:
+        raise ValueError("kept must be ids with counts or bits where processors are given, got ids with offsets")
+    draw = fused_to_token(listed.plan.inner_parts, not task.rules and task.temperature is None and task.kept is None)
+    parts = [*draw.rest, *([] if draw.fold is None else [draw.fold])]
+    if draw.rules is not None:
+        task = task._replace(rules=draw.rules)
+    process = _Process(Plan(fused_to_logits(parts)), input_ids, prompt_length, T)
+    apply: Any = _Processed.apply
+    found, entropies, outside = apply(whole, task, entropy, process)
+    return found.reshape(-1), entropies.reshape(-1) if entropy else None, outside.reshape(-1)
