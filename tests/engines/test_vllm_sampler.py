@@ -1,0 +1,190 @@
+"""Released vLLM with fastlogits' samplers: a request's tokens are its own, whatever the engine does around it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engines.companions import tiny_model, tiny_tokenizer
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-engines")
+
+HERE = Path(__file__).parent
+BEYOND = 24  # logits that the tokenizer has no tokens for
+# Blocks for a few requests only, prompts that take several steps, and prompts that others begin with.
+TIGHT = {
+    "num_gpu_blocks_override": 6, "block_size": 32, "max_model_len": 96, "max_num_batched_tokens": 24, "max_num_seqs": 6
+}  # fmt: skip
+DRAFTS = {
+    "speculative_config": {
+        "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1
+    }
+}  # fmt: skip
+LONG = list(range(40, 76))
+
+
+def asks(**options):
+    return {"extra_args": {"fastlogits": options}}
+
+
+# What a request may ask for; each gets its own prompt, seed and length.
+KINDS = {
+    "greedy": {"temperature": 0},
+    "temperature": {"temperature": 1.2},
+    "likeliest": {"temperature": 1.0, "top_k": 20, "top_p": 0.9},
+    "min_p": {"temperature": 1.4, "min_p": 0.02, "top_p": 0.95},
+    "penalties": {"temperature": 0.9, "repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": 0.4},
+    "greedy_penalties": {"temperature": 0, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
+    "bias": {"temperature": 1.0, "logit_bias": {35: 3.0, 70: -100.0}},
+    "allowed": {"temperature": 1.5, "allowed_token_ids": list(range(30, 90, 2))},
+    "bad_words": {"temperature": 1.0, "bad_words": ["7", "ab", "e"]},
+    "unended": {"temperature": 1.3, "min_tokens": 5, "stop_token_ids": list(range(20, 140))},
+    "logprobs": {"temperature": 0.8, "logprobs": 4},
+    "named_logprobs": {"temperature": 0.8, "logprob_token_ids": [5, 90, 41]},
+    "prompt_logprobs": {"temperature": 0.8, "prompt_logprobs": 2, "logprobs": 0},
+    "several": {"temperature": 1.1, "n": 3, "top_k": 30},
+    "grammar": {"temperature": 1.0, "structured_outputs": {"regex": "[a-f]{4,9}"}, "ignore_eos": False},
+    "unended_grammar": {
+        "temperature": 1.0, "structured_outputs": {"choice": ["ab", "cad"]}, "min_tokens": 9, "ignore_eos": False
+    },
+    "options": {"temperature": 1.2, **asks(no_repeat_ngram_size=2, epsilon=1e-3, banned_token_ids=[60, 61])},
+    "forced": {"temperature": 1.0, **asks(forced_tokens=[80, 81, 80, 81, 80, 81, 80, 81], dry_multiplier=2.0)},
+}  # fmt: skip
+COUNT = 50
+
+
+def requests(kinds=KINDS, count=COUNT):
+    """Requests of all kinds, with prompts of their own or shared ones, long and short."""
+    made = []
+    for index in range(count):
+        name = list(kinds)[index % len(kinds)]
+        prompt = [*LONG, 30 + index] if index % 4 == 0 else [31 + index, *[45, 46] * 11, 45]
+        params = {"seed": index, "max_tokens": 8 + index % 9, "ignore_eos": True, **kinds[name]}
+        made.append({"kind": name, "prompt": prompt, "params": params})
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 256}
+    tiny_model(tokenizer, BEYOND, **sizes).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def run(model, calls, runner, installed, switch="1", **engine):
+    """Start an engine with the samplers, serve, and end it."""
+    asked = {
+        "runner": runner,
+        "calls": calls,
+        "serves": True,
+        "engine": {"model": str(model), "skip_tokenizer_init": False, **engine},
+    }
+    path = os.pathsep.join([str(installed), str(HERE)])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "vllm_engine.py")],
+        input=json.dumps(asked),
+        env=os.environ | {"PYTHONPATH": path, "FASTLOGITS_VLLM_SAMPLER": switch},
+        cwd=model,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return {**json.loads(done.stdout.splitlines()[-1]), "log": done.stdout + done.stderr}
+
+
+def assert_same(found, expected):
+    """Tokens, and log-probabilities as far as batches of other sizes round alike."""
+    assert found["tokens"] == expected["tokens"]
+    for name in ("logprobs", "prompt_logprobs"):
+        ours, theirs = flat(found[name]), flat(expected[name])
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert value == pytest.approx(theirs[key], abs=1e-3), key
+
+
+def flat(value, key=()):
+    if isinstance(value, dict):
+        value = value.items()
+    elif isinstance(value, list):
+        value = enumerate(value)
+    else:
+        return {key: value}
+    return {at: number for name, each in value for at, number in flat(each, (*key, str(name))).items()}
+
+
+@pytest.fixture(scope="module")
+def alone(model, installed):
+    """Each request by itself: one at a time, without drafts, in an engine that never preempts."""
+    answer = run(model, [requests()], "newer", installed, max_num_seqs=1, enable_prefix_caching=False)
+    assert answer["samplers"] == ["fastlogits.integrations.vllm_sampler"]
+    assert answer["preemptions"] == 0
+    return answer["results"][0]
+
+
+@pytest.mark.parametrize("drafts", [{}, DRAFTS], ids=["plain", "drafts"])
+def test_alone_and_together(drafts, model, installed, alone):
+    call = requests()
+    if drafts:
+        # vLLM refuses these two with drafts.
+        call = [request for request in call if request["kind"] not in ("min_p", "bias")]
+        alone = [found for request, found in zip(requests(), alone, strict=True) if request in call]
+    leaving = [3, 17, 30, 40]
+    for index in leaving:
+        call[index]["abort_after"] = 2 + index // 3
+    answer = run(model, [call], "newer", installed, enable_prefix_caching=True, **TIGHT, **drafts)
+    assert answer["preemptions"] > 0
+    assert set(answer["samplers"]) == {"fastlogits.integrations.vllm_sampler"}
+    if drafts:
+        assert answer["drafted"] > answer["accepted"] > 10
+    for index, (request, found, expected) in enumerate(zip(call, answer["results"][0], alone, strict=True)):
+        if found is None:
+            assert index in leaving
+        else:
+            assert_same(found, expected)
+            assert len(expected["tokens"]) == request["params"].get("n", 1)
+
+
+def test_requests_get_what_they_ask_for(alone, tokenizer):
+    for request, found in zip(requests(), alone, strict=True):
+        kind, params, outputs = request["kind"], request["params"], found["tokens"]
+        if kind == "allowed":
+            assert set(outputs[0]) <= set(params["allowed_token_ids"])
+        elif kind == "unended":
+            assert not set(outputs[0][:5]) & set(params["stop_token_ids"])
+        elif kind == "logprobs":
+            assert all(len(step) in (4, 5) for step in found["logprobs"][0])
+        elif kind == "named_logprobs":
+            assert all(set(step) >= {"5", "90", "41"} for step in found["logprobs"][0])
+        elif kind == "several":
+            assert len({tuple(tokens) for tokens in outputs}) == 3
+        elif kind == "grammar":
+            assert set(found["texts"][0]) <= set("abcdef")
+        elif kind == "unended_grammar":
+            assert found["texts"][0] in ("ab", "cad")
+        elif kind == "options":
+            pairs = list(zip(request["prompt"] + outputs[0], (request["prompt"] + outputs[0])[1:], strict=False))
+            assert not set(outputs[0]) & {60, 61}
+            assert all(pair not in pairs[:at] for at, pair in enumerate(pairs) if at >= len(request["prompt"]))
+        elif kind == "forced":
+            assert outputs[0][:8] == [80, 81] * 4
+
+
+def test_greedy_requests_get_what_vllm_gives_them(model, installed, alone):
+    """Penalties included; the older runner's own sampler runs on a CPU."""
+    greedy = [index for index, request in enumerate(requests()) if request["params"]["temperature"] == 0]
+    call = [requests()[index] for index in greedy]
+    answer = run(model, [call], "older", installed, switch="0")
+    assert answer["samplers"] == ["vllm.v1.sample.sampler"]
+    for found, index in zip(answer["results"][0], greedy, strict=True):
+        assert found["tokens"] == alone[index]["tokens"]
