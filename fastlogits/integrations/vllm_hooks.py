@@ -202,9 +202,6 @@ class _Loader(Loader):
 BUILT_IN_PROCESSORS = 3
 """The first of a sampler's processors are vLLM's own: bias, penalties and bad words, which the step does itself."""
 
-NO_LOGPROBS = -1
-"""What the newer runner holds for a request that wants no log-probabilities."""
-
 _SAMPLER = "vllm/v1/worker/gpu/sample/sampler.py"
 _REJECTION = "vllm/v1/worker/gpu/spec_decode/rejection_sampler.py"
 
@@ -334,6 +331,12 @@ def reason_for_vllm(sampler: Any) -> str | None:
     if sampler.return_sampling_mask:
         return "the engine reports which tokens are kept (return_sampling_mask)"
     return None
+
+
+def shares_batches(config: Any) -> bool:
+    """Whether each rank of an engine samples a part of the batch."""
+    parallel = getattr(config, "parallel_config", None)
+    return bool(getattr(parallel, "enable_batch_sharded_sampling", False))
 
 
 def number_of_nans(logits: torch.Tensor) -> torch.Tensor:

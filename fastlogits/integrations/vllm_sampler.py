@@ -94,7 +94,8 @@ class NewerSampler:
         self._others: list[_Watched] = []
         self._step: StepOfSlots | None = None
         self._is_changed = False
-        config = named.get("vllm_config", given[0] if given else None)
+        config: Any = named.get("vllm_config", given[0] if given else None)
+        self.shares_batches = hooks.shares_batches(config)
         reason = hooks.reason_for_vllm(self)
         if reason is not None:
             _tell(f"vLLM's own sampler runs: {reason}")
@@ -270,9 +271,10 @@ class EqualTokens:
             theirs: Any = super()
             return theirs.__call__(logits, input_batch, draft_logits, invalid_drafts)
         nans = hooks.number_of_nans(logits) if sampler.compute_nans else None
-        most = sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np)
         bounds = input_batch.cu_num_logits.clone() if self.enable_adaptive_verification else None
-        drawn = sampler.draw(logits, input_batch, None if most == hooks.NO_LOGPROBS else (most, 0), bounds)
+        # Ranks that share a batch put their reports together, and expect no named tokens in steps with drafts.
+        dims = sampler.get_logprobs_dims(input_batch.idx_mapping_np, include_token_ids=not sampler.shares_batches)
+        drawn = sampler.draw(logits, input_batch, dims, bounds)
         drafts = hooks.drafts_to_verify(drawn.rows, sampler.req_states.prefill_len.gpu)
         if invalid_drafts is not None:
             drafts = drafts.masked_fill(invalid_drafts, -1)
