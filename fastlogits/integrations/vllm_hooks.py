@@ -305,9 +305,9 @@ def sampler_problems(folder: Path, runner: str | None = None) -> Iterator[str]:
             yield f"{members.path} has no {', '.join(map(repr, missing))}"
     for wanted in _SIGNATURES:
         path = folder / wanted.path
-        if runner in (None, wanted.runner) and path.is_file():
+        if runner in (None, wanted.runner):
             if path not in trees:
-                trees[path] = _functions(path)
+                trees[path] = _functions(path) if path.is_file() else {}
             if trees[path].get(wanted.name) != wanted.arguments:
                 yield f"{wanted.path} has no {wanted.name}({', '.join(wanted.arguments)})"
 

@@ -35,6 +35,13 @@ ELSEWHERE = frozenset({
 """Fields that other parts of vLLM serve."""
 
 
+_OFF = (
+    ("temperature", 1), ("top_k", 0), ("top_p", 1), ("min_p", 0), ("repetition_penalty", 1), ("presence_penalty", 0),
+    ("frequency_penalty", 0),
+)  # fmt: skip
+"""Fields that have the same meaning, with the values that turn them off."""
+
+
 class Translated(NamedTuple):
     """What a request asks of the step."""
 
@@ -64,12 +71,7 @@ def translate(
         ValueError: a value that ``RequestParams`` refuses.
     """
     asked: dict[str, Any] = {} if options is None else _asked(options)
-    if sampling.temperature != 1:
-        asked["temperature"] = sampling.temperature
-    if sampling.temperature > 0:
-        # Off-values of vLLM are off-values here: 0 and -1, 1, 0.
-        asked |= {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
-    for name, off in (("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0)):
+    for name, off in _OFF:
         value = getattr(sampling, name)
         if value != off:
             asked[name] = value

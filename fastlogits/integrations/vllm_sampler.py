@@ -100,7 +100,8 @@ class NewerSampler:
         if reason is not None:
             _tell(f"vLLM's own sampler runs: {reason}")
             return
-        self._served_by = np.zeros(self.sampling_states.max_num_reqs, dtype=np.int8)
+        slots = self.sampling_states.max_num_reqs
+        self._served_by, self._reports = np.zeros(slots, dtype=np.int8), np.zeros(slots, dtype=np.bool_)
         self._step = self._new_step(config)
         self._watch_others()
 
@@ -144,7 +145,8 @@ class NewerSampler:
         V = step.vocab_size
         options, seed = running_options(sampling, V), int(self.sampling_states.seeds.np[slot])
         try:
-            asked = translate(sampling, seed, V, options, step.max_logprobs or None)
+            self._reports[slot] = bool(step.max_logprobs) and sampling.logprobs is not None
+            asked = translate(sampling, seed, V, options, step.max_logprobs if self._reports[slot] else None)
             ends = None
             if asked.ends_if_nothing_is_left:
                 length = int(self.req_states.prompt_len.np[slot]) + sampling.min_tokens
@@ -209,11 +211,10 @@ class NewerSampler:
         )  # fmt: skip
         served = self._served_by[input_batch.idx_mapping_np].max(initial=0)
         foreign = self._foreign(rows, input_batch) if served == _AROUND_OTHERS else None
-        asks: Distribution | None = None
-        fits = dims is not None and not dims[1] and dims[0] <= MOST and self.logprobs_mode not in _LOGITS_MODES
-        if fits and dims is not None and self.logprobs_mode == "processed_logprobs":
-            asks = "processed" if dims[0] <= self._step.max_logprobs else None
-            fits = asks is not None
+        asks: Distribution | None = "processed" if self._reports[input_batch.idx_mapping_np].any() else None
+        fits = dims is not None and not dims[1] and self.logprobs_mode not in _LOGITS_MODES
+        if fits and dims is not None:
+            fits = dims[0] <= (MOST if self.logprobs_mode == "raw_logprobs" else self._step.max_logprobs)
         sample = self._step.sample(logits, rows, foreign, asks)
         if dims is None:
             return _Drawn(sample.tokens, None, rows)

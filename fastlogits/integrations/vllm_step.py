@@ -130,10 +130,16 @@ class StepOfSlots:
             dtype, calls="sample", logprobs=logprobs, bitmask=False, cache_position=torch.int64, draft_ids=drafts
         )
 
+    def _known(self, rows: Rows) -> Rows:
+        """The rows, those of empty slots marked where the host would refuse them."""
+        if rows.slots.device.type != "cpu":
+            return rows
+        return rows._replace(slots=torch.tensor([slot if slot in self._params else -1 for slot in rows.slots.tolist()]))
+
     def sample(
         self, logits: torch.Tensor, rows: Rows, foreign: Foreign | None, logprobs: Distribution | None = None
     ) -> Sample:
-        """A token of each row ``[rows, V]``, and a report on it in one of the distributions.
+        """A token of each row ``[rows, V]``, and a report on it in one of the distributions. Empty slots get token 0.
 
         Args:
             logits: not written.
@@ -141,6 +147,7 @@ class StepOfSlots:
             foreign: what others do to the logits; None for nothing, which takes one pass.
             logprobs: of which distribution; see ``BatchProcessor.sample``.
         """
+        rows = self._known(rows)
         if foreign is None:
             return self._whole.sample(logits, rows.slots, **rows.arguments, logprobs=logprobs)
         edited, draws = self._edited(logits, rows, foreign)
@@ -148,6 +155,7 @@ class StepOfSlots:
 
     def process(self, logits: torch.Tensor, rows: Rows, foreign: Foreign | None) -> torch.Tensor:
         """The logits that are drawn from, float32 ``[rows, V]``: scaled, and -inf where a token is dropped."""
+        rows = self._known(rows)
         if foreign is None:
             return self._whole.apply_(_copied(logits), rows.slots, **rows.arguments)
         edited, draws = self._edited(logits, rows, foreign)
