@@ -8,7 +8,7 @@ OLD_VENV := .venv-4.57
 ENGINES_VENV := .venv-engines
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-fast test-matrix test-engines fuzz lint bench figures export clean
+.PHONY: demo test test-fast test-matrix test-engines fuzz lint docs docs-serve bench figures export clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -41,6 +41,14 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The site, in build/docs; a dead link or a docstring that can't be read is an error.
+MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:kernels $(RUN) -m mkdocs
+docs: $(VENV)/ready
+	$(MKDOCS) build --quiet
+
+docs-serve: $(VENV)/ready
+	$(MKDOCS) serve
+
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks $(ARGS)
 
@@ -56,7 +64,7 @@ export: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,docs]'
 	touch $@
 
 $(OLD_VENV)/ready: pyproject.toml constraints-4.57.txt

@@ -94,7 +94,7 @@ def uncatalogued() -> set[str]:
 def _row(processor: Any) -> str:
     name = type(processor).__name__
     (member,) = fresh_members([processor])
-    kinds = [stage.law if isinstance(stage, Rows) else stage.kind for stage in stages_of(member.stage)]
+    kinds = [stage.acts_as if isinstance(stage, Rows) else stage.kind for stage in stages_of(member.stage)]
     kind = ", ".join(dict.fromkeys(kinds))
     does = " ".join((type(processor).__doc__ or "").partition("\n\n")[0].split()).replace("|", "\\|").replace("``", "`")
     costs = list(dict.fromkeys(_cost(part) for part in processor.plan.parts))

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastlogits_kernels.rules import ORDERS, RULES, argument_of
+
 from benchmarks.catalogue import catalogue
 from benchmarks.inputs import MANY_IDS, MEANINGS
 from benchmarks.matrix import markdown
@@ -21,7 +23,9 @@ from benchmarks.workloads import COPY, FAST, FAST_, FAST_COPIED_, LOOP, OURS, TH
 from fastlogits import BatchProcessor
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "processors", "rules", "serving", "testing")))
+_RAW = "https://raw.githubusercontent.com/fastlogits/fastlogits/main/"
+"""Where a package index finds pictures."""
 _REGION = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 
 _SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
@@ -150,7 +154,7 @@ def _plot(records: Sequence[Record]) -> str:
         if found:
             name = f"{slug(found[0].device)}-headline-{metric.removesuffix('_us')}.png"
             text = f"Times faster than transformers, or than the published loop, by batch size on {found[0].device}"
-            return f"![{text}](benchmarks/results/{name})"
+            return f"![{text}]({_RAW}benchmarks/results/{name})"
     return ""
 
 
@@ -234,16 +238,43 @@ def _slots(records: Sequence[Record]) -> str:
     return "\n".join([f"| bytes of a slot |{head}", f"|---|{'---:|' * len(sizes)}", *rows])
 
 
+_DROPS = {
+    "top_n_sigma": "less than the largest logit minus n standard deviations of the row",
+    "top_h": "all but the likeliest tokens, up to a share of the entropy",
+    "top_k": "all but the k likeliest tokens",
+    "top_p": "all but the fewest likeliest tokens whose probabilities add up to at least p",
+    "min_p": "less than p times the largest probability",
+    "top_a": "less than a times the square of the largest probability",
+    "typical": "all but the tokens nearest to the entropy, up to a mass",
+    "epsilon": "less than epsilon",
+    "eta": "less than eta, or than its square root times exp(-entropy), whichever is less",
+}
+
+
+def _rules(records: Sequence[Record]) -> str:
+    """The table of rules, and their orders."""
+    needs = ("nothing", "the mass", "the mass, the entropy", "the mass, the entropy, the deviation")
+    lines = ["| rule | argument | drops | allowed | needs of the row first |", "|---|---|---|---|---|"]
+    for kind, spec in RULES.items():
+        name, allowed = kind.replace("_", "-"), spec.range.words
+        lines.append(f"| {name} | `{argument_of(kind)}` | {_DROPS[kind]} | {allowed} | {needs[spec.sums]} |")
+    lines += ["", "| stack | order |", "|---|---|"]
+    lines += [f"| {stack} | {', '.join(kind.replace('_', '-') for kind in order)} |" for stack, order in ORDERS.items()]
+    return "\n".join(lines)
+
+
 _ALL = tuple(name for name, workload in WORKLOADS.items() if workload.main)
 REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "claim": _claim,
     "plot": _plot,
     "gpu": _table("gpu_us", _SIZES, _FEW),
+    "short": _table("gpu_us", _SIZES, ("chain 9", "T k p", "draw T k p")),
     "gpu-all": _table("gpu_us", _SIZES, _ALL),
     "host-all": _table("host_us", _SIZES, _ALL),
     "cpu": _table("cpu_us", _CPU_SIZES, ("chain 9", "T k p")),
     "cpu-all": _table("cpu_us", _CPU_SIZES, _ALL),
     "processors": lambda records: catalogue(),
+    "rules": _rules,
     "slots": _slots,
     "matrix": lambda records: markdown(),
     "cpu-classes": _table(

@@ -61,7 +61,7 @@ def _table(records: Sequence[Record]) -> str:
         kind = "ours" if contender in OURS else "yardstick" if contender in YARDSTICKS else ""
         cells = "".join(f"<td>{_cell(by_size[size]) if size in by_size else ''}</td>" for size in sizes)
         rows.append(f"<tr class='{kind}'><td>{escape(contender)}</td>{cells}</tr>")
-    limits = {(r.vocab, r.batch): r.roof_us for r in records if r.roof_us and r.metric != "host_us"}
+    limits = {(r.vocab, r.batch): r.limit_us for r in records if r.limit_us and r.metric != "host_us"}
     if limits:
         cells = "".join(f"<td>{f'{limits[size]:,.1f}' if size in limits else ''}</td>" for size in sizes)
         rows.append(f"<tr class='yardstick'><td>memory-bandwidth limit</td>{cells}</tr>")

@@ -89,7 +89,7 @@ def against_memory_limit(records: Sequence[Record]) -> Figure | None:
     """Time against the memory-bandwidth limit: the time to move a workload's bytes, measured in the same run."""
     shown = [
         r for r in records
-        if r.roof_us and r.contender not in YARDSTICKS and r.workload in WORKLOADS and WORKLOADS[r.workload].main
+        if r.limit_us and r.contender not in YARDSTICKS and r.workload in WORKLOADS and WORKLOADS[r.workload].main
     ]  # fmt: skip
     if not shown:
         return None
@@ -99,10 +99,10 @@ def against_memory_limit(records: Sequence[Record]) -> Figure | None:
         of_group = [r for r in shown if _group(r.contender) == group]
         if of_group:
             axis.scatter(
-                [r.roof_us or 0 for r in of_group], [r.median or 0 for r in of_group],
+                [r.limit_us or 0 for r in of_group], [r.median or 0 for r in of_group],
                 s=14, alpha=0.7, color=colour, label={"ours": "fastlogits", "theirs": THEIRS}.get(group, group),
             )  # fmt: skip
-    ends = [min(r.roof_us or 1 for r in shown), max(r.roof_us or 1 for r in shown)]
+    ends = [min(r.limit_us or 1 for r in shown), max(r.limit_us or 1 for r in shown)]
     axis.plot(ends, ends, color="black", linewidth=1, label="limit")
     empty = [r.median for r in records if r.contender == EMPTY and r.median]
     if empty:

@@ -32,8 +32,8 @@ class Result:
         timing: None if the contender computed something wrong or can't be timed this way.
         remark: the reason then; the part before a colon is for tables.
         peak_bytes: most bytes that the call has allocated at once; None if nothing counts them.
-        roof_us: the memory-bandwidth limit: the time to move the workload's bytes at the bandwidth measured in the run;
-            None for yardsticks.
+        limit_us: the memory-bandwidth limit: the time to move the workload's bytes at the bandwidth measured in the
+            run; None for yardsticks.
     """
 
     workload: str
@@ -44,7 +44,7 @@ class Result:
     timing: Timing | None
     remark: str = ""
     peak_bytes: int | None = None
-    roof_us: float | None = None
+    limit_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Record:
     p10: float | None
     p90: float | None
     peak_bytes: int | None
-    roof_us: float | None
+    limit_us: float | None
     remark: str
 
     @property
@@ -232,7 +232,7 @@ def _number(text: str) -> float | None:
 _READ: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(COLUMNS, str),
     **dict.fromkeys(("threads", "batch", "vocab", "ids"), int),
-    **dict.fromkeys(("median", "p10", "p90", "roof_us"), _number),
+    **dict.fromkeys(("median", "p10", "p90", "limit_us"), _number),
     "peak_bytes": lambda text: int(text) if text else None,
     "in_place": lambda text: text == "True",
 }
@@ -260,7 +260,7 @@ def _fields(result: Result) -> dict[str, Any]:
         "p10": None if timing is None else timing.p10,
         "p90": None if timing is None else timing.p90,
         "peak_bytes": result.peak_bytes,
-        "roof_us": result.roof_us,
+        "limit_us": result.limit_us,
         "remark": result.remark,
     }
 

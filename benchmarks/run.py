@@ -49,7 +49,7 @@ class Run:
         test = _Test(workload, case)
         for contender in contenders:
             test.check(contender)
-        roof_us = workload.moves(case) / self.bandwidths[case.device] * 1e6
+        limit_us = workload.moves(case) / self.bandwidths[case.device] * 1e6
         for metric in workload.metrics(case):
             timings = interleaved(test.bunches(contenders, metric), self.budget_s[metric])
             for contender in contenders:
@@ -57,7 +57,7 @@ class Run:
                     _NO_GRAPH if metric == "gpu_us" and contender.name in test.uncapturable else None
                 )
                 timing, peak = timings.get(contender.name), test.peaks.get(contender.name)
-                limit = None if contender.yardstick else roof_us
+                limit = None if contender.yardstick else limit_us
                 kind = (name, case, contender.name, contender.in_place, metric)
                 self.results.add(Result(*kind, timing, _remark(remark), peak, limit))
             self._note_missing_peers(name, case, metric)

@@ -53,8 +53,8 @@ def print_tables(results: Results, console: Console) -> None:
             cells: dict[str, dict[int, Text]] = {}
             for result in rows:
                 cells.setdefault(result.contender, {})[result.case.batch] = _cell(results, result, baseline)
-                if result.roof_us is not None and metric != "host_us":
-                    limit = Text(_us(result.roof_us) + (" " * 10 if baseline else ""))
+                if result.limit_us is not None and metric != "host_us":
+                    limit = Text(_us(result.limit_us) + (" " * 10 if baseline else ""))
                     cells.setdefault(_LIMIT, {})[result.case.batch] = limit
             cells |= {_LIMIT: cells.pop(_LIMIT)} if _LIMIT in cells else {}
             for i, (contender, by_batch) in enumerate(cells.items()):

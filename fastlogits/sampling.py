@@ -36,6 +36,7 @@ from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.position import Index
 from fastlogits.plan.run import Run
 from fastlogits.processors.base import LogitsProcessorList, positions_for_others
+from fastlogits.representation import arguments, set_fields
 from fastlogits.sampled import Distribution, Sample
 from fastlogits.warm_up import WarmUp
 
@@ -129,6 +130,9 @@ class SamplingParams:
             if given[argument] is not None:
                 given[argument] = _checked_rule(name, given[argument])
 
+    def __repr__(self) -> str:
+        return f"SamplingParams({arguments(set_fields(self))})"
+
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The truncations that are on, in their order."""
@@ -202,6 +206,13 @@ class Sampler:
         self._top_logprobs = top_logprobs
         self._fuses = launch.takes_rules(self._rules)
         self._fused: FusedDraw | None = None
+
+    def __repr__(self) -> str:
+        given: dict[str, Any] = {} if self._processors is None else {"processors": list(self._processors)}
+        given |= set_fields(self.params)
+        given |= {"logprobs": self._logprobs} if self._logprobs is not None else {}
+        given |= {"top_logprobs": self._top_logprobs} if self._top_logprobs else {}
+        return f"Sampler({arguments(given)})"
 
     def __call__(
         self,

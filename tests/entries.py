@@ -43,8 +43,9 @@ class Entry:
 
     Args:
         draw: given ``(draw, case)``, the constructor's arguments.
-        law: ``"exact"``: equal in every bit. ``"close"``: sums are involved, whose order may differ. ``"truncation"``:
-            kept scores are equal in every bit, and which are kept may differ within rounding of ``boundary``.
+        agreement: ``"exact"``: equal in every bit. ``"close"``: sums are involved, whose order may differ.
+            ``"truncation"``: kept scores are equal in every bit, and which are kept may differ within rounding of
+            ``boundary``.
         boundary: the argument whose rounding decides what is kept.
         rows: rows of scores to each row of ``input_ids``.
         least_vocab: the smallest vocabulary that transformers' class can work with.
@@ -57,7 +58,7 @@ class Entry:
     """
 
     draw: Callable[[Callable[..., Any], Case], dict[str, Any]]
-    law: Literal["exact", "close", "truncation"] = "exact"
+    agreement: Literal["exact", "close", "truncation"] = "exact"
     boundary: str = ""
     rows: int = 1
     least_vocab: int = 1

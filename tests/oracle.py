@@ -47,7 +47,7 @@ def rules_of_row(rules: Sequence[Rule], row: int) -> list[Rule]:
 
 
 def check_truncation(scores: torch.Tensor, rules: Sequence[Rule], result: torch.Tensor) -> None:
-    """Fail unless ``result`` ``[B, V]`` is what the rules leave of ``scores``, up to rounding at the edge."""
+    """Fail unless ``result`` ``[B, V]`` is what the rules leave of ``scores``, up to rounding at the cut-off."""
     assert result.shape == scores.shape
     assert result.dtype == scores.dtype
     scores, result = scores.detach().cpu(), result.detach().cpu()
@@ -159,8 +159,8 @@ def _top_p(row: torch.Tensor, rule: Rule) -> Cut:
     p = row.softmax(-1)[tokens]
     before = p.cumsum(0) - p
     drops = []
-    for edge in (value, value + MASS, value - MASS):
-        drop = before >= edge
+    for limit in (value, value + MASS, value - MASS):
+        drop = before >= limit
         drop[: rule.min_tokens_to_keep] = False
         drops.append(torch.zeros_like(drop).scatter(0, tokens, drop))
     return Cut(*drops)
@@ -193,8 +193,8 @@ def _typical(row: torch.Tensor, rule: Rule) -> Cut:
     order = distance.sort(stable=True).indices
     before = p[order].cumsum(0) - p[order]
     last = []
-    for edge in (value, value + MASS, value - MASS):
-        count = max(1, keep, int((before < edge).sum()))
+    for limit in (value, value + MASS, value - MASS):
+        count = max(1, keep, int((before < limit).sum()))
         last.append(order[min(count, row.shape[0]) - 1])
     limits = distance[torch.stack(last)]
     slack = 2e-6 * (1 + entropy) + 4 * EPS * (row.max().abs() + limits[0])
@@ -229,8 +229,8 @@ def _top_h(row: torch.Tensor, rule: Rule, found: torch.Tensor) -> Cut:
     share, slack = entropy * _value(rule), MASS * (1 + entropy) + EPS * row.max().abs()
     drops = []
     # 0 * log(0) is NaN, so that none stays whose probability is nothing in float32; the least ones may be nothing.
-    for edge, nothing in ((share, 1e-46), (share + slack, 1e-46), (share - slack, 1e-37)):
-        stays = terms.masked_fill(p < nothing, math.nan).cumsum(0) <= edge
+    for limit, nothing in ((share, 1e-46), (share + slack, 1e-46), (share - slack, 1e-37)):
+        stays = terms.masked_fill(p < nothing, math.nan).cumsum(0) <= limit
         stays[0] = True
         drop = torch.ones(row.shape, dtype=torch.bool)
         drop[tokens[stays]] = False

@@ -10,7 +10,7 @@ from fastlogits_kernels.runtime import backend
 from fastlogits_kernels.runtime import launcher as runtime
 from fastlogits_kernels.runtime.launcher import HAS_TRITON, Launcher, collected, is_collecting, launch_together, prepare
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving import steps
 
 import fastlogits as fl
 from fastlogits import warm_up as warming
@@ -30,7 +30,7 @@ def kernels(monkeypatch):
     for module in (backend, runtime.backend):
         monkeypatch.setattr(module, "wanted_on", lambda device: True)
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
-    monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
+    monkeypatch.setattr(steps, "FORCE_KERNEL", True)
     monkeypatch.setattr(warming, "no_kernels", lambda device: None)
 
 

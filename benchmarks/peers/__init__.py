@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from benchmarks.peers.compiled import COMPILED
 from benchmarks.peers.flashinfer import FLASHINFER
+from benchmarks.peers.handwritten import HANDWRITTEN
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.vllm import VLLM
 from benchmarks.peers.xgrammar import XGRAMMAR
 
 __all__ = ["PEERS", "Peer"]
 
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (COMPILED, FLASHINFER, VLLM, XGRAMMAR)}
+PEERS: dict[str, Peer] = {peer.name: peer for peer in (COMPILED, FLASHINFER, HANDWRITTEN, VLLM, XGRAMMAR)}
 """All peers by name."""

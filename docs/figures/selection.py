@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 
 OUT = Path(__file__).parents[2] / "kernels/fastlogits_kernels/selection/selection.svg"
+ON_THE_SITE = Path(__file__).with_name("selection.svg")
+"""The same, where the site has its pictures."""
 WIDTH, HEIGHT = 920, 430
 LEFT, RIGHT, TOP, BASE = 60, 890, 44, 240
 
@@ -105,4 +107,5 @@ def picture() -> str:
 
 
 if __name__ == "__main__":
-    OUT.write_text(picture())
+    for path in (OUT, ON_THE_SITE):
+        path.write_text(picture())

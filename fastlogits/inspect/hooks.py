@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
@@ -16,6 +17,7 @@ from fastlogits.processors.base import LogitsProcessorList, StagedProcessor
 from fastlogits.processors.masks import SuppressFirstTokens
 from fastlogits.transformers import hooks, loop
 from fastlogits.transformers.accelerate import RunList, accelerate
+from fastlogits.transformers.attention import grouped
 from fastlogits.transformers.decode import decode
 from fastlogits.transformers.graphs import GRAPHS
 from fastlogits.transformers.hooks import Hook
@@ -61,9 +63,9 @@ def vllm_sampler_problems() -> list[str] | None:
     return None if folder is None else list(vllm_hooks.sampler_problems(folder))
 
 
-def _tiny_model() -> Any:
+def _tiny_model(**sizes: int) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, **sizes}
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=_V, **sizes, **tokens)).eval()
 
@@ -171,6 +173,30 @@ def _try_loop(model: Any) -> str | None:
     return None if close else "its step makes other logits than transformers' own loop"
 
 
+class _KeyHeads(TorchFunctionMode):
+    """Notes how many heads the keys have that torch's attention is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.add(args[1].shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+def _try_attention(model: Any) -> str | None:
+    model = _tiny_model(num_attention_heads=2, num_key_value_heads=1)
+    mask = torch.ones_like(_PROMPT)
+    mask[:, :2] = 0  # so that attention needs a mask
+    with torch.no_grad(), grouped(), _KeyHeads() as heads:
+        model(_PROMPT, attention_mask=mask)
+    return None if heads.seen == {1} else "keys and values are still repeated for each head"
+
+
 def _try_tokenizer(model: Any) -> str | None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -190,5 +216,6 @@ _TESTS: dict[Hook, Callable[[Any], str | None]] = {
     hooks.CONTINUOUS: _try_continuous,
     hooks.DECODE: _try_decode,
     hooks.LOOP: _try_loop,
+    hooks.ATTENTION: _try_attention,
     hooks.TOKENIZER: _try_tokenizer,
 }

@@ -1,4 +1,4 @@
-"""A plan for people: its parts, what fused with what and by which law, what a GPU has to do for it."""
+"""A plan for people: its parts, what fused with what and why, what a GPU has to do for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PartText(NamedTuple):
 
     name: str
     lines: tuple[Line, ...]
-    laws: tuple[str, ...]
+    reasons: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -61,7 +61,7 @@ class Explanation(str):
             ]
             rows += [
                 f'<tr><td colspan="3" style="text-align:left"><small>{html.escape(note)}</small></td></tr>'
-                for note in (*part.laws, *part.notes)
+                for note in (*part.reasons, *part.notes)
             ]
         gpu = "".join(f"<li>{html.escape(line)}</li>" for line in self.gpu)
         table = f"<table><caption>{html.escape(self.heading)}</caption>{''.join(rows)}</table>"
@@ -100,15 +100,16 @@ def _told(part: Part) -> PartText:
     lines = []
     for member in part.members:
         stage = member.stage
-        lines.append(Line(member.name, stage.law if isinstance(stage, Rows) else stage.kind, stage.describe()))
-    return PartText(name, tuple(lines), _laws(part), tuple(notes))
+        lines.append(Line(member.name, stage.acts_as if isinstance(stage, Rows) else stage.kind, stage.describe()))
+    return PartText(name, tuple(lines), _reasons(part), tuple(notes))
 
 
-def _laws(part: Part) -> tuple[str, ...]:
+def _reasons(part: Part) -> tuple[str, ...]:
     """Why the processors of a part may act as one; their names, where it isn't all of them."""
     everyone = None if part.takes_in_others else len(part.members)
     return tuple(
-        f"why: {law}" + ("" if len(names) == everyone else f" ({', '.join(names)})") for law, names in part.merges()
+        f"why: {reason}" + ("" if len(names) == everyone else f" ({', '.join(names)})")
+        for reason, names in part.merges()
     )
 
 
@@ -124,7 +125,7 @@ def _on_a_gpu(parts: Sequence[Part]) -> list[str]:
     lines = [f"at most {_plural(launches, 'launch')}{values_too}{torch_too}"]
     for part in parts:
         if part.takes_in_others:
-            lines += [part.describe(), *_laws(part)]
+            lines += [part.describe(), *_reasons(part)]
     return lines
 
 
@@ -146,7 +147,7 @@ def _text(title: str, parts: Sequence[PartText], gpu: Sequence[str]) -> str:
     for number, part in enumerate(parts, 1):
         lines.append(f"{number}. {part.name}")
         lines += [f"     {processor:<{width}}  {kind:<9}  {does}" for processor, kind, does in part.lines]
-        lines += [f"     {note}" for note in (*part.laws, *part.notes)]
+        lines += [f"     {note}" for note in (*part.reasons, *part.notes)]
     if gpu:
         lines += [f"on a GPU: {gpu[0]}", *(f"     {line}" for line in gpu[1:])]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ NO_ARGUMENTS: Mapping[str, Any] = {}
 class Merge(NamedTuple):
     """Processors that act as one."""
 
-    law: str
+    reason: str
     """Why they may."""
     names: tuple[str, ...]
     """Which they are."""
@@ -82,7 +82,7 @@ class Part:
         raise NotImplementedError
 
     def merges(self) -> list[Merge]:
-        """Which of its processors act as one, and by which law."""
+        """Which of its processors act as one, and why they may."""
         return []
 
     def cost(self) -> Cost:

@@ -32,7 +32,7 @@ class Plan(AnyPlan):
 
     @classmethod
     def compile(cls, members: Iterable[Member]) -> Plan:
-        """Fuse what the laws allow."""
+        """Fuse what may be fused."""
         return cls(fused_to_logits(parts_of(members)))
 
     def __call__(
@@ -110,7 +110,7 @@ class Plan(AnyPlan):
         dtype: torch.dtype = torch.float32,
         bandwidth: float | None = None,
     ) -> Explanation:
-        """The plan for people: parts in order, what each processor does, merges and the law of each.
+        """The plan for people: parts in order, what each processor does, merges and why each is allowed.
 
         Args:
             shape: batch size and vocabulary of logits, to tell the bytes that a GPU has to move for them.

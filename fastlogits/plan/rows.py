@@ -40,4 +40,4 @@ class RowsPart(Part):
 
     def describe(self) -> str:
         """The function in a word, for ``explain()``."""
-        return f"torch: {self._stage.law}"
+        return f"torch: {self._stage.acts_as}"

@@ -127,7 +127,7 @@ class Stage:
     """What one processor does to the logits."""
 
     kind: ClassVar[Kind]
-    """The law it obeys: stages of kind ``"mask"`` merge; an ``"opaque"`` one is a barrier."""
+    """What it may be fused with: stages of kind ``"mask"`` merge; an ``"opaque"`` one is a barrier."""
 
     @property
     def needs_position(self) -> bool:
@@ -553,7 +553,7 @@ class Rows(Stage):
     One that carries something from call to call gets the ``run`` too, to which that belongs.
 
     Args:
-        law: the kind of stage that it is.
+        acts_as: the kind of stage that it is.
         function: the function.
         description: its parameters in a few words.
         positioned: whether it asks which step of the run it is in.
@@ -564,7 +564,7 @@ class Rows(Stage):
     """
 
     kind = "normalise"
-    law: Kind
+    acts_as: Kind
     function: Callable[..., torch.Tensor]
     description: str
     positioned: bool = False
@@ -692,3 +692,17 @@ def values_of(stage: Stage) -> tuple[RowValue, ...]:
 def values_keep_notes(stage: Stage) -> bool:
     """Whether a value of each row that a stage reads carries something from call to call."""
     return any(value.of.keeps_notes for value in values_of(stage))
+
+
+def has_row_values(stage: Stage) -> bool:
+    """Whether a stage was made with a value for each row of a batch."""
+    if isinstance(stage, Truncate):
+        return any(isinstance(rule.value, torch.Tensor) for rule in stage.rules)
+    if isinstance(stage, AllowFrom):
+        return isinstance(stage.source, torch.Tensor) and stage.source.shape[0] != 1
+    source = getattr(stage, "tokens", None)
+    if isinstance(source, Repeated):
+        source = source.text
+    if isinstance(source, Given):
+        return source.ids.shape[0] != 1
+    return isinstance(source, History) and isinstance(source.ignore, torch.Tensor)

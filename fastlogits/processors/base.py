@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, SupportsIndex, overload
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from fastlogits.plan.barrier import Barrier
 from fastlogits.plan.causes import checked_processors
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
-from fastlogits.plan.stages import Member, Opaque, Stage
+from fastlogits.plan.stages import Member, Opaque, Stage, stages_of
 from fastlogits.transformers.hooks import assembles
 from fastlogits.warm_up import WarmUp
 
@@ -74,6 +74,10 @@ class RunProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Processed scores ``[B, V]``, see ``StagedProcessor``."""
         return self._planned.plan(input_ids, scores, self._run)
+
+    def __repr__(self) -> str:
+        names = ", ".join(member.name for member in self.plan.members)
+        return f"<{names or 'nothing'}, of one run>"
 
     def starts_at(self, prompt_length: int) -> bool:
         """Whether its run is one that starts after so many tokens, see ``Run.starts_at``."""
@@ -132,7 +136,7 @@ class _Planned:
         dtype: torch.dtype = torch.float32,
         bandwidth: float | None = None,
     ) -> Explanation:
-        """What becomes of the processors: launches, merges and the law that allows each; see ``Plan.explain``."""
+        """What becomes of the processors: launches, merges and why each is allowed; see ``Plan.explain``."""
         return self.plan.explain(shape, dtype, bandwidth)
 
     def trace(
@@ -279,6 +283,9 @@ class StagedProcessor(_Planned, LogitsProcessor):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}{_described(self)}>"
 
 
 class _PlannedList(NamedTuple):
@@ -453,6 +460,33 @@ class LogitsProcessorList(_Planned, _TransformersList):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_planned"}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list.__repr__(self)})"
+
+    # A part of such a list, or two of them, are one too; lists of a run become plain ones, since a run is begun once.
+
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> LogitsProcessorList: ...
+    def __getitem__(self, index: SupportsIndex | slice, /) -> Any:
+        found: Any = list.__getitem__(self, index)
+        return LogitsProcessorList(found) if isinstance(index, slice) else found
+
+    def __add__(self, others: Any, /) -> Any:
+        joined = list.__add__(self, others)
+        return joined if joined is NotImplemented else LogitsProcessorList(joined)
+
+    def __radd__(self, others: Any, /) -> Any:
+        return LogitsProcessorList([*others, *list.__iter__(self)]) if isinstance(others, list) else NotImplemented
+
+    def __mul__(self, count: SupportsIndex, /) -> LogitsProcessorList:
+        return LogitsProcessorList(list.__mul__(self, count))
+
+    def copy(self) -> LogitsProcessorList:
+        """A list of the same processors."""
+        return self[:]
+
 
 class _Piece:
     """What stands between two barriers of a list.
@@ -495,6 +529,14 @@ def as_theirs(processor: Any, twin: type) -> Any:
     same: Any = object.__new__(twin)
     same.__dict__ = processor.__dict__
     return same
+
+
+def _described(processor: StagedProcessor) -> str:
+    """What a processor does, in a few words; nothing for one that can't say so yet."""
+    try:
+        return ": " + ", ".join(stage.describe() for stage in stages_of(processor.stage()))
+    except Exception:  # a repr never raises, whatever an attribute has been set to
+        return ""
 
 
 def _revision(processor: Any) -> Any:

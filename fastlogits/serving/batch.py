@@ -16,6 +16,7 @@ from fastlogits_kernels.serving.steps import Step, append_tokens, process_rows, 
 
 from fastlogits import warm_up as warming
 from fastlogits.checks import LOGITS_DTYPES, device_of, is_integer, one_of, whole_number
+from fastlogits.representation import arguments
 from fastlogits.sampled import Distribution, Sample
 from fastlogits.serving.arguments import (
     INDEX_DTYPES,
@@ -176,6 +177,10 @@ class BatchProcessor:
         else:
             tokens, prompts, lengths = history
         return Slots(records, masks, tokens, lengths, prompts)
+
+    def __repr__(self) -> str:
+        given = {name: getattr(self, name) for name in ("vocab_size", "device", "max_length", "semantics")}
+        return f"<BatchProcessor: {len(self)} of {self.max_requests} requests, {arguments(given)}>"
 
     # -- Requests --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from fastlogits_kernels.rules import RULES, Range, RuleKind, argument_of
 from fastlogits_kernels.serving import layout
 
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
+from fastlogits.representation import arguments, set_fields
 from fastlogits.token_mask import TokenMask, checked_set
 
 Scope: TypeAlias = Literal["all", "output"]
@@ -122,6 +123,9 @@ class RequestParams:
                 if isinstance(value, torch.Tensor) and not value.ndim and value.device.type == "cpu":
                     value = value.item()
                 given[name] = check(name, value)
+
+    def __repr__(self) -> str:
+        return f"RequestParams({arguments(set_fields(self))})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}

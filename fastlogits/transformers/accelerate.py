@@ -22,19 +22,18 @@ from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import (
     AllowFrom,
-    Given,
-    History,
     Member,
     Mix,
     Observe,
     Opaque,
-    Repeated,
     Rows,
     Stage,
     Truncate,
+    has_row_values,
     values_keep_notes,
 )
 from fastlogits.processors.base import LogitsProcessorList, RunProcessor, StagedProcessor, as_theirs, their_class
+from fastlogits.transformers.continuous import assemble_for_requests, take_over
 
 __all__ = ["accelerate", "restore"]
 
@@ -183,23 +182,9 @@ def takes_any_length(part: Part) -> bool:
 def _is_of_a_row(stage: Stage) -> bool:
     """Whether a stage has something that belongs to a row of the run, or reads other rows."""
     if isinstance(stage, Rows):
-        return stage.needs_history or stage.law == "mix"
+        return stage.needs_history or stage.acts_as == "mix"
     reads_or_carries = isinstance(stage, (AllowFrom, Mix, Observe, Opaque)) or values_keep_notes(stage)
     return reads_or_carries or has_row_values(stage)
-
-
-def has_row_values(stage: Stage) -> bool:
-    """Whether a stage was made with a value for each row of a batch."""
-    if isinstance(stage, Truncate):
-        return any(isinstance(rule.value, torch.Tensor) for rule in stage.rules)
-    if isinstance(stage, AllowFrom):
-        return isinstance(stage.source, torch.Tensor) and stage.source.shape[0] != 1
-    source = getattr(stage, "tokens", None)
-    if isinstance(source, Repeated):
-        source = source.text
-    if isinstance(source, Given):
-        return source.ids.shape[0] != 1
-    return isinstance(source, History) and isinstance(source.ignore, torch.Tensor)
 
 
 # -- Where generate assembles its list ----------------------------------------------------------------------------
@@ -296,9 +281,6 @@ def _assembled(original: Callable[..., Any]) -> Callable[..., Any]:
         _assembling.inside = True
         try:
             if for_requests:
-                # Imported here: it needs what transformers' continuous batching needs.
-                from fastlogits.transformers.continuous import assemble_for_requests
-
                 return assemble_for_requests(model, functools.partial(original, model), *args, **kwargs)
             processors = original(model, *args, **kwargs)
         finally:
@@ -373,8 +355,6 @@ def _for_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     def init(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not _state.holds(model):
             return original(model, *args, **kwargs)
-        from fastlogits.transformers.continuous import take_over
-
         with _state.lock:
             _state.wrap(type(model).__mro__)
         _assembling.for_requests = True

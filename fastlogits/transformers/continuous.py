@@ -34,12 +34,12 @@ from fastlogits.plan.stages import (
     Stage,
     Truncate,
     When,
+    has_row_values,
     values_of,
 )
 from fastlogits.processors.base import member_of
 from fastlogits.processors.length import ids_of
 from fastlogits.transformers import continuous_draw as drawing
-from fastlogits.transformers.accelerate import has_row_values
 
 logger = logging.get_logger(__name__)
 

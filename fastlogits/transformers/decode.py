@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, ParamSpec, Protocol, cast
 
 import torch
 from fastlogits_kernels.selection import launch
@@ -15,7 +15,7 @@ from transformers import StaticCache
 from fastlogits.checks import is_integer
 from fastlogits.plan.plan import Plan
 from fastlogits.sampling import FusedDraw, Sampler
-from fastlogits.transformers import drafts, loop
+from fastlogits.transformers import drafters, drafts, loop
 from fastlogits.transformers.accelerate import RunList
 from fastlogits.transformers.caches import NAME, rows_of
 from fastlogits.transformers.graphs import GRAPHS
@@ -27,19 +27,22 @@ __all__ = ["decode"]
 _PART = 2**32
 
 
-class _Decode(Protocol):
+_P = ParamSpec("_P")
+
+
+class _Decode(Protocol[_P]):
     """A decoding method that keeps something between calls."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Any:
         """Decode, see ``decode``."""
 
     def clear(self) -> None:
         """Drop all CUDA graphs that are kept, with their caches; the next call captures anew."""
 
 
-def _with_clear(method: Callable[..., Any]) -> _Decode:
+def _with_clear(method: Callable[_P, Any]) -> _Decode[_P]:
     method.clear = GRAPHS.drop  # type: ignore[attr-defined]
-    return cast(_Decode, method)
+    return cast("_Decode[_P]", method)
 
 
 @_with_clear
@@ -75,7 +78,7 @@ def decode(
 
     Drafts act, for one row at a time, and change no token: with ``prompt_lookup_num_tokens`` or an ``assistant_model``
     of the same vocabulary, each position draws what it would have drawn without them, by its own noise, and the draft
-    model draws with the same noise. Such a step isn't captured. With ``return_dict_in_generate``, the output's
+    model draws with the same noise. Both steps are captured. With ``return_dict_in_generate``, the output's
     ``accepted_drafts`` says how many drafts each forward pass after the prompt's has confirmed; the logger has the sum.
 
     A token is drawn from the distribution that sampling has in transformers. It depends on the row's own logits, the
@@ -233,11 +236,11 @@ def _check_drafts(request: loop.Request, assistant: Any) -> None:
         )
 
 
-def _drafter(request: loop.Request, assistant: Any, plan: Plan | None) -> drafts.Drafter:
+def _drafter(request: loop.Request, assistant: Any, plan: Plan | None) -> drafters.Drafter:
     if assistant is not None:
-        return drafts.DraftModel(assistant, request, plan)
+        return drafters.DraftModel(assistant, request, plan)
     config = request.config
-    return drafts.PromptLookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
+    return drafters.PromptLookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
 
 
 def _asked(generation_config: Any) -> Iterator[tuple[str, str]]:

@@ -3,24 +3,23 @@
 A forward pass reads the newest token and some drafts of what follows it. Each row of logits then draws with the noise
 of its own position, from its own history. Drafts count while they equal what is drawn in their place; the first token
 drawn that differs from its draft takes that one's place. On a GPU the forward pass and the draws are a CUDA graph for
-a fixed number of drafts, as a step without drafts is. A draft model that draws with the same noise from a similar
-distribution mostly draws the same tokens (Daliri et al., arXiv 2408.07978).
+a fixed number of drafts, as a step without drafts is.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationMixin
+from transformers import GenerationMixin
 from transformers.generation import stopping_criteria as criteria
 
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
 from fastlogits.transformers import caches, loop
 from fastlogits.transformers.accelerate import RunList, takes_any_length
+from fastlogits.transformers.drafters import Drafter, crop
 from fastlogits.transformers.graphs import GRAPHS, kind_of_plan
 from fastlogits.transformers.loop import Request
 from fastlogits.transformers.step import Chooser, Verification
@@ -34,119 +33,6 @@ def unfit(request: Request) -> str | None:
     if not hasattr(GenerationMixin, "_prefill") or not hasattr(cache, "activate_past_recording"):
         return "this version of transformers has no cache that takes tokens back"
     return caches.unfit(cache)
-
-
-class Drafter(Protocol):
-    """What proposes tokens."""
-
-    @property
-    def most(self) -> int:
-        """How many tokens it proposes at most."""
-
-    def propose(self, text: Sequence[int], most: int) -> list[int]:
-        """Up to ``most`` tokens that may follow a text."""
-
-    def hear(self, proposed: int, accepted: int) -> None:
-        """Be told how many of the proposed tokens were right."""
-
-
-class PromptLookup:
-    """Proposes what followed the text's last tokens where they stood before.
-
-    Args:
-        count: how many tokens it proposes at most.
-        ngram: how many last tokens are looked for at most; fewer where that many aren't found.
-    """
-
-    def __init__(self, count: int, ngram: int) -> None:
-        self._ngram = ngram
-        self.most = count
-
-    def propose(self, text: Sequence[int], most: int) -> list[int]:
-        """What followed at the latest place where as many of the last tokens stood as can be found."""
-        L = len(text)
-        for size in range(min(self._ngram, L - 1), 0, -1):
-            last = list(text[L - size :])
-            for start in range(L - size - 1, -1, -1):
-                if text[start] == last[0] and list(text[start : start + size]) == last:
-                    return list(text[start + size : start + size + min(self.most, most)])
-        return []
-
-    def hear(self, proposed: int, accepted: int) -> None:
-        """Nothing is learnt from it."""
-
-
-class DraftModel:
-    """Proposes what a smaller model draws, with the noise of the positions.
-
-    Args:
-        model: the smaller model, of the same vocabulary.
-        request: the call.
-        plan: its processors, for positions of one row as rows of a call; None where they don't take that.
-    """
-
-    def __init__(self, model: Any, request: Request, plan: Plan | None) -> None:
-        self._model, self._request = model, request
-        self._chooser = Chooser(Plan.compile([]) if plan is None else plan, request.do_sample, False)
-        # Layers with a window keep the whole text too, so that any of it can be taken back; the mask has the window.
-        self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        if caches.unfit(self._cache) is None:
-            self._cache = DynamicCache()
-        else:
-            self._cache.activate_past_recording()
-        self._seen: list[int] = []
-        mask = request.model_kwargs.get("attention_mask")
-        L = request.input_ids.shape[1]
-        # Of one row, tokens that don't count can be left out.
-        self._skipped = 0 if mask is None else int((mask[0, -L:] == 0).sum()) if L else 0
-        config = model.generation_config
-        self._count = int(getattr(config, "num_assistant_tokens", None) or 5)
-        self.most = max(16, self._count)
-        self._adapts = str(getattr(config, "num_assistant_tokens_schedule", "constant")).startswith("heuristic")
-
-    def propose(self, text: Sequence[int], most: int) -> list[int]:
-        """What the model draws, token after token."""
-        request, L = self._request, self._request.input_ids.shape[1]
-        text = list(text)
-        said: list[int] = []
-        if len(text) <= self._skipped:
-            return said
-        device = self._model.device
-        self._take_back(text[self._skipped :])
-        for _ in range(min(self._count, most)):
-            logits = self._logits(text[self._skipped :])
-            ids = torch.tensor([text], device=device)
-            noise = request.starts.to(device) + (len(text) - L)
-            at = torch.tensor([len(text) - 1], device=device)
-            tokens, _ = self._chooser(ids, logits, request.seeds.to(device), noise, Run(L, at))
-            said.append(int(tokens[0]))
-            text.append(said[-1])
-        return said
-
-    def _take_back(self, text: list[int]) -> None:
-        """Drop from the cache what isn't in a text, and its last token, which is read again for its logits.
-
-        Once for each text: a layer with a window then forgets what it doesn't need to go on from there.
-        """
-        same = 0
-        while same < min(len(self._seen), len(text) - 1) and self._seen[same] == text[same]:
-            same += 1
-        if self._seen:
-            _crop(self._cache, len(self._seen) - same)
-            self._seen = self._seen[:same]
-
-    def _logits(self, text: list[int]) -> torch.Tensor:
-        """The logits ``[1, V]`` behind a text, of which only what isn't cached is read."""
-        new = torch.tensor([text[len(self._seen) :]], device=self._model.device)
-        outputs = self._model(input_ids=new, use_cache=True, return_dict=True, **{caches.NAME: self._cache})
-        self._seen = list(text)
-        logits: torch.Tensor = outputs.logits[:, -1].float()
-        return logits
-
-    def hear(self, proposed: int, accepted: int) -> None:
-        """With the heuristic schedule, propose more after all were right, and fewer else."""
-        if self._adapts and proposed:
-            self._count = min(self.most, self._count + 2) if accepted == proposed else max(1, self._count - 1)
 
 
 def decode(request: Request, drafter_of: Any) -> Any:
@@ -205,7 +91,8 @@ class _Loop:
         accepted: list[int] = []
         with GRAPHS.reserved(model.device) as mine:
             if mine and self._is_captured():
-                accepted = self._verify(given)
+                with self._drafter.captured():
+                    accepted = self._verify(given)
                 if accepted:
                     count = sum(accepted) + len(accepted)
                     given = model._update_model_kwargs_for_generation(
@@ -301,7 +188,7 @@ class _Loop:
             count = self._accept(outputs.logits[:, -1 - len(drafts) :], drafts)
             accepted.append(count - 1)
             self._drafter.hear(len(drafts), count - 1)
-            _crop(cache, len(drafts) - (count - 1))
+            crop(cache, len(drafts) - (count - 1))
             given = model._update_model_kwargs_for_generation(
                 outputs, given, is_encoder_decoder=crossed, num_new_tokens=count
             )
@@ -398,9 +285,3 @@ class _Loop:
         kept = self._scores if self._keeps_scores else None
         for each in [*self._ends, *self._rest]:
             self._done = bool(torch.as_tensor(each(self._ids, kept)).all()) or self._done
-
-
-def _crop(cache: Any, count: int) -> None:
-    """Take back the last tokens of a cache; with none, layers with a window drop what is beyond it."""
-    if count or any(hasattr(layer, "record_past") for layer in getattr(cache, "self_attention_cache", cache).layers):
-        cache.crop(-count)

@@ -11,9 +11,11 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
+
+_P = ParamSpec("_P")
 
 SEEN = ("4.57.6", "5.0.0", "5.17.0", "5.20.2", "5.23.0", "5.24.0")
 """The versions of transformers in which all hooks have been seen to hold."""
@@ -61,12 +63,17 @@ LOOP = Hook(
     "static layers that count in a tensor, cumulative_length",
     "custom_generate=decode takes transformers' own loop, or draws other tokens on a GPU than there",
 )
+ATTENTION = Hook(
+    "attention without copies of the cache in the step of custom_generate=decode",
+    "models take their attention from ALL_ATTENTION_FUNCTIONS under the name sdpa, and hand it num_key_value_groups",
+    "the step is slower where heads share keys and values: up to three times at 64 rows",
+)
 TOKENIZER = Hook(
     "stop strings beside custom_generate=decode",
     "_extract_generation_mode_kwargs looks at the signature of custom_generate after it has taken the tokenizer",
     "stop_strings raise a ValueError with custom_generate=decode",
 )
-HOOKS = (RUN_START, ASSEMBLED, DRAFTS, CONTINUOUS, DECODE, LOOP, TOKENIZER)
+HOOKS = (RUN_START, ASSEMBLED, DRAFTS, CONTINUOUS, DECODE, LOOP, ATTENTION, TOKENIZER)
 
 
 # -- The start of a run -------------------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ class _Signature(inspect.Signature):
         return super().parameters
 
 
-def keeps_tokenizer(method: Callable[..., Any]) -> Callable[..., Any]:
+def keeps_tokenizer(method: Callable[_P, Any]) -> Callable[_P, Any]:
     """A decoding method, to which ``generate`` hands on the tokenizer too."""
     plain = inspect.signature(method)
     method.__signature__ = _Signature(  # type: ignore[attr-defined]

@@ -114,14 +114,14 @@ def reason_of(request: Request) -> str | None:
     cache = given.get(caches.NAME)
     if cache is None or not given.get("use_cache"):
         return "the model runs without a cache that fastlogits knows"
-    return caches.unfit(cache) or _reason_of_model(model) or _reason_of_inputs(model, given)
+    return caches.unfit(cache) or reason_of_model(model) or _reason_of_inputs(model, given)
 
 
 def _devices(model: Any) -> set[Any]:
     return set((getattr(model, "hf_device_map", None) or {}).values())
 
 
-def _reason_of_model(model: Any) -> str | None:
+def reason_of_model(model: Any) -> str | None:
     """Why the steps of a model can't be captured."""
     cls = type(model)
     for name in ("_sample", "_prefill", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):

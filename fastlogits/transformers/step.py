@@ -19,6 +19,7 @@ from fastlogits.plan.allowed import AllowedRows
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
 from fastlogits.sampling import FusedDraw, Sampler
+from fastlogits.transformers.attention import grouped
 from fastlogits.transformers.caches import NAME, FixedCache
 from fastlogits.transformers.values import Values, values_of
 
@@ -189,7 +190,8 @@ class Step:
         if self._position_ids is not None:
             given["position_ids"] = self._position_ids
         inputs = model.prepare_inputs_for_generation(self.tokens.unsqueeze(1), next_sequence_length=1, **given)
-        outputs = call(**inputs, return_dict=True)
+        with grouped():
+            outputs = call(**inputs, return_dict=True)
         if self._position_ids is not None:
             self._position_ids.add_(1)
         logits: torch.Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
@@ -302,7 +304,8 @@ class Verification(Step):
             # Of the first step, whose token stands right behind the prompt.
             given["position_ids"] = self._position_ids + (self._position - self._prompt_length)
         inputs = model.prepare_inputs_for_generation(fed.unsqueeze(0), next_sequence_length=len(self._lanes), **given)
-        outputs = call(**inputs, return_dict=True)
+        with grouped():
+            outputs = call(**inputs, return_dict=True)
         logits: torch.Tensor = outputs.logits[0, -len(self._lanes) :].to(copy=True, dtype=torch.float32)
         return logits
 

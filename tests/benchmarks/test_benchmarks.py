@@ -21,6 +21,7 @@ from benchmarks.__main__ import RESULTS, main
 from benchmarks.catalogue import catalogue, uncatalogued
 from benchmarks.inputs import Case, random_scores
 from benchmarks.peers import PEERS, Peer
+from benchmarks.peers.handwritten import HANDWRITTEN
 from benchmarks.processors import CHAINS, CLASSES, TRUNCATIONS
 from benchmarks.targets import verdicts
 from benchmarks.timing import ReplayBunch, Timing
@@ -81,7 +82,7 @@ def test_a_run_prints_tables_and_leaves_a_csv(tiny_run, tmp_path, capsys, monkey
     fast = next(row for row in rows if row["contender"] == FAST_)
     assert fast["in_place"] == "True"
     assert float(fast["p10"]) <= float(fast["median"]) <= float(fast["p90"])
-    assert float(fast["roof_us"]) == pytest.approx(2 * 1 * 64 * 4 / 1e10 * 1e6, abs=1e-3)
+    assert float(fast["limit_us"]) == pytest.approx(2 * 1 * 64 * 4 / 1e10 * 1e6, abs=1e-3)
     assert (fast["logits"], fast["cache"], fast["remark"]) == ("gauss", "warm", "")
     assert results.read_csv(next(tmp_path.glob("*.csv")))[0].median > 0
 
@@ -267,6 +268,15 @@ def test_compiled_transformers_are_a_peer(tiny_run, tmp_path):
     assert row["median"] or row["remark"].startswith("failed: ")
 
 
+def test_what_many_write_by_hand_is_a_peer(tiny_run, tmp_path):
+    """It is right, where tokens don't tie at the cut-off."""
+    name = HANDWRITTEN.name
+    assert tiny_run("--size", "8x4096", "--workload", *HANDWRITTEN.workloads, "--peers", name, "--logits", "gauss") == 0
+    rows = [row for row in _rows(tmp_path) if row["contender"] == name]
+    assert {row["workload"] for row in rows} == set(HANDWRITTEN.workloads)
+    assert all(row["median"] for row in rows if row["dtype"] == "float32")
+
+
 def test_only_ours_leaves_the_others_out(tiny_run, tmp_path):
     tiny_run("--workload", "chain 1", "T p", "--only-ours")
     assert not {row["contender"] for row in _rows(tmp_path)} & {THEIRS, LOOP}
@@ -395,8 +405,8 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
     (root / "docs").mkdir(parents=True)
     mark = "a\n<!-- benchmarks: {} -->\nold\n<!-- /benchmarks -->\nb\n"
     (root / "README.md").write_text(mark.format("gpu") + mark.format("claim") + mark.format("plot"))
-    for name in ("results.md",):
-        (root / "docs" / name).write_text("nothing\n")
+    for name in documents.DOCUMENTS[1:]:
+        (root / name).write_text("nothing\n")
     assert documents.fill(measured, write=False, root=root) == [root / "README.md"]
     assert "old" in (root / "README.md").read_text()
     documents.fill(measured, root=root)
@@ -413,7 +423,7 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
         "Some GPU, GPU time: transformers 164 us, fastlogits 25 us (7 x faster); copying the logits takes 16 us."
         in text
     )
-    assert "](benchmarks/results/some-gpu-headline-gpu.png)" in text
+    assert "/benchmarks/results/some-gpu-headline-gpu.png)" in text
     (root / "README.md").write_text(mark.format("weather"))
     with pytest.raises(ValueError, match="no region 'weather'"):
         documents.fill(measured, root=root)

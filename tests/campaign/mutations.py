@@ -1,4 +1,4 @@
-"""Do the tests see it when a kernel or a law is wrong? Wrong on purpose, one place at a time, in a copy of the tree.
+"""Do the tests see it when a kernel or a rewrite rule is wrong? One fault at a time, on purpose, in a copy of the tree.
 
     python -m tests.campaign.mutations               # all of them, some twenty minutes on one core
     python -m tests.campaign.mutations --list
@@ -238,7 +238,7 @@ MUTATIONS = [
         "and (last[2] == B or not self._by_row):", "and last[2]:",
         ("plan/test_pointwise.py::test_a_batch_of_another_size_has_its_own_texts",),
     ),
-    # -- laws --
+    # -- rewrite rules --
     Mutation(
         "allowed rows fused across what brings scores back", f"{PACKAGE}/plan/fusion.py",
         "return not (parted and isinstance(stage, AllowFrom)", "return not (False and isinstance(stage, AllowFrom)",
@@ -603,6 +603,64 @@ MUTATIONS = [
         "the sequences of a prompt draw alike", f"{PACKAGE}/transformers/decode.py",
         "row % num_return_sequences * _PART", "row % num_return_sequences",
         ("transformers/test_decode.py::test_sequences_of_a_request_share_no_noise",),
+    ),
+    # -- the captured step of decode, run uncaptured on the CPU --
+    Mutation(
+        "a step whose noise stays", f"{PACKAGE}/transformers/step.py", "self._noise.add_(1)", "self._noise.add_(0)",
+        ("transformers/test_loop.py::test_the_same_tokens_and_scores",),
+    ),
+    Mutation(
+        "a token appended one place late", f"{PACKAGE}/transformers/step.py",
+        "self.history.index_copy_(1, self._position.reshape(1), tokens",
+        "self.history.index_copy_(1, self._position.reshape(1) + 1, tokens",
+        ("transformers/test_loop.py::test_the_same_tokens_and_scores",),
+    ),
+    Mutation(
+        "a row that goes on after its end", f"{PACKAGE}/transformers/step.py",
+        "self.finished & self._pads", "self.finished & ~self._pads",
+        ("transformers/test_loop.py::test_the_end_of_each_text",),
+    ),
+    Mutation(
+        "a text cut off one token early", f"{PACKAGE}/transformers/loop.py",
+        "self._prompt_length + count].clone()", "self._prompt_length + count - 1].clone()",
+        ("transformers/test_loop.py::test_the_same_tokens_and_scores",),
+    ),
+    Mutation(
+        "a later call that keeps the numbers of the first", f"{PACKAGE}/transformers/values.py",
+        "theirs.copy_(mine)", "mine.copy_(theirs)",
+        ("transformers/test_values.py::test_numbers_that_are_put_in",),
+    ),
+    Mutation(
+        "a cache given back without its last token", f"{PACKAGE}/transformers/loop.py",
+        "cached, cached + count - 1)", "cached, cached + count - 2)",
+        ("transformers/test_loop.py::test_a_cache_that_is_returned",),
+    ),
+    Mutation(
+        "drafts accepted up to one that was wrong", f"{PACKAGE}/transformers/drafts.py",
+        "if self._done or i == len(drafts) or token != drafts[i]:", "if self._done or i == len(drafts):",
+        ("transformers/test_decode_drafts.py::test_the_same_tokens_and_scores",),
+    ),
+    Mutation(
+        "a verification that counts a wrong draft as cached", f"{PACKAGE}/transformers/drafts.py",
+        "            cached += count\n", "            cached += count + (count <= len(drafts))\n",
+        ("transformers/test_decode_drafts.py::test_the_same_tokens_and_scores",),
+    ),
+    Mutation(
+        "rows of a verification that draw alike", f"{PACKAGE}/transformers/step.py",
+        "noise = self._noise + (self._position + 1 - self._prompt_length)",
+        "noise = self._noise + (self._position[0] + 1 - self._prompt_length).expand(W)",
+        ("transformers/test_decode_drafts.py::test_the_same_tokens_and_scores",),
+    ),
+    Mutation(
+        "a draft model that keeps what was taken back", f"{PACKAGE}/transformers/drafters.py",
+        "            self._seen = self._seen[:same]\n", "            pass\n",
+        ("transformers/test_decode_drafts.py::test_the_draft_model_is_believed",
+         "transformers/test_decode_drafts.py::test_the_steps_of_the_draft_model_are_captured_too"),
+    ),
+    Mutation(
+        "queries grouped by the wrong head", f"{PACKAGE}/transformers/attention.py",
+        "query.reshape(B, H // groups, groups * L, D)", "query.transpose(1, 2).reshape(B, H // groups, groups * L, D)",
+        ("transformers/test_attention.py::test_the_same_attention",),
     ),
     Mutation(
         "a candidate's result that is a slice of what it is stored into", f"{PACKAGE}/transformers/accelerate.py",

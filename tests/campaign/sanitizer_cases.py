@@ -24,9 +24,8 @@ from fastlogits_kernels.pointwise.pack_ids import launch_pack_ids, reference_pac
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime.bits import pack_bits, words
 from fastlogits_kernels.runtime.launcher import HAS_TRITON
-from fastlogits_kernels.selection import launch
-from fastlogits_kernels.selection import logprobs as report
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.selection import launch, logprobs
+from fastlogits_kernels.serving import steps
 from fastlogits_kernels.serving.layout import RECORD
 from fastlogits_kernels.truncate.reference import reference_truncate
 from torch.overrides import TorchFunctionMode
@@ -101,7 +100,7 @@ class Outcome(NamedTuple):
     found: torch.Tensor
     wanted: Callable[[], torch.Tensor]
     rules: tuple[Rule, ...] | None = None
-    """Truncations, of which the edge is a matter of rounding; then ``wanted`` is what they were given."""
+    """Truncations, whose cut-off is a matter of rounding; then ``wanted`` is what they were given."""
     tolerance: float = 0.0
 
     def check(self) -> None:
@@ -251,14 +250,14 @@ def _drawn(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
     selection = launch.Selection(rules, given.V, given.device)
     positions = seeds + 1
     put = [given.put(each) for each in (seeds, positions, temperature)]
-    tokens, found = report.select_and_report(given.scores(values), selection, put[0], put[1], min(5, given.V), put[2])
+    tokens, found = logprobs.select_and_report(given.scores(values), selection, put[0], put[1], min(5, given.V), put[2])
 
     def reference() -> torch.Tensor:
         greedy = temperature == 0
         divided = values / torch.where(greedy, 1.0, temperature).unsqueeze(1)
         return reference_draw(reference_truncate(divided, rules), seeds, positions, greedy)
 
-    # Rounding at the edge may leave another token in, which changes the report a little and hardly ever the draw.
+    # Rounding at the cut-off may leave another token in, which changes the report a little and hardly ever the draw.
     return [Outcome(tokens, reference), Outcome(found.ranks > 0, lambda: torch.ones(given.B, dtype=torch.bool))]
 
 
@@ -278,9 +277,9 @@ def reported(given: Given) -> list[Outcome]:
     """Log-probabilities, ranks and the likeliest tokens."""
     values, count = given.values(), min(5, given.V)
     tokens, counts = given.integers(-1, given.V + 1, given.B), given.integers(-1, count + 1, given.B).int()
-    found = report.launch_report(given.scores(values), given.put(tokens), count, given.put(counts))
+    found = logprobs.launch_report(given.scores(values), given.put(tokens), count, given.put(counts))
     return [
-        Outcome(each, lambda i=i: report.reference_report(values, tokens, count, counts)[i], tolerance=1e-4)
+        Outcome(each, lambda i=i: logprobs.reference_report(values, tokens, count, counts)[i], tolerance=1e-4)
         for i, each in enumerate(found)
     ]  # fmt: skip
 
@@ -352,7 +351,7 @@ def histories(given: Given) -> list[Outcome]:
         return torch.cat((records[:, : RECORD.value], torch.where(inside, history, 0)), 1)
 
     def change(batch: BatchProcessor, put: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        slot_sets.append_tokens(batch._slots, put(of), put(tokens))
+        steps.append_tokens(batch._slots, put(of), put(tokens))
         batch.swap(0, 3)
         batch.move(4, 5)
         return known(batch)
@@ -424,7 +423,7 @@ class forced:  # noqa: N801
     """Whether tensors on the CPU go to the kernels too."""
 
     def __init__(self, kernels: bool) -> None:
-        self._kernels, self._modules = kernels, (fold, launch, slot_sets)
+        self._kernels, self._modules = kernels, (fold, launch, steps)
 
     def __enter__(self) -> None:
         self._before = [module.FORCE_KERNEL for module in self._modules]

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from tests.engines.companions import tiny_model, tiny_tokenizer
 
@@ -188,3 +190,119 @@ def test_greedy_requests_get_what_vllm_gives_them(model, installed, alone):
     assert answer["samplers"] == ["vllm.v1.sample.sampler"]
     for found, index in zip(answer["results"][0], greedy, strict=True):
         assert found["tokens"] == alone[index]["tokens"]
+
+
+# -- What runs beside it ----------------------------------------------------------------------------------------------
+
+PREFER = {"logits_processors": ["vllm_foreign:Prefer"]}
+AMONG_OTHERS = {
+    "plain": {"temperature": 1.1, "top_k": 30},
+    "preferring": {"temperature": 1.1, "top_k": 30, "extra_args": {"prefer": 2.0}},
+    "preferring_much": {"temperature": 0, "repetition_penalty": 1.5, "extra_args": {"prefer": 50.0}},
+    "grammar": {"temperature": 1.0, "structured_outputs": {"regex": "[a-f]{4,9}"}, "ignore_eos": False},
+}
+
+
+def test_processors_of_others(model, installed, alone):
+    """Between penalties and temperature; a request that doesn't ask for them has the tokens that it ever has."""
+    call = requests(AMONG_OTHERS, 12)
+    single = [request | {"params": request["params"] | {"extra_args": None}} for request in call]
+    ours = run(model, [call, *[[request] for request in call[:4]], single], "newer", installed, **PREFER)
+    together, *each, without = ours["results"]
+    assert ours["samplers"] == ["fastlogits.integrations.vllm_sampler"]
+    for index, found in enumerate(each):
+        assert_same(together[index], found[0])
+    for request, found, plain in zip(call, together, without, strict=True):
+        if "preferring" in request["kind"]:
+            assert found["tokens"] != plain["tokens"]
+        else:
+            assert_same(found, plain)
+        if request["kind"] == "preferring_much":
+            assert all(token % 3 == 0 for token in found["tokens"][0])
+
+
+REPORTING = {
+    "plain": {"temperature": 0.7, "top_k": 3},
+    "logprobs": {"temperature": 0.7, "top_k": 3, "logprobs": 4},
+    "greedy": {"temperature": 0, "logprobs": 2, "logit_bias": {40: -100.0}},
+    "named": {"temperature": 0.9, "logprob_token_ids": [40, 41]},
+}
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "processed_logits", "raw_logits"])
+def test_what_is_reported(mode, model, installed):
+    call = requests(REPORTING, 8)
+    ours = run(model, [call, *[[request] for request in call[:4]]], "newer", installed, logprobs_mode=mode)
+    together, *each = ours["results"]
+    for index, found in enumerate(each):
+        assert_same(together[index], found[0])
+    for request, found in zip(call, together, strict=True):
+        steps = found["logprobs"][0]
+        assert (steps is None) is (request["kind"] == "plain")
+        if request["kind"] == "logprobs" and mode == "processed_logprobs":
+            for token, step in zip(found["tokens"][0], steps, strict=True):
+                likely = sorted((value for value, _ in step.values()), reverse=True)[:3]
+                assert sum(torch.tensor(likely).exp()) == pytest.approx(1, abs=1e-4)  # no more than three are left
+                assert str(token) in step
+        if request["kind"] == "greedy":
+            assert all(step[str(token)][1] == 1 for token, step in zip(found["tokens"][0], steps, strict=True))
+
+
+# -- The older runner -------------------------------------------------------------------------------------------------
+
+# What it refuses, or can't give a request by itself, is left out.
+OLDER = {name: params for name, params in KINDS.items() if name not in ("unended_grammar", "named_logprobs")}
+
+
+def test_the_older_runner(model, installed):
+    call = requests(OLDER, 40)
+    together = run(model, [call], "older", installed, enable_prefix_caching=True, **TIGHT)
+    single = run(model, [call], "older", installed, max_num_seqs=1, enable_prefix_caching=False)
+    assert together["samplers"] == single["samplers"] == ["fastlogits.integrations.vllm_older_sampler"]
+    assert together["preemptions"] > single["preemptions"] == 0
+    for found, expected in zip(together["results"][0], single["results"][0], strict=True):
+        assert_same(found, expected)
+
+
+# -- Neighbours -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("runner", "switch"), [("older", "1"), ("newer", "1"), ("older", "0")])
+def test_neighbours_are_drawn_from_their_own_distribution(runner, switch, model, installed, tokenizer):
+    """Without a seed, beside requests that ask for much: as often as the model and the truncation say."""
+    count, prompt, temperature, top_k = 400, [33, 45, 46], 1.3, 8
+    asking = [request | {"params": request["params"] | {"max_tokens": 2}} for request in requests(OLDER, 16)]
+    plain = {"temperature": temperature, "max_tokens": 1, "n": count // 4}
+    if switch == "1" or runner == "older":
+        plain["top_k"] = top_k
+    call = [*asking[:8], *[{"prompt": prompt, "params": plain} for _ in range(4)], *asking[8:]]
+    answer = run(model, [call], runner, installed, switch=switch, max_num_seqs=64)
+    tokens = [each[0] for found in answer["results"][0][8:12] for each in found["tokens"]]
+    assert len(tokens) == count
+    llama = LlamaForCausalLM.from_pretrained(model).eval()
+    with torch.no_grad():
+        logits = llama(torch.tensor([prompt])).logits[0, -1]
+    kept = logits.topk(top_k)
+    share = torch.softmax(kept.values / temperature, 0)
+    counts = torch.tensor([tokens.count(token) for token in kept.indices.tolist()])
+    assert counts.sum() == count
+    frequent = share * count >= 5
+    squares = ((counts - share * count) ** 2 / (share * count))[frequent]
+    assert frequent.sum() > 3
+    assert squares.sum() < 30  # of chi-square with at most 7 degrees of freedom, more in 1 of 10,000
+
+
+def test_neighbours_of_the_processor_alone(model, installed):
+    """With vLLM's own sampler they get what vLLM gives them, seeds included, whatever requests beside them ask for."""
+    seeded = [
+        {"prompt": [33 + i, 45, 46], "params": {"temperature": 1.2, "top_p": 0.95, "seed": i, "max_tokens": 12}}
+        for i in range(8)
+    ]
+    asking = requests({name: KINDS[name] for name in ("options", "forced")}, 8)
+    mixed = [each for pair in zip(seeded, asking, strict=True) for each in pair]
+    without = run(model, [seeded], "older", model, switch="0")
+    beside = run(model, [mixed], "older", installed, switch="0")
+    assert [without["loaded"], beside["loaded"]] == [False, True]
+    assert without["samplers"] == beside["samplers"] == ["vllm.v1.sample.sampler"]
+    found, expected = beside["results"][0][::2], without["results"][0]
+    assert [each["tokens"] for each in found] == [each["tokens"] for each in expected]

@@ -61,19 +61,19 @@ def test_explain_names_the_law_of_each_merge():
     explanation = fl.LogitsProcessorList([*_chain(), fl.TopKLogitsWarper(50), fl.LogitNormalization()]).explain()
     fold, truncation, _ = explanation.parts
     bans = "NoRepeatNGramLogitsProcessor, SuppressTokensLogitsProcessor"
-    assert fold.laws == (
+    assert fold.reasons == (
         f"why: mask . mask = mask (or) ({bans})",
         "why: a mask commutes with every map that keeps -inf (SuppressTokensLogitsProcessor)",
         "why: pointwise maps compose, in their order",
     )
-    assert truncation.laws == ()
+    assert truncation.reasons == ()
     assert explanation.gpu == (
         "at most 5 launches",
         "parts 1, 2 and 3 share one read and one write of the logits, after a look at a sample of each row",
         "why: a pointwise map is done wherever a logit is read (part 1, part 2)",
         "why: the sum over a row is that over the tokens kept (part 2, part 3)",
     )
-    assert all(line in explanation for line in (*fold.laws, *explanation.gpu))
+    assert all(line in explanation for line in (*fold.reasons, *explanation.gpu))
 
 
 @pytest.mark.parametrize(

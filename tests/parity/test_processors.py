@@ -246,16 +246,16 @@ def check(name, arguments, case, ids, scores, found, expected, path):
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     assert found.device == expected.device
-    law = ENTRIES[name].law
-    if law == "close":
+    agreement = ENTRIES[name].agreement
+    if agreement == "close":
         right = close(found, expected, 16)
     elif path == "torch":
         right = same(found, expected)
     else:
         right = close(found, expected, ENTRIES[name].ulps)
-    if not right.all() and law == "truncation":
+    if not right.all() and agreement == "truncation":
         right |= but_for_ties(found, expected, scores, right)
-    if not right.all() and law == "truncation":
+    if not right.all() and agreement == "truncation":
         right |= undecided(name, arguments, ids, scores)
     assert right.all(), (
         f"{int((~right).sum())} wrong, at {(~right).nonzero()[:5].tolist()}: "
@@ -426,7 +426,7 @@ def one_by_one(chain, theirs, ids, scores) -> list[tuple[torch.Tensor, torch.Ten
 def check_chain(chain, case, stages, ids, scores, ours, path) -> bool:
     """Whether a chain in one call is those ``stages``; False where rounding decides, and an error where it differs."""
     expected = stages[-1][1] if stages else scores
-    sums = any(ENTRIES[name].law == "close" for name, _ in chain)
+    sums = any(ENTRIES[name].agreement == "close" for name, _ in chain)
     before = ids.clone(), scores.clone()
     found = ours(ids, scores)
     assert unwritten(ids, before[0]), "input_ids were written"
@@ -439,7 +439,7 @@ def check_chain(chain, case, stages, ids, scores, ours, path) -> bool:
     if not right.all():
         # A token within rounding of a boundary may fall on either side of it, and then all that follows differs.
         for (name, arguments), (given, made) in zip(chain, stages, strict=True):
-            if ENTRIES[name].law == "truncation" and (
+            if ENTRIES[name].agreement == "truncation" and (
                 splits_ties(name, given, made) or undecided(name, arguments, ids, given).any()
             ):
                 return False

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import fastlogits as fl
 from fastlogits import token_mask, token_text
-from fastlogits.plan import allowed
+from fastlogits.plan import allowed, pointwise
 from fastlogits.plan import masks as mask_launch
-from fastlogits.plan import pointwise as fold_launch
 from fastlogits.plan import selection as truncate_launch
 
 V = 40
@@ -85,7 +84,7 @@ def test_what_a_captured_graph_reads_stays(name, make, sides, captured, monkeypa
     first, *others = [(B, size) for B in sides[0] for size in sides[1]]
     call(*sizes(*first))
     with monkeypatch.context() as played:
-        for module in (fold_launch, mask_launch, allowed, truncate_launch):
+        for module in (pointwise, mask_launch, allowed, truncate_launch):
             played.setattr(module, "is_capturing", lambda device: captured)
         call(*sizes(*first))
     made = weakref.ref(next(iter(kept_by(processors, name).values())))

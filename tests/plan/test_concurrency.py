@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fastlogits_kernels.pointwise import fold
-from fastlogits_kernels.pointwise import search as token_sets
+from fastlogits_kernels.pointwise import fold, search
 from fastlogits_kernels.pointwise.fold import Chain, Op
 from fastlogits_kernels.runtime import launcher
 from tokenizers import Tokenizer, models
@@ -168,7 +167,7 @@ def test_kernels_of_different_chains_are_never_taken_for_one(monkeypatch):
     monkeypatch.setattr(launcher, "_forms", Interrupted())
     chains = together(lambda i: [Chain([Op(fold.SCALE.value, -1, i, n)]) for n in range(20)])
     assert len({chain.form for each in chains for chain in each}) == len({c.flat for each in chains for c in each})
-    searches = together(lambda i: [token_sets.Search([], sets=1000 * (i + 1) + n) for n in range(20)])
+    searches = together(lambda i: [search.Search([], sets=1000 * (i + 1) + n) for n in range(20)])
     assert len({each.form for found in searches for each in found}) == 20 * THREADS
 
 

@@ -109,7 +109,7 @@ def test_of_transformers_processors(name, way, device, data):
     except (RuntimeError, TypeError, IndexError):  # nothing of the result depends on the scores, or it takes no such
         return
     processed, found = gradient(ours, scores)
-    # Where rounding at an edge keeps another token, its gradient is kept too.
+    # Where rounding at a cut-off keeps another token, its gradient is kept too.
     same = (processed.isfinite() == expected[0].isfinite()).all(1)
     assert torch.allclose(found[same], expected[1][same], rtol=1e-3, atol=1e-2)
 

@@ -235,8 +235,8 @@ def test_a_token_far_from_the_boundary_is_never_on_the_wrong_side(row, kind):
             if kind == "typical":  # whose order, too, is subject to rounding
                 surprise = -scores.double().log_softmax(-1)
                 likeness = (surprise - (surprise * (-surprise).exp()).sum(-1, keepdim=True)).abs()
-                edge = likeness.masked_fill(~moved, 0).amax(-1, keepdim=True)
-                wrong &= (likeness - edge).abs() > 1e-5
+                cutoff = likeness.masked_fill(~moved, 0).amax(-1, keepdim=True)
+                wrong &= (likeness - cutoff).abs() > 1e-5
             assert not bool(wrong.any())
 
 
@@ -338,7 +338,7 @@ def test_any_rules_in_any_order_with_values_per_row(device, seed):
 
     V, kinds = choose([7, 300, 2500, 6000]), [choose(list(GRID)) for _ in range(choose([2, 3, 4]))]
     if "top_h" in kinds:
-        # Which of equal tokens at its edge stay is left open, and so what comes after it. What typical drops for
+        # Which of equal tokens at its cut-off stay is left open, and so what comes after it. What typical drops for
         # rounding at the likely end decides which ones are its first 100.
         kinds = [kind for kind in kinds if kind not in ("top_h", "typical")] + ["top_h"]
     hard = hard_rows(V, seed)

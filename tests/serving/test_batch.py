@@ -10,7 +10,7 @@ import torch
 from fastlogits_kernels.pointwise.fold import launch_fold
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.bits import pack_bits
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving import steps
 from fastlogits_kernels.serving.layout import StepRows
 from fastlogits_kernels.serving.reference import reference_slots
 from fastlogits_kernels.serving.search import launch_slot_sets
@@ -121,7 +121,7 @@ def path(request, monkeypatch):
     elif request.param == "kernels":
         if not launcher.HAS_TRITON:
             pytest.skip("needs Triton")
-        monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
+        monkeypatch.setattr(steps, "FORCE_KERNEL", True)
     return request.param
 
 
@@ -338,7 +338,7 @@ def test_edited_tokens_among_the_candidates(dtype, device, monkeypatch):
     if device == "cpu":
         if not launcher.HAS_TRITON:
             pytest.skip("needs Triton")
-        monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
+        monkeypatch.setattr(steps, "FORCE_KERNEL", True)
     found, found_tokens = results(made(device), device)
     assert_same(found, expected)
     assert torch.equal(found_tokens, tokens)
@@ -430,7 +430,7 @@ def test_a_slot_holds_nothing_of_the_request_before(device, path):
         batch.remove(0)
         # On a GPU a row may name a slot that the host knows to be free.
         rows = StepRows(torch.tensor([0], device=device))
-        assert torch.equal(slot_sets.process_rows(batch._step, logits, rows, torch.empty_like(logits)), logits)
+        assert torch.equal(steps.process_rows(batch._step, logits, rows, torch.empty_like(logits)), logits)
     assert torch.equal(batch.apply(logits, [-1]), logits)
 
 
@@ -466,9 +466,7 @@ def test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request(devi
     slots = torch.tensor([2, 0, -1, 2, 1, 7, 2, 0, 0, 0, 0], device=device)
     tokens = torch.tensor([10, 11, 12, 13, 14, 15, -1, 16, 17, 18, 19], device=device, dtype=torch.int32)
     before = batch._table.clone()
-    slot_sets.append_tokens(
-        batch._slots, slots, tokens
-    )  # on a GPU, where nothing can be refused, append() is just that
+    steps.append_tokens(batch._slots, slots, tokens)  # on a GPU, where nothing can be refused, append() is just that
     batch.append([2], [20])
     tables = batch._slots
     assert tables.lengths.tolist() == [6, 0, 4]
@@ -572,7 +570,7 @@ def test_half_precision_rounds_what_is_edited_and_leaves_the_rest(dtype, device,
 
 
 def test_ties_of_the_lowest_ids_in_place(device, path):
-    """Of tokens that tie at the edge SGLang keeps as many as it takes, the lowest ids first."""
+    """Of tokens that tie at the cut-off SGLang keeps as many as it takes, the lowest ids first."""
     batch = BatchProcessor(2, V, device, max_length=8, semantics="sglang")
     slots = [batch.add(RequestParams(top_k=3)), batch.add(RequestParams(top_p=0.45))]
     logits = torch.zeros(2, V, device=device)

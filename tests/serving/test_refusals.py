@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving import steps
 from fastlogits_kernels.serving.layout import StepRows
 
 from fastlogits import BatchProcessor, RequestParams, TokenMask
@@ -63,11 +63,11 @@ def test_a_request_that_requires_a_bitmask_is_refused_without(call, device):
 def test_where_only_the_device_knows_a_required_bitmask_that_is_missing_allows_nothing(device, path):  # noqa: F811
     batch = batch_of(device, {"bitmask": True, "temperature": 0.0}, {}, {"bitmask": True, "forced_tokens": [5]})
     logits, rows = logits_of(4).to(device), StepRows(torch.tensor([0, 1, -1, 2], device=device))
-    processed = slot_sets.process_rows(batch._step, logits, rows, torch.empty_like(logits))
+    processed = steps.process_rows(batch._step, logits, rows, torch.empty_like(logits))
     assert bool((processed[0] == -INF).all())
     assert torch.equal(processed[1:3], logits[1:3])
     assert processed[3].isfinite().nonzero().tolist() == [[5]]
-    tokens, report = slot_sets.sample_rows(batch._step, logits, rows, "processed", 1)
+    tokens, report = steps.sample_rows(batch._step, logits, rows, "processed", 1)
     assert tokens[[0, 2, 3]].tolist() == [0, 0, 5]
     assert bool(report.logprobs[0].isnan())
 
@@ -110,7 +110,7 @@ def test_where_only_the_device_knows_who_asked_for_log_probabilities(device, pat
     batch = batch_of(device, {"logprobs": 1}, {})
     logits = logits_of(2).to(device)
     rows = StepRows(torch.tensor([1, 1], device=device))
-    _, report = slot_sets.sample_rows(batch._step, logits, rows, "raw", 2)
+    _, report = steps.sample_rows(batch._step, logits, rows, "raw", 2)
     assert bool(report.logprobs.isnan().all())
     assert report.ranks.tolist() == [0, 0]
     if device == "cuda":
@@ -148,7 +148,7 @@ def test_a_full_history_refuses_tokens_that_the_host_knows(which, device):
 def test_lengths_tell_of_a_history_that_the_device_has_filled(device, path):  # noqa: F811
     batch = batch_of(device, {}, {}, max_length=4)
     slots, tokens = torch.tensor([0, 0, 0, 1], device=device), torch.tensor([3, 4, 5, 6], device=device)
-    slot_sets.append_tokens(batch._slots, slots, tokens)  # on a GPU, append() is just that
+    steps.append_tokens(batch._slots, slots, tokens)  # on a GPU, append() is just that
     assert batch.lengths.tolist() == [4, 3, 0, 0]
     assert (batch.lengths == batch.max_length).tolist() == [True, False, False, False]
     assert batch._slots.history[0, :4].tolist() == [1, 2, 3, 4]

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import fastlogits as fl
-from fastlogits.transformers import caches, drafts, loop
+from fastlogits.transformers import caches, drafters, loop
 from fastlogits.transformers.graphs import GRAPHS
 from fastlogits.transformers.step import Verification
 from tests.models import VOCAB_SIZE, tiny_llama
@@ -108,6 +108,17 @@ def test_the_draft_model_is_believed(llama, draft, do_sample):
         said = generate(llama, assistant_model=model, **options)
         assert sum(said.accepted_drafts) + len(said.accepted_drafts) == 39
         assert len(said.accepted_drafts) <= 39 - least * 0.6
+
+
+def test_the_steps_of_the_draft_model_are_captured_too(llama, draft, steps):
+    """Where it says what another model doesn't, it takes its own steps back."""
+    options = {"top_k": 0, "eos_token_id": None, "max_new_tokens": 40, **OUTPUT}
+    draft.generation_config.num_assistant_tokens = 4
+    said = generate(llama, assistant_model=draft, **options)
+    assert torch.equal(said.sequences, generate(llama, **options).sequences)
+    assert 0 < sum(said.accepted_drafts) < 4 * len(said.accepted_drafts)
+    widths = sorted(len(step.drawn) for step in GRAPHS if isinstance(step, Verification))
+    assert widths == ([] if steps == "as they are" else [1, 17])
 
 
 def test_a_text_that_repeats_itself_is_looked_up(llama, caplog):
@@ -213,11 +224,14 @@ def test_a_processor_that_changes(llama, drafted):
 
 
 def test_what_is_looked_up():
-    lookup = drafts.PromptLookup(3, 2)
+    lookup = drafters.PromptLookup(3, 2)
     assert lookup.propose([1, 2, 3, 4, 5, 1, 2], 9) == [3, 4, 5]
     assert lookup.propose([1, 2, 3, 1, 2, 7, 8, 1, 2], 9) == [7, 8, 1]
     assert lookup.propose([1, 2, 3, 4, 5, 1, 2], 1) == [3]
     assert lookup.propose([9, 2, 3, 1, 2], 9) == [3, 1, 2]
+    assert lookup.propose([5, 7, 7, 7, 7, 7, 7], 9) == [7, 7, 7]
+    assert lookup.propose([7, 7, 7], 9) == [7]
+    assert lookup.propose([1, 2, 1, 2, 1, 2], 9) == [1, 2, 1]
     assert lookup.propose([1, 2, 3], 9) == lookup.propose([], 9) == lookup.propose([1], 9) == []
 
 

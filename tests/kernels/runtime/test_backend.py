@@ -9,16 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from fastlogits_kernels import synthid
-from fastlogits_kernels.pointwise import bitmask, fold, pack_ids
-from fastlogits_kernels.pointwise import mask as mask_tokens
+from fastlogits_kernels.pointwise import bitmask, fold, mask, pack_ids
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import backend
 from fastlogits_kernels.runtime import launcher as runtime
 from fastlogits_kernels.runtime.backend import CompileError, KernelError
-from fastlogits_kernels.selection import launch, launchers
-from fastlogits_kernels.selection import logprobs as report
-from fastlogits_kernels.serving import search
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.selection import launch, launchers, logprobs
+from fastlogits_kernels.serving import search, steps
 from fastlogits_kernels.truncate.dispatch import truncate
 from fastlogits_kernels.truncate.reference import reference_truncate
 
@@ -28,8 +25,8 @@ ROOT = Path(__file__).parents[3]
 IDS = torch.tensor([[1, 2, 3], [4, 4, 5]])
 needs_triton = pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
 OPERATIONS = (
-    bitmask._OPERATION, fold._OPERATION, mask_tokens._OPERATION, pack_ids._OPERATION, report._OPERATION,
-    launch.OPERATION, slot_sets._OPERATION, synthid._OPERATION,
+    bitmask._OPERATION, fold._OPERATION, mask._OPERATION, pack_ids._OPERATION, logprobs._OPERATION,
+    launch.OPERATION, steps._OPERATION, synthid._OPERATION,
 )  # fmt: skip
 
 
@@ -50,7 +47,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(backend, "_warned", False)
     for operation in OPERATIONS:
         monkeypatch.setattr(operation, "lost", {})
-    for module in (fold, launch, slot_sets):
+    for module in (fold, launch, steps):
         monkeypatch.setattr(module, "FORCE_KERNEL", not torch.cuda.is_available())
 
 

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from fastlogits_kernels.runtime import launcher
-from fastlogits_kernels.selection import launch
-from fastlogits_kernels.selection import logprobs as reports
+from fastlogits_kernels.selection import launch, logprobs
 from fastlogits_kernels.selection.logprobs import MOST, KeptRows, launch_report, reference_report, report
 from fastlogits_kernels.selection.row import LOWEST
 
@@ -27,7 +26,7 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(launch, "FORCE_KERNEL", request.param == "kernel")
     if request.param == "torch" and GPU:
         lost = torch.device("cuda", torch.cuda.current_device())
-        monkeypatch.setitem(reports._OPERATION.lost, lost, "for this test")
+        monkeypatch.setitem(logprobs._OPERATION.lost, lost, "for this test")
     return request.param
 
 
@@ -162,7 +161,7 @@ def bits_of(x):
 @pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("first", [False, True])
 def test_of_what_is_alive(first):
-    """Tokens above an edge, some of those at it, and a band around a centre; the others are at -inf."""
+    """Tokens above a cut-off, some of those at it, and a band around a centre; the others are at -inf."""
     V = 2500
     logits = (torch.randn(4, V, generator=torch.Generator().manual_seed(6)) * 2).bfloat16().float()
     ids = torch.arange(V)
@@ -170,15 +169,15 @@ def test_of_what_is_alive(first):
     # All of a row; the 40 largest and what ties with them; of those that tie only some; those nearest to 1.
     words.append(torch.tensor([LOW, LOW, 0, LOW]))
     kept.append(torch.ones(V, dtype=torch.bool))
-    edge = logits[1].topk(40).values[-1]
-    words.append(torch.tensor([int(key_of(edge)) - 1, LOW, 0, LOW]))
-    kept.append(logits[1] >= edge)
-    edge = logits[2].topk(40).values[-1]
-    tied = ids[logits[2] == edge]
+    cutoff = logits[1].topk(40).values[-1]
+    words.append(torch.tensor([int(key_of(cutoff)) - 1, LOW, 0, LOW]))
+    kept.append(logits[1] >= cutoff)
+    cutoff = logits[2].topk(40).values[-1]
+    tied = ids[logits[2] == cutoff]
     some = tied[: len(tied) // 2 + 1] if first else tied[len(tied) // 2 :]
     cut = -int(some[-1]) if first else int(some[0])
-    words.append(torch.tensor([int(key_of(edge)), cut, 0, LOW]))
-    kept.append((logits[2] > edge) | torch.isin(ids, some))
+    words.append(torch.tensor([int(key_of(cutoff)), cut, 0, LOW]))
+    kept.append((logits[2] > cutoff) | torch.isin(ids, some))
     centre = torch.tensor(1.0)
     words.append(torch.tensor([LOW, LOW, int(bits_of(centre)), int(key_of(torch.tensor(-0.25)))]))
     kept.append((logits[3] - centre).abs() <= 0.25)
@@ -239,7 +238,7 @@ def test_a_sampler_reports_from_kernels_what_torch_says(monkeypatch, parameters,
     wanted = fl.sample(logits, processors, **call, **given, **options)
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     monkeypatch.setattr("fastlogits.sampling.draw", None)  # no way but that of the kernels
-    monkeypatch.setattr(reports, "reference_report", None)
+    monkeypatch.setattr(logprobs, "reference_report", None)
     given, call = ({k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in each.items()} for each in (given, call))
     found = fl.sample(logits.to(DEVICE), processors, **call, **given, **options)
     assert found.tokens.tolist() == wanted.tokens.tolist()

@@ -12,7 +12,7 @@ from fastlogits_kernels import draw
 from fastlogits_kernels.rules import CODES, ORDERS, RULES, Rule, argument_of
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch, launchers
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving import steps
 from fastlogits_kernels.serving.layout import OFF
 from fastlogits_kernels.truncate.reference import reference_truncate
 
@@ -102,7 +102,7 @@ def test_a_deviation_behind_what_cannot_act(monkeypatch, others, path):
 @KINDS
 def test_sampler_and_serving_draw_from_what_is_left(monkeypatch, kind):
     monkeypatch.setattr(launch, "FORCE_KERNEL", launcher.HAS_TRITON)
-    monkeypatch.setattr(slot_sets, "FORCE_KERNEL", launcher.HAS_TRITON)
+    monkeypatch.setattr(steps, "FORCE_KERNEL", launcher.HAS_TRITON)
     given, name = scores().to(DEVICE), argument_of(kind)
     kept = reference_truncate(scores(), (Rule(kind, VALUES[kind]),)) > -torch.inf
     seeds = torch.arange(3, device=DEVICE)

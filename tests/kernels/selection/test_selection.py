@@ -268,7 +268,7 @@ def test_a_chain_before_a_draw_of_all(chain, dtype):
     [(12_000, 1.0, 0.5, None), (30_000, 2.0, 0.9, 0.7), (30_000, 1.4, 0.3, 1.3), (12_000, 0.5, 0.6, 1e-4)],
 )
 def test_of_a_band_only_the_edges_are_collected(V, deviation, mass, temperature):
-    """What is typical lies between two edges; a temperature is no part of what the filter compares."""
+    """What is typical lies between two cut-offs; a temperature is no part of what the filter compares."""
     scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1)).to(DEVICE) * deviation
     divisor = None
     if temperature is not None:
@@ -291,7 +291,7 @@ def test_of_a_band_only_the_edges_are_collected(V, deviation, mass, temperature)
 @pytest.mark.parametrize("V", [12_000, 120_000] if GPU else [12_000])
 @pytest.mark.parametrize("chain", FLAT)
 def test_flat_rows_keep_most_unseen(chain, V):
-    """Where thousands are kept only those at the edge are put by; their tokens are those of the reference."""
+    """Where thousands are kept only those at the cut-off are collected; their tokens are those of the reference."""
     scores = torch.randn(2, V, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     if V == 12_000:
         found = workspace(scores, FLAT[chain])[:, 0].tolist()
@@ -344,7 +344,7 @@ def test_many_candidates_are_refined_block_by_block(monkeypatch, chain):
         assert (found > most).all()
         assert (found <= launch.Selection(rules, V, scores.device).layouts[4].shape.slots).all()
     check_truncation(scores, rules, selected(scores, rules))
-    if chain != "typical":  # of which an edge may be a matter of rounding
+    if chain != "typical":  # whose cut-off may be a matter of rounding
         seeds = torch.tensor([5, 6], device=DEVICE)
         wanted = draw.reference_draw(reference_truncate(scores, rules), seeds, seeds)
         assert torch.equal(drawn(scores, rules, seeds, seeds), wanted)
