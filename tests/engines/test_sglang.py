@@ -5,6 +5,7 @@ import importlib.machinery
 import logging
 import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -550,3 +551,10 @@ def test_functions_that_changed_are_left_to_sglang(caplog, monkeypatch):
         backends.install()
     assert "own gone runs" in caplog.text
     assert "own SamplingBatchInfo.update_penalties runs: it takes self, not self, else" in caplog.text
+
+
+def test_the_table_of_the_documents_names_every_field():
+    table = (Path(__file__).parents[2] / "docs" / "migration.md").read_text().partition("From SGLang's")[2]
+    made = ("stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized")
+    fields = [name for name in SamplingParams.__struct_fields__ if name not in (*made, "ebnf_full_assistant")]
+    assert [name for name in fields if f"`{name}`" not in table] == []

@@ -182,6 +182,13 @@ def test_requests_get_what_they_ask_for(alone, tokenizer):
             assert outputs[0][:8] == [80, 81] * 4
 
 
+def test_the_table_of_the_documents_names_every_field():
+    from vllm import SamplingParams
+
+    table = (HERE.parents[1] / "docs" / "migration.md").read_text()
+    assert [name for name in SamplingParams.__struct_fields__ if name[0] != "_" and f"`{name}`" not in table] == []
+
+
 def test_greedy_requests_get_what_vllm_gives_them(model, installed, alone):
     """Penalties included; the older runner's own sampler runs on a CPU."""
     greedy = [index for index, request in enumerate(requests()) if request["params"]["temperature"] == 0]
@@ -241,8 +248,8 @@ def test_what_is_reported(mode, model, installed):
         assert (steps is None) is (request["kind"] == "plain")
         if request["kind"] == "logprobs" and mode == "processed_logprobs":
             for token, step in zip(found["tokens"][0], steps, strict=True):
-                likely = sorted((value for value, _ in step.values()), reverse=True)[:3]
-                assert sum(torch.tensor(likely).exp()) == pytest.approx(1, abs=1e-4)  # no more than three are left
+                assert len(step) <= 3  # no more are left
+                assert sum(torch.tensor([value for value, _ in step.values()]).exp()) == pytest.approx(1, abs=1e-4)
                 assert str(token) in step
         if request["kind"] == "greedy":
             assert all(step[str(token)][1] == 1 for token, step in zip(found["tokens"][0], steps, strict=True))
@@ -256,7 +263,9 @@ OLDER = {name: params for name, params in KINDS.items() if name not in ("unended
 
 def test_the_older_runner(model, installed):
     call = requests(OLDER, 40)
-    together = run(model, [call], "older", installed, enable_prefix_caching=True, **TIGHT)
+    # On a CPU vLLM can't take a prompt with a seed in pieces.
+    whole = TIGHT | {"max_num_batched_tokens": 512}
+    together = run(model, [call], "older", installed, enable_prefix_caching=True, **whole)
     single = run(model, [call], "older", installed, max_num_seqs=1, enable_prefix_caching=False)
     assert together["samplers"] == single["samplers"] == ["fastlogits.integrations.vllm_older_sampler"]
     assert together["preemptions"] > single["preemptions"] == 0
@@ -271,10 +280,8 @@ def test_the_older_runner(model, installed):
 def test_neighbours_are_drawn_from_their_own_distribution(runner, switch, model, installed, tokenizer):
     """Without a seed, beside requests that ask for much: as often as the model and the truncation say."""
     count, prompt, temperature, top_k = 400, [33, 45, 46], 1.3, 8
-    asking = [request | {"params": request["params"] | {"max_tokens": 2}} for request in requests(OLDER, 16)]
-    plain = {"temperature": temperature, "max_tokens": 1, "n": count // 4}
-    if switch == "1" or runner == "older":
-        plain["top_k"] = top_k
+    asking = requests(OLDER, 16)
+    plain = {"temperature": temperature, "top_k": top_k, "max_tokens": 1, "n": count // 4}
     call = [*asking[:8], *[{"prompt": prompt, "params": plain} for _ in range(4)], *asking[8:]]
     answer = run(model, [call], runner, installed, switch=switch, max_num_seqs=64)
     tokens = [each[0] for found in answer["results"][0][8:12] for each in found["tokens"]]

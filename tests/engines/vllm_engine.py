@@ -44,7 +44,11 @@ def serve(llm, call, all_params) -> list:
 
 
 def as_json(steps) -> list | None:
-    return steps and [step and {token: [each.logprob, each.rank] for token, each in step.items()} for step in steps]
+    """Of each step the log-probability and the rank of each token, those that can't come left out."""
+    return steps and [
+        step and {token: [each.logprob, each.rank] for token, each in step.items() if each.logprob > -float("inf")}
+        for step in steps
+    ]
 
 
 def main() -> None:
