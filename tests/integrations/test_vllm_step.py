@@ -234,14 +234,15 @@ def test_longer_lists_than_there_was_room_for(engine, device, monkeypatch):
 
 
 def test_drafts_that_are_accepted():
-    tokens = torch.tensor([5, 6, 7, 1, 9, 4, 4, 4])
-    drafts = torch.tensor([0, 5, 6, 0, -1, 0, 4, 3])
-    found = accepted(tokens, drafts, torch.tensor([0, 3, 5, 8]), 3)
-    assert found.counts.tolist() == [3, 1, 2]
+    # All are right; one is never accepted; the second is wrong; the first is wrong, and the second right by chance.
+    tokens = torch.tensor([5, 6, 7, 1, 9, 4, 4, 4, 8, 9, 9])
+    drafts = torch.tensor([0, 5, 6, 0, -1, 0, 4, 3, 0, 7, 9])
+    found = accepted(tokens, drafts, torch.tensor([0, 3, 5, 8, 11]), 3)
+    assert found.counts.tolist() == [3, 1, 2, 1]
     assert found.counts.dtype == torch.int32
     assert [row[:count] for row, count in zip(found.tokens.tolist(), found.counts.tolist(), strict=True)] == (
-        [[5, 6, 7], [1], [4, 4]]
+        [[5, 6, 7], [1], [4, 4], [8]]
     )
-    plain = accepted(tokens, drafts, torch.arange(9), 1)
+    plain = accepted(tokens, drafts, torch.arange(12), 1)
     assert plain.tokens.flatten().tolist() == tokens.tolist()
-    assert plain.counts.tolist() == [1] * 8
+    assert plain.counts.tolist() == [1] * 11
