@@ -114,7 +114,7 @@ class NewerSampler:
         tokens = states.all_token_ids.gpu
         step = StepOfSlots(V, rows, tokens, states.total_len.gpu, min(most, V) if processed else 0)
         if tokens.is_cuda:
-            step.warm_up(model.dtype, ["processed"] if processed else [], torch.int32)
+            step.warm_up(model.dtype, ["processed"] if processed else [], self.num_speculative_tokens > 1)
         return step
 
     def _watch_others(self) -> None:
@@ -205,9 +205,11 @@ class NewerSampler:
             bounds: where the rows of each request begin, for the report; None for vLLM's on the host.
         """
         assert self._step is not None
+        at = input_batch.logits_indices
         rows = Rows(
-            input_batch.expanded_idx_mapping, input_batch.positions[input_batch.logits_indices],
-            input_batch.input_ids[input_batch.logits_indices], input_batch.expanded_local_pos,
+            input_batch.expanded_idx_mapping, input_batch.positions.index_select(0, at),
+            input_batch.input_ids.index_select(0, at), input_batch.expanded_local_pos,
+            len(logits) != input_batch.num_reqs,
         )  # fmt: skip
         served = self._served_by[input_batch.idx_mapping_np].max(initial=0)
         foreign = self._foreign(rows, input_batch) if served == _AROUND_OTHERS else None

@@ -38,10 +38,14 @@ class Rows(NamedTuple):
     """The token that each row was fed with."""
     local_position: torch.Tensor
     """How many draft tokens it sees."""
+    has_drafts: bool = True
+    """Whether any row sees one."""
 
     @property
     def arguments(self) -> dict[str, torch.Tensor]:
         """As arguments of ``BatchProcessor``'s calls."""
+        if not self.has_drafts:
+            return {"cache_position": self.positions}
         return {
             "cache_position": self.positions,
             "draft_ids": self.input_ids,
@@ -124,11 +128,12 @@ class StepOfSlots:
         """Take over the lengths of all prompts, int32 ``[slots]`` on the host. The tensor must not change any more."""
         self._prompts.copy_(to_device(lengths, self._prompts.device), non_blocking=True)
 
-    def warm_up(self, dtype: torch.dtype, logprobs: Sequence[Distribution], drafts: torch.dtype | None) -> None:
-        """Compile now what steps with logits of a dtype launch."""
-        self._whole.warm_up(
-            dtype, calls="sample", logprobs=logprobs, bitmask=False, cache_position=torch.int64, draft_ids=drafts
-        )
+    def warm_up(self, dtype: torch.dtype, logprobs: Sequence[Distribution], drafts: bool) -> None:
+        """Compile now what steps with logits of a dtype launch, without drafts and with them if there will be any."""
+        for each in (None, torch.int32) if drafts else (None,):
+            self._whole.warm_up(
+                dtype, calls="sample", logprobs=logprobs, bitmask=False, cache_position=torch.int64, draft_ids=each
+            )
 
     def _known(self, rows: Rows) -> Rows:
         """The rows, those of empty slots marked where the host would refuse them."""
