@@ -27,7 +27,7 @@ class Step(NamedTuple):
     bitmask: torch.Tensor
 
 
-def requests(count: int, vocab: int) -> list[RequestParams]:
+def requests(count: int, vocab: int, logprobs: int | None = None) -> list[RequestParams]:
     """Parameters of so many requests: each feature is in use by one in eight or so, most requests use several."""
     even = TokenMask.from_ids(range(0, vocab, 2), vocab)
     biases = {token: 0.5 + token % 7 for token in range(0, min(vocab, 600), 2)}
@@ -44,15 +44,18 @@ def requests(count: int, vocab: int) -> list[RequestParams]:
         {"temperature": 1.0, "forced_tokens": range(min(vocab, 300)), "frequency_penalty": 0.1},
         {"temperature": 0.7, "top_k": 50, "bitmask": True, "bad_words": bad_words(vocab)},
     ]
-    return [RequestParams(**kinds[i % len(kinds)], seed=i) for i in range(count)]
+    return [RequestParams(**kinds[i % len(kinds)], seed=i, logprobs=logprobs) for i in range(count)]
 
 
 @cache
-def step(rows: int, vocab: int, device: torch.device) -> Step:
-    """A batch of so many requests with histories of ``HISTORY`` tokens, a quarter of it output, and the step's rows."""
-    batch = BatchProcessor(rows, vocab, device, max_length=2 * HISTORY)
+def step(rows: int, vocab: int, device: torch.device, logprobs: int | None = None) -> Step:
+    """A batch of so many requests with histories of ``HISTORY`` tokens, a quarter of it output, and the step's rows.
+
+    ``logprobs`` is for how many of the likeliest tokens they want log-probabilities.
+    """
+    batch = BatchProcessor(rows, vocab, device, max_length=2 * HISTORY, max_logprobs=logprobs or 0)
     ids: np.ndarray[Any, Any] = history(rows, vocab, torch.device("cpu")).numpy()
-    for params, tokens in zip(requests(rows, vocab), ids, strict=True):
+    for params, tokens in zip(requests(rows, vocab, logprobs), ids, strict=True):
         batch.add(params, tokens[:-_OUTPUT], tokens[-_OUTPUT:])
     allowed = torch.rand(rows, vocab, generator=torch.Generator().manual_seed(rows)) < 0.5
     return Step(batch, torch.arange(rows, device=device), pack_bits(allowed).to(device))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import transformers.generation.logits_process as theirs
@@ -17,7 +17,8 @@ from fastlogits_kernels.runtime.launcher import HAS_TRITON, triton
 from transformers import SuppressTokensAtBeginLogitsProcessor
 
 import fastlogits
-from benchmarks import serving
+import fastlogits.sampled
+from benchmarks import long_histories, serving
 from benchmarks.inputs import FLAT, GAUSS, LEAST_BATCH, MANY_IDS, MIXTURE, ZIPF, Case, history, token_ids
 from benchmarks.processors import (
     CHAINS,
@@ -380,6 +381,70 @@ def _serving(draws: bool) -> Workload:
     )  # fmt: skip
 
 
+def _is_near(scores: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the first rows are as expected, up to rounding."""
+    return torch.allclose(found[: len(expected)].cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def _has_tokens(scores: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the first rows have the expected tokens."""
+    return torch.equal(found[: len(expected)].cpu(), expected)
+
+
+def _long_history(length: int, listed: bool) -> Workload:
+    """Penalties, n-grams, bad words and DRY over histories of so many tokens, by a list or a batch."""
+
+    def of_list(case: Case, scores: torch.Tensor) -> Call:
+        ids = long_histories.text(case.batch, case.vocab, length).to(case.device)
+        chain = long_histories.processors(case.vocab, length).for_run(prompt_length=length - length // 4)
+        return partial(chain, ids, scores)
+
+    def of_batch(case: Case, scores: torch.Tensor) -> Call:
+        batch, slots = long_histories.step(case.batch, case.vocab, length, case.device)
+        return lambda: batch.sample(scores, slots).tokens
+
+    def contenders(case: Case) -> list[Contender]:
+        if case.device.type == "cpu" or case.batch != long_histories.ROWS:
+            return []
+        bind, agrees = (of_list, _is_near) if listed else (of_batch, _has_tokens)
+        return [Contender(FAST, partial(bind, case), agrees=agrees), *_yardsticks(case)]
+
+    def expected(case: Case, scores: torch.Tensor) -> torch.Tensor:
+        return (long_histories.processed if listed else long_histories.tokens_of)(scores, length)
+
+    return Workload(
+        contenders, expected, _all_metrics, COPY, takes_ids=False, quick=False,
+        moves=_read_and_write if listed else lambda case: case.nbytes,
+    )  # fmt: skip
+
+
+def _serving_logprobs(distribution: fastlogits.sampled.Distribution, most: int) -> Workload:
+    """A step of a batch with log-probabilities of the token that is drawn, and of so many of the likeliest."""
+
+    def of_batch(case: Case, scores: torch.Tensor) -> Call:
+        made = serving.step(case.batch, case.vocab, case.device, most)
+
+        def call() -> torch.Tensor:
+            out = made.batch.sample(scores, made.slots, bitmask=made.bitmask, logprobs=distribution)
+            return cast("torch.Tensor", out.logprobs if out.top_logprobs is None else out.top_logprobs)
+
+        return call
+
+    def contenders(case: Case) -> list[Contender]:
+        if case.device.type == "cpu" and case.batch * case.vocab > _MOST_ON_CPU:
+            return []
+        return [Contender(FAST, partial(of_batch, case), agrees=_is_near), *_yardsticks(case)]
+
+    def expected(case: Case, scores: torch.Tensor) -> torch.Tensor:
+        made = serving.step(case.batch, case.vocab, torch.device("cpu"), most)
+        out = made.batch.sample(scores.cpu(), made.slots, bitmask=made.bitmask, logprobs=distribution)
+        return cast("torch.Tensor", out.logprobs if out.top_logprobs is None else out.top_logprobs)
+
+    return Workload(
+        contenders, expected, _all_metrics, COPY, takes_ids=False, quick=False, moves=lambda case: 2 * case.nbytes
+    )  # fmt: skip
+
+
 def _all_metrics(case: Case) -> tuple[str, ...]:
     if case.device.type == "cpu":
         return ("cpu_us",)
@@ -393,6 +458,8 @@ def _host_metric(case: Case) -> tuple[str, ...]:
     return ("cpu_us",) if case.device.type == "cpu" else () if case.cold else ("host_us",)
 
 
+_KINDS: tuple[fastlogits.sampled.Distribution, ...] = ("raw", "processed")
+
 WORKLOADS: dict[str, Workload] = {
     FIRST_STEP: Workload(_first_step, _forbidden, _all_metrics),
     LATER_STEP: Workload(_later_step, _unchanged, _host_metric, baseline=TRANSFORMERS),
@@ -401,6 +468,9 @@ WORKLOADS: dict[str, Workload] = {
     **{name: _draw(name) for name in DRAWS},
     "serving": _serving(draws=False),
     "serving tokens": _serving(draws=True),
+    **{f"serving {kind} logprobs, top {most}": _serving_logprobs(kind, most) for kind in _KINDS for most in (0, 5, 20)},
+    **{f"serving, {length} tokens": _long_history(length, listed=False) for length in long_histories.LENGTHS},
+    **{f"list, {length} tokens": _long_history(length, listed=True) for length in long_histories.LENGTHS},
     **{name: _processors(name, made) for name, made in CLASSES.items()},
 }
 """All workloads by name, in the order in which they run."""

@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from fastlogits.sampling import Sampler as Sampler
     from fastlogits.sampling import SamplingParams as SamplingParams
     from fastlogits.sampling import sample as sample
+    from fastlogits.serving import Accepted as Accepted
     from fastlogits.serving import BatchProcessor as BatchProcessor
     from fastlogits.serving import RequestParams as RequestParams
     from fastlogits.token_mask import TokenMask as TokenMask
@@ -145,6 +146,7 @@ _HOME = {
     "PresencePenaltyLogitsProcessor": "processors.penalties",
     "PreventHallucinationLogitsProcessor": "processors.nvidia_zoo",
     "RepetitionPenaltyLogitsProcessor": "processors.penalties",
+    "Accepted": "serving",
     "RequestParams": "serving",
     "Sample": "sampled",
     "Sampler": "sampling",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -79,6 +80,11 @@ def _as_int64(found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def history_ids(argument: str, ids: Ids) -> np.ndarray[Any, Any]:
     """Token ids as a history keeps them. Those beyond 32 bits belong to no vocabulary, and become -1."""
+    if type(ids) is list and ids and type(ids[0]) is int:
+        try:  # in a third of the time that numpy takes
+            return np.frombuffer(array("i", ids), dtype=np.int32)
+        except (TypeError, OverflowError):  # no integers, or large ones
+            pass
     found = _as_int64(_integers(argument, ids))
     if len(found) and (found.max() >= 2**31 or found.min() < -(2**31)):
         found = np.where((found >= 2**31) | (found < -(2**31)), -1, found)
@@ -107,6 +113,15 @@ def check_draft_rows(slots: list[int], local: list[int]) -> None:
                 f"local_position must count 0, 1, 2, ... in neighbouring rows of a slot, got {depth} in row {row} of "
                 f"slot {slot}"
             )
+
+
+def check_neighbours(slots: list[int]) -> None:
+    """Refuse a slot whose rows aren't neighbours."""
+    met: set[int] = set()
+    for row, slot in enumerate(slots):
+        if slot >= 0 and slot in met and slots[row - 1] != slot:
+            raise ValueError(f"slots must have the rows of a request side by side, got slot {slot} again in row {row}")
+        met.add(slot)
 
 
 def check_own_memory(argument: str, tensor: torch.Tensor) -> None:

@@ -11,13 +11,22 @@ import torch
 from fastlogits_kernels.rules import ORDERS
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.serving import layout
-from fastlogits_kernels.serving.layout import Slots, StepRows
-from fastlogits_kernels.serving.steps import Step, append_tokens, process_rows, sample_rows, swap_slots
+from fastlogits_kernels.serving.layout import NO_INDEX, HistoryIndex, IndexSizes, Slots, StepRows
+from fastlogits_kernels.serving.reference import accepted
+from fastlogits_kernels.serving.steps import (
+    Step,
+    accept_drafts,
+    append_tokens,
+    process_rows,
+    sample_rows,
+    swap_slots,
+)
 
 from fastlogits import warm_up as warming
 from fastlogits.checks import LOGITS_DTYPES, device_of, is_integer, one_of, whole_number
 from fastlogits.representation import arguments
 from fastlogits.sampled import Distribution, Sample
+from fastlogits.serving.accepted import Accepted
 from fastlogits.serving.arguments import (
     INDEX_DTYPES,
     NO_TOKENS,
@@ -27,6 +36,7 @@ from fastlogits.serving.arguments import (
     check_distinct,
     check_draft_rows,
     check_history,
+    check_neighbours,
     check_own_memory,
     history_ids,
     is_in_place,
@@ -37,7 +47,7 @@ from fastlogits.serving.params import RequestParams
 from fastlogits.warm_up import WarmUp
 
 History: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"
-Call: TypeAlias = Literal["sample", "apply_", "apply", "append", "swap"]
+Call: TypeAlias = Literal["sample", "apply_", "apply", "append", "accept", "swap"]
 
 
 class BatchProcessor:
@@ -92,6 +102,9 @@ class BatchProcessor:
             each banned or suppressed first token up to 64 (more are kept as a mask); 51 for DRY.
         history: an engine's own tensors, which the engine keeps up to date: token ids ``[max_requests, L]``, lengths of
             the prompts, and lengths so far, both ``[max_requests]``, int32 or int64. Then ``append`` is not used.
+        history_grows: whether that history only grows: tokens that a step has seen stay as they are, and lengths never
+            shrink, until a request is added to the slot. Then long histories are not read anew at each step, for one
+            launch more. A batch's own history does so, and needs none.
         max_logprobs: the largest ``logprobs`` of a request, at most V.
 
     Raises:
@@ -118,6 +131,7 @@ class BatchProcessor:
         max_rows: int | None = None,
         max_listed: int = 1024,
         history: History | None = None,
+        history_grows: bool = False,
         max_logprobs: int = 0,
     ) -> None:
         self.max_requests = whole_number("max_requests", max_requests, 1)
@@ -129,7 +143,11 @@ class BatchProcessor:
         self.max_logprobs = whole_number("max_logprobs", max_logprobs, 0, self.vocab_size)
         self.device = device_of("device", device)
         self._owns_history = history is None
-        self._slots = self._make_slots(self._room_for_tokens(max_length, history), history)
+        if history_grows and history is None:
+            raise ValueError(
+                "history_grows must be False without a history of the engine's, got True: a batch's own grows"
+            )
+        self._slots = self._make_slots(self._room_for_tokens(max_length, history), history, history_grows)
         self.max_length: int = self._slots.history.shape[1]
         stack = STACKS[semantics]
         self._step = Step(
@@ -162,21 +180,26 @@ class BatchProcessor:
             )
         return whole_number("max_length", max_length, 1)
 
-    def _make_slots(self, room: int, history: History | None) -> Slots:
-        """Memory for all slots: packed masks, record, lists and history side by side, so that one copy fills them."""
+    def _make_slots(self, room: int, history: History | None, grows: bool) -> Slots:
+        """Memory for all slots: packed masks, record, lists, history and index side by side. One copy fills a slot."""
         W = words(self.vocab_size)
         self._lists_end = layout.RECORD.value + self.max_listed
         self._masks_end = layout.MASKS * W
-        width = self._masks_end + self._lists_end + room
-        self._table = torch.zeros(self.max_requests, width, dtype=torch.int32, device=self.device)
+        longest = history[0].shape[1] if history is not None and grows else room
+        sizes = IndexSizes.of(self.vocab_size, longest)
+        index_at = self._lists_end + room
+        self._table = torch.zeros(
+            self.max_requests, self._masks_end + index_at + sizes.total, dtype=torch.int32, device=self.device
+        )
         masks = self._table[:, : self._masks_end].view(self.max_requests, layout.MASKS, W)
         records = self._table[:, self._masks_end :]
+        index = HistoryIndex(records[:, index_at:], sizes, history is not None) if sizes.total else NO_INDEX
         if history is None:
             lengths, prompts = records[:, layout.LENGTH.value], records[:, layout.PROMPT.value]
-            tokens = records[:, self._lists_end :]
+            tokens = records[:, self._lists_end : index_at]
         else:
             tokens, prompts, lengths = history
-        return Slots(records, masks, tokens, lengths, prompts)
+        return Slots(records, masks, tokens, lengths, prompts, index)
 
     def __repr__(self) -> str:
         given = {name: getattr(self, name) for name in ("vocab_size", "device", "max_length", "semantics")}
@@ -206,10 +229,15 @@ class BatchProcessor:
 
     @property
     def bytes_per_slot(self) -> dict[str, int]:
-        """Memory of a slot: parameters and lists, packed masks, and its history if the batch keeps it."""
+        """Memory of a slot: parameters and lists, packed masks, and its history with an index, if the batch keeps it.
+
+        The index is for long histories, and takes no more than they do: of one that it covers, a step reads what it
+        needs, so that its time hardly depends on the length.
+        """
         record = self._lists_end * 4
         masks = self._slots.masks[0].numel() * 4
-        return {"parameters": record, "masks": masks, "history": self.max_length * 4 if self._owns_history else 0}
+        tokens = self.max_length * 4 if self._owns_history else 0
+        return {"parameters": record, "masks": masks, "history": tokens, "index": self._slots.indices.sizes.total * 4}
 
     @property
     def bytes_per_row(self) -> int:
@@ -431,13 +459,70 @@ class BatchProcessor:
         tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs)
         return Sample.of(tokens, asked, self.max_logprobs)
 
+    def accept(self, out: Sample | torch.Tensor, slots: Ids, draft_ids: Ids) -> Accepted:
+        """Say which drafts of a step are kept, and append what counts to the histories of the requests.
+
+        Rows of draft tokens are sampled as if their drafts were the text. So a draft is right if it is the token that
+        the row before it drew. A request keeps its drafts up to the first that isn't, and then takes the token that was
+        drawn in its place, or behind the last draft: always one token more than drafts kept. These are the tokens that
+        it would have got without drafts, whatever made them.
+
+        This is one launch, which a graph may hold, and waits for nothing. It looks for no stop token: cut the tokens on
+        the host. If the engine has the history, nothing is appended.
+
+        Args:
+            out: what ``sample`` returned for the step, or its tokens, int64 or int32 ``[rows]``. A negative token
+                counts for nothing, and neither does what follows it in its request.
+            slots: the slot of each row, as given to ``sample``. Rows of a request are neighbours, and a request has
+                rows in one place. Rows of no request count for nothing.
+            draft_ids: the token that each row was fed with, as given to ``sample``. That of a request's first row
+                isn't looked at. -1 is never kept: steps of one shape pad short drafts with it.
+
+        Returns:
+            The tokens that count, and how many drafts each request keeps.
+
+        Raises:
+            ValueError: not one entry for each row; or, if the host knows the arguments, a slot without a request, or in
+                two places, or more tokens than ``max_length``. Then nothing has changed. On a GPU, tokens beyond
+                ``max_length`` are dropped from the history. See ``lengths``.
+
+        Example:
+            >>> batch = BatchProcessor(2, vocab_size=8, device="cpu", max_length=32, max_rows=6)
+            >>> slot = batch.add(RequestParams(temperature=0), prompt_ids=[1, 2])
+            >>> logits = torch.eye(8)[[3, 4, 6]] * 9.0  # the model goes on with 3, then 4, then 6
+            >>> drafts = [2, 3, 5]  # the last token, and two drafts, of which the second is wrong
+            >>> out = batch.sample(logits, [slot] * 3, draft_ids=drafts, local_position=[0, 1, 2])
+            >>> batch.accept(out, [slot] * 3, drafts)
+            Accepted(tokens=tensor([ 3,  4, -1]), kept=tensor([1, 1, 1], dtype=torch.int32))
+            >>> int(batch.lengths[slot])
+            4
+        """
+        tokens = read_index("out", out.tokens if isinstance(out, Sample) else out, self.device)
+        of, known = self._slot_index(slots)
+        drafts = read_index("draft_ids", draft_ids, self.device)
+        drawn, fed = cast("torch.Tensor", tokens.on_device), cast("torch.Tensor", drafts.on_device)
+        for name, value in (("slots", of), ("draft_ids", fed)):
+            if len(value) != len(drawn):
+                raise ValueError(f"{name} must have one entry for each of {len(drawn)} rows, got {len(value)}")
+        counted = None
+        if known is not None:
+            check_neighbours(known)
+            if tokens.on_host is not None and drafts.on_host is not None:
+                active = [slot >= 0 for slot in known]
+                counted = accepted(known, tokens.on_host.tolist(), drafts.on_host.tolist(), active)[0]
+        if self._owns_history:
+            self._count(known, None if counted is None else torch.tensor(counted, dtype=torch.int64))
+        if not len(drawn):
+            return Accepted(torch.empty_like(drawn, dtype=torch.int64), torch.empty_like(drawn, dtype=torch.int32))
+        return Accepted(*accept_drafts(self._slots, of, drawn, fed, self._owns_history))
+
     # -- Before the first step -------------------------------------------------------------------------------------
 
     def warm_up(
         self,
         dtype: torch.dtype = torch.float32,
         *,
-        calls: Call | Sequence[Call] = ("sample", "apply_", "apply", "append", "swap"),
+        calls: Call | Sequence[Call] = ("sample", "apply_", "apply", "append", "accept", "swap"),
         logprobs: Distribution | Sequence[Distribution] = (),
         bitmask: bool | None = None,
         cache_position: torch.dtype | None = None,
@@ -453,8 +538,8 @@ class BatchProcessor:
 
         Args:
             dtype: of the logits: float32, float16 or bfloat16.
-            calls: which methods will be called; ``"swap"`` includes ``move``. Fewer take less time: ``sample``,
-                ``apply`` and ``apply_`` have kernels of their own.
+            calls: which methods will be called; ``"swap"`` includes ``move``, and ``"accept"`` needs ``draft_ids``.
+                Fewer take less time: ``sample``, ``apply`` and ``apply_`` have kernels of their own.
             logprobs: the ``logprobs`` of ``sample``: ``"raw"``, ``"processed"``, both or none.
             bitmask: whether steps have a bitmask; None for steps with and without.
             cache_position: the dtype of the ``cache_position`` of steps, int32 or int64 (lists count as int64); None
@@ -496,6 +581,9 @@ class BatchProcessor:
                 self._rehearse_step(asked, logits, nobody, step, (None, *reports))
             if "append" in asked and self._owns_history:
                 append_tokens(self._slots, nobody, torch.zeros(1, dtype=torch.int64, device=self.device))
+            if "accept" in asked and draft_ids is not None:
+                drawn = torch.zeros(1, dtype=torch.int64, device=self.device)
+                accept_drafts(self._slots, nobody, drawn, cast("torch.Tensor", whole(0, draft_ids)), self._owns_history)
             if "swap" in asked:
                 swap_slots(self._table, 0, 0)
 

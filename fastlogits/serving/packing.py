@@ -89,7 +89,7 @@ class Staging:
 
 # The words before the lists, in the order of their places in the record.
 _HEADER = struct.Struct(
-    f"=6i Q 4f {''.join('i' if whole else 'f' for whole in layout.INTEGERS)} i {2 * layout.N_LISTS}i"
+    f"=6i Q 4f {''.join('i' if whole else 'f' for whole in layout.INTEGERS)} 3i {2 * layout.N_LISTS}i"
 )
 _LENGTHS, _SEED = struct.Struct("=2i"), struct.Struct("=Q")
 # The parameter of each truncation, and the value that turns it off.
@@ -226,8 +226,17 @@ def _header(slot: _Slot, params: RequestParams) -> bytes:
         params.temperature, params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
         *rules,
         -1 if params.logprobs is None else params.logprobs,
+        0, _gram(params),
         *slot.places,
     )  # fmt: skip
+
+
+def _gram(params: RequestParams) -> int:
+    """Tokens in a row without which no n-gram repeats, and DRY lowers nothing; 0 where one token may suffice."""
+    sizes = [params.no_repeat_ngram_size - 1] if params.no_repeat_ngram_size > 1 else []
+    if params.dry_multiplier:
+        sizes.append(max(1, params.dry_allowed_length))
+    return min(*sizes, layout.LONGEST_GRAM.value) if sizes else 0
 
 
 def _as_set(tokens: TokenMask | Sequence[int]) -> TokenSet:

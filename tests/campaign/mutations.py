@@ -610,13 +610,44 @@ MUTATIONS = [
     ),
     Mutation(
         "a token written behind a full history", f"{KERNELS}/serving/history.py",
-        "mask=(slot >= 0) & (place < L))", "mask=(slot >= 0) & (place <= L))",
+        "mask=found & (place < growing.L))", "mask=found & (place <= growing.L))",
         ("serving/test_batch.py::test_append_keeps_the_order_of_tokens_and_ignores_what_names_no_request",),
     ),
     Mutation(
         "a first window one step too long (torch)", f"{KERNELS}/serving/reference.py",
         "if request.step < record.number(FIRST_WINDOW):", "if request.step <= record.number(FIRST_WINDOW):",
         ("serving/test_batch.py::test_a_request_gets_what_the_processors_of_its_parameters_give",),
+    ),
+    Mutation(
+        "a wrong draft that is kept", f"{KERNELS}/serving/history.py",
+        "((entry == first) | (draft == drawn))", "((entry <= first + 1) | (draft == drawn))",
+        ("serving/test_accept.py::test_drafts_are_kept_up_to_the_first_wrong_one",),
+    ),
+    Mutation(
+        "drafts kept behind a wrong one", f"{KERNELS}/serving/reference.py",
+        "(kept[row - 1] >= 0 and kept[row - 1] == drafts[row])", "tokens[row - 1] == drafts[row]",
+        ("serving/test_accept.py::test_drafts_are_kept_up_to_the_first_wrong_one",),
+    ),
+    Mutation(
+        "an index that a row has not seen yet", f"{KERNELS}/serving/index.py",
+        "asks & (indexed <= stored)", "asks",
+        ("serving/test_history_index.py::test_a_row_that_sees_less_than_the_index_reads_what_it_sees",),
+    ),
+    Mutation(
+        "carried counts left out", f"{KERNELS}/serving/search.py",
+        "mark_text(edits.edited_ptr, carries, 0, carries.length, words, BLOCK)", "pass",
+        ("serving/test_history_index.py::test_a_token_whose_count_was_carried_whole_is_penalised",),
+    ),
+    Mutation(
+        "the token behind the index unread", f"{KERNELS}/serving/search.py",
+        "tl.maximum(size - 2, covered.tokens)", "tl.maximum(size - 2, covered.tokens + 1)",
+        ("serving/test_history_index.py::test_what_an_index_doesn_t_cover_yet_is_read",),
+    ),
+    Mutation(
+        "a step's addresses in another order", f"{KERNELS}/serving/prepared.py",
+        "out, work, tokens = stand_in(given.out), stand_in(given.work), stand_in(given.tokens)",
+        "work, out, tokens = stand_in(given.work), stand_in(given.out), stand_in(given.tokens)",
+        ("kernels/runtime/test_driver.py::test_the_driver_is_asked_for_what_triton_s_launcher_asks_for",),
     ),
     # -- inside generate --
     Mutation(

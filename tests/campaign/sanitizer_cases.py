@@ -338,8 +338,9 @@ def served(given: Given) -> list[Outcome]:
 
 
 def histories(given: Given) -> list[Outcome]:
-    """Appended tokens, more than there is room for, and slots that change places."""
+    """Appended tokens, more than there is room for, drafts that are accepted, and slots that change places."""
     of = given.integers(-1, 6, max(1, given.B))
+    rows, drafts = of.sort().values, given.integers(-1, min(given.V, 6), len(of))
     tokens = given.integers(-1, min(given.V, 6), len(of))
     batches = [_batch(given, device) for device in (given.device, torch.device("cpu"))]
     batch, alone = batches
@@ -352,6 +353,7 @@ def histories(given: Given) -> list[Outcome]:
 
     def change(batch: BatchProcessor, put: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         steps.append_tokens(batch._slots, put(of), put(tokens))
+        steps.accept_drafts(batch._slots, put(rows), put(tokens), put(drafts), True)
         batch.swap(0, 3)
         batch.move(4, 5)
         return known(batch)

@@ -28,7 +28,7 @@ from fastlogits_kernels.runtime import driver as cuda_driver
 from fastlogits_kernels.runtime import launcher as runtime
 from fastlogits_kernels.runtime.launcher import Launch, Relaunches
 from fastlogits_kernels.selection import launch, launchers
-from fastlogits_kernels.serving import search
+from fastlogits_kernels.serving import search, steps
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import OPERATIONS, Given, forced
@@ -220,6 +220,10 @@ def calls() -> list[Callable[[], Any]]:
     slots = [batch.add(fl.RequestParams(logprobs=2, logit_bias={3: 1.0}), [1]) for _ in range(2)]
     found.append(lambda: batch.sample(wide[:, :V], slots, logprobs="processed"))
     found.append(lambda: batch.apply(wide[:, :V], slots))
+    found.append(lambda: batch.apply_(wide[:, :V], slots))
+    mask, local = torch.full((2, V // 32 + 1), -1, dtype=torch.int32)[:, 1:], torch.zeros(2, dtype=torch.int32)
+    given: dict[str, Any] = {"bitmask": mask, "draft_ids": longs[2:4], "local_position": local, "logprobs": "raw"}
+    found.append(lambda: batch.sample(wide[:, :V], slots, longs[4:6] * 0, **given))
     return found
 
 
@@ -287,6 +291,7 @@ def compare() -> dict[str, Any]:
         standing_in(library.library),
         mock.patch.object(Relaunches, "__call__", both),
         mock.patch.object(launch, "launch_together", ordinary),
+        mock.patch.object(steps, "launch_together", ordinary),
     ):
         for call in made_calls:
             before = alike["laid out"]

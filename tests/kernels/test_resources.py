@@ -95,10 +95,15 @@ cases["token_sets long"] = (token_sets._token_sets_kernel, "fp32", tuple(set(abs
 early = {"PDL": capability >= 90}
 for dtype in ("fp32", "bf16"):
     search = {"BIAS_LAST": False, "WORDS_IN_OUTPUT": True, "ROOM": 2048, "BLOCK": 1024, "LIST_BLOCK": 128} | early
+    search["COUNTS"] = dtype == "fp32"
     cases[f"slot_sets {dtype}"] = (slot_sets._slot_sets_kernel, dtype, (), search | {"DRAWS": dtype == "fp32"}, 8)
-    absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr")
+    absent = ("cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr", "index_ptr")
     cases[f"slot_sets plain {dtype}"] = (slot_sets._slot_sets_kernel, dtype, absent, search | {"DRAWS": False}, 8)
-cases["append"] = (slot_histories._append_kernel, "fp32", (), {"BLOCK": 32})
+grown = {"COUNTS": True, "INDEX_BLOCK": 1024}
+cases["append"] = (slot_histories._append_kernel, "fp32", (), {"BLOCK": 256} | grown)
+cases["append short"] = (slot_histories._append_kernel, "fp32", ("index_ptr",), {"BLOCK": 256} | grown)
+cases["accept"] = (slot_histories._accept_kernel, "fp32", (), {"APPENDS": True, "BLOCK": 32} | grown)
+cases["cover"] = (slot_histories._cover_kernel, "fp32", (), {"BLOCK": 256} | grown)
 cases["swap"] = (slot_histories._swap_kernel, "fp32", (), {"BLOCK": 1024})
 cases["pack_ids"] = (pack_ids._pack_ids_kernel, "fp32", (), {"BLOCK_L": 256})
 
@@ -124,7 +129,10 @@ SPILLED = {
     # What a serving step looks for spills where its compiler gives a program 80 registers, of 255 that it may.
     (3, 9): dict.fromkeys(SEARCHES, 4) | {"synthid wraps": 4} | dict.fromkeys(STEPS, 28),
     # The last for sm_100 alone, where its compiler gives a program of 16-bit logits 80 registers, of 255 that it may.
-    (3, 6): dict.fromkeys(SEARCHES, 12) | {"synthid wraps": 4, "synthid first": 60, "slot_sets bf16": 36},
+    (3, 6): dict.fromkeys(SEARCHES, 12)
+    | {"synthid wraps": 4, "synthid first": 60, "slot_sets bf16": 36}
+    | dict.fromkeys(STEPS, 36)
+    | {"accept": 8},
 }
 REGISTERS = {"synthid wraps": 192}
 # Of the selection, by call and kernel. Bounds and the filter are held to fewer registers, so that more programs run at

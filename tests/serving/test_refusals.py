@@ -31,11 +31,11 @@ def known_to_the_host(slots):
 
 
 def tables_of(batch):
-    return [table.clone() for table in batch._slots]
+    return [table.clone() for table in batch._slots[:5]]
 
 
 def assert_unchanged(batch, before):
-    assert all(torch.equal(now, then) for now, then in zip(batch._slots, before, strict=True))
+    assert all(torch.equal(now, then) for now, then in zip(batch._slots[:5], before, strict=True))
 
 
 # -- Bitmasks --------------------------------------------------------------------------------------------------------

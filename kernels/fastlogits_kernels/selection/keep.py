@@ -10,12 +10,14 @@ Bytes moved: one read and one write of the logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastlogits_kernels.pointwise.fold import Chain
 from fastlogits_kernels.pointwise.search import TokenSets
 from fastlogits_kernels.runtime.bits import words
-from fastlogits_kernels.runtime.launcher import Launcher, launch_key, tl, triton
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, launch_key, tl, triton
 from fastlogits_kernels.selection.goals import fitted
 from fastlogits_kernels.selection.launchers import maps_of
 from fastlogits_kernels.selection.layout import Selection
@@ -94,12 +96,29 @@ def launch_keep(
     ``kept`` is what ``kept_in`` says of the workspace of ``launch_select`` for the other arguments. To an ``out`` of
     float32 nothing is rounded.
     """
+    launcher, key, programs, args = keep_launch(
+        scores, out, selection, kept.stride(0), chain, found, temperature, (scores, kept, out)
+    )
+    launcher(key, programs, args)
+
+
+def keep_launch(
+    scores: torch.Tensor,
+    out: torch.Tensor,
+    selection: Selection,
+    stride_kept: int,
+    chain: Chain,
+    found: TokenSets | None,
+    temperature: torch.Tensor | None,
+    given: tuple[Any, Any, Any],
+) -> Launch:
+    """The launch of ``launch_keep``; ``given`` is what the kernel is given of ``scores``, ``kept`` and ``out``."""
     B, V = scores.shape
     W = words(V)
     parts = -(-W // _BLOCK_W)
     key = (*launch_key(scores, out), chain.form, selection.form, None if temperature is None else temperature.dtype)
-    _keep_launcher(key, B * parts, (
-        scores, kept, *maps_of(chain, found, temperature, scores), out, V, W, parts,
-        *scores.stride(), *out.stride(), kept.stride(0),
+    return Launch(_keep_launcher, key, B * parts, (
+        *given[:2], *maps_of(chain, found, temperature, scores), given[2], V, W, parts,
+        *scores.stride(), *out.stride(), stride_kept,
         chain.flat, torch.finfo(out.dtype).max, selection.fill, selection.lowest_ties, selection.banded, _BLOCK_W,
     ))  # fmt: skip

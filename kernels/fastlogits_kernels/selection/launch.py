@@ -91,7 +91,7 @@ def launch_select(
     if relaunches is not None and relaunches(scores.get_device(), pointers):
         return work
     tensors = Tensors(scores, work, out, tokens, temperature, seeds, positions, *sets, rows)
-    launch_together(_launches(selection, chain, found, tensors, tensors))
+    launch_together(launches_of(selection, chain, found, tensors, tensors))
     if is_collecting():
         if _samples_all(selection, found, tokens, seeds):  # how depends on the number of rows: rehearse both
             _rehearse_other(selection, chain, found, tensors)
@@ -137,10 +137,10 @@ def _laid_out(selection: Selection, chain: Chain, found: TokenSets | None, tenso
         if each is not None and each.get_device() != index:  # pinned memory, of which Triton asks whether it is
             return None
     stand_ins, given = tensors.stand_ins()
-    return Relaunches.of(_launches(selection, chain, found, tensors, stand_ins), given)
+    return Relaunches.of(launches_of(selection, chain, found, tensors, stand_ins), given)
 
 
-def _launches(
+def launches_of(
     selection: Selection, chain: Chain, found: TokenSets | None, tensors: Tensors, given: Tensors
 ) -> list[Launch]:
     """The launches of a call with some tensors; ``given`` is what their kernels are given of them."""

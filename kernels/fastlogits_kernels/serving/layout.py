@@ -13,6 +13,7 @@ import torch
 from fastlogits_kernels.history import LONGEST as LONGEST
 from fastlogits_kernels.rules import RULES as TABLE
 from fastlogits_kernels.rules import RuleKind
+from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import tl
 
 # -- The record of a slot, in words of 32 bits ----------------------------------------------------------------------
@@ -30,9 +31,14 @@ PRESENCE = tl.constexpr(10)
 FREQUENCY = tl.constexpr(11)
 RULES = tl.constexpr(12)  # the parameter of each rule, in the order of the table; of some an integer
 LOGPROBS = tl.constexpr(RULES.value + len(TABLE))  # for how many tokens they are wanted; -1 for none at all
-LISTS = tl.constexpr(LOGPROBS.value + 1)  # where each list begins, and how long it is
+INDEXED = tl.constexpr(LOGPROBS.value + 1)  # tokens of the history that the index covers
+GRAM = tl.constexpr(LOGPROBS.value + 2)  # of so many tokens in a row the index has hashes; 0 for none
+LISTS = tl.constexpr(LOGPROBS.value + 3)  # where each list begins, and how long it is
 N_LISTS = 8
 RECORD = tl.constexpr(LISTS.value + 2 * N_LISTS)  # words before the lists
+
+LONGEST_GRAM = tl.constexpr(4)
+"""The most tokens of which a hash is made."""
 
 # Flags.
 ACTIVE = tl.constexpr(1)
@@ -74,6 +80,77 @@ def bits_of(value: float) -> int:
     return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
 
 
+# -- The index of a slot --------------------------------------------------------------------------------------------
+
+SPANS = tl.constexpr(32)
+COUNT_PLANES = tl.constexpr(4)
+"""Bits of a count; each time that they overflow, the token is put on the list of carries."""
+CARRY = tl.constexpr(2**COUNT_PLANES.value)
+"""How many occurrences an entry of that list stands for."""
+SPAN_BLOCK = 1024
+"""Spans are a multiple of so many tokens, which a program compares at once."""
+_SHORT = 4 * SPAN_BLOCK
+"""Histories of no more tokens are read: that takes a few turns of a loop."""
+_FEWEST_HASHES = 2048
+_MOST_HASHES = 2**17
+
+
+class IndexSizes(NamedTuple):
+    """Where the parts of an index are, in words of 32 bits, and how large they are; no spans where there is none."""
+
+    V: int
+    """Tokens of the vocabulary."""
+    W: int
+    """Words of a set."""
+    hash_bits: int
+    span: int
+    """Tokens of a span."""
+    carries: int
+    """Room for carries; 0 where no counts are kept."""
+
+    @classmethod
+    def of(cls, V: int, L: int) -> IndexSizes:
+        """Those for a vocabulary and the longest history, within the memory that it takes: first bits, then counts."""
+        W, span = words(V), SPAN_BLOCK * -(-L // (SPANS.value * SPAN_BLOCK))
+        left = L - W
+        if L <= _SHORT or left < _FEWEST_HASHES:
+            return cls(V, 0, 0, 0, 0)
+        counts = COUNT_PLANES.value * W + 1 + (L >> COUNT_PLANES.value)
+        has_counts = left - counts >= _FEWEST_HASHES
+        hashes = min(left - counts if has_counts else left, _MOST_HASHES)
+        return cls(V, W, hashes.bit_length() - 1, span, L >> COUNT_PLANES.value if has_counts else 0)
+
+    @property
+    def planes_at(self) -> int:
+        """Where the counts begin: after the bits and the spans."""
+        return self.W + (1 << self.hash_bits) if self.W else 0
+
+    @property
+    def total(self) -> int:
+        """All words."""
+        counts = COUNT_PLANES.value * self.W + 1 + self.carries if self.carries else 0
+        return self.planes_at + counts
+
+
+class HistoryIndex(NamedTuple):
+    """The indices of all slots; none where ``memory`` is None."""
+
+    memory: torch.Tensor | None
+    """int32 ``[S, total]``, rows as far apart as those of the records."""
+    sizes: IndexSizes
+    by_step: bool = False
+    """Whether each step brings them up to date, since the histories are an engine's."""
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int]:
+        """What kernels take of the sizes: where counts begin, how far a hash is shifted, span, carries."""
+        sizes = self.sizes
+        return sizes.planes_at, 32 - sizes.hash_bits, sizes.span, sizes.carries
+
+
+NO_INDEX = HistoryIndex(None, IndexSizes(0, 0, 0, 0, 0))
+
+
 class Slots(NamedTuple):
     """The tables of all slots."""
 
@@ -87,6 +164,8 @@ class Slots(NamedTuple):
     """How many of them there are, ``[S]``."""
     prompts: torch.Tensor
     """How many of them are the prompt, ``[S]``."""
+    indices: HistoryIndex = NO_INDEX
+    """What is known of them, so that a step needn't read them."""
 
 
 class StepRows(NamedTuple):

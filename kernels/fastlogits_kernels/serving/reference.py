@@ -119,7 +119,7 @@ def reference_slots(
     was, and edited scores are rounded to the dtype of the scores.
     """
     if scores.device.type != "cpu":  # row by row, each element would be waited for
-        of_slots: Any = [table.cpu() for table in slots]
+        of_slots: Any = [table.cpu() for table in slots[:5]]
         of_rows: Any = [None if index is None else index.cpu() for index in rows]
         x, numbers = reference_slots(scores.cpu(), Slots(*of_slots), StepRows(*of_rows), semantics, draws)
         return x.to(scores.device), Numbers(*(each.to(scores.device) for each in numbers))
@@ -286,3 +286,34 @@ def reference_append(slots: Slots, of: torch.Tensor, tokens: torch.Tensor) -> No
             if length < limit:
                 slots.history[slot, length] = token if token < 2**31 else -1
                 slots.lengths[slot] = length + 1
+
+
+def reference_accept(
+    slots: Slots, of: torch.Tensor, tokens: torch.Tensor, drafts: torch.Tensor, appends: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that count, -1 elsewhere, and how many drafts the request of each row keeps; appends the former."""
+    count, flags = len(slots.records), slots.records[:, FLAGS.value].tolist()
+    active = [0 <= slot < count and bool(flags[slot] & ACTIVE.value) for slot in of.tolist()]
+    kept, counts = accepted(of.tolist(), tokens.tolist(), drafts.tolist(), active)
+    found = torch.tensor(kept, dtype=torch.int64, device=of.device)
+    if appends:
+        reference_append(slots, of, found)
+    return found, torch.tensor(counts, dtype=torch.int32, device=of.device)
+
+
+def accepted(of: list[int], tokens: list[int], drafts: list[int], active: list[bool]) -> tuple[list[int], list[int]]:
+    """The tokens that count, -1 elsewhere, and how many drafts the request of each row keeps.
+
+    Rows of one slot are neighbours. A draft is kept while it and all before it equal what the rows before them drew.
+    """
+    kept, counts, first = [-1] * len(of), [0] * len(of), 0
+    for row, slot in enumerate(of):
+        follows = row > 0 and max(of[row - 1], -1) == max(slot, -1)
+        first = first if follows else row
+        fits = not follows or (kept[row - 1] >= 0 and kept[row - 1] == drafts[row])
+        if active[row] and fits and tokens[row] >= 0:
+            kept[row] = tokens[row]
+            counts[first : row + 1] = [row - first] * (row - first + 1)
+        else:
+            counts[row] = counts[first]
+    return kept, counts

@@ -6,14 +6,14 @@ For each row, of the tables in ``layout``:
     edits    the tokens whose logits change otherwise (biases, penalties), and what they become
     numbers  what a sample takes per row: temperature, parameters of the rules, seed and position
 
-Bytes moved: three bits a logit (bans, edits, and a rank for each word of them), the masks that are in use, and for each
-token of the history some 30 bytes. A program owns a range of words of a row, and no program waits for another. The
-README of this folder says how edits are stored.
+Bytes moved: three bits a logit (bans, edits, and a rank for each word of them), the masks that are in use, some 30
+bytes for each token of the history that no index covers, and some 40 for each edited token. A program owns a range of
+words of a row, and no program waits for another. The README of this folder says how edits are stored.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,8 @@ from fastlogits_kernels.history import (
     WordRange,
     holds,
     is_mine,
+    mark,
     mark_endings,
-    mark_repeated,
     mark_text,
     match_length,
     token_at,
@@ -32,9 +32,10 @@ from fastlogits_kernels.history import (
 from fastlogits_kernels.pointwise.fold import popcount
 from fastlogits_kernels.pointwise.search import Listed, TokenSets
 from fastlogits_kernels.runtime.bits import words as words_of
-from fastlogits_kernels.runtime.launcher import Launcher, tl, triton
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, tl, triton
 from fastlogits_kernels.selection.launchers import overlaps
 from fastlogits_kernels.selection.row import TINY_TEMPERATURE, let_next_launch
+from fastlogits_kernels.serving.index import counts_in, covered_of, spans_of
 from fastlogits_kernels.serving.layout import (
     ACTIVE,
     BAN_MASK,
@@ -44,6 +45,8 @@ from fastlogits_kernels.serving.layout import (
     BITMASK,
     BREAKER_MASK,
     BREAKER_PLANE,
+    CARRY,
+    COUNT_PLANES,
     DRY,
     FIRST_MASK,
     FIRST_PLANE,
@@ -84,13 +87,12 @@ EDITED = tl.constexpr(1)
 RANKS = tl.constexpr(2)  # at which rank the edited tokens of each word begin
 SETS = 3
 
-# What is tallied of an edited token: its occurrences, the longest repetition that it would extend, whether the
-# repetition penalty is for it, and whether a lane has taken it on itself to work out its logit.
+# What is tallied of an edited token: its occurrences, the longest repetition that it would extend, and whether the
+# repetition penalty is for it.
 _DRY_AT = tl.constexpr(24)
 _DRY_BITS = tl.constexpr(63)
 _COUNT_BITS = tl.constexpr(2**24 - 1)
 _REPEATED = tl.constexpr(2**30)
-_CLAIMED = tl.constexpr(-(2**31))
 
 _LONGEST = tl.constexpr(LONGEST)
 _OFF = tl.constexpr(tuple(value if INTEGERS[i] else bits_of(value) for i, value in enumerate(OFF.values())))
@@ -104,10 +106,10 @@ _BREAKER_PLANE = tl.constexpr(BREAKER_PLANE)
 
 _UNALIGNED = ["scores_ptr", "slots_ptr", "cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr", "records_ptr"]
 _UNALIGNED += ["masks_ptr", "history_ptr", "lengths_ptr", "prompts_ptr", "bits_ptr", "cursors_ptr", "tallies_ptr"]
-_UNALIGNED += ["values_ptr", "listed_ptr", "spans_ptr", "of_rows_ptr", "counts_ptr", "longs_ptr"]
+_UNALIGNED += ["values_ptr", "listed_ptr", "spans_ptr", "index_ptr", "of_rows_ptr", "counts_ptr", "longs_ptr"]
 _STEPWISE = ["W", "S", "L", "M", "splits", "stride_row", "stride_slot", "stride_cache", "stride_local", "stride_draft"]
 _STEPWISE += ["stride_bitmask", "stride_record", "stride_history", "stride_length", "stride_prompt", "stride_set"]
-_STEPWISE += ["stride_span", "stride_numbers"]
+_STEPWISE += ["stride_span", "stride_numbers", "planes_at", "shift", "index_span"]
 
 
 class _Histories(NamedTuple):
@@ -163,6 +165,21 @@ class _Request(NamedTuple):
     forced: tl.tensor
 
 
+class _Covered(NamedTuple):
+    """What a row takes from the index of its slot, in the place of the first ``tokens`` of its history.
+
+    ``spans`` says in which spans the last tokens of the text may stand too. Pointers are None where there is nothing.
+    """
+
+    seen_ptr: tl.tensor
+    planes_ptr: tl.tensor
+    carries_ptr: tl.tensor
+    tokens: tl.tensor
+    spans: tl.tensor
+    span: tl.tensor
+    W: tl.tensor
+
+
 class _Edits(NamedTuple):
     """Where the edited tokens of a row are: their set, ranks and, by rank in a ring, tallies, values and ids."""
 
@@ -174,7 +191,10 @@ class _Edits(NamedTuple):
 
 
 class _Penalties(NamedTuple):
-    """The penalties of a request, and from which tokens on they hold; ``first`` is the first of those."""
+    """The penalties of a request, and from which tokens on they hold that the index doesn't cover.
+
+    ``first`` is the first of those. ``repeats`` and ``counts`` are whether the index has what they ask for.
+    """
 
     repetition: tl.tensor
     presence: tl.tensor
@@ -184,6 +204,8 @@ class _Penalties(NamedTuple):
     repeats_from: tl.tensor
     counts_from: tl.tensor
     first: tl.tensor
+    repeats: tl.tensor
+    counts: tl.tensor
 
 
 @triton.jit
@@ -231,32 +253,40 @@ def _request_of(record_ptr, masks_ptr, active, step):
 
 
 @triton.jit
-def _penalties_of(request, place, seen):
+def _penalties_of(request, place, seen, covered):
     """The penalties of a request; those that don't act begin behind what is seen."""
     record_ptr, flags = request.record_ptr, request.flags
     repetition = _float(tl.load(record_ptr + REPETITION))
     presence = _float(tl.load(record_ptr + PRESENCE))
     frequency = _float(tl.load(record_ptr + FREQUENCY))
     dry_ptr, dry_count = _list(record_ptr, request.asks, DRY)
+    repeats = ((flags & TALLIED) != 0) & (repetition != 1.0)
     repeats_from = tl.where((flags & OUTPUT_REPETITION) != 0, place.prompt, 0)
-    repeats_from = tl.where(((flags & TALLIED) != 0) & (repetition != 1.0), repeats_from, seen)
+    repeats_from = tl.where(repeats, tl.maximum(repeats_from, covered.tokens), seen)
+    counts = ((flags & TALLIED) != 0) & ((presence != 0.0) | (frequency != 0.0))
     counts_from = tl.where((flags & OUTPUT_COUNTS) != 0, place.prompt, 0)
-    counts = (presence != 0.0) | (frequency != 0.0)
-    counts_from = tl.where(((flags & TALLIED) != 0) & counts, counts_from, seen)
-    first = tl.minimum(tl.minimum(repeats_from, counts_from), tl.where(dry_count > 0, 0, seen))
-    return _Penalties(repetition, presence, frequency, dry_ptr, dry_count, repeats_from, counts_from, first)
+    counted = covered.tokens * 0
+    if covered.planes_ptr is not None:
+        counted = covered.tokens
+    counts_from = tl.where(counts, tl.maximum(counts_from, counted), seen)
+    return _Penalties(
+        repetition, presence, frequency, dry_ptr, dry_count, repeats_from, counts_from,
+        tl.minimum(repeats_from, counts_from), repeats & (covered.tokens > 0), counts & (counted > 0),
+    )  # fmt: skip
 
 
 @triton.jit
 def _begin_sets(
-    banned_ptr, edited_ptr, request, bitmask_ptr, words, W, M, DRAWS: tl.constexpr, BLOCK: tl.constexpr
+    banned_ptr, edited_ptr, request, bitmask_ptr, penalties, covered, words, W, M,
+    DRAWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Begin the bans of a range with its masks, as far as each holds, and the edits with the forced token."""
+    """Begin the bans of a range with its masks, as far as each holds, and the edits with what is known to be edited."""
     flags, first, last = request.flags, words.first, words.last
     last_banned = tl.where(request.asks & ((flags & BAN_MASK) != 0), last, first)
     last_first = tl.where(request.in_window & ((flags & FIRST_MASK) != 0), last, first)
     last_obeyed = tl.where(request.asks & ((flags & BITMASK) != 0), last, first)
     needs_bitmask = request.asks & ((flags & NEEDS_BITMASK) != 0)
+    last_seen, last_counted = tl.where(penalties.repeats, last, first), tl.where(penalties.counts, last, first)
     forced_word = tl.where(request.is_forced, request.forced >> 5, -1)
     for start in range(first, last, BLOCK):
         word = start + tl.arange(0, BLOCK)
@@ -273,12 +303,18 @@ def _begin_sets(
         if DRAWS:
             banned = tl.where(request.active, banned, -1)
         tl.store(banned_ptr + word, banned, mask=inside)
-        tl.store(edited_ptr + word, own, mask=inside)
+        edited = own
+        if covered.seen_ptr is not None:
+            edited |= tl.load(covered.seen_ptr + word, mask=inside & (word < last_seen), other=0)
+        if covered.planes_ptr is not None:
+            for plane in tl.static_range(COUNT_PLANES):
+                edited |= tl.load(covered.planes_ptr + plane * W + word, mask=inside & (word < last_counted), other=0)
+        tl.store(edited_ptr + word, edited, mask=inside)
 
 
 @triton.jit
 def _mark_bans(
-    banned_ptr, request, text, place, words, WORDS_IN_OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
+    banned_ptr, request, text, place, covered, words, WORDS_IN_OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Ban listed tokens, and those that would complete a sequence or an n-gram."""
@@ -296,32 +332,77 @@ def _mark_bans(
     _no_tokens_ptr, width = _list(record_ptr, request.asks, SEQUENCE_WIDTH)
     count = numbers // tl.maximum(width, 1)
     mark_endings(banned_ptr, text, least, sequences_ptr, count, width, words, LIST_BLOCK)
-    mark_repeated(banned_ptr, text, text, tl.load(record_ptr + NGRAM), words, False, BLOCK)
+    _ban_repeated(banned_ptr, text, tl.load(record_ptr + NGRAM), covered, words, BLOCK)
 
 
 @triton.jit
-def _rank_edits(edits, cursor_ptr, span_ptr, request, any_edits, words, ROOM: tl.constexpr, BLOCK: tl.constexpr):
-    """Give each edited token of a range a place in the row's ring, and clear those."""
-    last = tl.where(any_edits, words.last, words.first)
+def _turn(covered, spans, within, rest, stop, BLOCK: tl.constexpr):
+    """One turn over a text: of the spans that are left, or what the index doesn't cover from ``rest`` to ``stop``.
+
+    Returns the places of the turn, which of them count, and where the next turn is.
+    """
+    in_span = spans != 0
+    number = popcount((spans & (~spans + 1)) - 1).to(tl.int32)
+    begin = number * covered.span + within
+    end = tl.minimum((number + 1) * covered.span, covered.tokens)
+    at = tl.where(in_span, begin, rest) + tl.arange(0, BLOCK)
+    inside = at < tl.where(in_span, tl.minimum(end, stop), stop)
+    ends = begin + BLOCK >= end
+    next_spans = tl.where(in_span & ends, spans & (spans - 1), spans)
+    next_within = tl.where(in_span, tl.where(ends, 0, within + BLOCK), within)
+    return at, inside, next_spans, next_within, tl.where(in_span, rest, rest + BLOCK)
+
+
+@triton.jit
+def _ban_repeated(banned_ptr, text, size, covered, words, BLOCK: tl.constexpr):
+    """Ban the tokens that would complete an n-gram of ``size`` tokens which the text holds; none where size is 0."""
+    # Places are those of the last token before one that is banned.
+    spans = tl.where(size > 1, covered.spans, covered.spans * 0)
+    rest = tl.where(size > 1, tl.maximum(size - 2, covered.tokens), size - 2)
+    stop = tl.where((size > 0) & (text.length >= size - 1), text.length - 1, size - 2)
+    within = rest * 0
+    while (spans != 0) | (rest < stop):
+        at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
+        found = inside & (at >= size - 2)
+        for j in range(1, size):
+            found &= token_at(text, at + 1 - j, found) == token_at(text, text.length - j, text.length >= j)
+        token = token_at(text, at + 1, found)
+        mark(banned_ptr, token, found & is_mine(token, words))
+
+
+@triton.jit
+def _rank_edits(edits, cursor_ptr, span_ptr, any_edits, words, ROOM: tl.constexpr, BLOCK: tl.constexpr):
+    """Give each edited token of a range a place in the row's ring, list it there, and clear what else is there.
+
+    Returns where the places begin, and how many there are.
+    """
     total = tl.full([], 0, tl.int32)
-    for start in range(words.first, last, BLOCK):
+    for start in range(words.first, tl.where(any_edits, words.last, words.first), BLOCK):
         word = start + tl.arange(0, BLOCK)
         total += tl.sum(popcount(tl.load(edits.edited_ptr + word, mask=word < words.last, other=0)))
     base = tl.atomic_add(cursor_ptr, total, sem="relaxed")
     tl.store(span_ptr, base)
     tl.store(span_ptr + 1, total)
-    tl.store(edits.listed_ptr + (base & (ROOM - 1)), request.forced, mask=request.is_forced & (total > 0))
     before = base
-    for start in range(words.first, last, BLOCK):
+    for start in range(words.first, tl.where(total > 0, words.last, words.first), BLOCK):
         word = start + tl.arange(0, BLOCK)
-        held = popcount(tl.load(edits.edited_ptr + word, mask=word < words.last, other=0))
-        tl.store(edits.ranks_ptr + word, before + tl.cumsum(held) - held, mask=word < words.last)
-        before += tl.sum(held)
+        held = tl.load(edits.edited_ptr + word, mask=word < words.last, other=0)
+        count = popcount(held)
+        rank = before + tl.cumsum(count) - count
+        tl.store(edits.ranks_ptr + word, rank, mask=word < words.last)
+        before += tl.sum(count)
+        left = held.to(tl.uint32, bitcast=True)
+        for _ in range(tl.max(count)):  # nothing but stores, which nobody waits for
+            token = word * 32 + popcount((left & (~left + 1)) - 1).to(tl.int32)
+            tl.store(edits.listed_ptr + (rank & (ROOM - 1)), token, mask=left != 0)
+            left &= left - 1
+            rank += 1
     for start in range(0, total, BLOCK):
         place = start + tl.arange(0, BLOCK)
         here = (base + place) & (ROOM - 1)
         tl.store(edits.tallies_ptr + here, 0, mask=place < total)
         tl.store(edits.values_ptr + here, 0.0, mask=place < total)
+    return base, total
 
 
 @triton.jit
@@ -333,14 +414,37 @@ def _place_of(edits, token, mine, ROOM: tl.constexpr):
 
 
 @triton.jit
+def _mark_repetitions(edits, request, text, penalties, covered, words, W, BLOCK: tl.constexpr):
+    """Mark as edited the tokens that follow what the text ends with."""
+    breakers_ptr, limit = request.masks_ptr + _BREAKER_PLANE * W, words.V
+    limit = tl.where((request.flags & BREAKER_MASK) != 0, limit, 0)
+    stop = tl.where(penalties.dry_count > 0, text.length - 1, 0)
+    spans = tl.where(penalties.dry_count > 0, covered.spans, covered.spans * 0)
+    rest = covered.tokens
+    within = rest * 0
+    while (spans != 0) | (rest < stop):
+        at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
+        follower = token_at(text, at + 1, inside)
+        mine = inside & is_mine(follower, words)
+        matched = match_length(text, at, mine, breakers_ptr, limit, _LONGEST)
+        mark(edits.edited_ptr, follower, mine & (matched > 0) & (holds(breakers_ptr, follower, limit) == 0))
+
+
+@triton.jit
 def _tally_repetitions(
-    edits, text, seen, breakers_ptr, limit, words, ROOM: tl.constexpr, BLOCK: tl.constexpr
+    edits, request, text, penalties, covered, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Tally, of each token that follows what the text ends with, how long the longest such match is."""
-    for i in range(0, seen - 1, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        follower = token_at(text, at + 1, at + 1 < seen)
-        mine = is_mine(follower, words)
+    """Tally, of each of these tokens, how long the longest such match is."""
+    breakers_ptr, limit = request.masks_ptr + _BREAKER_PLANE * W, words.V
+    limit = tl.where((request.flags & BREAKER_MASK) != 0, limit, 0)
+    stop = tl.where(penalties.dry_count > 0, text.length - 1, 0)
+    spans = tl.where(penalties.dry_count > 0, covered.spans, covered.spans * 0)
+    rest = covered.tokens
+    within = rest * 0
+    while (spans != 0) | (rest < stop):
+        at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
+        follower = token_at(text, at + 1, inside)
+        mine = inside & is_mine(follower, words)
         matched = match_length(text, at, mine, breakers_ptr, limit, _LONGEST)
         found = mine & (matched > 0) & (holds(breakers_ptr, follower, limit) == 0)
         place = _place_of(edits, follower, found, ROOM)
@@ -349,15 +453,13 @@ def _tally_repetitions(
 
 @triton.jit
 def _tally(
-    edits, request, text, penalties, biases, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    edits, request, text, penalties, biases, covered, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tally what is penalised, and put the biases of edited tokens where their values will be."""
-    limit = tl.where((request.flags & BREAKER_MASK) != 0, words.V, 0)
-    seen = tl.where(penalties.dry_count > 0, text.length, 0)
-    _tally_repetitions(edits, text, seen, request.masks_ptr + _BREAKER_PLANE * W, limit, words, ROOM, BLOCK)
+    _tally_repetitions(edits, request, text, penalties, covered, words, W, ROOM, BLOCK)
     tl.debug_barrier()
-    for i in range(tl.minimum(penalties.repeats_from, penalties.counts_from), text.length, BLOCK):
+    for i in range(penalties.first, text.length, BLOCK):
         at = i + tl.arange(0, BLOCK)
         token = token_at(text, at, at < text.length)
         mine = is_mine(token, words)
@@ -366,12 +468,26 @@ def _tally(
         tl.atomic_add(here, one, mask=mine & (at >= penalties.counts_from), sem="relaxed")
         repeated = tl.full([BLOCK], _REPEATED, tl.int32)
         tl.atomic_or(here, repeated, mask=mine & (at >= penalties.repeats_from), sem="relaxed")
+    if covered.carries_ptr is not None:
+        carried = _carried(penalties, covered)
+        for i in range(0, carried, BLOCK):
+            entry = i + tl.arange(0, BLOCK)
+            token = tl.load(covered.carries_ptr + 1 + entry, mask=entry < carried, other=-1)
+            mine = is_mine(token, words)
+            many = tl.full([BLOCK], CARRY, tl.int32)
+            tl.atomic_add(edits.tallies_ptr + _place_of(edits, token, mine, ROOM), many, mask=mine, sem="relaxed")
     for k in range(0, biases.length, LIST_BLOCK):
         entry = k + tl.arange(0, LIST_BLOCK)
         token = token_at(biases, entry, entry < biases.length)
         mine = is_mine(token, words)
         value = _float(tl.load(biases.ptr + biases.length + entry, mask=entry < biases.length, other=0))
         tl.store(edits.values_ptr + _place_of(edits, token, mine, ROOM), value, mask=mine)
+
+
+@triton.jit
+def _carried(penalties, covered):
+    """How many carries of counts there are that a row asks for."""
+    return tl.load(covered.carries_ptr, mask=penalties.counts, other=0)
 
 
 @triton.jit
@@ -394,27 +510,29 @@ def _edited(x, tally, bias, lowered, penalties, BIAS_LAST: tl.constexpr):
 
 @triton.jit
 def _edit(
-    edits, source, begin, stop, scores_ptr, stride_token, penalties, words,
+    edits, base, total, scores_ptr, stride_token, penalties, covered,
     BIAS_LAST: tl.constexpr, DRAWS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Work out the logits of the edited tokens of a text, each once, however often it is there."""
-    for i in range(begin, stop, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        token = token_at(source, at, at < stop)
-        mine = is_mine(token, words)
-        place = _place_of(edits, token, mine, ROOM)
-        claimed = tl.full(place.shape, _CLAIMED, tl.int32)
-        tally = tl.atomic_or(edits.tallies_ptr + place, claimed, mask=mine, sem="relaxed")
-        mine = mine & (tally >= 0)
-        x = tl.load(scores_ptr + token.to(tl.int64) * stride_token, mask=mine, other=0.0).to(tl.float32)
-        bias = tl.load(edits.values_ptr + place, mask=mine, other=0.0)
+    """Work out the logits of the edited tokens."""
+    for i in range(0, total, BLOCK):
+        rank = i + tl.arange(0, BLOCK)
+        inside = rank < total
+        place = (base + rank) & (ROOM - 1)
+        token = tl.load(edits.listed_ptr + place, mask=inside, other=0)
+        tally = tl.load(edits.tallies_ptr + place, mask=inside, other=0)
+        if covered.seen_ptr is not None:
+            word = tl.load(covered.seen_ptr + (token >> 5), mask=rank < tl.where(penalties.repeats, total, 0), other=0)
+            tally |= tl.where(((word >> (token & 31)) & 1) != 0, _REPEATED, 0)
+        if covered.planes_ptr is not None:
+            tally += counts_in(covered, token, rank < tl.where(penalties.counts, total, 0), covered.W)
+        x = tl.load(scores_ptr + token.to(tl.int64) * stride_token, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(edits.values_ptr + place, mask=inside, other=0.0)
         matched = (tally >> _DRY_AT) & _DRY_BITS
-        lowered = _float(tl.load(penalties.dry_ptr + matched, mask=mine & (matched < penalties.dry_count), other=0))
+        lowered = _float(tl.load(penalties.dry_ptr + matched, mask=inside & (matched < penalties.dry_count), other=0))
         x = _edited(x, tally, bias, lowered, penalties, BIAS_LAST)
         if not DRAWS:
             x = x.to(scores_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(edits.values_ptr + place, x, mask=mine)
-        tl.store(edits.listed_ptr + place, token, mask=mine)
+        tl.store(edits.values_ptr + place, x, mask=inside)
 
 
 @triton.jit
@@ -439,17 +557,17 @@ def _write_numbers(request, row, length, of_rows_ptr, counts_ptr, longs_ptr, str
 def _slot_sets_kernel(
     # inputs
     scores_ptr, slots_ptr, cache_position_ptr, local_ptr, drafts_ptr, bitmask_ptr,
-    records_ptr, masks_ptr, history_ptr, lengths_ptr, prompts_ptr,
+    records_ptr, masks_ptr, history_ptr, lengths_ptr, prompts_ptr, index_ptr,
     # outputs
     bits_ptr, cursors_ptr, tallies_ptr, values_ptr, listed_ptr, spans_ptr, of_rows_ptr, counts_ptr, longs_ptr,
     # shapes
-    V, W, S, L, M, splits,
+    V, W, S, L, M, splits, planes_at, shift, index_span,
     # strides
     stride_row, stride_token, stride_slot, stride_cache, stride_local, stride_draft, stride_bitmask,
     stride_record, stride_history, stride_length, stride_prompt, stride_set, stride_span, stride_numbers,
     # constants
-    DRAWS: tl.constexpr, BIAS_LAST: tl.constexpr, WORDS_IN_OUTPUT: tl.constexpr, ROOM: tl.constexpr,
-    BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    DRAWS: tl.constexpr, BIAS_LAST: tl.constexpr, WORDS_IN_OUTPUT: tl.constexpr, COUNTS: tl.constexpr,
+    ROOM: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_launch(PDL)
     program = tl.program_id(0)
@@ -473,7 +591,18 @@ def _slot_sets_kernel(
         first_draft_ptr = drafts_ptr + (row - place.local + 1) * stride_draft
     here = history_ptr + slot * stride_history
     text = Text(here, 1, tl.where(request.asks, seen, 0), place.stored, first_draft_ptr, stride_draft, True)
-    penalties = _penalties_of(request, place, text.length)
+    covered_tokens = tl.full([], 0, tl.int32)
+    spans = tl.full([], 0, tl.uint32)
+    seen_ptr, planes_ptr, carries_ptr = None, None, None
+    if index_ptr is not None:
+        seen_ptr = index_ptr + slot * stride_record
+        covered_tokens = covered_of(request.record_ptr, request.asks, place.stored)
+        spans = spans_of(request.record_ptr, seen_ptr + W, text, covered_tokens, shift)
+        if COUNTS:
+            planes_ptr = seen_ptr + planes_at
+            carries_ptr = planes_ptr + COUNT_PLANES * W
+    covered = _Covered(seen_ptr, planes_ptr, carries_ptr, covered_tokens, spans, index_span, W)
+    penalties = _penalties_of(request, place, text.length, covered)
     biases_ptr, bias_count = _list(request.record_ptr, request.asks, BIASES)
     biases = Text(biases_ptr, 1, bias_count)
 
@@ -483,27 +612,30 @@ def _slot_sets_kernel(
         tallies_ptr + row * ROOM, values_ptr + row * ROOM, listed_ptr + row * ROOM,
     )  # fmt: skip
     row_bitmask_ptr = None if bitmask_ptr is None else bitmask_ptr + row * stride_bitmask
-    _begin_sets(banned_ptr, edits.edited_ptr, request, row_bitmask_ptr, words, W, M, DRAWS, BLOCK)
+    _begin_sets(
+        banned_ptr, edits.edited_ptr, request, row_bitmask_ptr, penalties, covered, words, W, M, DRAWS, BLOCK
+    )  # fmt: skip
     tl.debug_barrier()
-    _mark_bans(banned_ptr, request, text, place, words, WORDS_IN_OUTPUT, BLOCK, LIST_BLOCK)
+    _mark_bans(banned_ptr, request, text, place, covered, words, WORDS_IN_OUTPUT, BLOCK, LIST_BLOCK)
     mark_text(edits.edited_ptr, biases, 0, biases.length, words, LIST_BLOCK)
     mark_text(edits.edited_ptr, text, penalties.first, text.length, words, BLOCK)
+    if carries_ptr is not None:
+        carries = Text(carries_ptr + 1, 1, _carried(penalties, covered))
+        mark_text(edits.edited_ptr, carries, 0, carries.length, words, BLOCK)
+    _mark_repetitions(edits, request, text, penalties, covered, words, W, BLOCK)
     tl.debug_barrier()
 
-    any_edits = request.is_forced | (biases.length > 0) | (penalties.first < text.length)
     span_ptr = spans_ptr + row * stride_span + 2 * split
-    _rank_edits(edits, cursors_ptr + row, span_ptr, request, any_edits, words, ROOM, BLOCK)
+    any_edits = request.is_forced | (biases.length > 0) | (penalties.first < text.length) | (penalties.dry_count > 0)
+    any_edits = any_edits | penalties.repeats | penalties.counts
+    base, total = _rank_edits(edits, cursors_ptr + row, span_ptr, any_edits, words, ROOM, BLOCK)
     tl.debug_barrier()
-    _tally(edits, request, text, penalties, biases, words, W, ROOM, BLOCK, LIST_BLOCK)
+    _tally(edits, request, text, penalties, biases, covered, words, W, ROOM, BLOCK, LIST_BLOCK)
     tl.debug_barrier()
+    # A forced token has 0, as its value is cleared.
+    total = tl.where(request.is_forced, 0, total)
     scores_ptr += row * stride_row
-    _edit(
-        edits, text, penalties.first, text.length, scores_ptr, stride_token, penalties, words,
-        BIAS_LAST, DRAWS, ROOM, BLOCK,
-    )  # fmt: skip
-    _edit(
-        edits, biases, 0, biases.length, scores_ptr, stride_token, penalties, words, BIAS_LAST, DRAWS, ROOM, LIST_BLOCK
-    )  # fmt: skip
+    _edit(edits, base, total, scores_ptr, stride_token, penalties, covered, BIAS_LAST, DRAWS, ROOM, BLOCK)
     if split == 0:
         _write_numbers(request, row, place.length, of_rows_ptr, counts_ptr, longs_ptr, stride_numbers, DRAWS)
 
@@ -557,6 +689,14 @@ class Workspace:
         self.spans = torch.zeros(rows, sizes.lists, 2, dtype=torch.int32, device=device)
         self.numbers = Numbers.empty(rows, device)
 
+    def splits(self, B: int) -> int:
+        """Programs that share the search of each of so many rows."""
+        return max(1, min(self.sizes.lists, _PROGRAMS // max(1, B)))
+
+    def found(self, B: int) -> TokenSets:
+        """What the search of so many rows writes."""
+        return TokenSets(self.bits, self.values, listed=Listed(self.listed, self.spans, self.splits(B)))
+
 
 def launch_slot_sets(made: Workspace, scores: torch.Tensor, rows: StepRows, draws: bool) -> TokenSets:
     """Find what the requests of the rows ask for: one launch.
@@ -567,28 +707,39 @@ def launch_slot_sets(made: Workspace, scores: torch.Tensor, rows: StepRows, draw
         rows: the slot of each, and what the rows of drafts see.
         draws: whether a token is drawn; then rows of no request are banned whole, and edits are not rounded.
     """
-    tables, (_, W, room, lists), semantics = made.tables, made.sizes, made.semantics
+    launcher, key, programs, args = slot_sets_launch(made, scores, rows, draws, scores, rows)
+    launcher(key, programs, args)
+    return made.found(len(scores))
+
+
+def slot_sets_launch(
+    made: Workspace, scores: torch.Tensor, rows: StepRows, draws: bool, given_scores: Any, given: StepRows
+) -> Launch:
+    """The launch of ``launch_slot_sets``; the kernel is given ``given_scores`` and ``given`` of scores and rows."""
+    tables, (_, W, room, _), semantics = made.tables, made.sizes, made.semantics
     B, V = scores.shape
-    splits = max(1, min(lists, _PROGRAMS // B))
-    numbers, given = made.numbers, (rows.cache_position, rows.local_position, rows.draft_ids)
+    splits = made.splits(B)
+    numbers, indices = made.numbers, (rows.cache_position, rows.local_position, rows.draft_ids)
     key = (
         scores.device, scores.dtype, V, semantics, draws, room, scores.stride(1),
-        rows.slots.dtype, rows.bitmask is None, tuple([None if each is None else each.dtype for each in given]),
-        tables.history.dtype, tables.lengths.dtype, tables.prompts.dtype,
+        rows.slots.dtype, rows.bitmask is None, tuple([None if each is None else each.dtype for each in indices]),
+        tables.history.dtype, tables.lengths.dtype, tables.prompts.dtype, tables.indices.memory is None,
+        tables.indices.sizes.carries > 0,
     )  # fmt: skip
-    cache, local, drafts = (0 if each is None else each.stride(0) for each in given)
+    cache, local, drafts = (0 if each is None else each.stride(0) for each in indices)
     bitmask = rows.bitmask
-    _slot_sets_launcher(key, B * splits, (
-        scores, rows.slots, rows.cache_position, rows.local_position, rows.draft_ids, bitmask,
-        tables.records, tables.masks, tables.history, tables.lengths, tables.prompts,
+    return Launch(_slot_sets_launcher, key, B * splits, (
+        given_scores, given.slots, given.cache_position, given.local_position, given.draft_ids, given.bitmask,
+        tables.records, tables.masks, tables.history, tables.lengths, tables.prompts, tables.indices.memory,
         made.bits, made.cursors, made.tallies, made.values, made.listed, made.spans, numbers.values,
         numbers.counts, numbers.longs,
         V, W, tables.records.shape[0], tables.history.shape[1], 0 if bitmask is None else bitmask.shape[1], splits,
+        *tables.indices.arguments[:3],
         scores.stride(0), scores.stride(1), rows.slots.stride(0), cache, local, drafts,
         0 if bitmask is None else bitmask.stride(0),
         tables.records.stride(0), tables.history.stride(0), tables.lengths.stride(0), tables.prompts.stride(0),
         made.bits.stride(0), made.spans.stride(0), numbers.values.stride(0),
-        draws, semantics.bias_last, semantics.words_in_output, room, _BLOCK, _LIST_BLOCK,
+        draws, semantics.bias_last, semantics.words_in_output, tables.indices.sizes.carries > 0,
+        room, _BLOCK, _LIST_BLOCK,
         overlaps(scores.device),
     ))  # fmt: skip
-    return TokenSets(made.bits, made.values, listed=Listed(made.listed, made.spans, splits))

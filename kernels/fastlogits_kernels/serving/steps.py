@@ -6,28 +6,38 @@ one that bans. It is part of the selection's launches, which read the logits.
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 
 from fastlogits_kernels.draw import draw
 from fastlogits_kernels.pointwise import fold
 from fastlogits_kernels.pointwise.fold import Chain, Op
+from fastlogits_kernels.pointwise.search import Listed
 from fastlogits_kernels.rules import Rule, RuleKind, Ties
 from fastlogits_kernels.runtime.backend import Operation
-from fastlogits_kernels.selection.keep import launch_keep
+from fastlogits_kernels.runtime.launcher import Launch, launch_together
+from fastlogits_kernels.selection.keep import keep_launch, launch_keep
 from fastlogits_kernels.selection.launch import (
     Selection,
     kept_in,
-    launch_select,
+    launches_of,
     reference_distribution,
 )
+from fastlogits_kernels.selection.launchers import Tensors
 from fastlogits_kernels.selection.logprobs import KeptRows, Report, launch_report, report, takes
 from fastlogits_kernels.serving import search
-from fastlogits_kernels.serving.history import launch_append, launch_swap
+from fastlogits_kernels.serving.history import cover_launch, launch_accept, launch_append, launch_swap
 from fastlogits_kernels.serving.layout import Numbers, Semantics, Slots, StepRows
-from fastlogits_kernels.serving.reference import reference_append, reference_slots, reference_swap
-from fastlogits_kernels.serving.search import BANNED, EDITED, RANKS, Sizes, launch_slot_sets
+from fastlogits_kernels.serving.prepared import PreparedSteps, StepTensors, signature
+from fastlogits_kernels.serving.reference import (
+    reference_accept,
+    reference_append,
+    reference_slots,
+    reference_swap,
+)
+from fastlogits_kernels.serving.search import BANNED, EDITED, RANKS, Sizes, slot_sets_launch
 
 _OPERATION = Operation("slots")
 FORCE_KERNEL = False
@@ -87,6 +97,7 @@ class _Workspace(search.Workspace):
         super().__init__(step.slots, step.sizes, step.semantics)
         device = step.slots.records.device
         self.selection = Selection(step.rules(self.numbers), step.V, device)
+        self.prepared = PreparedSteps(device)
         portable = device.type != "cuda" or torch.version.hip is not None
         replace = fold.REPLACE if portable else fold.REPLACE_PTX
         self.chain = Chain([
@@ -122,14 +133,7 @@ def process_rows(step: Step, scores: torch.Tensor, rows: StepRows, out: torch.Te
     if not _takes(scores):
         processed, _, _ = _reference(step, scores, rows, False)
         return out.copy_(_fitted(processed, out.dtype))
-    made = step.workspace
-    found = launch_slot_sets(made, scores, rows, False)
-    temperature = made.numbers.temperature
-    # In place, nothing may be written before what each row keeps is known.
-    to = None if out is scores else out
-    work = launch_select(scores, made.selection, made.chain, found, out=to, temperature=temperature)
-    if to is None:
-        launch_keep(scores, out, made.selection, kept_in(work), made.chain, found, temperature)
+    _launch_step(step.workspace, scores, rows, out, None)
     return out
 
 
@@ -155,23 +159,74 @@ def sample_rows(
     if not scores.numel():
         return tokens, None if logprobs is None else report(scores, tokens, count)
     made = step.workspace
-    numbers, selection = made.numbers, made.selection
-    found = launch_slot_sets(made, scores, rows, True)
-    work = launch_select(
-        scores, selection, made.chain, found, temperature=numbers.temperature, seeds=numbers.longs[0],
-        positions=numbers.longs[1], tokens=tokens,
-    )  # fmt: skip
+    work = _launch_step(made, scores, rows, None, tokens)
     if logprobs is None:
         return tokens, None
-    counts = numbers.counts[: len(tokens)]
+    counts = made.numbers.counts[: len(tokens)]
     if logprobs == "raw":
         return tokens, report(scores, tokens, count, counts)
+    return tokens, _report_processed(made, scores, tokens, work, count, counts)
+
+
+def _report_processed(
+    made: _Workspace,
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    work: torch.Tensor,
+    count: int,
+    counts: torch.Tensor,
+) -> Report:
+    """A report on tokens in what they were drawn from, by what the selection has left in its workspace."""
+    selection, found, temperature = made.selection, made.found(len(tokens)), made.numbers.temperature
     if not takes(scores, count):
         processed = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        launch_keep(scores, processed, selection, kept_in(work), made.chain, found, numbers.temperature)
-        return tokens, report(processed, tokens, count, counts)
+        launch_keep(scores, processed, selection, kept_in(work), made.chain, found, temperature)
+        return report(processed, tokens, count, counts)
     left = KeptRows(kept_in(work), selection.lowest_ties, selection.banded)
-    return tokens, launch_report(scores, tokens, count, counts, made.chain, found, numbers.temperature, left)
+    return launch_report(scores, tokens, count, counts, made.chain, found, temperature, left)
+
+
+def _launch_step(
+    made: _Workspace, scores: torch.Tensor, rows: StepRows, out: torch.Tensor | None, tokens: torch.Tensor | None
+) -> torch.Tensor:
+    """Process the logits of a step into ``out``, or sample its ``tokens``; returns the workspace of the selection."""
+    in_place = out is scores
+    # In place, nothing may be written before what each row keeps is known.
+    to = None if in_place else out
+    words = made.selection.layouts[scores.element_size()].words_of_row
+    # One overload, which is parsed faster than torch.empty.
+    work = torch.empty_strided((scores.shape[0], words), (words, 1), dtype=torch.int32, device=scores.device)
+    known = signature(scores, rows, to, in_place)
+    if made.prepared(known, work, tokens):
+        return work
+    given = StepTensors(scores, rows, work, to, tokens, kept_in(work) if in_place else None)
+    launch_together(_launches(made, given, given))
+    made.prepared.saw(known, given, partial(_launches, made, given))
+    return work
+
+
+def _launches(made: _Workspace, step: StepTensors, given: StepTensors) -> list[Launch]:
+    """The launches of a step; ``given`` is what the kernels are given of its tensors."""
+    selection, chain, numbers = made.selection, made.chain, made.numbers
+    scores, draws, found = step.scores, step.tokens is not None, made.found(len(step.scores))
+    longs: tuple[Any, Any] = (numbers.longs[0], numbers.longs[1]) if draws else (None, None)
+    listed, spans, _ = cast("Listed", found.listed)
+    tensors = Tensors(
+        scores, step.work, step.out, step.tokens, numbers.temperature, *longs, found.bits, found.planes, None, listed,
+        spans, tuple(selection.rows),
+    )  # fmt: skip
+    brought = tensors._replace(scores=given.scores, work=given.work, out=given.out, tokens=given.tokens)
+    covers = [cover_launch(made.tables, step.rows.slots, given.rows.slots)] if made.tables.indices.by_step else []
+    launches = [
+        *covers,
+        slot_sets_launch(made, scores, step.rows, draws, given.scores, given.rows),
+        *launches_of(selection, chain, found, tensors, brought),
+    ]
+    if step.kept is not None:
+        kept: Any = (given.scores, given.kept, given.scores)
+        stride = step.kept.stride(0)
+        launches.append(keep_launch(scores, scores, selection, stride, chain, found, numbers.temperature, kept))
+    return launches
 
 
 @_OPERATION.falls_back
@@ -181,6 +236,19 @@ def append_tokens(tables: Slots, of: torch.Tensor, tokens: torch.Tensor) -> None
         reference_append(tables, of, tokens)
     elif len(of):
         launch_append(tables, of, tokens)
+
+
+@_OPERATION.falls_back
+def accept_drafts(
+    tables: Slots, of: torch.Tensor, tokens: torch.Tensor, drafts: torch.Tensor, appends: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of a step that count, int64 ``[B]``, and the drafts that each row's request keeps, int32 ``[B]``.
+
+    Rows that don't count have -1. What counts is appended to the histories where ``appends``: one launch.
+    """
+    if not _takes(tables.records):
+        return reference_accept(tables, of, tokens, drafts, appends)
+    return launch_accept(tables, of, tokens, drafts, appends)
 
 
 @_OPERATION.falls_back
