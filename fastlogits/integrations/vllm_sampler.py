@@ -28,7 +28,7 @@ from fastlogits.integrations import vllm_hooks as hooks
 from fastlogits.integrations.requests import say_once
 from fastlogits.integrations.vllm import FastLogitsProcessor, running_options
 from fastlogits.integrations.vllm_params import end_tokens, translate, unknown_fields
-from fastlogits.integrations.vllm_step import EndTokens, Foreign, Rows, StepOfSlots
+from fastlogits.integrations.vllm_step import EndTokens, Foreign, Rows, StepOfSlots, Taken
 
 if TYPE_CHECKING:
     from fastlogits.sampled import Distribution
@@ -236,6 +236,11 @@ class NewerSampler:
             logprobs = torch.cat((logprobs, found.top_logprobs[:, : dims[0]]), 1)
         return _Drawn(sample.tokens, hooks.logprobs_tensors(tokens, logprobs, found.ranks, bounds), rows)
 
+    def accept(self, drawn: _Drawn, drafts: torch.Tensor, bounds: torch.Tensor, most: int) -> Taken:
+        """What each request takes of the tokens that were drawn: see ``StepOfSlots.accept``."""
+        assert self._step is not None
+        return self._step.accept(drawn.tokens, drawn.rows, drafts, bounds, most)
+
     def _foreign(self, rows: Rows, input_batch: Any) -> Foreign:
         """What other processors and thinking budgets do, in vLLM's order."""
         context = hooks.logits_context(rows, input_batch)
@@ -281,41 +286,8 @@ class EqualTokens:
         drafts = hooks.drafts_to_verify(drawn.rows, sampler.req_states.prefill_len.gpu)
         if invalid_drafts is not None:
             drafts = drafts.masked_fill(invalid_drafts, -1)
-        tokens, counts = accepted(drawn.tokens, drafts, input_batch.cu_num_logits, self.num_speculative_steps + 1)
+        tokens, counts = sampler.accept(drawn, drafts, input_batch.cu_num_logits, self.num_speculative_steps + 1)
         return hooks.sampler_output(tokens, drawn.logprobs, nans, counts, input_batch, sampler.req_states)
-
-
-class Accepted(NamedTuple):
-    """What requests take of a step with drafts."""
-
-    tokens: torch.Tensor
-    """int64 ``[requests, most]``; behind a request's last token is anything."""
-    counts: torch.Tensor
-    """How many tokens, int32 ``[requests]``."""
-
-
-def accepted(tokens: torch.Tensor, drafts: torch.Tensor, bounds: torch.Tensor, most: int) -> Accepted:
-    """Keep the tokens of each request up to the first that the next draft doesn't equal.
-
-    Args:
-        tokens: drawn in each row, int64 ``[rows]``.
-        drafts: the token that each row was fed with, ``[rows]``; -1 for a draft that is never accepted. The first row
-            of a request has its newest token.
-        bounds: where the rows of each request begin and end, ``[requests + 1]``.
-        most: the most rows of a request.
-
-    Example:
-        >>> drawn, fed = torch.tensor([5, 6, 7, 9]), torch.tensor([1, 5, 8, 1])
-        >>> tokens, counts = accepted(drawn, fed, torch.tensor([0, 3, 4]), 3)
-        >>> tokens[0, :2].tolist(), counts.tolist()
-        ([5, 6], [2, 1])
-    """
-    begin, last = bounds[:-1].unsqueeze(1), bounds[1:].unsqueeze(1) - 1
-    places = begin + torch.arange(most, device=tokens.device)
-    here, behind = torch.minimum(places, last), torch.minimum(places + 1, last)
-    found = tokens[here]
-    equal = (found == drafts[behind]) & (places < last)
-    return Accepted(found, 1 + equal.long().cumprod(1).sum(1, dtype=torch.int32))
 
 
 @lru_cache

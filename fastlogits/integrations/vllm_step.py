@@ -53,6 +53,15 @@ class Rows(NamedTuple):
         }
 
 
+class Taken(NamedTuple):
+    """What requests take of a step with drafts."""
+
+    tokens: torch.Tensor
+    """int64 ``[requests, most]``; behind a request's last token is anything."""
+    counts: torch.Tensor
+    """How many tokens, int32 ``[requests]``."""
+
+
 class EndTokens(NamedTuple):
     """Tokens that may not end a request yet, unless its grammar allows nothing else."""
 
@@ -130,10 +139,10 @@ class StepOfSlots:
 
     def warm_up(self, dtype: torch.dtype, logprobs: Sequence[Distribution], drafts: bool) -> None:
         """Compile now what steps with logits of a dtype launch, without drafts and with them if there will be any."""
-        for each in (None, torch.int32) if drafts else (None,):
-            self._whole.warm_up(
-                dtype, calls="sample", logprobs=logprobs, bitmask=False, cache_position=torch.int64, draft_ids=each
-            )
+        common: Any = {"logprobs": logprobs, "bitmask": False, "cache_position": torch.int64}
+        self._whole.warm_up(dtype, calls="sample", **common)
+        if drafts:
+            self._whole.warm_up(dtype, calls=("sample", "accept"), draft_ids=torch.int32, **common)
 
     def _known(self, rows: Rows) -> Rows:
         """The rows, those of empty slots marked where the host would refuse them."""
@@ -157,6 +166,21 @@ class StepOfSlots:
             return self._whole.sample(logits, rows.slots, **rows.arguments, logprobs=logprobs)
         edited, draws = self._edited(logits, rows, foreign)
         return draws.sample(edited, rows.slots, **rows.arguments, logprobs=logprobs)
+
+    def accept(self, tokens: torch.Tensor, rows: Rows, drafts: torch.Tensor, bounds: torch.Tensor, most: int) -> Taken:
+        """Keep the tokens of each request up to the first that the next draft doesn't equal.
+
+        Args:
+            tokens: drawn in each row, int64 ``[rows]``.
+            rows: see there.
+            drafts: the token that each row was fed with, ``[rows]``; -1 for a draft that is never accepted.
+            bounds: where the rows of each request begin and end, ``[requests + 1]``.
+            most: the most rows of a request.
+        """
+        begin, last = bounds[:-1], bounds[1:].unsqueeze(1) - 1
+        kept = self._whole.accept(tokens, self._known(rows).slots, drafts).kept.index_select(0, begin)
+        places = torch.minimum(begin.unsqueeze(1) + torch.arange(most, device=tokens.device), last)
+        return Taken(tokens[places], kept + 1)
 
     def process(self, logits: torch.Tensor, rows: Rows, foreign: Foreign | None) -> torch.Tensor:
         """The logits that are drawn from, float32 ``[rows, V]``: scaled, and -inf where a token is dropped."""

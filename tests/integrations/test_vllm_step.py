@@ -8,7 +8,6 @@ import torch
 import fastlogits as fl
 from fastlogits.integrations.requests import EDITS, TRUNCATIONS, read_options
 from fastlogits.integrations.vllm_params import ELSEWHERE, TRANSLATED, end_tokens, translate, unknown_fields
-from fastlogits.integrations.vllm_sampler import accepted
 from fastlogits.integrations.vllm_step import EndTokens, Rows, StepOfSlots
 
 V, S, L = 40, 6, 32
@@ -233,16 +232,18 @@ def test_longer_lists_than_there_was_room_for(engine, device, monkeypatch):
         assert step.sample(logits, rows, foreign).tokens.tolist() == [6, 5]
 
 
-def test_drafts_that_are_accepted():
+def test_drafts_that_are_accepted(engine, device):
+    step, _, _ = engine
+    for slot in range(4):
+        step.add(slot, fl.RequestParams())
     # All are right; one is never accepted; the second is wrong; the first is wrong, and the second right by chance.
-    tokens = torch.tensor([5, 6, 7, 1, 9, 4, 4, 4, 8, 9, 9])
-    drafts = torch.tensor([0, 5, 6, 0, -1, 0, 4, 3, 0, 7, 9])
-    found = accepted(tokens, drafts, torch.tensor([0, 3, 5, 8, 11]), 3)
+    tokens = torch.tensor([5, 6, 7, 1, 9, 4, 4, 4, 8, 9, 9], device=device)
+    drafts = torch.tensor([0, 5, 6, 0, -1, 0, 4, 3, 0, 7, 9], dtype=torch.int32, device=device)
+    slots = torch.tensor([2, 2, 2, 0, 0, 3, 3, 3, 1, 1, 1], device=device)
+    rows = Rows(slots, slots, drafts, slots)
+    found = step.accept(tokens, rows, drafts, torch.tensor([0, 3, 5, 8, 11], dtype=torch.int32, device=device), 3)
     assert found.counts.tolist() == [3, 1, 2, 1]
     assert found.counts.dtype == torch.int32
     assert [row[:count] for row, count in zip(found.tokens.tolist(), found.counts.tolist(), strict=True)] == (
         [[5, 6, 7], [1], [4, 4], [8]]
     )
-    plain = accepted(tokens, drafts, torch.arange(12), 1)
-    assert plain.tokens.flatten().tolist() == tokens.tolist()
-    assert plain.counts.tolist() == [1] * 11
