@@ -19,7 +19,7 @@ from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
 from fastlogits.inspect.check import check
-from fastlogits.inspect.hooks import transformers_is_seen, tried_hooks, vllm_problems
+from fastlogits.inspect.hooks import transformers_is_seen, tried_hooks, vllm_problems, vllm_sampler_problems
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "rich", "matplotlib", "pandas")
 _B, _V, _L = 4, 32003, 64
@@ -68,6 +68,11 @@ def _hooks() -> Iterator[Finding]:
         )
     for lost in vllm_problems() or ():
         yield Finding("hook into vLLM", lost, False)
+    missing = vllm_sampler_problems()
+    if missing is not None:
+        fits = "fits; FASTLOGITS_VLLM_SAMPLER=1 puts it in the place of vLLM's own"
+        unfit = f"vLLM's own is left in its place: {'; '.join(missing)}"
+        yield Finding("sampler for vLLM", unfit if missing else fits, not missing)
 
 
 def path(device: torch.device) -> str:

@@ -57,6 +57,12 @@ def vllm_problems() -> list[str] | None:
     return None if folder is None else list(vllm_hooks.problems(folder))
 
 
+def vllm_sampler_problems() -> list[str] | None:
+    """What the samplers need of the vLLM that is installed and don't find; None where none is."""
+    folder = vllm_hooks.installed()
+    return None if folder is None else list(vllm_hooks.sampler_problems(folder))
+
+
 def _tiny_model(**sizes: int) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, **sizes}

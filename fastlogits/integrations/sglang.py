@@ -6,8 +6,9 @@ A processor is sent by name, so fastlogits must be installed where the server ru
     {"custom_logit_processor": FastLogitsProcessor.to_str(),
      "sampling_params": {"custom_params": FastLogitsProcessor.params(no_repeat_ngram_size=3)}}
 
-``--sampling-backend fastlogits`` samples with fastlogits: one pass over the logits for temperature, top-k, top-p and
-min-p. With ``--enable-deterministic-inference`` a token depends on its request's seed and position alone.
+``--sampling-backend fastlogits`` samples with fastlogits: see ``sglang_sampler``. Penalties, biases and grammars take
+one launch; temperature, top-k, top-p, min-p and the draw one pass. With ``--enable-deterministic-inference`` a token
+depends on its request's seed and position alone, with drafts or without.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -32,9 +33,6 @@ from fastlogits.integrations.requests import (
     say_once,
     without_text,
 )
-
-if TYPE_CHECKING:
-    from fastlogits.sampling import Sampler
 
 _KEY = "fastlogits"
 _THEIRS = "sglang.srt.sampling.custom_logit_processor"
@@ -248,109 +246,6 @@ def register() -> None:
     """Offer the sampling backend ``fastlogits`` to SGLang, which calls this when it starts."""
     from sglang.srt.layers.sampler import register_sampler_backend
 
-    register_sampler_backend("fastlogits", lambda: sampler_class()())
+    from fastlogits.integrations.sglang_sampler import make_sampler
 
-
-_SAMPLER = "sglang.srt.layers.sampler"
-
-
-@lru_cache
-def sampler_class() -> type:
-    """SGLang's ``Sampler``, sampling with fastlogits. It is made on demand, since SGLang is slow to import."""
-    return type("FastLogitsSampler", (_SamplesFromLogits, import_module(_SAMPLER).Sampler), {})
-
-
-class _SamplesFromLogits:
-    """Samples from the logits in one pass, where SGLang divides, takes a softmax, and truncates probabilities.
-
-    The distribution is SGLang's: top-p and top-k on all of it, then min-p. If the requests have no seeds, torch's
-    generator gives one to each row and step. Greedy batches stay with SGLang, and so does what needs the probabilities
-    themselves.
-    """
-
-    # What SGLang's class has, in whose place this one stands.
-    rl_on_policy_target: Any
-    output_logprob_processor: Any
-    _preprocess_logits: Any
-    _sync_token_ids_across_tp: Any
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._tensors: tuple[Any, ...] | None = None
-        self._sampler: Sampler | None = None
-
-    def forward(
-        self,
-        logits_output: Any,
-        sampling_info: Any,
-        return_logprob: bool,
-        top_logprobs_nums: list[int],
-        token_ids_logprobs: list[list[int]],
-        positions: torch.Tensor,
-        **more: Any,
-    ) -> torch.Tensor:
-        if (
-            sampling_info.is_all_greedy
-            or sampling_info.sampling_mask_batch_indices is not None
-            or self.rl_on_policy_target is not None
-            or any(value is not None for value in more.values())
-        ):
-            theirs: Any = super()
-            tokens: torch.Tensor = theirs.forward(
-                logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs, positions, **more
-            )
-            return tokens
-        logits = self._preprocess_logits(logits_output.next_token_logits, sampling_info)
-        seeds = sampling_info.sampling_seed
-        if seeds is None:
-            low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-            seeds = torch.randint(low, high, (len(logits),), device=logits.device)
-        tokens = self._sampler_for(sampling_info)(logits, seeds, positions).tokens.to(torch.int32)
-        if return_logprob:
-            original = import_module(_SAMPLER).SGLANG_RETURN_ORIGINAL_LOGPROB
-            logprobs = torch.log_softmax(logits if original else logits / sampling_info.temperatures, dim=-1)
-            self.output_logprob_processor.compute_logprobs(
-                logprobs, top_logprobs_nums, token_ids_logprobs, tokens
-            ).write_output_to(logits_output)
-        self._sync_token_ids_across_tp(tokens, sampling_info)
-        return tokens
-
-    def _sampler_for(self, info: Any) -> Sampler:
-        """The sampler of a batch, kept as long as the batch has the same tensors."""
-        tensors = (info.temperatures, info.top_ps, info.top_ks, info.min_ps)
-        kept = self._tensors
-        if self._sampler is None or kept is None or any(a is not b for a, b in zip(tensors, kept, strict=True)):
-            from fastlogits.sampling import Sampler
-
-            self._sampler = Sampler(
-                temperature=info.temperatures.flatten(),
-                top_p=info.top_ps if info.need_top_p_sampling else None,
-                top_k=info.top_ks if info.need_top_k_sampling else None,
-                min_p=info.min_ps if info.need_min_p_sampling else None,
-                order="sglang",
-                ties="lowest",
-            )
-            self._tensors = tensors
-        return self._sampler
-
-    def _sample_from_probs(
-        self, probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, simple_sampling_case: bool
-    ) -> tuple[torch.Tensor, Any]:
-        """What SGLang's own path samples, for the masks of kept tokens that it can report."""
-        if simple_sampling_case:
-            theirs: Any = super()
-            sampled: tuple[torch.Tensor, Any] = theirs._sample_from_probs(
-                probs, sampling_info, positions, simple_sampling_case
-            )
-            return sampled
-        sglang = import_module(_SAMPLER)
-        tokens, weights, ids, chosen = sglang.top_k_top_p_min_p_sampling_from_probs_torch(
-            probs, sampling_info.top_ks, sampling_info.top_ps, sampling_info.min_ps,
-            sampling_info.need_min_p_sampling, sampling_info.sampling_seed, positions, return_filtered_probs=True,
-        )  # fmt: skip
-        rows = sampling_info.sampling_mask_batch_indices
-        if rows is None:
-            return tokens, None
-        return tokens, sglang._SamplingMaskCapture(
-            weights=weights[rows], token_ids=ids[rows], selected_weight=chosen[rows], batch_rows=rows
-        )
+    register_sampler_backend("fastlogits", make_sampler)

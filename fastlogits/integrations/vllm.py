@@ -93,6 +93,11 @@ class FastLogitsProcessor(*_interfaces()):  # type: ignore[misc]
         """It isn't: bans change which token is the most likely."""
         return False
 
+    def wait(self) -> None:
+        """Newer runner: read what requests ask for no earlier than ``apply`` is called, since the sampler is ours."""
+        assert self._newer is not None
+        self._newer.waits = True
+
     def update_state(self, batch_update: Any) -> None:
         """Older runner: requests that were removed, added or moved."""
         assert self._older is not None
@@ -144,7 +149,7 @@ def _options(sampling_params: Any, vocab_size: int | None, refuse: Refuse | None
     return options
 
 
-def _running(sampling_params: Any, vocab_size: int | None) -> RequestOptions | None:
+def running_options(sampling_params: Any, vocab_size: int | None) -> RequestOptions | None:
     """The same in an engine's worker, which logs what it can't honour: an exception would stop the other requests."""
     left_out: list[str] = []
     options = _options(sampling_params, vocab_size, left_out.append)
@@ -173,7 +178,7 @@ class _OlderRunner:
             self._release(index)
         for index, sampling_params, prompt, outputs in changes.added:
             self._release(index)
-            options = _running(sampling_params, None)
+            options = running_options(sampling_params, None)
             if options is not None:
                 from fastlogits.integrations.requests import LiveRequest
 
@@ -210,9 +215,14 @@ class _NewerRunner:
         self._options: dict[int, RequestOptions] = {}
         self._new: list[int] = []
         self._tables: _Tables | None = None
+        self.waits = False
+        self._waiting: dict[int, Any] = {}
 
     def add(self, slot: int, sampling_params: Any) -> bool:
-        options = _running(sampling_params, self._states.vocab_size)
+        if self.waits:
+            self._waiting[slot] = sampling_params
+            return (sampling_params.extra_args or {}).get("fastlogits") is not None
+        options = running_options(sampling_params, self._states.vocab_size)
         if slot in self._options:
             del self._options[slot]
             self._new.append(slot)
@@ -230,6 +240,8 @@ class _NewerRunner:
         self._new.clear()
 
     def apply(self, logits: torch.Tensor, context: Any) -> torch.Tensor:
+        if self._waiting:
+            self._take_over()
         options = self._options
         if not options or not any(slot in options for slot in context.idx_mapping_np.tolist()):
             return logits
@@ -239,6 +251,14 @@ class _NewerRunner:
             self._put(options)
         self._tables.apply_(logits, context)
         return logits
+
+    def _take_over(self) -> None:
+        """Add the requests that have come in meanwhile."""
+        waiting, self._waiting, self.waits = self._waiting, {}, False
+        for slot, sampling_params in waiting.items():
+            self.add(slot, sampling_params)
+        self.write()
+        self.waits = True
 
     def _put(self, slots: Iterable[int]) -> None:
         assert self._tables is not None

@@ -16,7 +16,7 @@ from fastlogits_kernels.truncate.dispatch import truncate
 from transformers.generation import logits_process as theirs
 from transformers.utils import logging
 
-from fastlogits.checks import is_integer, is_number
+from fastlogits.checks import is_integer, is_number, whole_number
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.pointwise import FOLDED
 from fastlogits.plan.run import Run
@@ -39,6 +39,7 @@ from fastlogits.plan.stages import (
 )
 from fastlogits.processors.base import member_of
 from fastlogits.processors.length import ids_of
+from fastlogits.transformers import continuous_draw as drawing
 
 logger = logging.get_logger(__name__)
 
@@ -75,8 +76,8 @@ class _Assembled(theirs.LogitsProcessor):  # type: ignore[misc]
 
     supports_continuous_batching = True
 
-    def __init__(self, processors: Sequence[Any], width: int) -> None:
-        self.processors, self.width = processors, width
+    def __init__(self, processors: Sequence[Any], width: int, seed: int | None) -> None:
+        self.processors, self.width, self.seed = processors, width, seed
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(
@@ -98,7 +99,11 @@ def assemble_for_requests(model: Any, assemble: Callable[..., Any], generation_c
     model._prepare_special_tokens(config, True, device=model.device)
     processors = assemble(config, input_ids_seq_length=_MADE_FOR)
     width = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**15
-    return type(processors)([_Assembled(list(processors), width)] if len(processors) else [])
+    seed = getattr(generation_config, "seed", None) if config.do_sample else None
+    if seed is not None:
+        seed = whole_number("seed of a generation config", seed, -(2**63), 2**64 - 1)
+    needed = len(processors) > 0 or seed is not None
+    return type(processors)([_Assembled(list(processors), width, seed)] if needed else [])
 
 
 def take_over(manager: Any) -> Any:
@@ -116,7 +121,14 @@ def take_over(manager: Any) -> Any:
             # Asked at the first batch: until then the configuration may change.
             return _Histories(device, config.max_requests_per_batch or _MOST_REQUESTS, width, stream)
 
-        manager.logit_processor = RequestProcessors(made[0].processors, config.drop_unsupported_processors, histories)
+        seed = made[0].seed
+        if seed is not None and not drawing.takes_draw(manager):
+            logger.warning("the seed of the generation config is ignored: this version of transformers draws elsewhere")
+            seed = None
+        processors = RequestProcessors(made[0].processors, config.drop_unsupported_processors, histories, seed)
+        manager.logit_processor = processors
+        if seed is not None:
+            drawing.draw_in(manager, processors.undrawn)
     return manager
 
 
@@ -129,9 +141,18 @@ class RequestProcessors:
         processors: as made for a prompt of ``_MADE_FOR`` tokens.
         drop_unsupported: whether those that can't work here are dropped rather than kept, with a warning either way.
         histories: makes the buffers of a batch's tokens.
+        seed: of the generation config, for requests that have none of their own; None where transformers draws.
     """
 
-    def __init__(self, processors: Sequence[Any], drop_unsupported: bool, histories: Callable[[], _Histories]) -> None:
+    def __init__(
+        self,
+        processors: Sequence[Any],
+        drop_unsupported: bool,
+        histories: Callable[[], _Histories],
+        seed: int | None = None,
+    ) -> None:
+        self._seed = seed
+        self._undrawn: drawing.Undrawn | None = None
         self.logits_processor = theirs.LogitsProcessorList()
         self._defaults: dict[str, float] = {}
         self._parts: list[_Part] = []
@@ -149,8 +170,8 @@ class RequestProcessors:
                 else:
                     self._parts.append(part)
         self._close(group)
-        self.tensors_required = _POSITIONS + len(self._defaults)
-        self.do_processing = len(self._parts) > 0
+        self.tensors_required = _POSITIONS + len(self._defaults) + (0 if seed is None else drawing.LINES)
+        self.do_processing = len(self._parts) > 0 or seed is not None
 
     def _part(self, processor: Any, group: list[Member], drop_unsupported: bool) -> _Part | None:
         """A part of its own, or None where the processor has joined the group or been dropped."""
@@ -216,8 +237,9 @@ class RequestProcessors:
     def clear(self) -> None:
         """Hold no processors."""
         self.logits_processor, self._parts = theirs.LogitsProcessorList(), []
-        self._defaults, self.tensors_required = {}, _POSITIONS
-        self._reads_tokens = self.do_processing = False
+        self._defaults, self.tensors_required = {}, _POSITIONS + (0 if self._seed is None else drawing.LINES)
+        self._reads_tokens = False
+        self.do_processing = self._seed is not None
 
     def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         """Refuse what a request can't have for itself.
@@ -227,7 +249,9 @@ class RequestProcessors:
             TypeError: a value of another type.
         """
         for name, value in kwargs.items():
-            if name in self._defaults:
+            if name == "seed" and self._seed is not None:
+                whole_number("seed of a request", value, -(2**63), 2**64 - 1)
+            elif name in self._defaults:
                 known = _VALUES[name]
                 text = f"{name} of a request must be {known.allowed}, got {value!r}"
                 if not (is_integer if known.dtype == torch.int32 else is_number)(value):
@@ -239,7 +263,7 @@ class RequestProcessors:
             else:
                 raise ValueError(
                     f"{name} of a request must be left out, got {value!r}: a request may have its own "
-                    f"{', '.join(_VALUES)}, each where the generation config has a value that acts (with "
+                    f"{', '.join(_VALUES)}, seed, each where the generation config has a value that acts (with "
                     f"do_sample=True); in this run: {', '.join(self._defaults) or 'none'}"
                 )
 
@@ -272,6 +296,8 @@ class RequestProcessors:
             known = _VALUES[name]
             values = torch.tensor([each.get(name, default) for each in own], dtype=known.dtype)
             lines.append(values.clamp_(min=known.least).view(torch.int32))
+        if self._seed is not None:
+            lines += drawing.table_lines(states, self._seed)
         return torch.stack(lines)
 
     def __call__(
@@ -291,12 +317,24 @@ class RequestProcessors:
         else:
             ids = input_ids.unsqueeze(1)
         own = {name: table[_POSITIONS + i].view(_VALUES[name].dtype) for i, name in enumerate(self._defaults)}
-        given = scores
-        for part in self._parts:
+        given, parts = scores, self._parts
+        joins = self._seed is not None and len(parts) > 0 and isinstance(parts[-1], _Sample)
+        for part in parts[:-1] if joins else parts:
             if scores is given and isinstance(part, _AsItIs):
                 scores = given.clone()  # which it may write
             scores = part(ids, scores, table, own, input_ids)
+        if self._seed is not None:
+            last = parts[-1] if joins else _Sample([])
+            assert isinstance(last, _Sample)
+            scores, temperature, rules = last.left(scores, own)
+            seeds = drawing.seeds_in(table[_POSITIONS + len(self._defaults) :])
+            self._undrawn = drawing.Undrawn(temperature, rules, seeds, (table[_NEWEST] + 1 - table[_PROMPT]).long())
         return scores
+
+    def undrawn(self) -> drawing.Undrawn:
+        """What the last call has left to the draw."""
+        assert self._undrawn is not None
+        return self._undrawn
 
 
 _SAMPLED = {
@@ -379,24 +417,30 @@ class _Sample(_Part):
         own: Mapping[str, torch.Tensor],
         newest: torch.Tensor,
     ) -> torch.Tensor:
+        return truncated(*self.left(scores, own))
+
+    def left(
+        self, scores: torch.Tensor, own: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[Rule]]:
+        """Scores, with the temperature and the truncations that are left to apply at once."""
         rules: list[Rule] = []
         temperature = None
         for name, processor in self._parts_in_order:
             if name is None:
                 rules.append(processor)
             elif name == "temperature":
-                scores, rules = _sampled(scores, temperature, rules), []
+                scores, rules = truncated(scores, temperature, rules), []
                 temperature = own[name]
             elif name == "top_k":
                 k = own[name].clamp(processor.min_tokens_to_keep, scores.shape[1])
                 rules.append(Rule("top_k", k, 1, processor.filter_value))
             else:
                 rules.append(Rule("top_p", own[name], processor.min_tokens_to_keep, processor.filter_value))
-        return _sampled(scores, temperature, rules)
+        return scores, temperature, rules
 
 
 @launch.OPERATION.falls_back
-def _sampled(scores: torch.Tensor, temperature: torch.Tensor | None, rules: Sequence[Rule]) -> torch.Tensor:
+def truncated(scores: torch.Tensor, temperature: torch.Tensor | None, rules: Sequence[Rule]) -> torch.Tensor:
     """Scores divided by a temperature of each row, and what rules keep of them; on a GPU as they are read."""
     if rules and launch.takes_scores(scores) and launch.takes_rules(rules) and not torch.compiler.is_compiling():
         out = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)

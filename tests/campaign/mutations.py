@@ -531,6 +531,48 @@ MUTATIONS = [
         "rank_of(token, LOWEST_TIES)", "rank_of(token, False)",
         ("serving/test_batch.py::test_ties_of_the_lowest_ids_in_place",),
     ),
+    # -- engines --
+    Mutation(
+        "a scale that multiplies all logits", f"{KERNELS}/pointwise/dense.py",
+        "tl.where(x < 0, x * scale, tl.div_rn(x, scale))", "x * scale",
+        ("kernels/pointwise/test_dense.py::test_all_and_any_of_them",),
+    ),
+    Mutation(
+        "draft rows with the numbers of other requests", f"{KERNELS}/pointwise/dense.py",
+        "request = row // repeat", "request = row % repeat",
+        ("kernels/pointwise/test_dense.py::test_all_and_any_of_them",),
+    ),
+    Mutation(
+        "one token too few of a request with drafts", f"{PACKAGE}/integrations/vllm_step.py",
+        "return Taken(tokens[places], kept + 1)", "return Taken(tokens[places], kept)",
+        ("integrations/test_vllm_step.py::test_drafts_that_are_accepted",),
+    ),
+    Mutation(
+        "an end banned where a grammar allows nothing else", f"{PACKAGE}/integrations/vllm_step.py",
+        "(early & others & (rows.slots >= 0))", "(early & (rows.slots >= 0))",
+        ("integrations/test_vllm_step.py::test_ends_unless_nothing_else_is_left",),
+    ),
+    Mutation(
+        "a slot's new request drawn as the old one beside others", f"{PACKAGE}/integrations/vllm_step.py",
+        "            for batch in (self._whole, self._edits, self._draws):", "            for batch in (self._whole,):",
+        ("integrations/test_vllm_step.py::test_slots_that_change_hands",),
+    ),
+    Mutation(
+        "an unknown field that is ignored", f"{PACKAGE}/integrations/vllm_sampler.py",
+        "        if unknown:\n", "        if unknown and False:\n",
+        ("integrations/test_vllm_sampler.py::test_requests_that_are_served_by_vllm",),
+    ),
+    Mutation(
+        "a sampler put into a vLLM that it doesn't fit", f"{PACKAGE}/integrations/vllm_hooks.py",
+        "            if trees[path].get(wanted.name) != wanted.arguments:",
+        "            if wanted.name not in trees[path]:",
+        ("integrations/test_vllm_hooks.py::test_another_vllm_keeps_its_own_sampler",),
+    ),
+    Mutation(
+        "a seed of which only 32 bits count", f"{PACKAGE}/transformers/continuous_draw.py",
+        "return (high << 32) | (low & _LOW)", "return low & _LOW",
+        ("transformers/test_continuous.py::test_seeds_that_requests_are_given",),
+    ),
     # -- serving --
     Mutation(
         "a removed request acts on", f"{PACKAGE}/serving/batch.py",

@@ -5,6 +5,7 @@ import importlib.machinery
 import logging
 import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,15 +28,20 @@ if importlib.util.find_spec("torchvision") is None:
         if parent:
             setattr(sys.modules[parent], child, module)
 
+from fastlogits_kernels.runtime.bits import pack_bits
+from sglang.srt.constrained import base_grammar_backend as base
 from sglang.srt.layers import sampler as theirs
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.runtime_context import get_context, get_parallel
+from sglang.srt.sampling import sampling_batch_info as batch_info
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative import eagle_utils as eagle
 
 from fastlogits.integrations import sglang as ours
+from fastlogits.integrations import sglang_sampler as backends
 from fastlogits.integrations.sglang import FastLogitsProcessor, NoRepeatNGramLogitProcessor
 
 V = 50
@@ -348,3 +354,207 @@ def test_what_stays_with_sglang(backend):
     kept = output.sampling_mask_output.token_ids[0].tolist()
     assert sorted(kept[:2]) == sorted(logits[1].topk(2).indices.tolist())
     assert tokens[1] in kept[:2]
+
+
+# -- Edits in one launch, and drafts -----------------------------------------------------------------------------------
+
+PENALIZED = [
+    {"frequency_penalty": 0.7, "presence_penalty": -0.3},
+    {"repetition_penalty": 1.4, "frequency_penalty": 0.2},
+    {"logit_bias": {"3": 2.5, "7": -100.0}, "repetition_penalty": 0.8},
+    {},
+]
+
+
+class Grammar:
+    """Bits of allowed tokens, as grammar backends have them, or truth values as another has."""
+
+    def __init__(self, packed):
+        self.packed, self.calls = packed, 0
+
+    def mask(self, rows):
+        torch.manual_seed(rows)
+        allowed = torch.rand(rows, 64) < 0.6
+        allowed[-1] = True
+        return base.GrammarMask(self, pack_bits(allowed) if self.packed else ~allowed[:, :V])
+
+    def apply_vocab_mask(self, logits, vocab_mask):
+        self.calls += 1
+        logits.masked_fill_(vocab_mask, NEG)
+
+
+def with_outputs(kinds=PENALIZED):
+    """Sampling information of requests that have generated some tokens."""
+    batch = Batch(*[request(f"edited {i}", [1], **kind) for i, kind in enumerate(kinds)])
+    made = SamplingBatchInfo.from_schedule_batch(batch, V)
+    for tokens in ([4, 3, 3, 9], [4, 5, 7, 9]):
+        made.penalizer_orchestrator.cumulate_output_tokens(torch.tensor(tokens))
+    return made, batch
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """SGLang's penalties without torch's compiler."""
+    for module in (batch_info, sys.modules[batch_info.apply_scaling_penalties.__module__]):
+        plain = getattr(module.apply_scaling_penalties, "_torchdynamo_orig_callable", module.apply_scaling_penalties)
+        monkeypatch.setattr(module, "apply_scaling_penalties", plain)
+
+
+def original(function):
+    return getattr(function, "__wrapped__", function)
+
+
+@pytest.mark.parametrize("grammar", [None, True, False], ids=["no_grammar", "packed", "truth_values"])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_edits_are_sglangs(overlaps, grammar, backend, uncompiled):
+    assert SamplingBatchInfo.apply_logits_bias is not original(SamplingBatchInfo.apply_logits_bias)
+    made, _batch = with_outputs()
+    # Without overlap SGLang applies its penalties in the order of a set; with it, additive ones come first.
+    expected_of = made.copy_for_forward()
+    made = expected_of if overlaps else made
+    if not overlaps:
+        made.acc_additive_penalties = made.acc_scaling_penalties = None
+    logits, rule = torch.randn(4, V) * 3, None if grammar is None else Grammar(grammar)
+    if rule is not None:
+        made.grammar_mask = expected_of.grammar_mask = rule.mask(4)
+    expected = logits.clone()
+    if grammar:
+        expected_of.grammar_mask = None
+        original(SamplingBatchInfo.apply_logits_bias)(expected_of, expected)
+        mask = rule.mask(4).vocab_mask
+        token = torch.arange(V)
+        expected.masked_fill_(((mask[:, token // 32] >> (token % 32).int()) & 1) == 0, NEG)
+        made.grammar_mask = rule.mask(4)
+    else:
+        original(SamplingBatchInfo.apply_logits_bias)(expected_of, expected)
+    calls = 0 if rule is None else rule.calls
+    found = logits.clone()
+    made.apply_logits_bias(found)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, logits)
+    if rule is not None:
+        assert rule.calls - calls == (0 if grammar else 1)
+
+
+def test_named_tokens_and_many_of_the_likeliest(backend):
+    torch.manual_seed(0)
+    logits = torch.randn(3, V) * 2
+    batch = info(*[request(str(i), [1], temperature=0.7) for i in range(3)])
+    reports = []
+    for named, tops in (([None] * 3, [3, 0, 2]), ([None, [4, 5], None], [3, 0, 2]), ([None] * 3, [40, 0, 2])):
+        torch.manual_seed(1)
+        output = LogitsProcessorOutput(next_token_logits=logits.clone())
+        tokens = backend(output, batch, True, tops, named, torch.arange(3))
+        reports.append((tokens, output))
+    for tokens, output in reports:
+        assert torch.equal(tokens, reports[0][0])
+        torch.testing.assert_close(output.next_token_logprobs, reports[0][1].next_token_logprobs)
+        for row, count in ((0, 3), (2, 2)):
+            values, first = output.next_token_top_logprobs_val[row], reports[0][1].next_token_top_logprobs_val[row]
+            torch.testing.assert_close(values[:count], first)
+            assert output.next_token_top_logprobs_idx[row][:count].tolist() == (
+                reports[0][1].next_token_top_logprobs_idx[row].tolist()
+            )
+    named = torch.log_softmax(logits / 0.7, -1)[1, [4, 5]]
+    torch.testing.assert_close(reports[1][1].next_token_token_ids_logprobs_val[1], named)
+
+
+def follow_trees(predicts, accept_index, accept_token_num, candidates, retrieve_index, retrieve_next_token,
+                 retrieve_next_sibling, target_predict, topk=-1):  # fmt: skip
+    """From each request's root to the child that is what was drawn there, as long as there is one."""
+    for row in range(len(candidates)):
+        node, found = 0, 0
+        accept_index[row, 0] = retrieve_index[row, 0]
+        while True:
+            predicts[retrieve_index[row, node]] = target_predict[row, node]
+            child = int(retrieve_next_token[row, node])
+            while child >= 0 and candidates[row, child] != target_predict[row, node]:
+                child = int(retrieve_next_sibling[row, child])
+            if child < 0:
+                break
+            node, found = child, found + 1
+            accept_index[row, found] = retrieve_index[row, node]
+        accept_token_num[row] = found
+    return predicts, accept_index, accept_token_num
+
+
+# Two children of the root, of which the first goes on with two more, the second with one.
+CHILDREN = {"chain": [1, 2, 3, -1], "tree": [1, 3, -1, -1, -1]}
+SIBLINGS = {"chain": [-1, -1, -1, -1], "tree": [-1, 2, -1, -1, -1]}
+DEPTHS = {"chain": [0, 1, 2, 3], "tree": [0, 1, 1, 2, 2]}
+PARENTS = {"chain": [0, 0, 1, 2], "tree": [0, 0, 0, 1, 2]}
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_drafts_never_change_a_token(shape, backend, monkeypatch, uncompiled):
+    torch.manual_seed(0)
+    monkeypatch.setattr(eagle, "verify_tree_greedy_func", follow_trees)
+    monkeypatch.setattr(backends, "_tensor_parallel_group", lambda: SimpleNamespace(world_size=1))
+    table, B, N = torch.randn(V, V) * 1.5, 4, 24  # the model: what follows each token
+    nodes = len(CHILDREN[shape])
+    children = CHILDREN[shape] if shape == "chain" else [1, 3, 4, -1, -1]
+    kinds = [{"temperature": 0}, {"temperature": 0.9}, {"temperature": 1.2, "top_k": 6},
+             {"temperature": 0.8, "top_p": 0.9, "min_p": 0.05}]  # fmt: skip
+    with server(sampling_backend="fastlogits", enable_deterministic_inference=True):
+        batch = info(*[request(str(i), [1], sampling_seed=i + 5, **kind) for i, kind in enumerate(kinds)])
+        expected = [[i + 1] for i in range(B)]
+        for at in range(N):
+            logits = table[torch.tensor([tokens[-1] for tokens in expected])]
+            drawn, _ = sampled(backend, logits, batch, torch.full((B,), at))
+            for tokens, token in zip(expected, drawn.tolist(), strict=True):
+                tokens.append(token)
+        found, accepted = [[i + 1] for i in range(B)], 0
+        while min(map(len, found)) < N:
+            fed = torch.zeros(B, nodes, dtype=torch.int64)
+            for row, tokens in enumerate(found):
+                fed[row, 0] = tokens[-1]
+                for node in range(1, nodes):  # often right, the second child never
+                    at = len(tokens) - 1 + DEPTHS[shape][node]
+                    right = expected[row][at] if at <= N else 0
+                    wrong = shape == "tree" and node in (2, 4)
+                    fed[row, node] = (right + 1) % V if wrong or torch.rand(()) < 0.3 else right
+            at = torch.tensor([[len(tokens) - 1 + depth for depth in DEPTHS[shape]] for tokens in found])
+            verify = SimpleNamespace(
+                draft_token=fed.flatten(), draft_token_num=nodes, positions=at.flatten(), max_tree_depth=4, tree_topk=2,
+                retrieve_index=torch.arange(B * nodes).view(B, nodes),
+                retrieve_next_token=torch.tensor([children] * B),
+                retrieve_next_sibling=torch.tensor([SIBLINGS[shape]] * B),
+            )  # fmt: skip
+            step = SimpleNamespace(
+                seq_lens=torch.tensor([len(tokens) for tokens in found]), sampling_info=batch, device="cpu",
+                forward_mode=SimpleNamespace(is_idle=lambda: False),
+            )  # fmt: skip
+            output = LogitsProcessorOutput(next_token_logits=table[fed.flatten()].clone())
+            predict, counts, index = eagle.eagle_sample(verify, step, output)
+            for row, tokens in enumerate(found):
+                taken = [int(predict[node]) for node in index[row, : counts[row]]]
+                tokens.extend(taken)
+                accepted += len(taken) - 1
+    assert accepted > N
+    for mine, tokens in zip(found, expected, strict=True):
+        assert mine[:N] == tokens[:N]
+
+
+def test_drafts_that_stay_with_sglang(monkeypatch):
+    made = SimpleNamespace(is_all_greedy=True, has_watermark_candidates=False)
+    step = SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: False), sampling_info=made)
+    assert backends.eagle_sample(lambda *given, **named: "theirs", None, step, None) == "theirs"
+
+
+def test_functions_that_changed_are_left_to_sglang(caplog, monkeypatch):
+    hooks = [
+        ("sglang.srt.nowhere", "gone", None, ()),
+        (backends._INFO, "SamplingBatchInfo.update_penalties", None, ("self", "else")),
+    ]
+    monkeypatch.setattr(backends, "_HOOKS", tuple(hooks))
+    with caplog.at_level(logging.WARNING):
+        backends.install()
+    assert "own gone runs" in caplog.text
+    assert "own SamplingBatchInfo.update_penalties runs: it takes self, not self, else" in caplog.text
+
+
+def test_the_table_of_the_documents_names_every_field():
+    table = (Path(__file__).parents[2] / "docs" / "migration.md").read_text().partition("From SGLang's")[2]
+    made = ("stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized")
+    fields = [name for name in SamplingParams.__struct_fields__ if name not in (*made, "ebnf_full_assistant")]
+    assert [name for name in fields if f"`{name}`" not in table] == []

@@ -13,6 +13,44 @@ class _InterpretedDriver:
         return True
 
 
+def samplers_of(worker) -> list[str]:
+    """The modules of a worker's sampler and of its rejection sampler."""
+    runner = worker.model_runner
+    return [type(each).__module__ for each in (runner.sampler, getattr(runner, "rejection_sampler", None)) if each]
+
+
+def serve(llm, call, all_params) -> list:
+    """Give all requests to the engine at once, and abort some after so many steps.
+
+    Of each request: the tokens and the log-probabilities of its outputs; None for one that was aborted.
+    """
+    engine, found, steps = llm.llm_engine, [None] * len(call), 0
+    for index, (request, params) in enumerate(zip(call, all_params, strict=True)):
+        engine.add_request(str(index), {"prompt_token_ids": request["prompt"]}, params)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                found[int(output.request_id)] = {
+                    "tokens": [list(each.token_ids) for each in output.outputs],
+                    "texts": [each.text for each in output.outputs],
+                    "logprobs": [as_json(each.logprobs) for each in output.outputs],
+                    "prompt_logprobs": as_json(output.prompt_logprobs),
+                }
+        steps += 1
+        leaving = [str(index) for index, request in enumerate(call) if request.get("abort_after") == steps]
+        if leaving:
+            engine.abort_request(leaving)
+    return found
+
+
+def as_json(steps) -> list | None:
+    """Of each step the log-probability and the rank of each token, those that can't come left out."""
+    return steps and [
+        step and {token: [each.logprob, each.rank] for token, each in step.items() if each.logprob > -float("inf")}
+        for step in steps
+    ]
+
+
 def main() -> None:
     asked = json.load(sys.stdin)
     newer = asked["runner"] == "newer"
@@ -33,6 +71,7 @@ def main() -> None:
 
     from vllm import LLM, SamplingParams
     from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     if asked.get("asynchronous"):
         # vLLM turns it off where it gains nothing, on the CPU; what it does to logits processors can be seen there too.
@@ -64,6 +103,15 @@ def main() -> None:
             if bias:
                 request["params"]["logit_bias"] = {int(token): value for token, value in bias.items()}
         defaults = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
+        if asked.get("serves"):
+            requests = [
+                {"temperature": 0, "output_kind": RequestOutputKind.FINAL_ONLY} | each["params"] for each in call
+            ]
+            for request in requests:
+                if "structured_outputs" in request:
+                    request["structured_outputs"] = StructuredOutputsParams(**request["structured_outputs"])
+            results.append(serve(llm, call, [SamplingParams(**request) for request in requests]))
+            continue
         try:
             params = [SamplingParams(**defaults | request["params"]) for request in call]
             outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -72,6 +120,7 @@ def main() -> None:
             results.append(str(error))
         working.append("fastlogits.serving.batch" in sys.modules)
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    samplers = llm.collective_rpc(samplers_of)
     scheduler = llm.llm_engine.vllm_config.scheduler_config
     answer = {
         "results": results,
@@ -81,6 +130,7 @@ def main() -> None:
         "asynchronous": scheduler.async_scheduling,
         "loaded": "fastlogits.integrations.vllm" in sys.modules,
         "working": working,
+        "samplers": samplers[0],
     }
     print("\n" + json.dumps(answer), flush=True)
 

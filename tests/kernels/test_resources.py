@@ -19,7 +19,7 @@ import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastlogits_kernels.pointwise import bitmask
+from fastlogits_kernels.pointwise import bitmask, dense
 from fastlogits_kernels.pointwise import fold
 from fastlogits_kernels.pointwise import mask as mask_tokens
 from fastlogits_kernels.pointwise import pack_ids
@@ -36,7 +36,7 @@ DTYPES = ("fp32", "fp16", "bf16") if capability == 90 else ("bf16",)
 STREAMED = ("scores_ptr", "logits_ptr", "out_ptr", "rounds_like_ptr")
 TYPES = {name: "i64" for name in ("ids_ptr", "tokens_ptr", "cache_position_ptr", "prompt_length_ptr")}
 TYPES |= {name: "fp32" for name in ("planes_ptr", "row_values_ptr", "biases_ptr")}
-TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr")}
+TYPES |= {name: "fp32" for name in ("top_ptr", "sums_ptr", "next_sums_ptr", "added_ptr", "scales_ptr")}
 TYPES |= {"values_ptr": "fp64", "seeds_ptr": "i64", "positions_ptr": "i64", "temperature_ptr": "fp32"}
 TYPES |= {"floats_ptr": "fp32", "longs_ptr": "i64", "slots_ptr": "i64", "drafts_ptr": "i64", "local_ptr": "i64"}
 TYPES |= {"values_ptr slot_sets": "fp32", "tokens_ptr append": "i64"}
@@ -71,6 +71,7 @@ for dtype in DTYPES:
     in_place = gated | {"IN_PLACE": True, "BLOCK_W": 64}
     cases[f"mask_tokens_ {dtype}"] = (mask_tokens._mask_tokens_kernel, dtype, (), in_place)
     cases[f"bitmask {dtype}"] = (bitmask._bitmask_kernel, dtype, (), {"BLOCK_W": 64})
+    cases[f"dense {dtype}"] = (dense._dense_kernel, dtype, (), {"BLOCK_W": 32})
     cases[f"mask_listed_tokens {dtype}"] = (mask_tokens._mask_listed_tokens_kernel, dtype, (), {"BLOCK_N": 128})
     kinds = (*range(11), fold.SUBTRACT.value)
     ops = tuple(n for kind in kinds for n in (kind, kind % 3, 2, 1))
@@ -172,7 +173,7 @@ def test_registers_spills_and_widths(capability):
     for name, kernel in kernels.items():
         assert kernel["spilled"] <= SPILLED[VERSION].get(name, 0), (name, kernel)
         assert kernel["registers"] <= REGISTERS.get(name, 136), (name, kernel)
-        if name.startswith(("mask_tokens", "bitmask", "fold")):
+        if name.startswith(("mask_tokens", "bitmask", "fold", "dense")):
             assert kernel["wide"] >= 2, (name, kernel)
     calls = {"list", "draw", "typical", "serving", "sample", "train"} if capability == 90 else {"serving", "sample"}
     assert {name.split()[1] for name in selection} == calls

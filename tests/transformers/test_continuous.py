@@ -24,6 +24,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("psutil")
 requests = pytest.importorskip("transformers.generation.continuous_batching.cb_logits_processors")
 continuous = pytest.importorskip("fastlogits.transformers.continuous")
+drawing = pytest.importorskip("fastlogits.transformers.continuous_draw")
 from transformers.generation import ContinuousBatchingConfig  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -274,6 +275,79 @@ def test_arguments_of_a_request_are_checked(llama, values, error):
     assert error in found["r0"].error
     assert found["r1"].error is None
     assert len(found["r1"].generated_tokens)
+
+
+SEEDED = {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.95, "seed": 7}
+
+
+@pytest.mark.parametrize("flags", [{}, {"no_repeat_ngram_size": 1, "min_p": 0.01}, {"temperature": 1.0, "top_k": 0}])
+def test_a_seed_for_each_request(llama, flags):
+    """The tokens are those of ``decode`` with that seed, whoever shares the batch."""
+    flags, seeds = SEEDED | flags, [3, 2**63 + 5, -4, 0, 11, 11]
+    expected = []
+    for prompt, seed in zip(PROMPTS, seeds, strict=True):
+        with fl.accelerate(llama):
+            asked = config(**{name: value for name, value in flags.items() if name != "seed"})
+            made = torch.tensor([seed if seed < 2**63 else seed - 2**64])
+            ids = torch.tensor([prompt])
+            found = llama.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=asked, custom_generate=fl.decode, seeds=made
+            )
+        expected.append(found[0, len(prompt) :].tolist())
+    for rows in (4, 1):
+        torch.manual_seed(rows)
+        own = [{"seed": seed} for seed in seeds]
+        found = managed(llama, flags, own, max_requests_per_batch=rows)
+        assert [found[f"r{i}"].generated_tokens for i in range(len(seeds))] == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+
+
+def test_seeds_that_requests_are_given(llama):
+    """By the config's seed and their ids; a token depends on nothing else."""
+    runs = []
+    for seed in (7, 7, 8):
+        found = managed(llama, SEEDED | {"seed": seed}, [{}] * 4, max_requests_per_batch=len(runs) + 2)
+        runs.append([found[f"r{i}"].generated_tokens for i in range(4)])
+    assert runs[0] == runs[1] != runs[2]
+    states = [State([1]) for _ in range(2)]
+    states[0].request_id, states[1].request_id = "a", "b"
+    for state in states:
+        state.logit_processor_kwargs = {}
+    seeds = [drawing.seed_of(state, seed) for state in states for seed in (7, 8)]
+    assert len(set(seeds)) == 4
+    states[0].logit_processor_kwargs = {"seed": 2**64 - 3}
+    states[1].logit_processor_kwargs = {"seed": 2**31 + 1}
+    assert drawing.seeds_in(torch.stack(drawing.table_lines(states, 7))).tolist() == [-3, 2**31 + 1]
+
+
+def test_log_probabilities_of_seeded_requests(llama):
+    flags, own = SEEDED | {"no_repeat_ngram_size": 1}, [{"seed": i} for i in range(3)]
+    found = managed(llama, flags, own, return_logprobs=True)
+    plain = managed(llama, flags, own)
+    for name, output in found.items():
+        assert output.generated_tokens == plain[name].generated_tokens
+        assert len(output.logprobs) == len(output.generated_tokens)
+        assert all(-9 < value <= 0 for value in output.logprobs)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_seeded_in_kernels(llama, monkeypatch):
+    flags, own = SEEDED | {"max_new_tokens": 3}, [{"seed": i} for i in range(3)]
+    expected = managed(llama, flags, own)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
+    found = managed(llama, flags, own)
+    for name, output in expected.items():
+        assert found[name].generated_tokens == output.generated_tokens
+
+
+def test_a_seed_must_be_one(llama, monkeypatch):
+    with fl.accelerate(llama), pytest.raises(ValueError, match="seed of a generation config must be an integer"):
+        llama.init_continuous_batching(generation_config=config(**SEEDED | {"seed": 1.5}))
+    found = managed(llama, SEEDED, [{"seed": "one"}, {}])
+    assert "seed of a request must be an integer" in found["r0"].error
+    assert found["r1"].error is None
+    found = managed(llama, {"do_sample": True, "top_k": 5}, [{"seed": 1}])
+    assert "seed of a request must be left out, got 1" in found["r0"].error
 
 
 def test_several_sequences_of_a_request(llama):
