@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     """Whether any row sees one."""
 
     @property
-    def arguments(self) -> dict[str, torch.Tensor]:
+    def arguments(self) -> dict[str, Any]:
         """As arguments of ``BatchProcessor``'s calls."""
         if not self.has_drafts:
             return {"cache_position": self.positions}
