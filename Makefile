@@ -8,7 +8,7 @@ OLD_VENV := .venv-4.57
 ENGINES_VENV := .venv-engines
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-fast test-matrix test-engines fuzz lint docs docs-serve bench figures export clean
+.PHONY: demo test test-fast test-matrix test-engines fuzz lint docs docs-serve bench figures publish export clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -52,10 +52,15 @@ docs-serve: $(VENV)/ready
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks $(ARGS)
 
-# What is drawn and written from benchmarks/results/*.csv: plots, report.html, the figures of the documents.
+# Plots and a page of HTML of the newest run of `make bench`, beside its files in build/benchmarks.
 figures: $(VENV)/ready
 	$(RUN) -m benchmarks plots
 	$(RUN) -m benchmarks report
+
+# Documents show what is published: make publish NAME=2026-11-27-1310-724ff48 (without a name, the runs are listed).
+publish: $(VENV)/ready
+	$(RUN) -m benchmarks publish $(NAME) $(ARGS)
+	$(RUN) -m benchmarks plots --results benchmarks/results
 	$(RUN) -m benchmarks readme
 
 # The kernels as a kernel of the Hugging Face Hub.

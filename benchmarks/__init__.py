@@ -7,7 +7,8 @@
     python -m benchmarks --device cuda --cold  also out of place on inputs that are not in the L2
     python -m benchmarks --peers compiled      beside other packages: the installed ones are measured by default
     python -m benchmarks --base HEAD~1         fastlogits of another commit beside this one's, in turns
-    python -m benchmarks plots                 plot results/; report: a page of HTML; readme: the documents
+    python -m benchmarks plots                 plot the newest run; report: a page of HTML
+    python -m benchmarks publish RUN           what documents show is that run's; then readme: fill the documents
 
 A contender whose result differs from plain torch's gets no time: not by a bit, or by no more than rounding if
 transformers' processors are the reference. Times are medians over rounds. In each round all contenders run in shuffled
@@ -18,8 +19,9 @@ order, so that drift hits all alike:
 - ``host_us``: how long an eager call keeps the host busy, on a queue that never fills.
 - ``cpu_us``: wall time of a call on the CPU, with torch's threads.
 
-``results/<device>.csv`` is only appended to. It has the median, the 10 % and the 90 % quantile, the most memory that a
-call allocates, and the memory-bandwidth limit: the time to move the workload's bytes at the bandwidth of the same run.
+A run is kept in ``build/benchmarks/<run>/<device>.csv``, which git ignores. It has the median, the 10 % and the 90 %
+quantile, the most memory that a call allocates, and the memory-bandwidth limit: the time to move the workload's bytes
+at the bandwidth of the same run.
 
 To add a workload, add an entry to ``workloads.WORKLOADS``; to add another package, one to ``peers.PEERS``.
 ``bench_host.py`` is a suite for pytest-benchmark, to compare the host time of two commits.

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.folders import LOCAL, PUBLISHED, new_run, newest_run
 from benchmarks.inputs import FLAT, GAUSS, LOGITS, Case, device_name
 from benchmarks.peers import PEERS
-from benchmarks.results import append_csv, records_of, slug
+from benchmarks.results import append_csv, commit, records_of, slug
 from benchmarks.run import BUDGET_S, SHORT_BUDGET_S, Run
 from benchmarks.tables import print_tables, print_verdicts
 from benchmarks.workloads import WORKLOADS, Workload
 
-RESULTS = Path(__file__).parent / "results"
 _BATCHES, _QUICK_BATCHES = (1, 8, 64, 256), (1, 8)
 _VOCABS, _QUICK_VOCABS = (32000, 128256, 151936), (128256,)
 _MAIN_SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
@@ -30,6 +31,10 @@ _MAIN_SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
 _WIDTHS, _OF_ANY_WIDTH = ((64, 32000), (64, 262144)), "chain 9"
 # Fewer logits would need hundreds of inputs to outgrow an L2, and the time would be the launch's.
 _LEAST_COLD = 2**20
+
+
+Entry: TypeAlias = "tuple[str, Workload, Case]"
+"""A workload by name, and a case of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.compiling import main as compiling
 
         return compiling(arguments[1:])
+    if arguments[:1] == ["publish"]:
+        from benchmarks.publish import main as publish
+
+        return publish(arguments[1:])
     if arguments[:1] == ["cliffs"]:
         from benchmarks.cliffs import main as cliffs
 
@@ -72,6 +81,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     ]
     peers = [peer for name, peer in PEERS.items() if name in options.peers and not options.only_ours]
     run = Run(SHORT_BUDGET_S if options.quick or options.main else BUDGET_S, peers, options.only_ours)
+    _announce(options, entries, run, console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     start = time.monotonic()
     # Each capture begins with a garbage collection, which is short without what is imported by now.
@@ -94,13 +104,14 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     finally:
         gc.unfreeze()
     print_tables(run.results, console)
-    print_verdicts(run.results, console)
+    if options.targets:
+        print_verdicts(run.results, console)
     for device, speed in run.bandwidths.items():
         console.print(f"{device_name(device)}: a copy moves {speed / 1e9:,.0f} GB/s", highlight=False)
     if not options.no_csv:
         for device in map(torch.device, options.device):
             path = options.out / f"{slug(device_name(device))}.csv"
-            console.print(f"appended to {path}; see python -m benchmarks plots, report, readme", soft_wrap=True)
+            console.print(f"wrote {path}; make figures draws it", soft_wrap=True)
     for problem in run.failed:
         console.print(f"not timed: {problem}", markup=False, soft_wrap=True)
     for problem in run.wrong:
@@ -108,11 +119,29 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     return 1 if run.wrong else 0
 
 
+_CHECK_S = 0.4
+"""What checking a case takes, about; transformers' processors are run for it."""
+
+
+def _announce(options: argparse.Namespace, entries: Sequence[Entry], run: Run, console: Console) -> None:
+    """Say how long it will take, and which peers don't run here."""
+    seconds = sum(
+        _CHECK_S + sum(run.budget_s[metric] for metric in workload.metrics(case)) for _, workload, case in entries
+    )
+    console.print(f"{len(entries)} cases, about {max(1, round(seconds / 60))} min", highlight=False)
+    for peer in run.peers:
+        absent = [device for device in options.device if device not in peer.devices]
+        if absent:
+            console.print(f"{peer.name}: doesn't run on {', '.join(absent)}", highlight=False)
+
+
 def _documents(arguments: Sequence[str]) -> int:
-    """Draw plots, write the report, or fill the documents, from the results files."""
+    """Draw plots and write the report of the newest run, or fill the documents from what is published."""
     parser = argparse.ArgumentParser(f"python -m benchmarks {arguments[0]}")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
-    if arguments[0] == "readme":
+    readme = arguments[0] == "readme"
+    by_default = PUBLISHED if readme else newest_run() or PUBLISHED
+    parser.add_argument("--results", type=Path, default=by_default, metavar="DIR", help="default: %(default)s")
+    if readme:
         parser.add_argument("--check", action="store_true", help="only tell whether the documents are up to date")
     options = parser.parse_args(arguments[1:])
     if arguments[0] == "readme":
@@ -179,7 +208,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     whole = partial(_at_least_1, "must be an integer of at least 1")
     parser = argparse.ArgumentParser(
         "python -m benchmarks",
-        description="Measure fastlogits beside what people use. Also: plots, report, readme, compile, cliffs.",
+        description="Measure fastlogits beside what people use. Also: plots, report, publish, readme, compile, cliffs.",
     )
     parser.add_argument("--device", nargs="+", choices=present, default=present, help="default: all present")
     parser.add_argument("--batch", nargs="+", type=whole, help=f"batch sizes; default: {_BATCHES}")
@@ -203,7 +232,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop then, with what is done by then")
     parser.add_argument("--cold", action="store_true", help="on CUDA, also with inputs that are not in the L2")
     parser.add_argument("--base", metavar="REF", help="compare fastlogits with that of another commit, in turns")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--targets", action="store_true", help="also print whether the project's own targets are met")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=LOCAL / new_run(commit()),
+        metavar="DIR",
+        help="default: a folder of its own, %(default)s",
+    )
     parser.add_argument("--no-csv", action="store_true", help="only print: append no rows")
     options = parser.parse_args(arguments)
     for pattern in options.workload or ():

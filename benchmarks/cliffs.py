@@ -5,7 +5,7 @@
     python -m benchmarks cliffs --dtype bfloat16
 
 GPU time by graph replay, after a temperature of 0.7. What takes more than three times as long as top-p on gauss of the
-same size is listed, and everything is written to ``benchmarks/results/cliffs``.
+same size is listed, and everything is written to ``build/benchmarks/cliffs``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from fastlogits_kernels.selection import launch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.folders import LOCAL
 from benchmarks.inputs import FLAT, GAUSS, MIXTURE, ZIPF, Case, device_name, random_scores
 from benchmarks.results import environment, read_rows, slug, write_rows
 from benchmarks.timing import ReplayBunch, interleaved
 
-RESULTS = Path(__file__).parent / "results" / "cliffs"
+RESULTS = LOCAL / "cliffs"
 VALUES = {
     "top_k": 50, "top_p": 0.9, "min_p": 0.05, "top_a": 0.2, "typical": 0.9, "epsilon": 3e-4, "eta": 3e-4, "top_h": 0.5,
     "top_n_sigma": 1.0,
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--alone", action="store_true", help="each rule by itself, no pairs")
     parser.add_argument("--budget", type=float, default=0.02, help="seconds of each measurement; default: %(default)s")
-    parser.add_argument("--out", type=Path, help="CSV file; by default of the GPU's name, in benchmarks/results/cliffs")
+    parser.add_argument("--out", type=Path, help="CSV file; by default of the GPU's name, in build/benchmarks/cliffs")
     asked = parser.parse_args(arguments)
     console = Console()
     if not torch.cuda.is_available():

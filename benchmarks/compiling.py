@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.folders import LOCAL
 from benchmarks.inputs import Case, device_name, random_scores
 from benchmarks.results import environment, read_rows, slug, write_rows
 from benchmarks.workloads import OURS, WORKLOADS
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "compile"
+RESULTS = LOCAL / "compile"
 _LONGEST_S = 600
 _IDS = 10
 

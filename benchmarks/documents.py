@@ -9,15 +9,16 @@ A document marks where they go, and ``python -m benchmarks readme`` fills what s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fastlogits_kernels.rules import ORDERS, RULES, argument_of
 
 from benchmarks.catalogue import catalogue
+from benchmarks.folders import PUBLISHED
 from benchmarks.inputs import MANY_IDS, MEANINGS
 from benchmarks.matrix import markdown
-from benchmarks.results import Record, newest, read_folder, slug
+from benchmarks.results import Record, newest, read_folder, read_rows, slug
 from benchmarks.tables import METRICS
 from benchmarks.workloads import COPY, FAST, FAST_, FAST_COPIED_, LOOP, OURS, THEIRS, WORKLOADS, YARDSTICKS
 from fastlogits import BatchProcessor
@@ -153,7 +154,9 @@ def _plot(records: Sequence[Record]) -> str:
         found = _of_newest_device(records, metric)
         if found:
             name = f"{slug(found[0].device)}-headline-{metric.removesuffix('_us')}.png"
-            text = f"Times faster than transformers, or than the published loop, by batch size on {found[0].device}"
+            text = (
+                f"Time of a step with transformers, other packages and fastlogits on {found[0].device}, lower is better"
+            )
             return f"![{text}]({_RAW}benchmarks/results/{name})"
     return ""
 
@@ -263,6 +266,50 @@ def _rules(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
+_WAYS = {
+    "transformers": "transformers",
+    "fl.accelerate": "`fl.accelerate`",
+    "transformers, static cache, compiled forward": "transformers, static cache, compiled forward pass",
+    "fl.accelerate, static cache, compiled forward": "the same under `fl.accelerate`",
+    "custom_generate=fl.decode": "**`custom_generate=fl.decode`**",
+    "custom_generate=fl.decode, compile=True": "**`custom_generate=fl.decode`, `compile=True`**",
+    "greedy, no processors": "transformers, greedy, no processors",
+    "custom_generate=fl.decode, greedy, no processors": "`fl.decode`, greedy, no processors",
+}
+"""The ways to generate that are shown, in order."""
+
+
+def _generate(records: Sequence[Record]) -> str:
+    """Microseconds of a decoding step, a column for each batch, of the run that was published last."""
+    rows = [row for path in sorted((PUBLISHED / "generate").glob("*-phases.csv")) for row in read_rows(path)]
+    if not rows:
+        return "Not measured yet."
+    last = max(row["timestamp"] for row in rows)
+    rows = [row for row in rows if row["timestamp"] == last]
+    batches = sorted({int(row["batch"]) for row in rows})
+    steps = {(row["contender"], int(row["batch"])): float(row["decode_step_us"]) for row in rows}
+    one = rows[0]
+    lines = [
+        f"{one['device']}, torch {one['torch']}, transformers {one['transformers']}, commit {one['commit']}; in "
+        "brackets: times as fast as plain transformers:",
+        "",
+        "| by |" + "".join(f" batch {batch} |" for batch in batches),
+        "|---|" + "---:|" * len(batches),
+    ]
+    for contender, name in _WAYS.items():
+        if any((contender, batch) in steps for batch in batches):
+            cells = [_step(steps, contender, batch) for batch in batches]
+            lines.append(f"| {name} |{''.join(f' {cell} |' for cell in cells)}")
+    return "\n".join(lines)
+
+
+def _step(steps: Mapping[tuple[str, int], float], contender: str, batch: int) -> str:
+    if (contender, batch) not in steps:
+        return "not measured"
+    time = steps[contender, batch]
+    return f"{time:,.0f} ({steps[THEIRS, batch] / time:.1f} x)" if (THEIRS, batch) in steps else f"{time:,.0f}"
+
+
 _ALL = tuple(name for name, workload in WORKLOADS.items() if workload.main)
 REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "claim": _claim,
@@ -274,6 +321,7 @@ REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "cpu": _table("cpu_us", _CPU_SIZES, ("chain 9", "T k p")),
     "cpu-all": _table("cpu_us", _CPU_SIZES, _ALL),
     "processors": lambda records: catalogue(),
+    "generate": _generate,
     "rules": _rules,
     "slots": _slots,
     "matrix": lambda records: markdown(),

@@ -36,6 +36,7 @@ from fastlogits_kernels.runtime.launcher import HAS_TRITON, triton
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlogits as fl
+from benchmarks.folders import LOCAL
 from benchmarks.inputs import device_name
 from benchmarks.processors import bad_words
 from benchmarks.results import commit, slug
@@ -198,6 +199,8 @@ def _measure(model: Any, size: Size, batch: int, options: argparse.Namespace, st
 
     same, same_drawn = _checked(model, size, generate, f"batch {batch}", started)
     for contender in _contenders(options.compiled, batch):
+        if contender.name in options.without:
+            continue
         if time.perf_counter() - started > options.deadline:
             _say(started, f"batch {batch}, {contender.name}: LEFT OUT, it is late")
             continue
@@ -467,11 +470,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, help="tokens to generate; default: 128, of a tiny model 6")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; default: %(default)s")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which nothing more is begun")
+    parser.add_argument("--without", nargs="+", default=(), metavar="NAME", help="contenders that are left out")
     parser.add_argument("--compiled", action="store_true", help="what compiles the forward pass besides")
     parser.add_argument("--tiny", action="store_true", help="a model of nothing, to see that it runs")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "generate", help="of the CSV file"
-    )
+    parser.add_argument("--out", type=Path, default=LOCAL / "generate", help="of the CSV file")
     parser.add_argument("--no-csv", action="store_true", help="print only")
     return parser.parse_args(arguments)
 

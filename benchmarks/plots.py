@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,10 +23,16 @@ _Key = TypeVar("_Key")
 
 _VOCAB, _LARGEST, _BATCH = 128256, 151936, 64
 _COLUMNS = 4
-_HEADLINE = ("first step", "chain 9", "T k p", "draw T k p")
+_HEADLINE = {
+    "chain 9": "nine processors: penalties, n-grams, bad words, lengths, temperature, top-k, top-p, min-p",
+    "T k p": "temperature, top-k, top-p",
+    "draw T k p": "temperature, top-k, top-p, and a token drawn",
+}
+"""The jobs of the picture that comes first, and what they are called there."""
 _OURS, _THEIRS, _YARDSTICK = "#0b5fa5", "#d9730d", "#7a7a7a"
 _OTHERS = ("#2a8c4a", "#8a3ffc", "#b5338a", "#5aa9e6", "#a08000", "#00767a", "#c0392b")
-_SHORT = {FAST: "fastlogits", FAST_: "fastlogits in place", THEIRS: "transformers"}
+_COLOURS = {"ours": _OURS, "theirs": _THEIRS, "others": "#2a8c4a", "yardstick": "#b0b0b0"}
+_SHORT = {COPY: "a copy of the logits", FAST: "fastlogits", FAST_: "fastlogits in place", THEIRS: "transformers"}
 
 
 def draw_all(folder: Path) -> list[Path]:
@@ -165,14 +171,42 @@ def by_vocabulary(records: Sequence[Record]) -> Figure | None:
 
 
 def headline(records: Sequence[Record]) -> Figure | None:
-    """The speed-ups of a few workloads, on gauss logits of float32."""
-    return speed_up(
-        [
-            r
-            for r in records
-            if (r.logits, r.dtype) == (GAUSS, "float32") and r.workload in _HEADLINE and r.ids in (0, 1000)
-        ]
-    )
+    """The times of a few jobs as bars, on gauss logits of float32, at the size that most was measured at."""
+    shown = [r for r in records if (r.logits, r.dtype, r.ids) == (GAUSS, "float32", 0) and r.workload in _HEADLINE]
+    shown = [r for r in shown if r.contender not in YARDSTICKS or r.contender == COPY]
+    sizes = _grouped([r for r in shown if r.batch > 1], lambda r: (r.batch, r.vocab))
+    if not sizes:
+        return None
+    size = (_BATCH, _VOCAB) if (_BATCH, _VOCAB) in sizes else max(sizes, key=lambda each: len(sizes[each]))
+    jobs = _grouped(sizes[size], lambda r: r.workload)
+    bars = {job: sorted(jobs[job], key=lambda r: -(r.median or 0)) for job in _HEADLINE if job in jobs}
+    figure = Figure(figsize=(8.6, 0.34 * sum(map(len, bars.values())) + 0.5 * len(bars) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    _draw_bars(axis, bars)
+    figure.suptitle(f"Time of one step on logits of {size[0]} x {size[1]:,}: lower is better")
+    return figure
+
+
+def _draw_bars(axis: Axes, bars: Mapping[str, Sequence[Record]]) -> None:
+    """A group of horizontal bars for each job, each with its time behind it."""
+    y, places, names = 0.0, [], []
+    longest = max(r.median or 0 for group in bars.values() for r in group)
+    for job, group in bars.items():
+        axis.text(0, y, _HEADLINE[job], fontsize=9, fontweight="bold", va="center")
+        for record in group:
+            y += 1
+            time = record.median or 0.0
+            colour = _COLOURS["yardstick" if record.contender in YARDSTICKS else _group(record.contender)]
+            axis.barh(y, time, height=0.72, color=colour)
+            axis.text(time + longest * 0.01, y, f"{time:,.0f} us", fontsize=8, va="center")
+            places.append(y)
+            names.append(_SHORT.get(record.contender, record.contender))
+        y += 1.4
+    axis.set_yticks(places, names, fontsize=8)
+    axis.set_ylim(y - 0.8, -0.8)
+    axis.set_xlim(0, longest * 1.12)
+    axis.set_xlabel("microseconds")
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 _PLOTS: dict[str, Callable[[Sequence[Record]], Figure | None]] = {

@@ -137,3 +137,8 @@ def test_names_of_kernels_exist(name):
 def test_the_picture_of_the_selection_is_as_it_is_drawn():
     drawn = runpy.run_path(str(ROOT / "docs/figures/selection.py"))
     assert drawn["OUT"].read_text() == drawn["ON_THE_SITE"].read_text() == drawn["picture"]()
+
+
+def test_the_picture_of_the_logits_is_as_it_is_drawn():
+    drawn = runpy.run_path(str(ROOT / "docs/figures/logits.py"))
+    assert drawn["OUT"].read_text() == drawn["picture"]()

@@ -18,6 +18,8 @@ _DRAWS = "draw "
 
 def _contenders(name: str, case: Case) -> list[Contender]:
     k, p = _RULES[name]
+    if k > case.vocab:
+        return []  # torch.topk refuses it
 
     def kept(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The k likeliest, those that top-p drops at -inf, and their ids."""

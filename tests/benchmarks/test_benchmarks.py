@@ -16,9 +16,10 @@ import transformers
 from fastlogits_kernels.runtime.bits import unpack_bits
 
 from benchmarks import __main__ as cli
-from benchmarks import documents, inputs, results, workloads
-from benchmarks.__main__ import RESULTS, main
+from benchmarks import documents, folders, inputs, publish, results, workloads
+from benchmarks.__main__ import main
 from benchmarks.catalogue import catalogue, uncatalogued
+from benchmarks.folders import PUBLISHED
 from benchmarks.inputs import Case, random_scores
 from benchmarks.peers import PEERS, Peer
 from benchmarks.peers.handwritten import HANDWRITTEN
@@ -63,7 +64,7 @@ def _rows(folder):
 
 def test_a_run_prints_tables_and_leaves_a_csv(tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTLOGITS_COMMIT", "abc1234")
-    assert tiny_run("--batch", "1", "2", "--ids", "3", "12") == 0
+    assert tiny_run("--batch", "1", "2", "--ids", "3", "12", "--targets") == 0
     printed = capsys.readouterr().out
     assert "first step, 3 ids, gauss float32, warm: wall time" in printed
     assert "later step, 12 ids, gauss float32, warm: wall time" in printed
@@ -158,7 +159,7 @@ def test_a_contender_that_writes_its_input_must_say_so(tiny_run, capsys, monkeyp
 
 def test_every_class_is_measured_and_right(tiny_run, tmp_path, capsys):
     """All of them at a small size, against transformers' own."""
-    assert tiny_run("--workload", "*", "--batch", "8", "--vocab", "2000") == 0, capsys.readouterr().out
+    assert tiny_run("--workload", "*", "--batch", "8", "--vocab", "2000", "--targets") == 0, capsys.readouterr().out
     rows = _rows(tmp_path)
     assert {row["workload"] for row in rows} >= set(CLASSES) | set(CHAINS)
     assert {row["contender"] for row in rows if row["workload"] == "TopPLogitsWarper"} >= {THEIRS, FAST}
@@ -442,12 +443,12 @@ def test_the_table_holds_every_processor():
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="the documents' table is that of the newest transformers")
 def test_the_documents_are_up_to_date():
-    assert documents.fill(RESULTS, write=False) == [], "run python -m benchmarks readme"
+    assert documents.fill(PUBLISHED, write=False) == [], "run python -m benchmarks readme"
 
 
 def test_the_files_are_of_one_schema():
-    assert results.read_folder(RESULTS)
-    for record in results.read_folder(RESULTS):
+    assert results.read_folder(PUBLISHED)
+    for record in results.read_folder(PUBLISHED):
         assert (record.median is None) == bool(record.remark)
 
 
@@ -562,3 +563,54 @@ def test_cliffs_are_looked_for_everywhere():
     assert made["ties"].unique().numel() < made["gauss"].unique().numel()
     if not torch.cuda.is_available():
         assert cliffs.main([]) == 2
+
+
+# -- Publishing ----------------------------------------------------------------------------------------------------
+
+
+def _publish(tmp_path, *arguments):
+    folders = ("--local", str(tmp_path / "local"), "--published", str(tmp_path / "published"))
+    return publish.main([*arguments, *folders])
+
+
+def test_a_run_is_published_whole(tiny_run, tmp_path, capsys):
+    """Documents show one run; one that lacks what they show is refused, and nothing changes."""
+    for name, measured_ones in (("first", ("chain 1", "T p")), ("second", ("chain 1", "T p")), ("less", ("chain 1",))):
+        assert main([*_TINY, "--out", str(tmp_path / "local" / name), "--workload", *measured_ones]) == 0
+    assert _publish(tmp_path) == 0
+    assert capsys.readouterr().out.split()[-3:] == ["first", "less", "second"]
+    assert _publish(tmp_path, "first") == 0
+    (path,) = (tmp_path / "published").glob("*.csv")
+    first = path.read_text()
+    assert _publish(tmp_path, "second") == 0
+    assert path.read_text() != first
+    assert len(path.read_text().splitlines()) == len(first.splitlines())
+    second = path.read_text()
+    assert _publish(tmp_path, "less") == 1
+    told = capsys.readouterr().out
+    assert "published figures are not in this run" in told
+    assert "T p, 1 x 64" in told
+    assert path.read_text() == second
+    assert _publish(tmp_path, "less", "--force") == 0
+    assert {record.workload for record in results.read_csv(path)} == {"chain 1"}
+    with pytest.raises(SystemExit):
+        _publish(tmp_path, "none")
+
+
+def test_a_run_writes_to_a_folder_that_git_ignores():
+    made = cli._parse([]).out
+    assert made.parent == folders.LOCAL
+    ignored = subprocess.run(["git", "check-ignore", "-q", str(made)], cwd=folders.ROOT, check=False)
+    assert ignored.returncode in (0, 128)  # there may be no git
+
+
+def test_a_run_says_how_long_it_takes_and_who_is_not_there(tiny_run, capsys):
+    tiny_run("--workload", "T p", "--peers", "FlashInfer")
+    told = capsys.readouterr().out
+    assert re.search(r"\d+ cases, about \d+ min", told)
+    assert "FlashInfer: doesn't run on cpu" in told
+
+
+def test_targets_are_told_where_asked_for(tiny_run, capsys):
+    tiny_run("--batch", "1")
+    assert "Targets" not in capsys.readouterr().out
