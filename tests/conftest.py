@@ -1,5 +1,6 @@
 """What all tests share: poisoned memory, and fixtures of tiny models and tokenizers."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +32,16 @@ pytest_plugins = ["tests.durations"]
 settings.register_profile("same", derandomize=True)
 settings.register_profile("new", suppress_health_check=[HealthCheck.differing_executors])
 settings.load_profile("new" if os.environ.get("FASTLOGITS_FUZZ") else "same")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: nobody looks through it for garbage again, as some tests do after each call."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # Triton's libraries complain of what is left at the end
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,12 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+def pip_of(python: Path) -> list[str]:
+    """The pip of the tests, for an environment that has none: making one takes seconds."""
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
+    return [*pip, "install", "--quiet", "--no-compile"]
+
+
 def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
@@ -48,7 +54,7 @@ def test_transformers_imports_from_the_repository_root():
 
 
 def test_transformers_imports_from_the_repository_root_beside_the_package_named_kernels(tmp_path):
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
+    install = [*pip_of(Path(sys.executable)), "--no-deps", "--target", str(tmp_path)]
     # The version that this transformers asks for, else, where the index lacks it, the newest.
     for requirement in (dependency_versions_table.deps["kernels"], "kernels"):
         installed = subprocess.run([*install, requirement], capture_output=True, text=True, check=False)
@@ -110,13 +116,13 @@ def distributions(tmp_path_factory):
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, source / part)
     # The backend in an environment of its own, as an installer calls it: here it is asked for both.
-    venv.create(folder / "backend", with_pip=True)
-    run = [str(folder / "backend" / "bin" / "python"), "-m", "pip", "install", "--quiet", "setuptools>=77"]
-    installed = subprocess.run(run, capture_output=True, text=True, check=False)
+    python = folder / "backend" / "bin" / "python"
+    venv.create(folder / "backend")
+    installed = subprocess.run([*pip_of(python), "setuptools>=77"], capture_output=True, text=True, check=False)
     if installed.returncode:
         pytest.skip(f"no package index for the build backend: {installed.stderr.strip()[-200:]}")
     build = "import setuptools.build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
-    built = subprocess.run([run[0], "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    built = subprocess.run([str(python), "-c", build], cwd=source, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     (wheel,), (sdist,) = folder.glob("fastlogits-*.whl"), folder.glob("fastlogits-*.tar.gz")
     return {"wheel": wheel, "sdist": sdist, "backend": folder / "backend"}
@@ -140,7 +146,7 @@ def test_wheel_holds_both_packages_their_types_and_the_licence(distributions):
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_installed_alone_it_runs_and_asks_no_network(distributions, tmp_path, kind):
     python = distributions["backend"] / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall"]
+    install = [*pip_of(python), "--no-deps", "--no-build-isolation", "--force-reinstall"]
     installed = subprocess.run([*install, str(distributions[kind])], capture_output=True, text=True, check=False)
     assert installed.returncode == 0, installed.stderr
     # torch and transformers are those of the tests, behind what was installed: the checkout is not on the path.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
@@ -55,7 +56,8 @@ class BatchProcessor:
 
     A step takes the logits ``[rows, V]`` and the slot of each row. It launches the same kernels for every mix of
     requests, reads all parameters on the device, and neither waits nor copies. So one CUDA graph, captured once, serves
-    every mix of requests. Adding a request takes one copy; removing, moving and swapping take one launch. They follow
+    every mix of requests. Adding a request takes one copy, changing it a few; removing, moving and swapping take one
+    launch. They follow
     the order of the current stream, and never wait. Call them on the host between two replays, not inside a graph.
 
     A request's result depends on its own parameters, history, seed and position, and on nothing else: not on its slot,
@@ -276,13 +278,39 @@ class BatchProcessor:
         self._write(slot, packed, prompt, output, params.seed)
         self._active[slot] = 1
         self._counted[slot] = len(prompt) + len(output)
-        if params.bitmask:
-            self._strict.add(slot)
-        if params.logprobs is not None:
-            self._reported.add(slot)
-        if packed.looks_back:
-            self._looking_back.add(slot)
+        self._note(slot, params, packed)
         return slot
+
+    def update(self, slot: int, params: RequestParams) -> None:
+        """Give a request other parameters, which act from its next step on. Its history and its position stay.
+
+        Args:
+            slot: its slot.
+            params: all of its parameters, not only those that change: ``dataclasses.replace(params, top_p=0.5)``. Where
+                ``seed`` is None, the request keeps the seed that it has.
+
+        Raises:
+            ValueError: the slot holds no request; or the parameters don't fit, see ``add``. Then nothing has changed.
+
+        Example:
+            >>> batch = BatchProcessor(1, vocab_size=4, device="cpu", max_length=8)
+            >>> slot = batch.add(RequestParams(temperature=0), prompt_ids=[1])
+            >>> batch.update(slot, RequestParams(temperature=0, banned_token_ids=[3]))
+            >>> batch.sample(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), [slot]).tokens
+            tensor([2])
+        """
+        if not isinstance(params, RequestParams):
+            raise ValueError(f"params must be RequestParams, got {params!r}")
+        slot = self._taken_slot("slot", slot)
+        packed = self._packed(params)
+        self._write_over(slot, packed, params.seed is None)
+        self._note(slot, params, packed)
+
+    def _note(self, slot: int, params: RequestParams, packed: PackedParams) -> None:
+        """Keep on the host what a step may lack that a request needs."""
+        asks = (params.bitmask, params.logprobs is not None, packed.looks_back)
+        for known, asked in zip((self._strict, self._reported, self._looking_back), asks, strict=True):
+            (known.add if asked else known.discard)(slot)
 
     def remove(self, slot: int) -> None:
         """Remove a request: its slot is free, and rows that name it are left alone.
@@ -797,6 +825,20 @@ class BatchProcessor:
         if N > P:
             record[self._lists_end + P :] = output
         self._held[slot][begin:end].copy_(staged, non_blocking=True)
+
+    def _write_over(self, slot: int, packed: PackedParams, keeps_seed: bool) -> None:
+        """Bring other parameters to a slot, around its lengths, and around its seed where that stays."""
+        W = self._masks_end // layout.MASKS
+        pieces = [(mask.plane * W, mask.words) for mask in packed.masks]
+        # The index is of the n-grams that a request asks for: it is made anew.
+        starts = (layout.FLAGS.value, layout.SEED.value, layout.TEMPERATURE.value, len(packed.record))
+        for begin, end in pairwise(starts):
+            if begin != layout.SEED.value or not keeps_seed:
+                pieces.append((self._masks_end + begin, packed.record[begin:end]))
+        for at, words_of_it in pieces:
+            staged, held = self._staging.take(len(words_of_it))
+            held[:] = words_of_it
+            self._held[slot][at : at + len(words_of_it)].copy_(staged, non_blocking=True)
 
     def _packed(self, params: RequestParams) -> PackedParams:
         """Parameters as a slot of this batch holds them; kept with them, since making one takes time.

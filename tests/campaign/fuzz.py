@@ -26,14 +26,14 @@ QUIET = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewri
 class Rounds:
     """What pytest is told of its time, and what it tells of its cases."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, least: int = 1) -> None:
         self.until = time.monotonic() + seconds
-        self.examples = 0
+        self.least, self.count, self.examples = least, 0, 0
         self.failed: list[str] = []
 
     @property
     def is_over(self) -> bool:
-        return bool(self.failed) or time.monotonic() > self.until
+        return bool(self.failed) or (self.count >= self.least and time.monotonic() > self.until)
 
     def pytest_collection_modifyitems(self, items) -> None:
         items[:] = [item for item in items if is_hypothesis_test(getattr(item, "obj", None))]
@@ -56,9 +56,9 @@ class Rounds:
         self.examples += sum(len(phase["test-cases"]) for phase in phases)
 
 
-def main(minutes: str, *arguments: str) -> int:
-    """Run rounds until the time is up or a test fails; whether one did."""
-    rounds, count = Rounds(60 * float(minutes)), 0
+def main(minutes: str, *arguments: str, least: int = 1) -> int:
+    """Run rounds, so many at least, until the time is up or a test fails; whether one did."""
+    rounds = Rounds(60 * float(minutes), least)
     spent = {True: 0.0, False: 0.0}  # on the machines alone, and on all
     while not rounds.is_over:
         seed, machines = secrets.randbits(32), spent[True] <= spent[False]
@@ -66,13 +66,13 @@ def main(minutes: str, *arguments: str) -> int:
         start = time.monotonic()
         code = pytest.main([*QUIET, f"--hypothesis-seed={seed}", *chosen], plugins=[rounds])
         spent[machines] += time.monotonic() - start
-        count += 1
+        rounds.count += 1
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
             return int(code)
     machines_of = sys.modules.get("tests.campaign.test_machines")
     steps = {} if machines_of is None else machines_of.STEPS
     done = ", ".join(f"{number:,} steps of the {name} machine" for name, number in steps.items())
-    print(f"{rounds.examples:,} examples in {count} rounds; {done or 'no machine'}")
+    print(f"{rounds.examples:,} examples in {rounds.count} rounds; {done or 'no machine'}")
     for test in rounds.failed:
         print(f"failed; see it again with\n  FASTLOGITS_FUZZ=1 python -m pytest --hypothesis-seed={seed} '{test}'")
     return bool(rounds.failed)

@@ -78,12 +78,14 @@ def test_kernels_stay_within_their_guards(name, device):
 
 
 STAND_IN = """#!/usr/bin/env bash
-# Says what compute-sanitizer says, after the command line that follows its own options.
+# Says what compute-sanitizer says, after the command line that follows its own options; of one tool it runs.
 [ "$1" = --version ] && printf 'NVIDIA (R) Compute Sanitizer\\nVersion 2026.1.0.0 (build 1) (public-release)\\n' && exit
 tool=$2 log=$8 status=0 errors=0
 shift 8
 if [[ $* == *sanitizer_control* ]]; then
     [ "$tool" = initcheck ] || errors=1
+elif [ "$tool" != memcheck ]; then
+    echo "done pack_ids-3x32"
 else
     "$@"
     status=$?
@@ -133,16 +135,17 @@ def test_guards_see_what_is_written_beside_an_allocation(device):
 def test_new_examples_round_after_round():
     """In one process, of a test that is a method: each round makes its class anew."""
     test = "tests/processors/test_audio.py::TestWhisper::test_timestamps"
-    for minutes in ("0.05", "0.5", "2"):  # more where the first round takes long to begin
-        command = [sys.executable, "tests/campaign/fuzz.py", minutes, test]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-        told = re.search(r"([\d,]+) examples in (\d+) round", done.stdout)
-        assert done.returncode == 0, done.stdout
-        assert told is not None
-        if int(told[2]) > 1:
-            break
-    assert int(told[2]) > 1
-    assert int(told[1].replace(",", "")) > int(told[2])
+    command = [
+        sys.executable,
+        "-c",
+        f"from tests.campaign import fuzz; raise SystemExit(fuzz.main('0', {test!r}, least=2))",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    told = re.search(r"([\d,]+) examples in (\d+) round", done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert told is not None
+    assert int(told[2]) == 2
+    assert int(told[1].replace(",", "")) > 2
 
 
 def test_mutations_are_of_texts_that_stand_once():

@@ -2,31 +2,33 @@
 
     python -m tests.kernels.launches keys             # two launches of one key that aren't the same to Triton
     python -m tests.kernels.launches resources 90     # registers, spills and wide accesses, compiled for sm_90
-    python -m tests.kernels.launches smallest 90      # what compiles for one row of one token
+    python -m tests.kernels.launches brief 80         # the same of fewer calls, which bring each kernel at least once
+    python -m tests.kernels.launches smallest 90      # what Triton takes for one row of one token
     python -m tests.kernels.launches amd              # what compiles for gfx942
     python -m tests.kernels.launches clashes          # constants of one name that differ between functions of a kernel
     python -m tests.kernels.launches sources 1        # by what Triton's cache is asked, after kernels in some order
 
-In a process without Triton's interpreter, which compiles nothing. All print JSON.
+In a process without Triton's interpreter, which compiles nothing. Several commands print one list. All print JSON.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from fastlogits_kernels.rules import RULES, Rule, argument_of
-from fastlogits_kernels.runtime import backend, launcher
+from fastlogits_kernels.runtime import backend, driver, launcher
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
 from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.serving import search
@@ -112,9 +114,14 @@ def source_of(made: Launch) -> Any:
 
 def compile_for(made: Launch, capability: int | None) -> Any:
     """A launch compiled for a GPU that need not be there: one of NVIDIA by its capability, or AMD's gfx942."""
+    return compile_source(source_of(made), made, capability)
+
+
+def compile_source(source: Any, made: Launch, capability: int | None) -> Any:
+    """The same of a source of one's own, as the launch would have it compiled."""
     from triton.backends.compiler import GPUTarget
 
-    source, options = source_of(made), made.launcher._options
+    options = made.launcher._options
     if capability is None:  # which has no limit of registers to give
         options = {name: options[name] for name in ("num_warps", "enable_fp_fusion") if name in options}
         return triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
@@ -202,37 +209,86 @@ CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
 ]  # fmt: skip
 
 
-def taken(compiled: Any, capability: int) -> dict[str, int]:
-    """Registers, bytes spilled and accesses of 16 bytes of a compiled kernel."""
+BRIEF = (("serving", torch.float32), ("sample", torch.bfloat16))
+"""Calls that bring each kernel at least once, and all rules."""
+
+
+def _said_by_ptxas(_: Any, ptx: str, metadata: dict[str, Any], options: Any, capability: int) -> bytes:
+    """Stands in for a compiled kernel's code: what ptxas says of it."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(compiled.asm["ptx"])
-        ptx.flush()
-        target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]  # type: ignore[index]
-        said = subprocess.run(
-            [get_ptxas(capability).path, "-v", f"-arch={target}", ptx.name, "-o", "/dev/null"],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = re.search(r"\.target (\w+)", ptx)[1]  # type: ignore[index]
+        command = [get_ptxas(capability).path, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, check=True).stderr
+
+
+@contextmanager
+def measured() -> Iterator[None]:
+    """Kernels that are compiled in here are for ``taken``, in a cache of their own."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    folder = os.path.join(triton.knobs.cache.dir, "fastlogits-measured")
+    with (
+        mock.patch.object(CUDABackend, "make_cubin", _said_by_ptxas),
+        mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}),
+    ):
+        yield
+
+
+def loaded(compiled: Any, function: int, run: Any = None) -> Any:
+    """A compiled kernel as it is once a GPU has it; None for a launcher of Triton's that can't be called."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    if run is None:
+        run, metadata = object.__new__(CudaLauncher), compiled.metadata
+        run.num_ctas = metadata.num_ctas
+        for name in ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl"):
+            setattr(run, name, getattr(metadata, name))
+    compiled._run, compiled.function = run, function
+    return compiled
+
+
+def taken(compiled: Any) -> dict[str, Any]:
+    """Registers, bytes spilled and accesses of 16 bytes of a kernel that was compiled where it is ``measured``.
+
+    And what keeps it from being launched through the CUDA driver.
+    """
+    said = compiled.asm["cubin"].decode()
+    try:
+        unfit = ""
+        driver.entry_of(loaded(compiled, 1))
+    except driver.UnfitError as error:
+        unfit = str(error)
     return {
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
         "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),  # type: ignore[index]
         "wide": len(re.findall(r"(?:ld|st)\.global[^\s]*\.v4", compiled.asm["ptx"])),
+        "unfit": unfit,
     }
 
 
-def resources(capability: int) -> dict[str, dict[str, int]]:
-    """What each kernel of the selection takes, by call, kernel and dtype."""
-    found: dict[str, dict[str, int]] = {}
+def resources(capability: int, calls: Collection[tuple[str, torch.dtype]] = ()) -> dict[str, dict[str, Any]]:
+    """What each kernel of the selection takes, by call, kernel and dtype; of all calls or some."""
+    found: dict[str, dict[str, Any]] = {}
     for call, run, dtype in CALLS:
+        if calls and (call, dtype) not in calls:
+            continue
         with captured(hopper=capability >= 90) as made:
             run(dtype)
         for each in made:
             name = f"{each.launcher.kernel.__name__.strip('_').removesuffix('_kernel')} {call} {_TYPES[dtype]}"
-            if name in found:
-                continue
-            found[name] = taken(compile_for(each, capability), capability)
+            if name not in found:
+                with measured():
+                    found[name] = taken(compile_for(each, capability))
     return found
+
+
+def brief(capability: int) -> dict[str, dict[str, Any]]:
+    """The same of a few calls."""
+    return resources(capability, BRIEF)
 
 
 def _smallest() -> None:
@@ -260,15 +316,35 @@ def _smallest() -> None:
 
 
 def smallest(capability: int) -> list[str]:
-    """Kernels that compile where sizes and strides are 1; the first that doesn't raises."""
+    """Kernels that Triton takes where sizes and strides are 1; the first that it doesn't raises."""
     with captured(hopper=capability >= 90) as made:
         _smallest()
     found: dict[str, Launch] = {}
     for each in made:
         found.setdefault(f"{each.launcher.kernel.__name__} {variant(each)} {each.launcher._options}", each)
-    for each in found.values():
-        compile_for(each, capability)
+    with _read_only():
+        for each in found.values():
+            compile_for(each, capability)
     return sorted({name.split()[0] for name in found})
+
+
+@contextmanager
+def _read_only() -> Iterator[None]:
+    """Kernels that are compiled in here are read and checked by Triton, and become no code: that takes longest."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    def no_code(_: Any, ir: Any, metadata: dict[str, Any], *options: Any) -> str:
+        return metadata.setdefault("name", "")
+
+    folder = os.path.join(triton.knobs.cache.dir, "fastlogits-read")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}))
+        stack.enter_context(mock.patch.object(CUDABackend, "make_ttgir", staticmethod(lambda ir, *options: ir)))
+        stack.enter_context(mock.patch.object(CUDABackend, "make_llir", no_code))
+        stack.enter_context(mock.patch.object(CUDABackend, "make_ptx", no_code))
+        stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", return_value=b""))
+        stack.enter_context(mock.patch.object(CUDABackend, "pack_metadata", return_value=None))
+        yield
 
 
 def amd() -> list[str]:
@@ -315,9 +391,16 @@ def clashes() -> list[str]:
     return sorted(found)
 
 
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "keys": keys, "resources": resources, "brief": brief, "smallest": smallest, "amd": amd, "clashes": clashes,
+    "sources": sources,
+}  # fmt: skip
+
 if __name__ == "__main__":
-    asked, *rest = sys.argv[1:]
-    run = {
-        "keys": keys, "resources": resources, "smallest": smallest, "amd": amd, "clashes": clashes, "sources": sources
-    }[asked]  # fmt: skip
-    print(json.dumps(run(*map(int, rest))))
+    words = sys.argv[1:]
+    starts = [index for index, word in enumerate(words) if word in COMMANDS]
+    found = [
+        COMMANDS[words[start]](*map(int, words[start + 1 : stop]))
+        for start, stop in zip(starts, [*starts[1:], None], strict=True)
+    ]
+    print(json.dumps(found if len(found) > 1 else found[0]))

@@ -245,9 +245,16 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(fold_kernels, "FORCE_KERNEL", request.param == "kernels")
 
 
+# Each class with each shape, by torch and by kernels in turns.
+BY_TURNS = [
+    (("torch", "kernels")[(index + number) % 2], *shape, name)
+    for number, shape in enumerate([(1, 2), (2, 4), (2, 3), (3, 2), (2, 1)])
+    for index, name in enumerate(entries.kinds(lambda entry: entry.graph or entry.least_vocab > 1))
+]
+
+
 @pytest.mark.skipif(IS_4, reason="transformers 4 reads rows one by one; we follow 5")
-@pytest.mark.parametrize("name", entries.kinds(lambda entry: entry.graph or entry.least_vocab > 1))
-@pytest.mark.parametrize(("R", "B"), [(1, 2), (2, 4), (2, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("backend", "R", "B", "name"), BY_TURNS, indirect=["backend"])
 @settings(deadline=None, max_examples=6, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_ids_of_other_rows_act_as_in_transformers_or_are_refused(backend, device, name, R, B, data):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastlogits_kernels.serving import steps as slot_sets
+from fastlogits_kernels.serving import steps
 from fastlogits_kernels.serving.reference import reference_accept
 
 import fastlogits as fl
@@ -20,7 +20,7 @@ def path(request, monkeypatch):
         if request.param == "torch":
             pytest.skip("on a GPU the kernels run")
     else:
-        monkeypatch.setattr(slot_sets, "FORCE_KERNEL", request.param == "kernels")
+        monkeypatch.setattr(steps, "FORCE_KERNEL", request.param == "kernels")
     return request.param
 
 
@@ -53,7 +53,7 @@ def test_drafts_are_kept_up_to_the_first_wrong_one(device, path):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_the_kernel_and_torch_accept_the_same(device, monkeypatch, dtype):
     """Long drafts too, rows of no request, slots beyond the table, and what is fed with strides."""
-    monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
+    monkeypatch.setattr(steps, "FORCE_KERNEL", True)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         batch, other = batch_of(5, device), batch_of(5, "cpu")
@@ -69,7 +69,7 @@ def test_the_kernel_and_torch_accept_the_same(device, monkeypatch, dtype):
         of = torch.tensor(slots, dtype=dtype)
         expected = reference_accept(other._slots, of, tokens, drafts, True)
         spread = torch.stack((drafts, drafts), 1).to(device)[:, 0]
-        found = slot_sets.accept_drafts(batch._slots, of.to(device), tokens.to(device), spread, True)
+        found = steps.accept_drafts(batch._slots, of.to(device), tokens.to(device), spread, True)
         for one, two in zip(found, expected, strict=True):
             torch.testing.assert_close(one.cpu(), two, rtol=0, atol=0)
         assert texts(batch) == texts(other)
@@ -127,7 +127,7 @@ def test_a_full_history_keeps_what_it_has(device, path):
             batch.accept(torch.tensor([7, 8, 9, 4]), slots, drafts)
         assert texts(batch) == [[1, 2, 0]]
     tables = [each.to(device) for each in (slots, torch.tensor([7, 8, 9, 4]), drafts)]
-    kept, counts = slot_sets.accept_drafts(batch._slots, *tables, True)
+    kept, counts = steps.accept_drafts(batch._slots, *tables, True)
     assert kept.tolist() == [7, 8, 9, 4]
     assert counts.tolist() == [3] * 4
     assert texts(batch) == [[1, 2, 0, 7, 8]]

@@ -26,7 +26,10 @@ L = PROMPT.shape[1]
 SEED = torch.tensor([11])
 
 
-@pytest.fixture(autouse=True, params=["as they are", "as a GPU captures them"])
+STEPS, DRAFTED = ("as they are", "as a GPU captures them"), ("lookup", "model")
+
+
+@pytest.fixture(autouse=True, params=STEPS)
 def steps(monkeypatch, request):
     """All tests, with steps as they are and with those that a GPU captures."""
     monkeypatch.setattr(loop, "FORCE", request.param != "as they are")
@@ -54,13 +57,21 @@ def draft(llama):
     return nearly(llama)
 
 
-@pytest.fixture(params=["lookup", "model"])
+@pytest.fixture(params=DRAFTED)
 def drafted(request, draft):
     """The arguments that ask for drafts."""
     return {"prompt_lookup_num_tokens": 4} if request.param == "lookup" else {"assistant_model": draft}
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+def in_pairs(argument, names):
+    """Each name with each kind of steps and with each kind of drafts, and these with each other: half of the cases."""
+    cases = [
+        (name, STEPS[number], DRAFTED[(index + number) % 2]) for index, name in enumerate(names) for number in (0, 1)
+    ]
+    return pytest.mark.parametrize((argument, "steps", "drafted"), cases, indirect=["steps", "drafted"])
+
+
+@in_pairs("chain", CHAINS)
 def test_the_same_tokens_and_scores(llama, drafted, chain, steps):
     options = {**CHAINS[chain], **OUTPUT}
     wanted = generate(llama, **options)
@@ -76,7 +87,7 @@ def test_the_same_tokens_and_scores(llama, drafted, chain, steps):
     assert said.past_key_values.get_seq_length() == wanted.past_key_values.get_seq_length()
 
 
-@pytest.mark.parametrize("run", RUNS)
+@in_pairs("run", RUNS)
 def test_processors_of_ours(llama, drafted, run):
     options = {"top_k": 0, "eos_token_id": None}
     wanted = generate(llama, logits_processor=fl.LogitsProcessorList(RUNS[run]()), **options)
@@ -132,7 +143,7 @@ def test_a_text_that_repeats_itself_is_looked_up(llama, caplog):
     assert f"drafts: {sum(said.accepted_drafts)} accepted" in caplog.text
 
 
-@pytest.mark.parametrize("name", MODELS)
+@in_pairs("name", MODELS)
 def test_windows_and_turns(name, drafted):
     """A cache goes on to the next turn, and takes back what was too much, within a window and beyond it."""
     model = MODELS[name]()
@@ -153,7 +164,7 @@ def test_windows_and_turns(name, drafted):
 
 @pytest.mark.parametrize("eos", [2, [*range(40, 60), 2], [*range(3, 97)]], ids=["one", "many", "most"])
 def test_the_end_of_the_text(llama, drafted, eos):
-    for seed in range(5):
+    for seed in range(3):
         seeds = torch.tensor([seed])
         wanted = generate(llama, seeds=seeds, eos_token_id=eos)
         assert torch.equal(generate(llama, seeds=seeds, eos_token_id=eos, **drafted), wanted)
