@@ -14,6 +14,7 @@ from fastlogits.checks import is_integer
 
 Ids: TypeAlias = "Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
 
+NO_IDS: tuple[int, ...] = ()
 NO_TOKENS = np.zeros(0, dtype=np.int32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -80,12 +81,17 @@ def _as_int64(found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def history_ids(argument: str, ids: Ids) -> np.ndarray[Any, Any]:
     """Token ids as a history keeps them. Those beyond 32 bits belong to no vocabulary, and become -1."""
+    if ids is NO_IDS:
+        return NO_TOKENS
     if type(ids) is list and ids and type(ids[0]) is int:
         try:  # in a third of the time that numpy takes
             return np.frombuffer(array("i", ids), dtype=np.int32)
         except (TypeError, OverflowError):  # no integers, or large ones
             pass
-    found = _as_int64(_integers(argument, ids))
+    found = _integers(argument, ids)
+    if found.dtype == np.int32:
+        return found
+    found = _as_int64(found)
     if len(found) and (found.max() >= 2**31 or found.min() < -(2**31)):
         found = np.where((found >= 2**31) | (found < -(2**31)), -1, found)
     return found

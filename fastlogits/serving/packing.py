@@ -92,8 +92,11 @@ _HEADER = struct.Struct(
     f"=6i Q 4f {''.join('i' if whole else 'f' for whole in layout.INTEGERS)} 3i {2 * layout.N_LISTS}i"
 )
 _LENGTHS, _SEED = struct.Struct("=2i"), struct.Struct("=Q")
-# The parameter of each truncation, and the value that turns it off.
-_RULES = [(argument_of(kind), layout.OFF[kind]) for kind in layout.RULE_KINDS]
+# The parameter of each truncation, the value that turns it off, and whether it is an integer.
+_RULES = [
+    (argument_of(kind), int(layout.OFF[kind]) if whole else layout.OFF[kind], whole)
+    for kind, whole in zip(layout.RULE_KINDS, layout.INTEGERS, strict=True)
+]
 
 
 def write_lengths(record: np.ndarray[Any, Any], tokens: int, prompt: int) -> None:
@@ -123,11 +126,11 @@ def pack(params: RequestParams, V: int, semantics: StackSemantics) -> PackedPara
     _put_lists(slot, params)
     _put_dry(slot, params)
     looks_back = counts_tokens or params.dry_multiplier or params.no_repeat_ngram_size
-    return PackedParams(
-        np.frombuffer(_header(slot, params) + b"".join(slot.lists), dtype=np.int32),
-        tuple(PackedMask(plane, mask.bits().numpy()) for plane, mask in enumerate(slot.masks) if mask is not None),
-        bool(looks_back) or any(len(word) > 1 for word in params.bad_words),
-    )
+    if params.bad_words and not looks_back:
+        looks_back = any(len(word) > 1 for word in params.bad_words)
+    masks = [PackedMask(plane, mask.bits().numpy()) for plane, mask in enumerate(slot.masks) if mask is not None]
+    record = np.frombuffer(_header(slot, params) + b"".join(slot.lists), dtype=np.int32)
+    return PackedParams(record, tuple(masks), bool(looks_back))
 
 
 class _Slot:
@@ -218,8 +221,10 @@ def _put_dry(slot: _Slot, params: RequestParams) -> None:
 def _header(slot: _Slot, params: RequestParams) -> bytes:
     """The words before the lists. Lengths are written when the request is added, and so is a random seed."""
     given = params.__dict__
-    values = [off if given[name] is None else given[name] for name, off in _RULES]
-    rules = [_small(int(value)) if whole else value for value, whole in zip(values, layout.INTEGERS, strict=True)]
+    rules = [
+        off if (value := given[name]) is None else _small(int(value)) if whole else value
+        for name, off, whole in _RULES
+    ]  # fmt: skip
     return _HEADER.pack(
         0, 0, slot.flags, _small(params.no_repeat_ngram_size), _small(params.min_tokens), _small(params.first_window),
         (params.seed or 0) & (2**64 - 1),

@@ -85,7 +85,8 @@ class Machine:
         return torch.tensor(values, device=self.device)
 
     def act(self) -> None:
-        self.rng.choice([self.add, self.add, self.append, self.append, self.accept, self.swap, self.remove])()
+        often = [self.add, self.append] * 2
+        self.rng.choice([*often, self.accept, self.swap, self.remove, self.update])()
 
     def add(self) -> None:
         free = [slot for slot in range(4) if slot not in self.batch]
@@ -96,6 +97,11 @@ class Machine:
         slot = self.rng.randrange(4)
         if slot in self.batch:
             self.batch.remove(slot)
+
+    def update(self) -> None:
+        slot = self.rng.randrange(4)
+        if slot in self.batch:
+            self.batch.update(slot, asked(self.rng))
 
     def swap(self) -> None:
         self.batch.swap(self.rng.randrange(4), self.rng.randrange(4))
