@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fastlogits.inspect.trace import Trace as Trace
     from fastlogits.inspect.trace import trace as trace
     from fastlogits.integrations.bitmask import apply_token_bitmask_inplace as apply_token_bitmask_inplace
+    from fastlogits.parallel.group import Group as Group
     from fastlogits.plan.plan import Plan as Plan
     from fastlogits.plan.position import Position as Position
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
@@ -124,6 +125,7 @@ _HOME = {
     "ForcedEOSTokenLogitsProcessor": "processors.length",
     "FrequencyPenaltyLogitsProcessor": "processors.penalties",
     "GenLengthLogitsProcessor": "processors.nvidia_zoo",
+    "Group": "parallel.group",
     "HammingDiversityLogitsProcessor": "processors.beams",
     "InfNanRemoveLogitsProcessor": "processors.scaling",
     "LogitBiasLogitsProcessor": "processors.sequences",
