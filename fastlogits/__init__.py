@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastlogits.inspect.trace import trace as trace
     from fastlogits.integrations.bitmask import apply_token_bitmask_inplace as apply_token_bitmask_inplace
     from fastlogits.parallel.group import Group as Group
+    from fastlogits.parallel.process import process as process
     from fastlogits.plan.plan import Plan as Plan
     from fastlogits.plan.position import Position as Position
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
@@ -179,6 +180,7 @@ _HOME = {
     "apply_token_bitmask_inplace": "integrations.bitmask",
     "check": "inspect.check",
     "decode": "transformers.decode",
+    "process": "parallel.process",
     "restore": "transformers.accelerate",
     "sample": "sampling",
     "trace": "inspect.trace",

@@ -359,6 +359,10 @@ class Sampler:
             >>> Sampler(temperature=0.7, top_k=50).warm_up(128256, torch.bfloat16, device="cpu").kernels
             ()
         """
+        if self._split is not None:  # whole rows are what is sampled from
+            arguments: Any = {"batch": batch, "device": device, "seeds": seeds, "positions": positions}
+            arguments |= {"input_ids": input_ids, "prompt_length": prompt_length, "cache_position": cache_position}
+            return self._split.sampler.warm_up(vocab_size, dtype, **arguments)
         own = [each for each in (self._temperature, *(rule.value for rule in self._rules)) if _is_tensor(each)]
         where = own[0].device if device is None and own else warming.checked_device(device)
         rows = len(own[0]) if batch is None and own else whole_number("batch", 1 if batch is None else batch, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -113,11 +114,28 @@ class Group:
         self._start = None if vocab_start is None else whole_number("vocab_start", vocab_start)
         self._vocab_size = None if vocab_size is None else whole_number("vocab_size", vocab_size, 1)
         self._shards: dict[int, Shards] = {}
+        self.agree = Agreement(self)
+        """What the ranks have found to be alike in calls that keep nothing themselves."""
 
     @classmethod
     def of(cls, group: Any) -> Group:
-        """``group`` itself, or a ``Group`` of a process group or mesh."""
-        return group if isinstance(group, Group) else cls(group)
+        """``group`` itself, or a ``Group`` of a process group or mesh: of each always the same one."""
+        if isinstance(group, Group):
+            return group
+        made = _groups.get(group)
+        if made is None:
+            made = _groups[group] = cls(group)
+        return made
+
+    def of_vocabulary(self, vocab_size: int) -> Group:
+        """The same ranks, for a vocabulary of so many tokens.
+
+        Raises:
+            ValueError: this is the group of another vocabulary.
+        """
+        if self._vocab_size not in (None, vocab_size):
+            raise ValueError(f"group must be of a vocabulary of {vocab_size} tokens, got one of {self._vocab_size}")
+        return Group(self.process_group, vocab_start=self._start, vocab_size=vocab_size)
 
     # -- What ranks agree on ---------------------------------------------------------------------------------------
 
@@ -219,12 +237,18 @@ class Group:
         each = zip(parts, shards.widths, shards.sizes, strict=True)
         return torch.cat([part.view(mine, width)[:, :size] for part, width, size in each], 1)
 
+    def part(self, logits: torch.Tensor, shards: Shards) -> torch.Tensor:
+        """This rank's part ``[B, width]`` of whole rows ``[B, V]``; -inf in columns of padding."""
+        start, stop, width = (each[self.rank] for each in shards)
+        return torch.nn.functional.pad(logits[:, start:stop], (0, width - (stop - start)), value=float("-inf"))
+
     def returned_rows(self, rows: torch.Tensor, B: int, shards: Shards) -> torch.Tensor:
-        """This rank's part ``[B, width]`` of all rows, from its own rows ``[rows, V]``; 0 in columns of padding."""
+        """This rank's part ``[B, width]`` of all rows, from its own rows ``[rows, V]``; -inf in columns of padding."""
         mine = len(rows)
         blocks = []
         for start, stop, width in zip(*shards, strict=True):
-            blocks.append(torch.nn.functional.pad(rows[:, start:stop], (0, width - (stop - start))).flatten())
+            padding = (0, width - (stop - start))
+            blocks.append(torch.nn.functional.pad(rows[:, start:stop], padding, value=float("-inf")).flatten())
         width = shards.widths[self.rank]
         counts = [(own.stop - own.start) * width for own in self._all_rows(B)]
         found = self.all_to_all(torch.cat(blocks), [mine * each for each in shards.widths], counts)
@@ -238,6 +262,9 @@ class Group:
 
     def _all_rows(self, B: int) -> list[slice]:
         return [self.rows_of(rank, B) for rank in range(self.size)]
+
+
+_groups: WeakKeyDictionary[Any, Group] = WeakKeyDictionary()
 
 
 class Agreement:
@@ -261,8 +288,7 @@ class Agreement:
         """
         if form in self._known:
             return False
-        told = self.group.told({"form": dict(form)})
-        self._check(told)
+        self.check(self.group.told({"form": dict(form)}))
         self._known.add(form)
         return True
 
@@ -274,7 +300,8 @@ class Agreement:
         if not self._known and self.group.size > 1:
             self.group.told({"error": f"{type(error).__name__}: {error}"})
 
-    def _check(self, told: list[Mapping[str, Any]]) -> None:
+    def check(self, told: list[Mapping[str, Any]]) -> None:
+        """Raise where what the ranks have told isn't alike."""
         self.group.check_refused(told)
         forms = [each["form"] for each in told]
         for rank, form in enumerate(forms):

@@ -70,7 +70,7 @@ class SplitSampler:
         form: tuple[tuple[str, Hashable], ...],
     ) -> None:
         self.group = Group.of(group)
-        self._sampler = sampler
+        self.sampler = sampler
         self._make = make
         self._form = form
         self._agree = Agreement(self.group)
@@ -111,19 +111,19 @@ class SplitSampler:
         ids = call.input_ids
         deals = self.group.size < B and takes_some_rows(members) and (ids is None or len(ids) == B)
         if not deals:
-            return _Way(shards, plan, None, self._sampler)
+            return _Way(shards, plan, None, self.sampler)
         rows = self.group.rows_of(self.group.rank, B)
         return _Way(shards, plan, rows, self._of_rows(rows, B))
 
     def _of_rows(self, rows: slice, B: int) -> Sampler:
         """A sampler of some rows, which reads their parameters where those of all rows stand."""
-        params = self._sampler.params
+        params = self.sampler.params
         own = {
             name: value[rows]
             for name, value in vars(params).items()
             if isinstance(value, torch.Tensor) and value.ndim and len(value) == B
         }
-        return self._make(replace(params, **own)) if own else self._sampler  # type: ignore[arg-type]
+        return self._make(replace(params, **own)) if own else self.sampler  # type: ignore[arg-type]
 
     def _first(self, way: _Way, call: SplitCall) -> Sample:
         """A call of a new form. If it fails on one rank, all raise."""
