@@ -277,14 +277,19 @@ class Sampler:
 
     def _splitting(self, group: Any) -> SplitSampler:
         """What samples from the parts of the logits that the ranks of a group have."""
-        from fastlogits.parallel.sampling import SplitSampler  # imports torch.distributed
+        from fastlogits.parallel.sampling import Draw, SplitSampler  # imports torch.distributed
 
         def like(params: SamplingParams) -> Sampler:
             return Sampler(self._processors, params, logprobs=self._logprobs, top_logprobs=self._top_logprobs)
 
         parameters = vars(self.params).items()
         form = (*((name, _form_of(value)) for name, value in parameters), ("logprobs", self._logprobs))
-        return SplitSampler(group, like(self.params), like, (*form, ("top_logprobs", self._top_logprobs)))
+        form = (*form, ("top_logprobs", self._top_logprobs))
+        plain = None
+        if self._processors is None and self._logprobs is None:
+            greedy = not isinstance(self._temperature, torch.Tensor) and self._temperature == 0
+            plain = Draw(() if greedy else self._rules, self._temperature)
+        return SplitSampler(group, like(self.params), like, form, plain)
 
     def _sample_split(
         self,

@@ -72,14 +72,15 @@ def process(
         ("number of rows of scores", B), ("dtype of scores", str(scores.dtype)), ("input_ids", ids is not None),
         ("processors", "; ".join(f"{member.name}: {member.stage.describe()}" for member in members)),
     ))  # fmt: skip
-    if B <= ranks.size or not takes_some_rows(members) or (ids is not None and len(ids) != B):
+    if ranks.size >= B or not takes_some_rows(members) or (ids is not None and len(ids) != B):
         whole = ranks.whole_rows(scores, shards)
         return ranks.part(plan(ids, whole, prompt_length=prompt_length, cache_position=cache_position), shards)
     own = ranks.rows_of(ranks.rank, B)
     rows = ranks.dealt_rows(scores, shards)
     if len(rows):
+        some_ids: Any = ids if ids is None else ids[own]
         rows = plan(
-            ids if ids is None else ids[own], rows, prompt_length=some_index(prompt_length, own, B),
+            some_ids, rows, prompt_length=some_index(prompt_length, own, B),
             cache_position=some_index(cache_position, own, B),
         )  # fmt: skip
     return ranks.returned_rows(rows, B, shards)

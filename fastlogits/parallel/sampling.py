@@ -7,7 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from fastlogits_kernels.parallel.launch import BestShards, TopShards, sent_of
+from fastlogits_kernels.rules import Rule, is_idle
+from fastlogits_kernels.runtime.backend import CompileError
+from fastlogits_kernels.runtime.launcher import table_on
+from fastlogits_kernels.selection import launch
 
+from fastlogits.checks import LOGITS_DTYPES
 from fastlogits.parallel.group import Agreement, Group, Shards
 from fastlogits.parallel.rows import some_index, some_rows, takes_some_rows
 from fastlogits.plan.position import Index
@@ -36,6 +42,31 @@ class SplitCall(NamedTuple):
         )  # fmt: skip
 
 
+class Parts(NamedTuple):
+    """How tokens are sampled from the parts of the logits: each rank sends what its part may keep, and no more."""
+
+    step: TopShards | BestShards
+    own: int
+    """Tokens of this rank's part."""
+    temperature: torch.Tensor | None
+
+    def sent(self, call: SplitCall) -> torch.Tensor:
+        """What this rank sends."""
+        return self.step.sent(call.logits[:, : self.own], call.seeds, call.positions, self.temperature)
+
+    def tokens(self, sent: torch.Tensor, call: SplitCall) -> Sample:
+        """The token of each row, from what all have sent."""
+        tokens = self.step.tokens(sent, call.seeds, call.positions, self.temperature)
+        return Sample(tokens, None, None, None, None)
+
+
+class Draw(NamedTuple):
+    """What a sampler does where it has no processors, and nobody asks for log-probabilities."""
+
+    rules: tuple[Rule, ...]
+    temperature: float | torch.Tensor | None
+
+
 class _Way(NamedTuple):
     """How calls of one form are sampled."""
 
@@ -46,20 +77,29 @@ class _Way(NamedTuple):
     """This rank's rows where the rows are dealt out; None where each rank gets all of them."""
     sampler: Sampler
     """Samples these rows of whole logits."""
+    parts: Parts | None = None
+    """Samples from the parts, where their rows needn't be whole."""
 
 
 class SplitSampler:
     """Samples from logits of which each rank has a part of the vocabulary.
 
-    The ranks exchange their logits so that each has some whole rows. They sample these, and exchange the results. A
-    row's result is that of one process, bit for bit, since it is computed in the same way from the same logits. Where
-    there are fewer rows than ranks, or a processor has to see all rows, each rank gets all of them.
+    There are three ways, of which all give the result of one process, bit for bit. Which one is taken depends on what
+    the host knows, and is the same on all ranks.
+
+    - On a GPU, without processors and log-probabilities, where no rule drops anything or a fixed number of the most
+      likely tokens is taken before anything is added up: each rank sends the few tokens of its part that may be kept,
+      once, and finds the token among all that was sent.
+    - Else the ranks exchange their logits so that each has some whole rows. They sample these, and exchange the
+      results.
+    - Where there are no more rows than ranks, or a processor has to see all rows, each rank gets all of them.
 
     Args:
         group: the ranks.
         sampler: samples whole rows.
         make: makes another sampler like it, of other parameters.
         form: the names of its parameters, and what has to be the same of them on all ranks.
+        draw: what the sampler does, where that is no more than to draw.
     """
 
     def __init__(
@@ -68,11 +108,13 @@ class SplitSampler:
         sampler: Sampler,
         make: Callable[[SamplingParams], Sampler],
         form: tuple[tuple[str, Hashable], ...],
+        draw: Draw | None = None,
     ) -> None:
         self.group = Group.of(group)
         self.sampler = sampler
         self._make = make
         self._form = form
+        self._plain = draw
         self._agree = Agreement(self.group)
         self._ways: dict[Hashable, _Way] = {}
 
@@ -93,9 +135,11 @@ class SplitSampler:
         way = self._ways.get(key)
         if way is None:
             way = self._new_way(call, plan)
-            sample = self._first(way, call)
+            way, sample = self._first(way, call)
             self._ways[key] = way
             return sample
+        if way.parts is not None:
+            return way.parts.tokens(self.group.all_gather(way.parts.sent(call)), call)
         return self._shared(way, call, self._own(way, call))
 
     def _new_way(self, call: SplitCall, plan: Any) -> _Way:
@@ -105,15 +149,36 @@ class SplitSampler:
         members = [] if plan is None else plan.members
         self._agree((
             ("number of rows of logits", B), ("dtype of logits", str(call.logits.dtype)),
-            ("kind of device of logits", call.logits.device.type), *self._form,
+            ("kind of device of logits", call.logits.device.type), ("kernels", _has_kernels(call.logits)), *self._form,
             ("processors", "; ".join(f"{member.name}: {member.stage.describe()}" for member in members)),
         ))  # fmt: skip
         ids = call.input_ids
         deals = self.group.size < B and takes_some_rows(members) and (ids is None or len(ids) == B)
+        parts = self._parts(call, shards) if not members else None
         if not deals:
-            return _Way(shards, plan, None, self.sampler)
+            return _Way(shards, plan, None, self.sampler, parts)
         rows = self.group.rows_of(self.group.rank, B)
-        return _Way(shards, plan, rows, self._of_rows(rows, B))
+        return _Way(shards, plan, rows, self._of_rows(rows, B), parts)
+
+    def _parts(self, call: SplitCall, shards: Shards) -> Parts | None:
+        """How tokens are sampled from the parts; None where whole rows are needed."""
+        if self._plain is None or not _has_kernels(call.logits) or not len(call.logits) or min(shards.sizes) < 2:
+            return None
+        rules, temperature = self._plain
+        device, rank = call.logits.device, self.group.rank
+        own, first = shards.sizes[rank], shards.starts[rank]
+        step: TopShards | BestShards
+        sent = sent_of(rules, shards.vocab_size, self.group.size)
+        if sent is not None:
+            step = TopShards(rules, sent, shards.vocab_size, own, first, device)
+        elif all(is_idle(rule, shards.vocab_size) for rule in rules) and not any(at % 8 for at in shards.starts):
+            step = BestShards(own, first, device)
+        else:
+            return None
+        if not isinstance(temperature, torch.Tensor) and temperature is not None:
+            number = min(temperature, torch.finfo(torch.float32).max)
+            temperature = table_on(torch.tensor(number, dtype=torch.float32), device)
+        return Parts(step, own, temperature)
 
     def _of_rows(self, rows: slice, B: int) -> Sampler:
         """A sampler of some rows, which reads their parameters where those of all rows stand."""
@@ -125,21 +190,30 @@ class SplitSampler:
         }
         return self._make(replace(params, **own)) if own else self.sampler  # type: ignore[arg-type]
 
-    def _first(self, way: _Way, call: SplitCall) -> Sample:
-        """A call of a new form. If it fails on one rank, all raise."""
-        failure: Exception | None = None
-        own = None
+    def _first(self, way: _Way, call: SplitCall) -> tuple[_Way, Sample]:
+        """A call of a new form. If it fails on one rank, all raise; if kernels are missing there, all do without."""
+        if way.parts is not None:
+            sent, failures = self._tried(lambda: way.parts.sent(call))  # type: ignore[union-attr]
+            if not any(failures):
+                return way, way.parts.tokens(self.group.all_gather(sent), call)
+            if not all(each is None or each.startswith(CompileError.__name__) for each in failures):
+                raise RuntimeError(_failed(failures))
+            way = way._replace(parts=None)
+        own, failures = self._tried(lambda: self._own(way, call))
+        if any(failures):
+            raise RuntimeError(_failed(failures))
+        return way, self._shared(way, call, own)
+
+    def _tried(self, run: Callable[[], Any]) -> tuple[Any, list[str | None]]:
+        """What a function returns, and how it has failed on each rank. What fails here is raised, unless kernels lack."""
         try:
-            own = self._own(way, call)
+            found, failure = run(), None
         except Exception as error:
-            failure = error
+            found, failure = None, error
         told = self.group.told(None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
+        if failure is not None and not isinstance(failure, CompileError):
             raise failure
-        for rank, message in enumerate(told):
-            if message is not None:
-                raise RuntimeError(f"rank {rank} has failed: {message}")
-        return self._shared(way, call, own)
+        return found, told
 
     def _own(self, way: _Way, call: SplitCall) -> Sample:
         """What this rank samples itself."""
@@ -154,6 +228,15 @@ class SplitSampler:
         if way.rows is None:
             return own  # type: ignore[no-any-return]
         return unpacked(self.group.results(packed(own), len(call.logits)), own)
+
+
+def _has_kernels(logits: torch.Tensor) -> bool:
+    return launch.OPERATION.takes(logits, launch.FORCE_KERNEL) and logits.dtype in LOGITS_DTYPES
+
+
+def _failed(failures: list[str | None]) -> str:
+    rank, message = next((rank, each) for rank, each in enumerate(failures) if each is not None)
+    return f"rank {rank} has failed: {message}"
 
 
 def packed(sample: Sample) -> torch.Tensor:

@@ -1,0 +1,95 @@
+"""Tokens sampled from the parts of the logits by the kernels, in the interpreter, against those of one process."""
+
+import pytest
+import torch
+from fastlogits_kernels.parallel.launch import capacity_of, sent_of
+from fastlogits_kernels.rules import Rule
+from fastlogits_kernels.runtime import launcher
+from fastlogits_kernels.selection import launch
+
+import fastlogits as fl
+from fastlogits.parallel import sampling
+from tests.parallel.ranks import same
+from tests.parallel.test_group import part_of
+
+pytestmark = [
+    pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
+
+V = 624
+CASES = [
+    ({"temperature": 0.7, "top_k": 5, "top_p": 0.9}, torch.bfloat16),
+    ({"temperature": 0.7, "top_k": 5, "top_p": 0.5, "min_p": 0.1}, torch.float32),
+    ({"top_k": 3, "top_p": 0.6, "ties": "lowest", "order": "vllm", "min_p": 0.02}, torch.float16),
+    ({"temperature": torch.linspace(0, 2, 9), "top_k": 20, "typical_p": 0.6}, torch.float32),
+    ({"top_k": 20, "epsilon": 0.03}, torch.float32),
+    ({"temperature": torch.linspace(0, 2, 9)}, torch.float32),
+    ({"temperature": 0.0, "top_k": 5}, torch.bfloat16),
+    ({"top_k": V}, torch.bfloat16),
+]
+
+
+def hard_logits(dtype):
+    """Rows of many ties, of infinities and NaN, and some ordinary ones."""
+    logits = torch.randn(9, V, generator=torch.Generator().manual_seed(3)) * 3
+    logits[1] = 0.0
+    logits[2] = (logits[2] * 2).round() / 2
+    logits[3] = float("-inf")
+    logits[3, [5, 300, 301]] = 1.0
+    logits[4] = float("-inf")
+    logits[5, 423], logits[5, 77] = float("nan"), float("inf")
+    logits[6, [3, 290]] = float("inf")
+    logits[7, 100:500] = 2.5
+    return logits.to(dtype)
+
+
+def of_parts(process_group, case):
+    """Whether the ranks sample from their parts, and what one process samples."""
+    launch.FORCE_KERNEL = True
+    taken = []
+    sent = sampling.Parts.sent
+    sampling.Parts.sent = lambda self, call: (taken.append(self.step), sent(self, call))[1]
+    try:
+        options, dtype = CASES[case]
+        logits = hard_logits(dtype)
+        rank, size = process_group.rank(), process_group.size()
+        seeds = torch.arange(9) * 3 + 1
+        part = part_of(logits, rank, size)
+        found = fl.Sampler(**options, group=process_group)(part, seeds, 5)
+        return same(found, fl.Sampler(**options)(logits, seeds, 5)), len(taken)
+    finally:
+        launch.FORCE_KERNEL = False
+        sampling.Parts.sent = sent
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_the_ranks_sample_from_their_parts(ranks, case):
+    # Two and three ranks have a multiple of eight tokens each.
+    assert ranks.alike(of_parts, 2 if case % 2 else 3, case) == (True, 1)
+
+
+def test_what_is_sent_is_known_beforehand():
+    def sent(*rules, ranks=4):
+        return sent_of([Rule(*rule) if isinstance(rule, tuple) else rule for rule in rules], 1000, ranks)
+
+    assert sent(("top_k", 50), ("top_p", 0.9)) == 128
+    assert sent(("min_p", 0.1), ("top_k", 50)) == 128
+    assert sent(("top_k", 50), ("min_p", 0.9), ("top_p", 0.9), ("min_p", 0.1)) == 128
+    assert sent(("top_k", 50), ("typical", 0.9)) == 128
+    # More than a few tokens, or how many depends on the logits.
+    for rules in ([], [("top_p", 0.9)], [("top_p", 0.9), ("top_k", 50)], [("epsilon", 0.1), ("top_k", 50)]):
+        assert sent(*rules) is None
+    assert sent(("top_k", torch.tensor([50]))) is None
+    assert sent(("top_k", 1000)) is None
+    # What ties is taken apart, and then counts.
+    assert sent(("top_k", 50), ("top_p", 0.9), ("epsilon", 0.1)) is None
+    assert sent(("top_k", 50), ("top_h", 0.9)) is None
+    assert sent(("top_k", 400), ranks=8) == 512
+    assert sent(("top_k", 400), ranks=16) is None
+    assert sent(("top_k", 50, 100)) == 256
+
+
+@pytest.mark.parametrize("k", [1, 2, 50, 65, 66, 400])
+def test_there_is_room_for_what_is_above_the_cutoff_and_for_records(k):
+    assert k - 1 + 64 <= capacity_of(k)
