@@ -205,7 +205,7 @@ class SplitSampler:
         return way, self._shared(way, call, own)
 
     def _tried(self, run: Callable[[], Any]) -> tuple[Any, list[str | None]]:
-        """What a function returns, and how it has failed on each rank. What fails here is raised, unless kernels lack."""
+        """What a function returns, and how it has failed on each rank. Here it is raised, unless kernels lack."""
         try:
             found, failure = run(), None
         except Exception as error:
