@@ -1,9 +1,9 @@
-"""A decoding loop whose logits are split over ranks, as a tensor-parallel ``lm_head`` leaves them. Nothing gathers them.
+"""A decoding loop whose logits are split over ranks, as a tensor-parallel ``lm_head`` leaves them.
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py
 
-It runs on GPUs with NCCL where there are as many as ranks, else on the CPU with gloo. Every rank has the same tokens, and
-with another number of ranks they are the same again.
+It runs on GPUs with NCCL where there are as many as ranks, else on the CPU with gloo. Every rank has the same tokens,
+and with another number of ranks they are the same again.
 """
 
 from __future__ import annotations
