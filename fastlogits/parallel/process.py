@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
 from fastlogits.parallel.dtensor import is_split, local_part
-from fastlogits.parallel.group import Group
+from fastlogits.parallel.group import Group, Shards
 from fastlogits.parallel.rows import some_index, takes_some_rows
 from fastlogits.plan.causes import kind
+from fastlogits.parallel.stages import PartMembers, Piece, members_of_part
+from fastlogits.plan.plan import Plan
 from fastlogits.plan.position import Index
+from fastlogits.plan.run import Run
 from fastlogits.processors.base import LogitsProcessorList
+
+
+class _Alone(NamedTuple):
+    """A plan for a part of the vocabulary, which needs no other part."""
+
+    plan: Plan
+    of: PartMembers
+
+
+_plans: WeakKeyDictionary[Plan, dict[Piece, _Alone | None]] = WeakKeyDictionary()
+
+
+def _of_part(plan: Plan, ranks: Group, shards: Shards) -> _Alone | None:
+    """The plan for this rank's part, if it can be had; the same on all ranks."""
+    piece = Piece(shards.starts[ranks.rank], shards.stops[ranks.rank], shards.vocab_size)
+    kept = _plans.setdefault(plan, {})
+    if piece not in kept:
+        members = members_of_part(plan.members, piece)
+        kept[piece] = None if members is None else _Alone(Plan.compile(members.members), members)
+    return kept[piece]
+
+
+def _padded(part: torch.Tensor, width: int) -> torch.Tensor:
+    missing = width - part.shape[1]
+    return torch.nn.functional.pad(part, (0, missing), value=float("-inf")) if missing else part
 
 
 def process(
@@ -26,9 +55,11 @@ def process(
 ) -> torch.Tensor:
     """Process logits of which each rank has a part of the vocabulary; each gets its part of the result.
 
-    The ranks deal out the rows, so that each has some of them whole, process these, and return the parts: two exchanges
-    of all logits. Where there are fewer rows than ranks, or a processor has to see all rows, each rank gets all of
-    them. To sample a token, don't process the logits first: give the processors to a ``Sampler``, which sends less.
+    Processors that map each logit by itself (masks, penalties, n-grams, biases, forced tokens, temperature) take the
+    part alone, and nothing is sent. For others, as truncations, the ranks deal out the rows, so that each has some of
+    them whole, process these, and return the parts: two exchanges of all logits. Where there are no more rows than
+    ranks, or a processor has to see all rows, each rank gets all of them. To sample a token, don't process the logits
+    first: give the processors to a ``Sampler``, which sends less.
 
     Args:
         scores: this rank's part of the logits, float32, float16 or bfloat16 ``[B, width]``; never written. Or a
@@ -72,6 +103,11 @@ def process(
         ("number of rows of scores", B), ("dtype of scores", str(scores.dtype)), ("input_ids", ids is not None),
         ("processors", "; ".join(f"{member.name}: {member.stage.describe()}" for member in members)),
     ))  # fmt: skip
+    alone = _of_part(plan.plan, ranks, shards)
+    if alone is not None:
+        part = scores[:, : shards.sizes[ranks.rank]]
+        run = Run.of(prompt_length, cache_position)
+        return _padded(alone.plan(alone.of.ids(ids), part, run) if part.shape[1] else part, scores.shape[1])
     if ranks.size >= B or not takes_some_rows(members) or (ids is not None and len(ids) != B):
         whole = ranks.whole_rows(scores, shards)
         return ranks.part(plan(ids, whole, prompt_length=prompt_length, cache_position=cache_position), shards)
