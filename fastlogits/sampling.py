@@ -286,7 +286,7 @@ class Sampler:
         form = (*((name, _form_of(value)) for name, value in parameters), ("logprobs", self._logprobs))
         form = (*form, ("top_logprobs", self._top_logprobs))
         plain = None
-        if self._processors is None and self._logprobs is None:
+        if self._logprobs is None:
             greedy = not isinstance(self._temperature, torch.Tensor) and self._temperature == 0
             plain = Draw(() if greedy else self._rules, self._temperature)
         return SplitSampler(group, like(self.params), like, form, plain)

@@ -11,8 +11,8 @@ import torch
 from fastlogits.parallel.dtensor import is_split, local_part
 from fastlogits.parallel.group import Group, Shards
 from fastlogits.parallel.rows import some_index, takes_some_rows
-from fastlogits.plan.causes import kind
 from fastlogits.parallel.stages import PartMembers, Piece, members_of_part
+from fastlogits.plan.causes import kind
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.position import Index
 from fastlogits.plan.run import Run

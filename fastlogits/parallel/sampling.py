@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,12 @@ from fastlogits_kernels.selection import launch
 from fastlogits.checks import LOGITS_DTYPES
 from fastlogits.parallel.group import Agreement, Group, Shards
 from fastlogits.parallel.rows import some_index, some_rows, takes_some_rows
+from fastlogits.parallel.stages import PartMembers, Piece, members_of_part
+from fastlogits.plan.fusion import parts_of
+from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.position import Index
+from fastlogits.plan.run import Run
+from fastlogits.plan.stages import Member, Truncate
 from fastlogits.sampled import Sample
 
 if TYPE_CHECKING:
@@ -49,10 +55,20 @@ class Parts(NamedTuple):
     own: int
     """Tokens of this rank's part."""
     temperature: torch.Tensor | None
+    fold: Pointwise | None
+    """The processors, for this rank's part."""
+    of: PartMembers
+    """What they are there."""
 
     def sent(self, call: SplitCall) -> torch.Tensor:
         """What this rank sends."""
-        return self.step.sent(call.logits[:, : self.own], call.seeds, call.positions, self.temperature)
+        part = call.logits[:, : self.own]
+        inputs: Any = ()
+        if self.fold is not None:
+            inputs = self.fold.inputs(
+                self.of.ids(call.input_ids), part, Run.of(call.prompt_length, call.cache_position)
+            )
+        return self.step.sent(part, call.seeds, call.positions, self.temperature, *inputs)
 
     def tokens(self, sent: torch.Tensor, call: SplitCall) -> Sample:
         """The token of each row, from what all have sent."""
@@ -61,10 +77,20 @@ class Parts(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What a sampler does where it has no processors, and nobody asks for log-probabilities."""
+    """What a sampler does after its processors, where nobody asks for log-probabilities."""
 
     rules: tuple[Rule, ...]
     temperature: float | torch.Tensor | None
+
+    def after(self, members: Sequence[Member]) -> tuple[list[Member], tuple[Rule, ...]] | None:
+        """The processors before the truncations, and all of these; None where they don't stand in this order."""
+        first = next((i for i, member in enumerate(members) if isinstance(member.stage, Truncate)), len(members))
+        last = [member.stage for member in members[first:]]
+        own = tuple(rule for stage in last if isinstance(stage, Truncate) for rule in stage.rules)
+        joins = self.temperature is None and not self.rules and all(isinstance(stage, Truncate) for stage in last)
+        if last and not (joins and all(rule.filter_value == -math.inf for rule in own)):
+            return None
+        return list(members[:first]), own or self.rules
 
 
 class _Way(NamedTuple):
@@ -87,9 +113,9 @@ class SplitSampler:
     There are three ways, of which all give the result of one process, bit for bit. Which one is taken depends on what
     the host knows, and is the same on all ranks.
 
-    - On a GPU, without processors and log-probabilities, where no rule drops anything or a fixed number of the most
-      likely tokens is taken before anything is added up: each rank sends the few tokens of its part that may be kept,
-      once, and finds the token among all that was sent.
+    - On a GPU, without log-probabilities, where no rule drops anything or a fixed number of the most likely tokens is
+      taken before anything is added up, and where processors map each logit by itself: each rank sends the few tokens
+      of its part that may be kept, once, and finds the token among all that was sent.
     - Else the ranks exchange their logits so that each has some whole rows. They sample these, and exchange the
       results.
     - Where there are no more rows than ranks, or a processor has to see all rows, each rank gets all of them.
@@ -154,19 +180,26 @@ class SplitSampler:
         ))  # fmt: skip
         ids = call.input_ids
         deals = self.group.size < B and takes_some_rows(members) and (ids is None or len(ids) == B)
-        parts = self._parts(call, shards) if not members else None
+        parts = self._parts(call, shards, members)
         if not deals:
             return _Way(shards, plan, None, self.sampler, parts)
         rows = self.group.rows_of(self.group.rank, B)
         return _Way(shards, plan, rows, self._of_rows(rows, B), parts)
 
-    def _parts(self, call: SplitCall, shards: Shards) -> Parts | None:
+    def _parts(self, call: SplitCall, shards: Shards, members: Sequence[Member]) -> Parts | None:
         """How tokens are sampled from the parts; None where whole rows are needed."""
         if self._plain is None or not _has_kernels(call.logits) or not len(call.logits) or min(shards.sizes) < 2:
             return None
-        rules, temperature = self._plain
+        split = self._plain.after(members)
+        if split is None:
+            return None
+        (before, rules), temperature = split, self._plain.temperature
         device, rank = call.logits.device, self.group.rank
         own, first = shards.sizes[rank], shards.starts[rank]
+        of = members_of_part(before, Piece(first, first + own, shards.vocab_size))
+        folds = None if of is None else parts_of(of.members)
+        if of is None or folds is None or len(folds) > 1 or not all(isinstance(fold, Pointwise) for fold in folds):
+            return None
         step: TopShards | BestShards
         sent = sent_of(rules, shards.vocab_size, self.group.size)
         if sent is not None:
@@ -178,7 +211,8 @@ class SplitSampler:
         if not isinstance(temperature, torch.Tensor) and temperature is not None:
             number = min(temperature, torch.finfo(torch.float32).max)
             temperature = table_on(torch.tensor(number, dtype=torch.float32), device)
-        return Parts(step, own, temperature)
+        fold: Any = folds[0] if folds else None
+        return Parts(step, own, temperature, fold, of)
 
     def _of_rows(self, rows: slice, B: int) -> Sampler:
         """A sampler of some rows, which reads their parameters where those of all rows stand."""

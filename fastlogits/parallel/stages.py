@@ -1,8 +1,8 @@
 """Stages of a part of the vocabulary: what maps each logit by itself needs no logits of other ranks.
 
-A stage of the whole vocabulary becomes one of a part that begins at the token 0. Masks are cut, ids of tokens are counted
-from the part's first one, and the history is read likewise. Tokens outside the part become ids that no logits have:
-they still stand in the history, where n-grams and sequences are compared with it.
+A stage of the whole vocabulary becomes one of a part that begins at the token 0. Masks are cut, ids of tokens are
+counted from the part's first one, and the history is read likewise. Tokens outside the part become ids that no logits
+have: they still stand in the history, where n-grams and sequences are compared with it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fastlogits_kernels.parallel.launch import capacity_of, sent_of
+from fastlogits_kernels.pointwise import fold
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch
@@ -61,6 +62,44 @@ def of_parts(process_group, case):
     finally:
         launch.FORCE_KERNEL = False
         sampling.Parts.sent = sent
+
+
+MADE = [
+    [lambda: fl.TemperatureLogitsWarper(0.7), lambda: fl.TopKLogitsWarper(5), lambda: fl.TopPLogitsWarper(0.9)],
+    [
+        lambda: fl.RepetitionPenaltyLogitsProcessor(1.4), lambda: fl.NoRepeatNGramLogitsProcessor(2),
+        lambda: fl.NoBadWordsLogitsProcessor([[3], [4, 500], [500, 4]], 0),
+        lambda: fl.AllowedTokensLogitsProcessor(range(0, V, 3)), lambda: fl.LogitBiasLogitsProcessor({300: 9.0}),
+    ],
+    [lambda: fl.SuppressFirstTokens([300, 301, 5]), lambda: fl.FrequencyPenaltyLogitsProcessor(0.7)],
+]  # fmt: skip
+OPTIONS = [{}, {"temperature": 0.8, "top_k": 5, "top_p": 0.8}, {"temperature": 0.9}]
+
+
+def of_processors(process_group, case):
+    """The same with processors."""
+    launch.FORCE_KERNEL = fold.FORCE_KERNEL = True
+    taken = []
+    sent = sampling.Parts.sent
+    sampling.Parts.sent = lambda self, call: (taken.append(self.step), sent(self, call))[1]
+    try:
+        logits = hard_logits(torch.bfloat16)[:6]
+        ids = torch.randint(0, 12, (6, 9), generator=torch.Generator().manual_seed(case))
+        ids[:, 4::3] = torch.tensor([4, 500])
+        made = [make() for make in MADE[case]]
+        part = part_of(logits, process_group.rank(), process_group.size())
+        call = (torch.arange(6), 9, ids)
+        found = fl.Sampler(made, **OPTIONS[case], group=process_group)(part, *call, prompt_length=9)
+        expected = fl.Sampler(made, **OPTIONS[case])(logits, *call, prompt_length=9)
+        return same(found, expected), len(taken)
+    finally:
+        launch.FORCE_KERNEL = fold.FORCE_KERNEL = False
+        sampling.Parts.sent = sent
+
+
+@pytest.mark.parametrize("case", range(len(MADE)))
+def test_processors_take_their_parts(ranks, case):
+    assert ranks.alike(of_processors, 2, case) == (True, 1)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

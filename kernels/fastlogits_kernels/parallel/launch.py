@@ -11,7 +11,8 @@ from fastlogits_kernels.parallel.best import best_kernel, winner_kernel
 from fastlogits_kernels.parallel.layout import capacity_of, words_of
 from fastlogits_kernels.parallel.pack import pack_kernel
 from fastlogits_kernels.parallel.union import union_kernel
-from fastlogits_kernels.pointwise.fold import Chain
+from fastlogits_kernels.pointwise.fold import NO_SETS, Chain, find_sets
+from fastlogits_kernels.pointwise.search import NOTHING, Call
 from fastlogits_kernels.rules import Rule, is_idle
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, launch_key, launch_together, row_stride, triton
@@ -72,7 +73,7 @@ class TopShards:
         count = next(rule for rule in acting if rule.spec.goal == "count")
         # What none of the most likely tokens of the part is, none of those of the vocabulary is.
         fewest = max(int(count.value), *(rule.min_tokens_to_keep for rule in acting))
-        self._local = Selection((count._replace(value=fewest),), own, device)
+        self._local = Selection((count._replace(value=fewest),), own, device, unrounded=True)
         self._all = Selection(rules, V, device)
         self._sent, self._V, self._first = sent, V, first
 
@@ -82,22 +83,26 @@ class TopShards:
         seeds: torch.Tensor,
         positions: torch.Tensor,
         temperature: torch.Tensor | None,
+        chain: Chain | None = None,
+        call: Call = NOTHING,
     ) -> torch.Tensor:
         """What this rank sends of its part ``[B, own]``, int32 ``[B, words]``: some four launches, and one."""
         B, own = logits.shape
-        work = launch_select(logits, self._local, temperature=temperature)
+        found = None if chain is None else find_sets(logits, chain, call)
+        chain = chain or _NO_CHAIN
+        work = launch_select(logits, self._local, chain, found, temperature=temperature)
         packed = torch.empty(B, words_of(self._sent), dtype=torch.int32, device=logits.device)
         layout = self._local.layouts[logits.element_size()]
         early = overlaps(logits.device)
         key = (
-            *launch_key(logits), self._sent, self._local.lowest_ties,
+            *launch_key(logits), chain.form, self._sent, self._local.lowest_ties,
             *(None if each is None else each.dtype for each in (temperature, seeds, positions)),
         )  # fmt: skip
         (_early_pack if early else _pack)(key, B, (
-            logits, *maps_of(_NO_CHAIN, None, temperature, logits), seeds, positions, row_stride(seeds),
+            logits, *maps_of(chain, found, temperature, logits), seeds, positions, row_stride(seeds),
             row_stride(positions), work, packed, own, words(own), self._first, layout.shape.pairs_at,
             *logits.stride(), work.stride(0), packed.stride(0),
-            (), LARGEST[torch.float32], self._local.lowest_ties, self._sent, _BLOCK, early,
+            chain.flat, LARGEST[torch.float32], self._local.lowest_ties, self._sent, _BLOCK, early,
         ))  # fmt: skip
         return packed
 
@@ -145,19 +150,27 @@ class BestShards:
         self._first = first
 
     def sent(
-        self, logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, temperature: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        temperature: torch.Tensor | None,
+        chain: Chain | None = None,
+        call: Call = NOTHING,
     ) -> torch.Tensor:
         """What this rank sends of its part ``[B, own]``, int64 ``[B]``: two launches."""
         B, own = logits.shape
+        found = None if chain is None else find_sets(logits, chain, call)
+        bits, planes, row_values, _ = found or NO_SETS
         words_of_row = self._selection.words_to_sample
         work = torch.empty(B, words_of_row, dtype=torch.int32, device=logits.device)
         best = torch.empty(B, dtype=torch.int64, device=logits.device)
         # Tokens only say what is wanted: the rows' winners are found elsewhere.
-        tensors = Tensors(logits, work, None, best, temperature, seeds, positions)
+        tensors = Tensors(logits, work, None, best, temperature, seeds, positions, bits, planes, row_values)
         parts = -(-own // SAMPLE_BLOCK)
         early = overlaps(logits.device)
         most = triton.next_power_of_2(parts)
-        reads, _ = sample_launches(self._selection, _NO_CHAIN, None, tensors, tensors, self._first)
+        reads, _ = sample_launches(self._selection, chain or _NO_CHAIN, found, tensors, tensors, self._first)
         find = Launch(_early_best if early else _best, (logits.device, most), B, (
             work, best, parts, words_of_row, most, early,
         ))  # fmt: skip

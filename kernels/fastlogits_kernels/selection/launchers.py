@@ -172,7 +172,8 @@ class _Call(NamedTuple):
     @property
     def largest(self) -> float:
         """The largest number of the dtype that a chain rounds to: none where tokens are sampled."""
-        return LARGEST[self.scores.dtype if self.tensors.tokens is None else torch.float32]
+        rounds = self.tensors.tokens is None and not self.selection.unrounded
+        return LARGEST[self.scores.dtype if rounds else torch.float32]
 
     @property
     def out_strides(self) -> tuple[int, ...]:
