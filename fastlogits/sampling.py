@@ -364,12 +364,10 @@ class Sampler:
             >>> Sampler(temperature=0.7, top_k=50).warm_up(128256, torch.bfloat16, device="cpu").kernels
             ()
         """
-        if self._split is not None:  # whole rows are what is sampled from
-            arguments: Any = {"batch": batch, "device": device, "seeds": seeds, "positions": positions}
-            arguments |= {"input_ids": input_ids, "prompt_length": prompt_length, "cache_position": cache_position}
-            return self._split.sampler.warm_up(vocab_size, dtype, **arguments)
         own = [each for each in (self._temperature, *(rule.value for rule in self._rules)) if _is_tensor(each)]
         where = own[0].device if device is None and own else warming.checked_device(device)
+        from fastlogits.parallel.sampling import SplitCall
+
         rows = len(own[0]) if batch is None and own else whole_number("batch", 1 if batch is None else batch, 1)
         logits = warming.dummy_logits(rows, vocab_size, dtype, where, row_stride)
         ids = warming.dummy_ids(input_ids, rows, where)
@@ -380,12 +378,19 @@ class Sampler:
         check_rules(logits, self._rules)
         plan = None if self._processors is None else self._processors.plan
 
+        def rehearse_call(start: Index | None, at: Index | None) -> None:
+            if self._split is None:
+                self(logits, seeds, positions, ids, prompt_length=start, cache_position=at)
+                return
+            rows = self._checked_rows(logits, seeds, positions, ids)
+            self._split.rehearse(SplitCall(logits, *rows, ids, start, at), plan)
+
         def rehearse() -> None:
             if prompt_length is not None or cache_position is not None:
-                self(logits, seeds, positions, ids, prompt_length=prompt_length, cache_position=cache_position)
+                rehearse_call(prompt_length, cache_position)
                 return
             for at, start in warming.host_positions(plan):
-                self(logits, seeds, positions, ids, prompt_length=start, cache_position=at)
+                rehearse_call(start, at)
 
         return warming.warmed(where, rehearse, warming.not_rehearsed(plan))
 

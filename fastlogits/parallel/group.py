@@ -257,8 +257,9 @@ class Group:
     def results(self, own: torch.Tensor, B: int) -> torch.Tensor:
         """The results of all rows ``[B, N]``, from those of this rank's rows ``[rows, N]``."""
         each = -(-B // self.size)
-        padded = torch.nn.functional.pad(own, (0, 0, 0, each - len(own)))
-        return self.all_gather(padded).flatten(0, 1)[:B]
+        if len(own) < each:
+            own = torch.nn.functional.pad(own, (0, 0, 0, each - len(own)))
+        return self.all_gather(own).flatten(0, 1)[:B]
 
     def _all_rows(self, B: int) -> list[slice]:
         return [self.rows_of(rank, B) for rank in range(self.size)]

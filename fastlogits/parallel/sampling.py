@@ -168,6 +168,22 @@ class SplitSampler:
             return way.parts.tokens(self.group.all_gather(way.parts.sent(call)), call)
         return self._shared(way, call, self._own(way, call))
 
+    def rehearse(self, call: SplitCall, plan: Any) -> None:
+        """Launch what calls with such whole logits launch, where nothing is launched and nothing exchanged.
+
+        The parts are taken for equal ones.
+        """
+        self.sampler(*call[:4], prompt_length=call.prompt_length, cache_position=call.cache_position)
+        B, V = call.logits.shape
+        size = self.group.size
+        width = -(-V // size)
+        shards = Shards.of([width] * size, [None] * size, V)
+        some = call._replace(logits=call.logits.new_empty(B, width))
+        parts = self._parts(some, shards, [] if plan is None else plan.members)
+        if parts is not None:
+            sent = parts.sent(some)
+            parts.tokens(sent.new_empty(size, *sent.shape), some)
+
     def _new_way(self, call: SplitCall, plan: Any) -> _Way:
         """Compare the arguments with those of the other ranks, and choose a way."""
         shards = self.group.shards(call.logits.shape[1])

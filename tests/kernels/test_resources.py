@@ -166,7 +166,7 @@ def test_registers_spills_and_widths(capability):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_registers_spills_and_widths_of_a_selection(capability):
     found = compiled("-m", "tests.kernels.launches", "resources", capability)
-    assert {name.split()[1] for name in found} == {"list", "draw", "typical", "serving", "sample"}
+    assert {name.split()[1] for name in found} == {"list", "draw", "typical", "serving", "sample", "parts"}
     for name, kernel in found.items():
         kind, call, _ = name.split()
         registers, spilled = LIMITS.get(f"{kind} {call}") or LIMITS.get(kind) or (136, 0)

@@ -16,18 +16,18 @@ SECONDS = 120
 
 
 class Ranks:
-    """``MOST`` processes, of which the first ones do what a test asks for, as the ranks of a gloo group."""
+    """Some processes, of which the first ones do what a test asks for, as the ranks of a group of gloo or NCCL."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo", most: int = MOST) -> None:
         # A fork has all modules at once; behind a GPU's driver it can't be made.
         context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._pipes, self._processes = [], []
-        for rank in range(MOST):
+        for rank in range(most):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, port, there, backend, most), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -72,12 +72,14 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _serve(rank: int, port: int, pipe: Any) -> None:
+def _serve(rank: int, port: int, pipe: Any, backend: str, most: int) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", rank=rank, world_size=MOST, init_method=f"tcp://127.0.0.1:{port}", timeout=timedelta(seconds=60)
+        backend, rank=rank, world_size=most, init_method=f"tcp://127.0.0.1:{port}", timeout=timedelta(seconds=60)
     )
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, MOST + 1)}
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, most + 1)}
     while True:
         asked = pipe.recv_bytes()
         if not asked:

@@ -9,12 +9,14 @@ from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch
 
 import fastlogits as fl
+from fastlogits import warm_up as warming
 from fastlogits.parallel import sampling
 from tests.parallel.ranks import same
 from tests.parallel.test_group import part_of
 
 pytestmark = [
     pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the kernels run, see test_gpus"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
 
@@ -23,17 +25,15 @@ CASES = [
     ({"temperature": 0.7, "top_k": 5, "top_p": 0.9}, torch.bfloat16),
     ({"temperature": 0.7, "top_k": 5, "top_p": 0.5, "min_p": 0.1}, torch.float32),
     ({"top_k": 3, "top_p": 0.6, "ties": "lowest", "order": "vllm", "min_p": 0.02}, torch.float16),
-    ({"temperature": torch.linspace(0, 2, 9), "top_k": 20, "typical_p": 0.6}, torch.float32),
-    ({"top_k": 20, "epsilon": 0.03}, torch.float32),
-    ({"temperature": torch.linspace(0, 2, 9)}, torch.float32),
-    ({"temperature": 0.0, "top_k": 5}, torch.bfloat16),
-    ({"top_k": V}, torch.bfloat16),
+    ({"temperature": torch.linspace(0, 2, 8), "top_k": 20, "typical_p": 0.6, "epsilon": 0.03}, torch.float32),
+    ({"temperature": torch.linspace(0, 2, 8)}, torch.bfloat16),
+    ({"temperature": 0.0, "top_k": 5}, torch.float32),
 ]
 
 
 def hard_logits(dtype):
     """Rows of many ties, of infinities and NaN, and some ordinary ones."""
-    logits = torch.randn(9, V, generator=torch.Generator().manual_seed(3)) * 3
+    logits = torch.randn(8, V, generator=torch.Generator().manual_seed(3)) * 3
     logits[1] = 0.0
     logits[2] = (logits[2] * 2).round() / 2
     logits[3] = float("-inf")
@@ -41,7 +41,7 @@ def hard_logits(dtype):
     logits[4] = float("-inf")
     logits[5, 423], logits[5, 77] = float("nan"), float("inf")
     logits[6, [3, 290]] = float("inf")
-    logits[7, 100:500] = 2.5
+    logits[7, 100:500] = 9.5
     return logits.to(dtype)
 
 
@@ -55,7 +55,7 @@ def of_parts(process_group, case):
         options, dtype = CASES[case]
         logits = hard_logits(dtype)
         rank, size = process_group.rank(), process_group.size()
-        seeds = torch.arange(9) * 3 + 1
+        seeds = torch.arange(8) * 3 + 1
         part = part_of(logits, rank, size)
         found = fl.Sampler(**options, group=process_group)(part, seeds, 5)
         return same(found, fl.Sampler(**options)(logits, seeds, 5)), len(taken)
@@ -132,3 +132,31 @@ def test_what_is_sent_is_known_beforehand():
 @pytest.mark.parametrize("k", [1, 2, 50, 65, 66, 400])
 def test_there_is_room_for_what_is_above_the_cutoff_and_for_records(k):
     assert k - 1 + 64 <= capacity_of(k)
+
+
+def of_warm_up(process_group, case):
+    """The launches of a call that a warm-up has not rehearsed, and how many it has."""
+    kept = warming.no_kernels, warming.prepare
+    rehearsed = []
+    launch.FORCE_KERNEL = True
+    warming.no_kernels, warming.prepare = lambda device: None, lambda launches: rehearsed.extend(launches) or []
+    try:
+        options = [{"temperature": 0.7, "top_k": 5}, {"temperature": 0.7}, {"top_p": 0.9}][case]
+        sampler = fl.Sampler(**options, group=process_group)
+        sampler.warm_up(V, torch.bfloat16, batch=4, device="cpu")
+        part = part_of(hard_logits(torch.bfloat16)[:4], process_group.rank(), process_group.size())
+        with launcher.collected() as launches:
+            sampler(part, torch.arange(4), torch.arange(4))
+        known = {(each.launcher.name, each.key) for each in rehearsed}
+        called = {(each.launcher.name, each.key) for each in launches}
+        return sorted(name for name, _ in called - known), len(called)
+    finally:
+        launch.FORCE_KERNEL = False
+        warming.no_kernels, warming.prepare = kept
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_a_warm_up_compiles_what_calls_launch(ranks, case):
+    missing, launched = ranks.alike(of_warm_up, 2, case)
+    assert not missing
+    assert launched >= 3
