@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastlogits_kernels.parallel.launch import capacity_of, sent_of
+from fastlogits_kernels.parallel.launch import TopShards, capacity_of, sent_of
 from fastlogits_kernels.pointwise import fold
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import launcher
@@ -160,3 +160,35 @@ def test_a_warm_up_compiles_what_calls_launch(ranks, case):
     missing, launched = ranks.alike(of_warm_up, 2, case)
     assert not missing
     assert launched >= 3
+
+
+def sampled_apart(logits, rules, temperature, seeds, sizes):
+    """Tokens of rows whose parts are so large, sampled without processes."""
+    vocab = logits.shape[1]
+    sent = sent_of(rules, vocab, len(sizes))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    steps = [
+        TopShards(rules, sent, vocab, size, start, torch.device("cpu"))
+        for size, start in zip(sizes, starts, strict=True)
+    ]
+    parts = logits.split(sizes, 1)
+    all_sent = [step.sent(part, seeds, seeds, temperature) for step, part in zip(steps, parts, strict=True)]
+    return steps[0].tokens(torch.stack(all_sent), seeds, seeds, temperature)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_more_ties_than_a_block_holds_and_rows_without_a_distribution(monkeypatch, greedy):
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
+    logits = torch.zeros(5, 2200)
+    logits[2, 100:2000] = float("inf")
+    logits[3, 900::15] = float("nan")
+    logits[4, 10::2] = 3.0
+    rules = (Rule("top_k", 9), Rule("top_p", 0.2))
+    temperature = torch.full((5,), 0.0 if greedy else 0.9)
+    seeds = torch.arange(5) + 3
+    expected = launch.select_tokens(logits, launch.Selection(rules, 2200, logits.device), seeds, seeds, temperature)
+    assert torch.equal(sampled_apart(logits, rules, temperature, seeds, [1090, 1110]), expected)
+    if not greedy:
+        # Of 2200 tokens that tie the 440 of the largest ids are kept.
+        assert (expected[:2] >= 1760).all()
+        assert expected[0] != expected[1]
