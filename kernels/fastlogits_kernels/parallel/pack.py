@@ -52,7 +52,8 @@ def _load_some(start, listed, found, row, pairs, scores, form, BLOCK: tl.constex
     at = start + tl.arange(0, BLOCK)
     if listed:
         valid = at < found
-        pair = tl.load(pairs + at, mask=valid, other=0)
+        # From L2: this multiprocessor may hold what stood there before.
+        pair = tl.load(pairs + at, mask=valid, other=0, volatile=True)
         token = (pair >> 32).to(tl.int32)
         x = scaled(pair.to(tl.int32).to(tl.float32, bitcast=True), row, scores.maps)
     else:
