@@ -143,6 +143,7 @@ class SplitSampler:
         self._plain = draw
         self._agree = Agreement(self.group)
         self._ways: dict[Hashable, _Way] = {}
+        self._made: dict[Hashable, Parts | None] = {}
 
     def __call__(self, logits: torch.Tensor, check: Callable[[], SplitCall], plan: Any) -> Sample:
         """The tokens of one call, and what was asked about them.
@@ -196,7 +197,11 @@ class SplitSampler:
         ))  # fmt: skip
         ids = call.input_ids
         deals = self.group.size < B and takes_some_rows(members) and (ids is None or len(ids) == B)
-        parts = self._parts(call, shards, members)
+        # One for all numbers of rows.
+        key = (call.logits.shape[1], call.logits.dtype, call.logits.device, id(plan))
+        parts = None
+        if B:
+            parts = self._made[key] = self._made[key] if key in self._made else self._parts(call, shards, members)
         if not deals:
             return _Way(shards, plan, None, self.sampler, parts)
         rows = self.group.rows_of(self.group.rank, B)
@@ -245,7 +250,10 @@ class SplitSampler:
         if way.parts is not None:
             sent, failures = self._tried(lambda: way.parts.sent(call))  # type: ignore[union-attr]
             if not any(failures):
-                return way, way.parts.tokens(self.group.all_gather(sent), call)
+                try:
+                    return way, way.parts.tokens(self.group.all_gather(sent), call)
+                except CompileError:  # as on the other ranks
+                    return self._first(way._replace(parts=None), call)
             if not all(each is None or each.startswith(CompileError.__name__) for each in failures):
                 raise RuntimeError(_failed(failures))
             way = way._replace(parts=None)
@@ -267,7 +275,9 @@ class SplitSampler:
 
     def _own(self, way: _Way, call: SplitCall) -> Sample:
         """What this rank samples itself."""
-        if way.rows is None:
+        if not len(call.logits):
+            whole = call._replace(logits=call.logits.new_empty(0, way.shards.vocab_size))
+        elif way.rows is None:
             whole = call._replace(logits=self.group.whole_rows(call.logits, way.shards))
         else:
             whole = call.of_rows(self.group.dealt_rows(call.logits, way.shards), way.rows)

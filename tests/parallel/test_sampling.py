@@ -154,6 +154,16 @@ def test_padding_is_no_token(ranks):
     assert ranks.alike(with_padding, 3)
 
 
+def of_nothing(process_group):
+    part = part_of(some_logits(1, 6), process_group.rank(), process_group.size())[:0]
+    sampler = fl.Sampler(top_p=0.9, logprobs="raw", top_logprobs=2, group=process_group)
+    return same(sampler(part, 3, 4), fl.Sampler(top_p=0.9, logprobs="raw", top_logprobs=2)(torch.empty(0, V), 3, 4))
+
+
+def test_an_empty_batch_has_no_tokens(ranks):
+    assert ranks.alike(of_nothing, 2)
+
+
 # -- Refusals -----------------------------------------------------------------------------------------------------
 
 
