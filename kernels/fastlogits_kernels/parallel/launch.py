@@ -22,7 +22,8 @@ from fastlogits_kernels.selection.layout import SAMPLE_BLOCK, Selection, takes_r
 
 MOST_SENT = 4096
 """Entries of a row that all ranks send together, at most: they are refined in registers."""
-_BLOCK = 1024
+# Candidates that are packed at a time: most rows have no more.
+_BLOCK = 512
 _NO_CHAIN = Chain()
 
 _pack, _best = Launcher(pack_kernel, num_warps=4, enable_fp_fusion=False), Launcher(best_kernel, num_warps=1)
@@ -32,6 +33,9 @@ _early_best = Launcher(best_kernel, num_warps=1, launch_pdl=True)
 _winner = Launcher(winner_kernel, num_warps=1)
 _WARPS = (4, 8, 16)
 _union = {warps: Launcher(union_kernel, num_warps=warps, enable_fp_fusion=False) for warps in _WARPS}
+_early_union = {
+    warps: Launcher(union_kernel, num_warps=warps, enable_fp_fusion=False, launch_pdl=True) for warps in _WARPS
+}
 
 
 def sent_of(rules: Sequence[Rule], V: int, ranks: int) -> int | None:
@@ -126,12 +130,14 @@ class TopShards:
             tuple(row.dtype for row in rows),
         )  # fmt: skip
         stride = 0 if temperature is None or temperature.ndim == 0 else temperature.stride(0)
+        early = overlaps(sent.device)
         for tied in (False, True):
-            _union[warps]((*key, tied), B, (
+            launchers = _early_union if tied and early else _union
+            launchers[warps]((*key, tied), B, (
                 sent, (selection.numbers, *rows), temperature, stride, seeds, positions, row_stride(seeds),
                 row_stride(positions), tokens, self._V, ranks, sent.stride(1), sent.stride(0),
                 selection.kinds, selection.leasts, selection.places, selection.banded, selection.lowest_ties,
-                self._sent, slots, triton.next_power_of_2(ranks), tied, False,
+                self._sent, slots, triton.next_power_of_2(ranks), tied, early,
             ))  # fmt: skip
         return tokens
 

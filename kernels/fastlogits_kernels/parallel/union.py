@@ -105,10 +105,13 @@ def union_kernel(
     KINDS: tl.constexpr, LEASTS: tl.constexpr, PLACES: tl.constexpr, BANDED: tl.constexpr, LOWEST_TIES: tl.constexpr,
     CAPACITY: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr, TIED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The token of a row: of rows whose ties are sent as records where ``TIED``, else of the others."""
-    let_next_launch(PDL)
+    """The token of a row: of rows whose ties are sent as records where ``TIED``, else of the others.
+
+    The launch for ties comes second, and begins while the first one runs: it reads nothing of that.
+    """
+    if not TIED:
+        let_next_launch(PDL)
     row = tl.program_id(0).to(tl.int64)
-    wait_for_launch(PDL)
     packed = packed_ptr + row * stride_row
     rank = tl.arange(0, RANKS)
     tied = tl.max(tl.load(packed + rank * stride_rank + RECORDS_AT, mask=rank < ranks, other=0)) > 0
@@ -121,3 +124,6 @@ def union_kernel(
             kept = _kept_of(row, some, values, V, KINDS, LEASTS, PLACES, BANDED, LOWEST_TIES, TIED)
         _best, token = best_of(some.x, stays_of(some, kept, BANDED), some.token, request)
         store_token(tokens_ptr + row, token)
+    if TIED:
+        # What comes after this launch comes after the first one too.
+        wait_for_launch(PDL)
