@@ -223,7 +223,7 @@ class Group:
         else:  # shorter parts are sent as wide as the widest
             wide = torch.nn.functional.pad(logits, (0, max(shards.widths) - logits.shape[1]))
             parts = list(self.all_gather(wide))
-        return torch.cat([part[:, :size] for part, size in zip(parts, shards.sizes, strict=True)], 1)
+        return _side_by_side([part[:, :size] for part, size in zip(parts, shards.sizes, strict=True)])
 
     def dealt_rows(self, logits: torch.Tensor, shards: Shards) -> torch.Tensor:
         """This rank's rows ``[rows, V]`` of all, from its part ``[B, width]``: each logit is sent to one rank."""
@@ -235,7 +235,7 @@ class Group:
         found = self.all_to_all(logits.contiguous().view(-1), counts, [mine * width for width in shards.widths])
         parts = torch.split(found, [mine * width for width in shards.widths])
         each = zip(parts, shards.widths, shards.sizes, strict=True)
-        return torch.cat([part.view(mine, width)[:, :size] for part, width, size in each], 1)
+        return _side_by_side([part.view(mine, width)[:, :size] for part, width, size in each])
 
     def part(self, logits: torch.Tensor, shards: Shards) -> torch.Tensor:
         """This rank's part ``[B, width]`` of whole rows ``[B, V]``; -inf in columns of padding."""
@@ -263,6 +263,18 @@ class Group:
 
     def _all_rows(self, B: int) -> list[slice]:
         return [self.rows_of(rank, B) for rank in range(self.size)]
+
+
+def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts of rows next to each other, as a new tensor."""
+    dtype = parts[0].dtype
+    each = 8 // parts[0].element_size()
+    if each > 1 and all(part.shape[1] % each == 0 and part.stride(0) % each == 0 for part in parts):
+        # Words of 64 bits are fewer than logits of 16, and are copied by the number.
+        words = [part.view(torch.int64) for part in parts if part.storage_offset() % each == 0]
+        if len(words) == len(parts):
+            return torch.cat(words, 1).view(dtype)
+    return torch.cat(parts, 1)
 
 
 _groups: WeakKeyDictionary[Any, Group] = WeakKeyDictionary()

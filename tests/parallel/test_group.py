@@ -48,7 +48,8 @@ def exchanged(process_group, B, V, padded, dtype):
 @pytest.mark.parametrize("size", SIZES)
 def test_rows_go_where_they_are_wanted_and_come_back(ranks, size):
     for B, V, padded, dtype in (
-        (1, 7, False, torch.float32), (5, 9, False, torch.bfloat16), (8, 12, True, torch.float16),
+        (1, 7, False, torch.float32), (6, 24, False, torch.bfloat16), (7, 48, False, torch.float32),
+        (5, 9, False, torch.bfloat16), (8, 12, True, torch.float16),
         (9, 10, True, torch.float32),
     ):  # fmt: skip
         assert ranks.alike(exchanged, size, B, V, padded, dtype) == (True,) * 5
