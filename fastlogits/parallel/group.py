@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -103,19 +103,33 @@ class Group:
             if process_group.ndim != 1:
                 raise ValueError(f"group must be a DeviceMesh of one dimension, got {process_group.ndim} of them")
             process_group = process_group.get_group()
-        self.process_group = dist.group.WORLD if process_group is None else process_group
-        if not isinstance(self.process_group, dist.ProcessGroup):
+        members: Any = dist.group.WORLD if process_group is None else process_group
+        if not isinstance(members, dist.ProcessGroup):
             raise ValueError(
                 f"group must be a ProcessGroup of which this process is a member, a DeviceMesh or a Group, got "
                 f"{type(process_group).__name__}"
             )
-        self.rank: int = dist.get_rank(self.process_group)
-        self.size: int = dist.get_world_size(self.process_group)
+        # torch.distributed keeps it until it is destroyed. What outlives that can't end its threads.
+        self._members = ref(members)
+        self.rank: int = dist.get_rank(members)
+        self.size: int = dist.get_world_size(members)
         self._start = None if vocab_start is None else whole_number("vocab_start", vocab_start)
         self._vocab_size = None if vocab_size is None else whole_number("vocab_size", vocab_size, 1)
         self._shards: dict[int, Shards] = {}
         self.agree = Agreement(self)
         """What the ranks have found to be alike in calls that keep nothing themselves."""
+
+    @property
+    def process_group(self) -> Any:
+        """The process group.
+
+        Raises:
+            RuntimeError: it has been destroyed.
+        """
+        members = self._members()
+        if members is None:
+            raise RuntimeError("the process group of this Group has been destroyed")
+        return members
 
     @classmethod
     def of(cls, group: Any) -> Group:
