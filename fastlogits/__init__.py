@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fastlogits.inspect.watch import watch as watch
     from fastlogits.integrations.bitmask import apply_token_bitmask_inplace as apply_token_bitmask_inplace
     from fastlogits.kept_tokens import KeptTokens as KeptTokens
+    from fastlogits.parallel.group import Group as Group
+    from fastlogits.parallel.process import process as process
     from fastlogits.plan.plan import Plan as Plan
     from fastlogits.plan.position import Position as Position
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
@@ -130,6 +132,7 @@ _HOME = {
     "ForcedEOSTokenLogitsProcessor": "processors.length",
     "FrequencyPenaltyLogitsProcessor": "processors.penalties",
     "GenLengthLogitsProcessor": "processors.nvidia_zoo",
+    "Group": "parallel.group",
     "HammingDiversityLogitsProcessor": "processors.beams",
     "InfNanRemoveLogitsProcessor": "processors.scaling",
     "KeptTokens": "kept_tokens",
@@ -188,6 +191,7 @@ _HOME = {
     "check": "inspect.check",
     "decode": "transformers.decode",
     "logprobs": "training.logprobs",
+    "process": "parallel.process",
     "restore": "transformers.accelerate",
     "sample": "sampling",
     "trace": "inspect.trace",

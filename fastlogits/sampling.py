@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeGuard, get_args
 
@@ -32,6 +32,7 @@ from fastlogits_kernels.truncate.dispatch import truncate
 from fastlogits import warm_up as warming
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
 from fastlogits.kept_tokens import KeptForm, KeptTokens, checked_form, kept_of_bits
+from fastlogits.parallel.dtensor import is_split, local_part
 from fastlogits.plan.causes import explain_failure, kind
 from fastlogits.plan.fusion import fused_to_logits, fused_to_token
 from fastlogits.plan.part import NO_ARGUMENTS
@@ -46,6 +47,8 @@ from fastlogits.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from fastlogits.parallel.sampling import SplitSampler
 
 
 _ARGUMENTS = {order: [(name, argument_of(name)) for name in names] for order, names in ORDERS.items()}
@@ -171,6 +174,10 @@ class Sampler:
             integer K for ids with room for K in each row, ``"bits"`` for packed bits, ``"ids"`` for ids of any number,
             which waits for the GPU; None for not at all. It reads the logits once more. Tokens at -inf are not kept;
             of a greedy row all others are. ``logprobs(kept=...)`` takes them.
+        group: the ranks of which each has a part of the vocabulary: a process group of ``torch.distributed``, a
+            ``DeviceMesh`` of one dimension, or a ``fastlogits.Group``, which says where the parts begin if they don't
+            follow each other. Then all ranks make the same calls, each with its part of the logits, and get the same
+            result: that of one process with all of the logits. The ranks compare the arguments once for each shape.
         options: fields of ``SamplingParams``, which replace those of ``params``.
 
     Raises:
@@ -194,6 +201,7 @@ class Sampler:
         logprobs: Distribution | None = None,
         top_logprobs: int = 0,
         return_kept: KeptForm = None,
+        group: Any = None,
         **options: Unpack[SamplingOptions],
     ) -> None:
         self.params = _with_options(params, options)
@@ -216,6 +224,7 @@ class Sampler:
         self._return_kept = checked_form(return_kept)
         self._fuses = launch.takes_rules(self._rules)
         self._fused: FusedDraw | None = None
+        self._split = None if group is None else self._splitting(group)
 
     def __repr__(self) -> str:
         given: dict[str, Any] = {} if self._processors is None else {"processors": list(self._processors)}
@@ -237,7 +246,9 @@ class Sampler:
         """Draw the tokens of one step.
 
         Args:
-            logits: float32, float16 or bfloat16 ``[B, V]`` of any strides, V at least 1; never written.
+            logits: float32, float16 or bfloat16 ``[B, V]`` of any strides, V at least 1; never written. With a
+                ``group`` this rank's part of them, ``[B, width]``. A ``DTensor`` that is split over its last dimension
+                brings its group along.
             seeds: the seed of each request: an integer of up to 64 bits for all rows, or an integer tensor ``(B,)``.
             positions: the position in its sequence of the token that is drawn, of the same forms. Any number serves
                 that a request doesn't use twice.
@@ -249,6 +260,8 @@ class Sampler:
             ValueError: an argument of another shape, dtype or device than is said here or at the class, or out of
                 range; or what a processor refuses.
         """
+        if self._split is not None or is_split(logits):
+            return self._sample_split(logits, seeds, positions, input_ids, prompt_length, cache_position)
         if (
             not isinstance(logits, torch.Tensor)
             or logits.ndim != 2
@@ -258,16 +271,8 @@ class Sampler:
             raise ValueError(
                 f"logits must be a floating-point tensor of shape (B, V) with V at least 1, got {kind(logits)}"
             )
-        if self._top_logprobs > logits.shape[1]:
-            raise ValueError(
-                f"top_logprobs must be at most {logits.shape[1]}, the size of the vocabulary, got {self._top_logprobs}"
-            )
-        if isinstance(self._temperature, torch.Tensor):
-            _check_rows("temperature", self._temperature, logits)
-            _check_temperatures(self._temperature)
-        if input_ids is None and self._processors is not None:
-            self._check_need_no_history(self._processors)
-        rows = _for_rows("seeds", seeds, logits), _for_rows("positions", positions, logits)
+        self._check_vocabulary(logits.shape[1])
+        rows = self._checked_rows(logits, seeds, positions, input_ids)
         try:
             given = logits.detach() if logits.requires_grad else logits
             return self._draw(given, *rows, input_ids, prompt_length, cache_position)
@@ -275,6 +280,72 @@ class Sampler:
             members = [] if self._processors is None else self._processors.plan.members
             explain_failure(error, members, input_ids, logits)
             raise
+
+    def _check_vocabulary(self, V: int) -> None:
+        if self._top_logprobs > V:
+            raise ValueError(f"top_logprobs must be at most {V}, the size of the vocabulary, got {self._top_logprobs}")
+
+    def _checked_rows(
+        self, logits: torch.Tensor, seeds: Index, positions: Index, input_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Seeds and positions of each row; what else belongs to the rows of a call is checked."""
+        if isinstance(self._temperature, torch.Tensor):
+            _check_rows("temperature", self._temperature, logits)
+            _check_temperatures(self._temperature)
+        if input_ids is None and self._processors is not None:
+            self._check_need_no_history(self._processors)
+        return _for_rows("seeds", seeds, logits), _for_rows("positions", positions, logits)
+
+    def _splitting(self, group: Any) -> SplitSampler:
+        """What samples from the parts of the logits that the ranks of a group have."""
+        from fastlogits.parallel.sampling import Draw, SplitSampler  # imports torch.distributed
+
+        if self._return_kept is not None:
+            raise ValueError(
+                f"return_kept must be None with a group, got {self._return_kept!r}: no rank has whole rows"
+            )
+
+        def like(params: SamplingParams) -> Sampler:
+            return Sampler(self._processors, params, logprobs=self._logprobs, top_logprobs=self._top_logprobs)
+
+        parameters = vars(self.params).items()
+        form = (*((name, _form_of(value)) for name, value in parameters), ("logprobs", self._logprobs))
+        form = (*form, ("top_logprobs", self._top_logprobs))
+        plain = None
+        if self._logprobs is None:
+            greedy = not isinstance(self._temperature, torch.Tensor) and self._temperature == 0
+            plain = Draw(() if greedy else self._rules, self._temperature)
+        return SplitSampler(group, like(self.params), like, form, plain)
+
+    def _sample_split(
+        self,
+        logits: Any,
+        seeds: Index,
+        positions: Index,
+        input_ids: torch.Tensor | None,
+        prompt_length: Index | None,
+        cache_position: Index | None,
+    ) -> Sample:
+        """What a call does with this rank's part of the logits."""
+        from fastlogits.parallel.sampling import SplitCall
+
+        if is_split(logits):
+            logits, group = local_part(logits)
+            self._split = self._splitting(group) if self._split is None else self._split
+        assert self._split is not None
+
+        def check() -> SplitCall:
+            if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not logits.is_floating_point():
+                raise ValueError(
+                    "logits must be a floating-point tensor of shape (B, width), this rank's part of the vocabulary, "
+                    f"got {kind(logits)}"
+                )
+            rows = self._checked_rows(logits, seeds, positions, input_ids)
+            check_rules(logits, self._rules)
+            given = logits.detach() if logits.requires_grad else logits
+            return SplitCall(given, *rows, input_ids, prompt_length, cache_position)
+
+        return self._split(logits, check, None if self._processors is None else self._processors.plan)
 
     def warm_up(
         self,
@@ -321,6 +392,8 @@ class Sampler:
         """
         own = [each for each in (self._temperature, *(rule.value for rule in self._rules)) if _is_tensor(each)]
         where = own[0].device if device is None and own else warming.checked_device(device)
+        from fastlogits.parallel.sampling import SplitCall
+
         rows = len(own[0]) if batch is None and own else whole_number("batch", 1 if batch is None else batch, 1)
         logits = warming.dummy_logits(rows, vocab_size, dtype, where, row_stride)
         ids = warming.dummy_ids(input_ids, rows, where)
@@ -331,12 +404,19 @@ class Sampler:
         check_rules(logits, self._rules)
         plan = None if self._processors is None else self._processors.plan
 
+        def rehearse_call(start: Index | None, at: Index | None) -> None:
+            if self._split is None:
+                self(logits, seeds, positions, ids, prompt_length=start, cache_position=at)
+                return
+            rows = self._checked_rows(logits, seeds, positions, ids)
+            self._split.rehearse(SplitCall(logits, *rows, ids, start, at), plan)
+
         def rehearse() -> None:
             if prompt_length is not None or cache_position is not None:
-                self(logits, seeds, positions, ids, prompt_length=prompt_length, cache_position=cache_position)
+                rehearse_call(prompt_length, cache_position)
                 return
             for at, start in warming.host_positions(plan):
-                self(logits, seeds, positions, ids, prompt_length=start, cache_position=at)
+                rehearse_call(start, at)
 
         return warming.warmed(where, rehearse, warming.not_rehearsed(plan))
 
@@ -524,6 +604,7 @@ def sample(
     logprobs: Distribution | None = None,
     top_logprobs: int = 0,
     return_kept: KeptForm = None,
+    group: Any = None,
     **options: Unpack[SamplingOptions],
 ) -> Sample:
     """Sample a token for each row of logits, once. In a loop over steps, make a ``Sampler`` and call that.
@@ -540,6 +621,7 @@ def sample(
         logprobs: see ``Sampler``.
         top_logprobs: see ``Sampler``.
         return_kept: see ``Sampler``.
+        group: see ``Sampler``.
         options: fields of ``SamplingParams``, which replace those of ``params``.
 
     Raises:
@@ -552,9 +634,8 @@ def sample(
         >>> sample(logits, seeds=0, positions=0, temperature=0.0).tokens
         tensor([2, 0])
     """
-    sampler = Sampler(
-        processors, params, logprobs=logprobs, top_logprobs=top_logprobs, return_kept=return_kept, **options
-    )
+    reported: Any = {"logprobs": logprobs, "top_logprobs": top_logprobs, "return_kept": return_kept}
+    sampler = Sampler(processors, params, group=group, **reported, **options)
     return sampler(logits, seeds, positions, input_ids, prompt_length=prompt_length, cache_position=cache_position)
 
 
@@ -593,6 +674,11 @@ def _checked_temperature(temperature: float | torch.Tensor | None) -> float | to
         )
     _check_temperatures(temperature)
     return temperature
+
+
+def _form_of(value: object) -> Hashable:
+    """What has to be the same on all ranks: a number, or that it is a tensor of some dtype."""
+    return f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else value
 
 
 def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:

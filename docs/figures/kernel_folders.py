@@ -45,6 +45,18 @@ SERVING: tuple[list[Box], list[Arrow]] = (
         ("2,2", "1,2"), ("0,2", "1,2"),
     ],
 )  # fmt: skip
+PARALLEL: tuple[list[Box], list[Arrow]] = (
+    [
+        (0, 0, "logits of rank 0", "a part of each row", _GREY),
+        (0, 1, "logits of rank 1", "a part of each row", _GREY),
+        (1, 0, "selection, pack", "what the part may keep", _BLUE),
+        (1, 1, "selection, pack", "what the part may keep", _BLUE),
+        (2, 0.5, "exchange", "some tokens of each rank", _GREY),
+        (3, 0, "union", "rules, noise: the token", _ORANGE),
+        (3, 1, "union", "the same token", _ORANGE),
+    ],
+    [("0,0", "1,0"), ("0,1", "1,1"), ("1,0", "2,0.5"), ("1,1", "2,0.5"), ("2,0.5", "3,0"), ("2,0.5", "3,1")],
+)
 
 
 def drawn(boxes: list[Box], arrows: list[Arrow]) -> str:
@@ -79,7 +91,7 @@ def drawn(boxes: list[Box], arrows: list[Arrow]) -> str:
 
 def main() -> None:
     """Write the pictures."""
-    for name, picture in (("pointwise", POINTWISE), ("serving", SERVING)):
+    for name, picture in (("pointwise", POINTWISE), ("serving", SERVING), ("parallel", PARALLEL)):
         (_KERNELS / name / f"{name}.svg").write_text(drawn(*picture))
 
 

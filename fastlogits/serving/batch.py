@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -47,6 +47,9 @@ from fastlogits.serving.arguments import (
 from fastlogits.serving.packing import STACKS, PackedParams, Stack, Staging, pack, write_lengths, write_seed
 from fastlogits.serving.params import RequestParams
 from fastlogits.warm_up import WarmUp
+
+if TYPE_CHECKING:
+    from fastlogits.parallel.serving import SplitStep
 
 History: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"
 Call: TypeAlias = Literal["sample", "apply_", "apply", "append", "accept", "swap"]
@@ -109,6 +112,10 @@ class BatchProcessor:
             shrink, until a request is added to the slot. Then long histories are not read anew at each step, for one
             launch more. A batch's own history does so, and needs none.
         max_logprobs: the largest ``logprobs`` of a request, at most V.
+        group: the ranks of which each has a part of the vocabulary; see ``Sampler``. Then all ranks make the same calls
+            and have the same requests. The logits of a step are this rank's part ``[rows, width]``; so are those that
+            ``apply`` and ``apply_`` return, with -inf in columns of padding. ``sample`` returns the same on all ranks.
+            A bitmask is that of the whole vocabulary, or of this rank's part where all parts begin at a multiple of 32.
 
     Raises:
         ValueError: an argument out of range; a history of another shape, dtype or device; a device that torch can't
@@ -136,6 +143,7 @@ class BatchProcessor:
         history: History | None = None,
         history_grows: bool = False,
         max_logprobs: int = 0,
+        group: Any = None,
     ) -> None:
         self.max_requests = whole_number("max_requests", max_requests, 1)
         self.vocab_size = whole_number("vocab_size", vocab_size, 1)
@@ -160,7 +168,10 @@ class BatchProcessor:
         self._held, self._flags = self._table.unbind(), self._slots.records[:, layout.FLAGS.value].unbind()
         self._staging = Staging(self.device)
         self._active = bytearray(self.max_requests)
+        self._split = None if group is None else self._splitting(group)
         self._seeds = random.Random()
+        if self._split is not None:
+            self._seeds.seed(self._split.seed(self._seeds.getrandbits(64)))
         # What the host knows of the slots, so that it can refuse what a request needs and a step lacks.
         self._looking_back: set[int] = set()  # whose requests depend on the tokens so far
         self._strict: set[int] = set()  # whose requests require a bitmask
@@ -168,6 +179,13 @@ class BatchProcessor:
         # Tokens that the host has seen going to each slot: all of them, until tensors on a GPU are appended.
         self._counted = [0] * self.max_requests
         self._saw_all = self._owns_history
+
+    def _splitting(self, group: Any) -> SplitStep:
+        """What processes the parts of the logits that the ranks of a group have."""
+        from fastlogits.parallel.serving import SplitStep  # imports torch.distributed
+
+        names = ("max_requests", "vocab_size", "semantics", "max_rows", "max_listed", "max_logprobs")
+        return SplitStep(group, self._step, tuple((name, getattr(self, name)) for name in names))
 
     def _room_for_tokens(self, max_length: int | None, history: History | None) -> int:
         """Tokens of a slot's history in memory of the batch: none where the engine has the history."""
@@ -421,7 +439,7 @@ class BatchProcessor:
         """
         rows, _ = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
         check_own_memory("logits", logits)
-        return process_rows(self._step, logits, rows, logits)
+        return self._process(logits, rows, logits)
 
     def apply(
         self,
@@ -446,9 +464,9 @@ class BatchProcessor:
         if out is None:
             out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         elif is_in_place(out, logits):
-            process_rows(self._step, logits, rows, logits)
+            self._process(logits, rows, logits)
             return out
-        return process_rows(self._step, logits, rows, out)
+        return self._process(logits, rows, out)
 
     def sample(
         self,
@@ -488,6 +506,10 @@ class BatchProcessor:
         rows, known = self._rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
         if known is not None:
             self._check_logprobs(known, logprobs)
+        if self._split is not None:
+            if form is not None:
+                raise ValueError(f"return_kept must be None with a group, got {return_kept!r}: no rank has whole rows")
+            return self._split.sample(logits, rows, logprobs, self.max_logprobs)
         if form is None:
             tokens, asked = sample_rows(self._step, logits, rows, logprobs, self.max_logprobs)
             return Sample.of(tokens, asked, self.max_logprobs)
@@ -610,6 +632,13 @@ class BatchProcessor:
             return None if of is None else torch.full((1,), value, dtype=of, device=self.device)
 
         def rehearse() -> None:
+            split, self._split = self._split, None  # whole rows are what is processed, and nothing is exchanged
+            try:
+                rehearse_alone()
+            finally:
+                self._split = split
+
+        def rehearse_alone() -> None:
             nobody: Any = whole(-1, slots)
             draft = {"draft_ids": whole(0, draft_ids), "local_position": whole(0, draft_ids)}
             for each in masks:
@@ -640,6 +669,11 @@ class BatchProcessor:
             self.apply_(logits, slots, **arguments)
         if "apply" in calls:
             self.apply(logits, slots, **arguments)
+
+    def _process(self, logits: torch.Tensor, rows: StepRows, out: torch.Tensor) -> torch.Tensor:
+        if self._split is not None:
+            return self._split.process(logits, rows, out)
+        return process_rows(self._step, logits, rows, out)
 
     # -- What calls have in common ---------------------------------------------------------------------------------
 
@@ -703,6 +737,22 @@ class BatchProcessor:
         local_position: Ids | None,
     ) -> tuple[StepRows, list[int] | None]:
         """The rows of a step, checked, and their slots if the host knows them."""
+        try:
+            return self._checked_rows(logits, slots, cache_position, bitmask, draft_ids, local_position)
+        except Exception as error:
+            if self._split is not None:
+                self._split.refuse(error)
+            raise
+
+    def _checked_rows(
+        self,
+        logits: torch.Tensor,
+        slots: Ids,
+        cache_position: Ids | None,
+        bitmask: torch.Tensor | None,
+        draft_ids: Ids | None,
+        local_position: Ids | None,
+    ) -> tuple[StepRows, list[int] | None]:
         self._check_logits(logits)
         B = logits.shape[0]
         if (draft_ids is None) != (local_position is None):
@@ -729,7 +779,8 @@ class BatchProcessor:
     def _check_logits(self, logits: torch.Tensor) -> None:
         if not isinstance(logits, torch.Tensor):
             raise ValueError(f"logits must be a tensor of shape (rows, {self.vocab_size}), got {type(logits).__name__}")
-        if logits.ndim != 2 or logits.shape[1] != self.vocab_size or logits.dtype not in LOGITS_DTYPES:
+        columns = self.vocab_size if self._split is None or logits.ndim != 2 else logits.shape[1]
+        if logits.ndim != 2 or logits.shape[1] != columns or logits.dtype not in LOGITS_DTYPES:
             raise ValueError(
                 f"logits must be float32, float16 or bfloat16 of shape (rows, {self.vocab_size}), got {logits.dtype} "
                 f"of {tuple(logits.shape)}"

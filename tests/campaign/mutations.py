@@ -801,6 +801,42 @@ MUTATIONS = [
         "place = total + tl.cumsum(number, 0) - number", "place = total + tl.cumsum(number, 0)",
         ("test_kept_tokens.py::test_ids_of_bits",),
     ),
+    # -- logits split over ranks --
+    Mutation(
+        "a record that stands for itself alone", f"{KERNELS}/parallel/union.py",
+        "many = tl.where(ties, following - bits, 1)", "many = tl.where(ties, 1, 1)",
+        ("parallel/test_parts.py::test_more_ties_than_a_block_holds_and_rows_without_a_distribution",),
+    ),
+    Mutation(
+        "a greedy row that sends no record", f"{KERNELS}/parallel/pack.py",
+        "if many & plain:", "if many & (plain == 7):",
+        ("parallel/test_parts.py::test_more_ties_than_a_block_holds_and_rows_without_a_distribution",),
+    ),
+    Mutation(
+        "NaN that is sent with all others", f"{KERNELS}/parallel/pack.py",
+        "if has_nan:", "if has_nan & (V == 7):",
+        ("parallel/test_parts.py::test_more_ties_than_a_block_holds_and_rows_without_a_distribution",),
+    ),
+    Mutation(
+        "a part with the noise of the first one", f"{SELECTION}/sample_rows.py",
+        "coarse_words(octet + first // OCTET,", "coarse_words(octet,",
+        ("parallel/test_parts.py::test_the_ranks_sample_from_their_parts",),
+    ),
+    Mutation(
+        "dealt rows with the seeds of the first ones", f"{PACKAGE}/parallel/sampling.py",
+        "self.seeds[rows]", "self.seeds[: rows.stop - rows.start]",
+        ("parallel/test_sampling.py::test_all_ranks_sample_what_one_process_samples",),
+    ),
+    Mutation(
+        "a mask that isn't cut to its part", f"{PACKAGE}/parallel/stages.py",
+        "stage.mask(piece.V).row()[piece.start : piece.stop]", "stage.mask(piece.V).row()[: piece.stop - piece.start]",
+        ("parallel/test_process.py::test_what_maps_each_logit_needs_no_other_part",),
+    ),
+    Mutation(
+        "ranks that don't compare their arguments", f"{PACKAGE}/parallel/group.py",
+        "if form.get(name) != forms[0].get(name):", "if False:",
+        ("parallel/test_sampling.py::test_the_error_says_which_rank_differs",),
+    ),
 ]  # fmt: skip
 
 

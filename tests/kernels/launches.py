@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from fastlogits_kernels.parallel import launch as parallel
 from fastlogits_kernels.rules import RULES, Rule, argument_of
 from fastlogits_kernels.runtime import backend, driver, launcher
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
@@ -57,6 +58,7 @@ def captured(hopper: bool = True, amd: bool = False) -> Iterator[list[Launch]]:
         mock.patch.object(launchers, "is_portable", return_value=amd),
         mock.patch.object(launchers, "overlaps", return_value=hopper),
         mock.patch.object(search, "overlaps", return_value=hopper),
+        mock.patch.object(parallel, "overlaps", return_value=hopper),
         forced(True),
     ):
         yield made
@@ -242,14 +244,24 @@ def _train(dtype: torch.dtype) -> None:
             _backward(logits, targets, top_p=0.9, temperature=0.7)
 
 
+def _parts(dtype: torch.dtype) -> None:
+    rules, cpu, own = (Rule("top_k", 50), Rule("top_p", 0.9)), torch.device("cpu"), V // 4
+    seeds, logits = torch.arange(2), torch.zeros(2, own, dtype=dtype)
+    for temperature in (torch.tensor(0.7), torch.ones(2)):
+        for step in (parallel.TopShards(rules, 128, V, own, own, cpu), parallel.BestShards(own, own, cpu)):
+            sent = step.sent(logits, seeds, seeds, temperature)
+            step.tokens(sent.expand(4, *sent.shape).contiguous(), seeds, seeds, temperature)
+
+
 CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
     ("list", _warp, torch.float32), ("list", _warp, torch.bfloat16), ("draw", _draw, torch.float32),
     ("draw", _draw, torch.bfloat16), ("typical", _typical, torch.float32), ("serving", _serve, torch.float32),
     ("sample", _sample, torch.float32), ("sample", _sample, torch.bfloat16), ("train", _train, torch.bfloat16),
+    ("parts", _parts, torch.float32), ("parts", _parts, torch.bfloat16),
 ]  # fmt: skip
 
 
-BRIEF = (("serving", torch.float32), ("sample", torch.bfloat16))
+BRIEF = (("serving", torch.float32), ("sample", torch.bfloat16), ("parts", torch.float32))
 """Calls that bring each kernel at least once, and all rules."""
 
 

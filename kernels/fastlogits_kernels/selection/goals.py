@@ -259,10 +259,22 @@ def finish_cutoff(cutoff_key, top_key, open_below, bound, certain):
 
 
 @triton.jit
-def search(key, counts, amount, interval, goal, WEIGHS: tl.constexpr):
+def totals_of(counts, amount, many, TIED: tl.constexpr):
+    """How many tokens count, and their amount; each of them stands for ``many`` where ``TIED``, else for itself."""
+    if TIED:  # too many for one word
+        number = tl.sum(tl.where(counts, many, 0))
+        total = tl.sum(tl.where(counts, amount * many, 0))
+    else:
+        number, total = unpacked(tl.sum(weighed(counts, amount)))
+    return number, total
+
+
+@triton.jit
+def search(key, counts, amount, many, interval, goal, WEIGHS: tl.constexpr, TIED: tl.constexpr):
     """The largest key at or above which there are as many tokens, and as large an amount of them, as the goal asks for.
 
-    ``low`` of the interval reaches the goal. What is at or above its ``high`` is not among the tokens.
+    ``low`` of the interval reaches the goal. What is at or above its ``high`` is not among the tokens. Each
+    stands for ``many`` tokens where ``TIED``.
     """
     low, high, count, all_amount, above, amount_above = interval
     each = weighed(counts, amount)
@@ -270,7 +282,9 @@ def search(key, counts, amount, interval, goal, WEIGHS: tl.constexpr):
     # Until one token is left between the two, or one key. What costs time is each sum over all threads.
     while (high - low > 1) & (count - above > 1):
         pivot = (low + high) >> 1
-        if WEIGHS:
+        if TIED:
+            number, more = totals_of(counts & (key >= pivot.to(tl.int32)), amount, many, TIED)
+        elif WEIGHS:
             number, more = unpacked(tl.sum(tl.where(key >= pivot.to(tl.int32), each, 0)))
         else:
             number = tl.sum((counts & (key >= pivot.to(tl.int32))).to(tl.int32))

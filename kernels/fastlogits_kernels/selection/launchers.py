@@ -172,7 +172,8 @@ class _Call(NamedTuple):
     @property
     def largest(self) -> float:
         """The largest number of the dtype that a chain rounds to: none where tokens are sampled."""
-        return LARGEST[self.scores.dtype if self.tensors.tokens is None else torch.float32]
+        rounds = self.tensors.tokens is None and not self.selection.unrounded
+        return LARGEST[self.scores.dtype if rounds else torch.float32]
 
     @property
     def out_strides(self) -> tuple[int, ...]:
@@ -297,9 +298,9 @@ def _rows_launch(call: _Call, tried: int) -> Launch:
 
 
 def sample_launches(
-    selection: Selection, chain: Chain, found: TokenSets | None, tensors: Tensors, given: Tensors
+    selection: Selection, chain: Chain, found: TokenSets | None, tensors: Tensors, given: Tensors, first: int = 0
 ) -> list[Launch]:
-    """The same where no rule drops anything: two launches."""
+    """The same where no rule drops anything: two launches. The logits may begin at the token ``first``."""
     call = _Call.of(selection, chain, found, tensors, given)
     scores = call.scores
     B, V = scores.shape
@@ -309,8 +310,9 @@ def sample_launches(
     most_parts = triton.next_power_of_2(parts)
     return [
         Launch(call.launchers.sample_parts, call.key, B * parts, (
-            given.scores, *call.maps, *call.sampling, given.work, V, words(V), parts, *scores.stride(), words_of_row,
-            chain.flat, LARGEST[torch.float32], SAMPLE_BLOCK, halves, is_portable(scores.device), call.early,
+            given.scores, *call.maps, *call.sampling, given.work, V, words(V), parts, first, *scores.stride(),
+            words_of_row, chain.flat, LARGEST[torch.float32], SAMPLE_BLOCK, halves, is_portable(scores.device),
+            call.early,
         )),
         Launch(call.launchers.sample_rows, (scores.device, most_parts), B, (
             given.work, given.tokens, parts, words_of_row, most_parts, call.early,

@@ -117,9 +117,12 @@ class Selection:
         V: tokens of the vocabulary.
         device: where the logits are.
         normalise: whether what stays is normalised, as ``log_softmax`` does it.
+        unrounded: whether logits stay float32 between the maps of a chain, as they do where tokens are sampled.
     """
 
-    def __init__(self, rules: Sequence[Rule], V: int, device: torch.device, normalise: bool = False) -> None:
+    def __init__(
+        self, rules: Sequence[Rule], V: int, device: torch.device, normalise: bool = False, unrounded: bool = False
+    ) -> None:
         self.given = tuple(rules)
         rules = [rule for rule in rules if not is_idle(rule, V)]
         self.rows = [rule.value for rule in rules if isinstance(rule.value, torch.Tensor)]
@@ -134,7 +137,7 @@ class Selection:
         self.fill = rules[0].filter_value if rules else -math.inf
         self.lowest_ties = any(rule.ties == "lowest" for rule in rules if rule.spec.takes_ties)
         self.banded = any(rule.spec.goal == "distance" for rule in rules)
-        self.normalise = normalise
+        self.normalise, self.unrounded = normalise, unrounded
         # Whether what is kept for certain has to be weighed.
         self.weighed = any(1 <= rule.spec.sums < 3 for rule in rules)
         counted = [float(rule.value) for rule in rules if _is_number(rule) and rule.spec.goal == "count"]
@@ -145,7 +148,8 @@ class Selection:
         # Where no rule keeps more than can be collected, nothing has to be kept for certain.
         self.bracketed = not normalise and not fewest <= 0.6 * self.layouts[4].few
         self.form = form_of((
-            self.kinds, self.leasts, self.places, self.fill, self.lowest_ties, normalise, self.bracketed, self.slots
+            self.kinds, self.leasts, self.places, self.fill, self.lowest_ties, normalise, self.bracketed, self.slots,
+            unrounded,
         ))  # fmt: skip
         self.launches = 3 + len(self.slots) + (self.sums > 0)
         """How many kernels a call launches."""

@@ -32,6 +32,7 @@ from fastlogits_kernels.selection.goals import (
     surprises_kept,
     term_of,
     ties_kept,
+    totals_of,
     unpacked,
     weighed,
     with_ties,
@@ -107,6 +108,8 @@ class Candidates(NamedTuple):
     bound: tl.tensor
     sums: RowSums
     V: tl.tensor
+    many: tl.tensor
+    """For how many tokens that tie each of them stands, where they are ``TIED``."""
 
 
 class Progress(NamedTuple):
@@ -118,30 +121,31 @@ class Progress(NamedTuple):
 
 
 @triton.jit
-def _stays(some, kept, BANDED: tl.constexpr):
+def stays_of(some, kept, BANDED: tl.constexpr):
+    """Which candidates are kept."""
     return is_kept(some.x, some.valid, some.rank, kept, BANDED)
 
 
 @triton.jit
-def _top(some, kept, BANDED: tl.constexpr):
+def top_of(some, kept, BANDED: tl.constexpr):
     """The largest key that is kept, or below all."""
-    top = tl.max(tl.where(_stays(some, kept, BANDED), key_of(some.x), LOWEST))
+    top = tl.max(tl.where(stays_of(some, kept, BANDED), key_of(some.x), LOWEST))
     return tl.maximum(top, some.certain.largest)
 
 
 @triton.jit
-def _cut_ties(some, kept, key, keep, tied, BANDED: tl.constexpr):
+def _cut_ties(some, kept, key, keep, tied, BANDED: tl.constexpr, TIED: tl.constexpr):
     """``kept`` without what is below a key, and with only ``keep`` of the ``tied`` tokens at it."""
     nothing = tl.full([], 0, tl.int64)
     none = tl.full([], 0, tl.int32)
     V = (none + some.V).to(tl.int64)  # a constant, and no tensor, where it is 1
-    at_key = _stays(some, kept, BANDED) & (key_of(some.x) == key)
+    at_key = stays_of(some, kept, BANDED) & (key_of(some.x) == key)
     # Where all stay there is nothing to search; a branch around it is what Triton 3.6 can't compile.
     some_go = keep < tied
     found = search(
-        some.rank, at_key, tl.zeros_like(some.rank).to(tl.int64),
+        some.rank, at_key, tl.zeros_like(some.rank).to(tl.int64), some.many,
         Interval(-V, V + 1, tl.where(some_go, tied, 0), nothing, none, nothing),
-        Goal(tl.where(some_go, keep, 0), nothing), False,
+        Goal(tl.where(some_go, keep, 0), nothing), False, TIED,
     )  # fmt: skip
     return with_ties(kept, key, tl.where(some_go, found.key, LOWEST))
 
@@ -152,8 +156,8 @@ def _spend(some, at, value, BANDED: tl.constexpr):
     nothing, none = tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
     top = number_of(at.top_key)
     kept = cut_below(at.kept, top)
-    stays = _stays(some, kept, BANDED)
-    count, mass = unpacked(tl.sum(weighed(stays, weight_of(some.x, top))))
+    stays = stays_of(some, kept, BANDED)
+    count, mass = totals_of(stays, weight_of(some.x, top), some.many, False)
     relative = (mass.to(tl.float64) / ONE).to(tl.float32)
     term = tl.where(stays, term_of(some.x, top, relative), 0.0)
     largest = tl.maximum(tl.max(term), LEAST_TERM)
@@ -164,27 +168,33 @@ def _spend(some, at, value, BANDED: tl.constexpr):
         # The first token that goes beyond the budget.
         low = tl.full([], KEY_OF_MINUS_INFINITY, tl.int64)
         found = search(
-            key_of(some.x), stays, surprise, Interval(low, at.top_key.to(tl.int64) + 1, count, total, none, nothing),
-            Goal(none + 1, budget + 1), True,
+            key_of(some.x), stays, surprise, some.many,
+            Interval(low, at.top_key.to(tl.int64) + 1, count, total, none, nothing),
+            Goal(none + 1, budget + 1), True, False,
         )  # fmt: skip
         tied = found.number - found.above
         keep = surprises_kept(found, budget)
-        kept = _cut_ties(some, kept, found.key, tl.maximum(keep, 0), tied, BANDED)
+        kept = _cut_ties(some, kept, found.key, tl.maximum(keep, 0), tied, BANDED, False)
         if keep <= 0:
             kept = Kept(found.key + 1, tl.full([], LOWEST, tl.int32), kept.centre, kept.farthest)
     return kept
 
 
 @triton.jit
-def _deviation(some, stays, top, summed):
+def _deviation(some, stays, top, summed, TIED: tl.constexpr):
     """The deviation of what is kept, float32."""
     finite = stays & (tl.abs(some.x) < float("inf"))
     off = tl.where(finite, some.x - centre_of(top), 0.0).to(tl.float64)
-    return deviation_of(tl.sum(finite.to(tl.float64)), tl.sum(off), tl.sum(off * off), summed, some.sums)
+    number, first, second = finite.to(tl.float64), off, off * off
+    if TIED:
+        number, first, second = number * some.many, first * some.many, second * some.many
+    return deviation_of(tl.sum(number), tl.sum(first), tl.sum(second), summed, some.sums)
 
 
 @triton.jit
-def _search_goal(some, stays, amount, goal, count, mass, top_key, centre, KIND_GOAL: tl.constexpr):
+def _search_goal(
+    some, stays, amount, goal, count, mass, top_key, centre, KIND_GOAL: tl.constexpr, TIED: tl.constexpr
+):  # fmt: skip
     """The key at or above which a rule's goal is reached: of logits, or of distances from a centre."""
     certain = some.certain
     if KIND_GOAL == DISTANCE_GOAL:
@@ -198,18 +208,19 @@ def _search_goal(some, stays, amount, goal, count, mass, top_key, centre, KIND_G
     low, high = low.to(tl.int64), high.to(tl.int64) + 1
     if (KIND_GOAL == MASS_GOAL) or (KIND_GOAL == DISTANCE_GOAL):
         interval = Interval(low, high, count, mass, certain.number, certain.mass)
-        found = search(key, stays, amount, interval, goal, True)
+        found = search(key, stays, amount, some.many, interval, goal, True, TIED)
     else:
         nothing = tl.full([], 0, tl.int64)
         interval = Interval(low, high, count, nothing, certain.number, nothing)
-        found = search(key, stays, tl.zeros_like(amount), interval, goal, False)
+        found = search(key, stays, tl.zeros_like(amount), some.many, interval, goal, False, TIED)
     return found
 
 
 @triton.jit
-def _apply(
+def apply_rule(
     some, at, value, summed,
     KIND: tl.constexpr, LEAST: tl.constexpr, SUMS: tl.constexpr, BANDED: tl.constexpr, LOWEST_TIES: tl.constexpr,
+    TIED: tl.constexpr,
 ):  # fmt: skip
     """Apply a rule; whether its result is wrong, since it depends on tokens that aren't here.
 
@@ -221,19 +232,22 @@ def _apply(
     kind_goal = tl.full([], KIND_GOAL, tl.int32)
     kept, top_key, open_below = at.kept, at.top_key, at.open_below
     top = number_of(top_key)
-    stays = _stays(some, kept, BANDED)
+    stays = stays_of(some, kept, BANDED)
     amount = weight_of(some.x, top) if WEIGHS else tl.zeros_like(some.rank).to(tl.int64)
-    count, mass = unpacked(tl.sum(weighed(stays, amount)))
+    count, mass = totals_of(stays, amount, some.many, TIED)
     count += some.certain.number
     mass += some.certain.mass if WEIGHS else 0
-    below = tl.sum(below_of(some.x, top, stays)) if NEEDS == 2 else tl.full([], 0, tl.int64)
+    below = tl.full([], 0, tl.int64)
+    if NEEDS == 2:
+        distances = below_of(some.x, top, stays)
+        below = tl.sum(distances * some.many if TIED else distances)
     if SUMS < NEEDS:
         # The first rule that needs sums finds those that it needs, or none.
         summed = tl.full([], False, tl.int1)
     stats = stats_of(mass, below, summed, some.sums)
     cutoff_key = tl.full([], LOWEST, tl.int32)
     if KIND_GOAL == NO_GOAL:
-        deviation = _deviation(some, stays, top, summed) if NEEDS >= 3 else top
+        deviation = _deviation(some, stays, top, summed, TIED) if NEEDS >= 3 else top
         cutoff_key = cutoff_key_of(
             cutoff(value, top, stats.mass, tl.log(stats.mass) + stats.distance, deviation, KIND)
         )  # fmt: skip
@@ -242,10 +256,10 @@ def _apply(
     if (KIND_GOAL != NO_GOAL) or (LEAST > 1):
         if reached:
             centre = top - stats.distance
-            found = _search_goal(some, stays, amount, goal, count, mass, top_key, centre, KIND_GOAL)
+            found = _search_goal(some, stays, amount, goal, count, mass, top_key, centre, KIND_GOAL, TIED)
             if KIND_GOAL == DISTANCE_GOAL:
                 kept = Kept(kept.cutoff, kept.rank, centre, found.key)
-                top_key = _top(some, kept, BANDED)
+                top_key = top_of(some, kept, BANDED)
             else:
                 keep = ties_kept(found, goal, cutoff_key, kind_goal, LOWEST_TIES)
                 cutoff_key = cutoff_found(found, cutoff_key, kind_goal)
@@ -253,7 +267,7 @@ def _apply(
                     # All that tie with the last one stay.
                     kept = from_key(kept, cutoff_key)
                 elif (KIND_GOAL != NO_GOAL) or SPARES_FEWEST[KIND]:
-                    kept = _cut_ties(some, kept, cutoff_key, keep, found.number - found.above, BANDED)
+                    kept = _cut_ties(some, kept, cutoff_key, keep, found.number - found.above, BANDED, TIED)
             if KIND_GOAL != NO_GOAL:
                 open_below = open_below & (found.key > KEY_OF_INFINITY)
         elif KIND_GOAL == DISTANCE_GOAL:
@@ -285,7 +299,7 @@ def _apply_all(
     kept = all_kept()
     summed = top_key > LOWEST
     if summed == 0:
-        top_key = _top(some, kept, BANDED)
+        top_key = top_of(some, kept, BANDED)
     at = Progress(kept, top_key, complete == 0)
     uncut = tl.full([], True, tl.int1)  # whether no rule may have dropped anything yet
     failed = tl.full([], False, tl.int1)
@@ -298,7 +312,9 @@ def _apply_all(
             failed = failed | (active & ((uncut & summed) == 0) & at.open_below)
         active = active & can_act(at.top_key, NEEDS_SUMS[KINDS[i]], GOAL[KINDS[i]])
         if active & (failed == 0):
-            at, wrong = _apply(some, at, value, uncut & summed, KINDS[i], LEASTS[i], SUMS, BANDED, LOWEST_TIES)
+            at, wrong = apply_rule(
+                some, at, value, uncut & summed, KINDS[i], LEASTS[i], SUMS, BANDED, LOWEST_TIES, False
+            )  # fmt: skip
             failed = failed | wrong
             if GOAL[KINDS[i]] == ENTROPY_GOAL:
                 failed = failed | at.open_below
@@ -323,18 +339,18 @@ def _load_candidates(
     bound = tl.where(banded, KEY_OF_MINUS_INFINITY, tl.load(work + BOUND_AT))
     return Candidates(
         x, valid, beside, token, rank_of(token, LOWEST_TIES), load_certain(work, shape, state, PARTS), bound,
-        load_row_sums(work + ROW_SUMS_AT, tl.load(work + TOP_KEY_AT) > LOWEST), V,
+        load_row_sums(work + ROW_SUMS_AT, tl.load(work + TOP_KEY_AT) > LOWEST), V, token,
     )  # fmt: skip
 
 
 @triton.jit
 def _write(row, some, kept, top_key, request, maps, out, NORMALISE: tl.constexpr, BANDED: tl.constexpr):
     """Write what is kept of a row, or sample a token of it; ``request`` is seed, position, and whether it is greedy."""
-    stays = _stays(some, kept, BANDED)
+    stays = stays_of(some, kept, BANDED)
     if out.ptr is not None:
         x = some.x
         if NORMALISE:
-            top_key = _top(some, kept, BANDED)
+            top_key = top_of(some, kept, BANDED)
             _number, mass = unpacked(tl.sum(weighed(stays, weight_of(x, number_of(top_key)))))
             x = x - log_mass_of(top_key, mass)
         elif maps.temperature_ptr is not None:

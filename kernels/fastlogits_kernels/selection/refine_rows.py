@@ -283,7 +283,7 @@ def _end_of_search(state, source, row, config):
             valid = valid & is_candidate_of(x, raw, row.range)
         key, counts, amount = measured(x, valid, rank_of(token, config.LOWEST_TIES), state.kept, state.measure)
         counts = counts & (key >= interval.low.to(tl.int32)) & (key.to(tl.int64) < interval.high)
-        found = search(key, counts, amount, interval, state.search.goal, True)
+        found = search(key, counts, amount, counts, interval, state.search.goal, True, False)
     return found
 
 

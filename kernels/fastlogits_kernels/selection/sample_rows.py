@@ -54,7 +54,7 @@ _PAIRS_AT = tl.constexpr(4)
 PART_WORDS = tl.constexpr(4 + 2 * ROOM)
 _CHUNK = tl.constexpr(256)
 
-STEPWISE = [*MAP_STRIDES, "stride_seed", "stride_position", "stride_work", "W", "parts"]
+STEPWISE = [*MAP_STRIDES, "stride_seed", "stride_position", "stride_work", "W", "parts", "first"]
 
 
 @triton.jit
@@ -65,11 +65,11 @@ def _coarse_of_largest(x, largest, token, words):
 
 @triton.jit
 def _collect_part(
-    row, x, y, octet, token, request, scores, here, HALVES: tl.constexpr, PORTABLE: tl.constexpr
+    row, x, y, octet, token, first, request, scores, here, HALVES: tl.constexpr, PORTABLE: tl.constexpr
 ):  # fmt: skip
     """Collect the tokens of a part that may win: ``x`` and ``y`` are the halves of its octets. Returns how many."""
     other = token + OCTET // 2
-    words = coarse_words(octet, request.seed, request.position)
+    words = coarse_words(octet + first // OCTET, request.seed, request.position)
     largest = tl.max(x.to(tl.float32), 1)
     if HALVES == 2:
         largest = tl.maximum(largest, tl.max(y.to(tl.float32), 1))
@@ -98,14 +98,17 @@ def sample_parts_kernel(
     # output
     work_ptr,
     # shapes
-    V, W, parts,
+    V, W, parts, first,
     # strides
     stride_row, stride_token, stride_work,
     # constants
     OPS: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, PORTABLE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The best perturbed logit of a part of a row, and its token."""
+    """The best perturbed logit of a part of a row, and its token.
+
+    The row may be a piece of the vocabulary that begins at the token ``first``, a multiple of eight.
+    """
     maps = Maps(
         temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
         stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
@@ -129,20 +132,31 @@ def sample_parts_kernel(
     if request.greedy:
         found += _ROOM + 1
     else:
-        found += _collect_part(row, x, y, octet, token, request, scores, here, HALVES, PORTABLE)
+        found += _collect_part(row, x, y, octet, token, first, request, scores, here, HALVES, PORTABLE)
         if found <= _ROOM:
             some, valid, which_of = load_candidates((here + _PAIRS_AT).to(tl.pointer_type(tl.int64)), found, _ROOM)
-            best, which = best_of(scaled(some, row, maps), valid, which_of, request)
+            best, which = best_of(scaled(some, row, maps), valid, which_of + first, request)
     # Where they were too many, and where the largest logit is asked for, all of the part.
     for start in range(0, tl.where(found > _ROOM, BLOCK, 0), _CHUNK):
         each = part * BLOCK + start + tl.arange(0, _CHUNK)
         inside = each < V
         z = scaled_logits(row, each >> 5, each & 31, each, inside, scores, Form(OPS, MAX))
-        top, first = best_of(z, inside, each, request)
-        which = tl.where(top > best, first, which)
+        top, lowest = best_of(z, inside, each + first, request)
+        which = tl.where(top > best, lowest, which)
         best = tl.maximum(top, best)
     tl.store(here + _KEY_AT, best)
     tl.store(here + _TOKEN_AT, which)
+
+
+@triton.jit
+def best_of_parts(work, parts, PARTS: tl.constexpr):
+    """The largest key of a row's parts, and the token that has it, the lowest one of several."""
+    part = tl.arange(0, PARTS)
+    here = work + LINE + PART_WORDS * part
+    keys = tl.load(here + _KEY_AT, mask=part < parts, other=LOWEST)
+    which = tl.load(here + _TOKEN_AT, mask=part < parts, other=HIGHEST)
+    best = tl.max(keys)
+    return best, tl.min(tl.where(keys == best, which, HIGHEST))
 
 
 @triton.jit(do_not_specialize=["parts", "stride_work"], do_not_specialize_on_alignment=["work_ptr", "tokens_ptr"])
@@ -150,10 +164,7 @@ def sample_rows_kernel(work_ptr, tokens_ptr, parts, stride_work, PARTS: tl.const
     """The token of a row, the best of its parts; all of the row is kept."""
     row = tl.program_id(0).to(tl.int64)
     work = work_ptr + row * stride_work
-    part = tl.arange(0, PARTS)
     wait_for_launch(PDL)
-    here = work + LINE + PART_WORDS * part
-    key = tl.load(here + _KEY_AT, mask=part < parts, other=LOWEST)
-    which = tl.load(here + _TOKEN_AT, mask=part < parts, other=HIGHEST)
-    store_token(tokens_ptr + row, tl.min(tl.where(key == tl.max(key), which, HIGHEST)))
+    _best, token = best_of_parts(work, parts, PARTS)
+    store_token(tokens_ptr + row, token)
     store_kept(work, all_kept())

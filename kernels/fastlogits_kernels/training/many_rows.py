@@ -138,7 +138,7 @@ def _load_some(row, found, bounds, certain, known, scores, work, pairs, LOWEST_T
     beside = valid & is_certain(raw, work)
     valid = valid & is_candidate(x, number_of(bounds.low), bounds.banded, bounds.centre, False) & (beside == 0)
     some = Candidates(
-        x, valid, beside, token, rank_of(token, LOWEST_TIES), certain, bounds.low, known.sums, scores.V
+        x, valid, beside, token, rank_of(token, LOWEST_TIES), certain, bounds.low, known.sums, scores.V, token,
     )  # fmt: skip
     return some, raw
 

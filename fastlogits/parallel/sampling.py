@@ -1,0 +1,329 @@
+"""The step of a ``Sampler`` whose logits are split over ranks: every rank returns the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from fastlogits_kernels.parallel.launch import BestShards, TopShards, sent_of
+from fastlogits_kernels.rules import Rule, is_idle
+from fastlogits_kernels.runtime.backend import CompileError
+from fastlogits_kernels.runtime.launcher import table_on
+from fastlogits_kernels.selection import launch
+
+from fastlogits.checks import LOGITS_DTYPES
+from fastlogits.parallel.group import Agreement, Group, Shards
+from fastlogits.parallel.rows import some_index, some_rows, takes_some_rows
+from fastlogits.parallel.stages import PartMembers, Piece, members_of_part
+from fastlogits.plan.fusion import parts_of
+from fastlogits.plan.pointwise import Pointwise
+from fastlogits.plan.position import Index
+from fastlogits.plan.run import Run
+from fastlogits.plan.stages import Member, Truncate
+from fastlogits.sampled import Sample
+
+if TYPE_CHECKING:
+    from fastlogits.sampling import Sampler, SamplingParams
+
+
+class SplitCall(NamedTuple):
+    """What a call of a ``Sampler`` brings, checked; the logits are this rank's part."""
+
+    logits: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    input_ids: torch.Tensor | None
+    prompt_length: Index | None
+    cache_position: Index | None
+
+    def of_rows(self, logits: torch.Tensor, rows: slice) -> SplitCall:
+        """The same for some of the rows, whose logits are given."""
+        B = len(self.logits)
+        return SplitCall(
+            logits, self.seeds[rows], self.positions[rows], some_rows(self.input_ids, rows, B),
+            some_index(self.prompt_length, rows, B), some_index(self.cache_position, rows, B),
+        )  # fmt: skip
+
+
+class Parts(NamedTuple):
+    """How tokens are sampled from the parts of the logits: each rank sends what its part may keep, and no more."""
+
+    step: TopShards | BestShards
+    own: int
+    """Tokens of this rank's part."""
+    temperature: torch.Tensor | None
+    fold: Pointwise | None
+    """The processors, for this rank's part."""
+    of: PartMembers
+    """What they are there."""
+
+    def sent(self, call: SplitCall) -> torch.Tensor:
+        """What this rank sends."""
+        part = call.logits[:, : self.own]
+        inputs: Any = ()
+        if self.fold is not None:
+            inputs = self.fold.inputs(
+                self.of.ids(call.input_ids), part, Run.of(call.prompt_length, call.cache_position)
+            )
+        return self.step.sent(part, call.seeds, call.positions, self.temperature, *inputs)
+
+    def tokens(self, sent: torch.Tensor, call: SplitCall) -> Sample:
+        """The token of each row, from what all have sent."""
+        tokens = self.step.tokens(sent, call.seeds, call.positions, self.temperature)
+        return Sample(tokens, None, None, None, None)
+
+
+class Draw(NamedTuple):
+    """What a sampler does after its processors, where nobody asks for log-probabilities."""
+
+    rules: tuple[Rule, ...]
+    temperature: float | torch.Tensor | None
+
+    def after(self, members: Sequence[Member]) -> tuple[list[Member], tuple[Rule, ...]] | None:
+        """The processors before the truncations, and all of these; None where they don't stand in this order."""
+        first = next((i for i, member in enumerate(members) if isinstance(member.stage, Truncate)), len(members))
+        last = [member.stage for member in members[first:]]
+        own = tuple(rule for stage in last if isinstance(stage, Truncate) for rule in stage.rules)
+        joins = self.temperature is None and not self.rules and all(isinstance(stage, Truncate) for stage in last)
+        if last and not (joins and all(rule.filter_value == -math.inf for rule in own)):
+            return None
+        return list(members[:first]), own or self.rules
+
+
+class _Way(NamedTuple):
+    """How calls of one form are sampled."""
+
+    shards: Shards
+    plan: object
+    """Of the processors: held, so that no other gets its id."""
+    rows: slice | None
+    """This rank's rows where the rows are dealt out; None where each rank gets all of them."""
+    sampler: Sampler
+    """Samples these rows of whole logits."""
+    parts: Parts | None = None
+    """Samples from the parts, where their rows needn't be whole."""
+
+
+class SplitSampler:
+    """Samples from logits of which each rank has a part of the vocabulary.
+
+    There are three ways, of which all give the result of one process, bit for bit. Which one is taken depends on what
+    the host knows, and is the same on all ranks.
+
+    - On a GPU, without log-probabilities, where no rule drops anything or a fixed number of the most likely tokens is
+      taken before anything is added up, and where processors map each logit by itself: each rank sends the few tokens
+      of its part that may be kept, once, and finds the token among all that was sent.
+    - Else the ranks exchange their logits so that each has some whole rows. They sample these, and exchange the
+      results.
+    - Where there are no more rows than ranks, or a processor has to see all rows, each rank gets all of them.
+
+    Args:
+        group: the ranks.
+        sampler: samples whole rows.
+        make: makes another sampler like it, of other parameters.
+        form: the names of its parameters, and what has to be the same of them on all ranks.
+        draw: what the sampler does, where that is no more than to draw.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        sampler: Sampler,
+        make: Callable[[SamplingParams], Sampler],
+        form: tuple[tuple[str, Hashable], ...],
+        draw: Draw | None = None,
+    ) -> None:
+        self.group = Group.of(group)
+        self.sampler = sampler
+        self._make = make
+        self._form = form
+        self._plain = draw
+        self._agree = Agreement(self.group)
+        self._ways: dict[Hashable, _Way] = {}
+        self._made: dict[Hashable, Parts | None] = {}
+
+    def __call__(self, logits: torch.Tensor, check: Callable[[], SplitCall], plan: Any) -> Sample:
+        """The tokens of one call, and what was asked about them.
+
+        Args:
+            logits: this rank's part ``[B, width]``, not checked yet.
+            check: checks the arguments of the call.
+            plan: of the processors, or None.
+        """
+        try:
+            call = check()
+        except Exception as error:
+            self._agree.refuse(error)
+            raise
+        key = (logits.shape, logits.dtype, logits.device, id(plan))
+        way = self._ways.get(key)
+        if way is None:
+            way = self._new_way(call, plan)
+            way, sample = self._first(way, call)
+            self._ways[key] = way
+            return sample
+        if way.parts is not None:
+            return way.parts.tokens(self.group.all_gather(way.parts.sent(call)), call)
+        return self._shared(way, call, self._own(way, call))
+
+    def rehearse(self, call: SplitCall, plan: Any) -> None:
+        """Launch what calls with such whole logits launch, where nothing is launched and nothing exchanged.
+
+        The parts are taken for equal ones.
+        """
+        self.sampler(*call[:4], prompt_length=call.prompt_length, cache_position=call.cache_position)
+        B, V = call.logits.shape
+        size = self.group.size
+        width = -(-V // size)
+        shards = Shards.of([width] * size, [None] * size, V)
+        some = call._replace(logits=call.logits.new_empty(B, width))
+        parts = self._parts(some, shards, [] if plan is None else plan.members)
+        if parts is not None:
+            sent = parts.sent(some)
+            parts.tokens(sent.new_empty(size, *sent.shape), some)
+
+    def _new_way(self, call: SplitCall, plan: Any) -> _Way:
+        """Compare the arguments with those of the other ranks, and choose a way."""
+        shards = self.group.shards(call.logits.shape[1])
+        B = len(call.logits)
+        members = [] if plan is None else plan.members
+        self._agree((
+            ("number of rows of logits", B), ("dtype of logits", str(call.logits.dtype)),
+            ("kind of device of logits", call.logits.device.type), ("kernels", _has_kernels(call.logits)), *self._form,
+            ("processors", "; ".join(f"{member.name}: {member.stage.describe()}" for member in members)),
+        ))  # fmt: skip
+        ids = call.input_ids
+        deals = self.group.size < B and takes_some_rows(members) and (ids is None or len(ids) == B)
+        # One for all numbers of rows.
+        key = (call.logits.shape[1], call.logits.dtype, call.logits.device, id(plan))
+        parts = None
+        if B:
+            parts = self._made[key] = self._made[key] if key in self._made else self._parts(call, shards, members)
+        if not deals:
+            return _Way(shards, plan, None, self.sampler, parts)
+        rows = self.group.rows_of(self.group.rank, B)
+        return _Way(shards, plan, rows, self._of_rows(rows, B), parts)
+
+    def _parts(self, call: SplitCall, shards: Shards, members: Sequence[Member]) -> Parts | None:
+        """How tokens are sampled from the parts; None where whole rows are needed."""
+        if self._plain is None or not _has_kernels(call.logits) or not len(call.logits) or min(shards.sizes) < 2:
+            return None
+        split = self._plain.after(members)
+        if split is None:
+            return None
+        (before, rules), temperature = split, self._plain.temperature
+        device, rank = call.logits.device, self.group.rank
+        own, first = shards.sizes[rank], shards.starts[rank]
+        of = members_of_part(before, Piece(first, first + own, shards.vocab_size))
+        folds = None if of is None else parts_of(of.members)
+        if of is None or folds is None or len(folds) > 1 or not all(isinstance(fold, Pointwise) for fold in folds):
+            return None
+        step: TopShards | BestShards
+        sent = sent_of(rules, shards.vocab_size, self.group.size)
+        if sent is not None:
+            step = TopShards(rules, sent, shards.vocab_size, own, first, device)
+        elif all(is_idle(rule, shards.vocab_size) for rule in rules) and not any(at % 8 for at in shards.starts):
+            step = BestShards(own, first, device)
+        else:
+            return None
+        if not isinstance(temperature, torch.Tensor) and temperature is not None:
+            number = min(temperature, torch.finfo(torch.float32).max)
+            temperature = table_on(torch.tensor(number, dtype=torch.float32), device)
+        fold: Any = folds[0] if folds else None
+        return Parts(step, own, temperature, fold, of)
+
+    def _of_rows(self, rows: slice, B: int) -> Sampler:
+        """A sampler of some rows, which reads their parameters where those of all rows stand."""
+        params = self.sampler.params
+        own = {
+            name: value[rows]
+            for name, value in vars(params).items()
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == B
+        }
+        return self._make(replace(params, **own)) if own else self.sampler  # type: ignore[arg-type]
+
+    def _first(self, way: _Way, call: SplitCall) -> tuple[_Way, Sample]:
+        """A call of a new form. If it fails on one rank, all raise; if kernels are missing there, all do without."""
+        if way.parts is not None:
+            sent, failures = self._tried(lambda: way.parts.sent(call))  # type: ignore[union-attr]
+            if not any(failures):
+                try:
+                    return way, way.parts.tokens(self.group.all_gather(sent), call)
+                except CompileError:  # as on the other ranks
+                    return self._first(way._replace(parts=None), call)
+            if not all(each is None or each.startswith(CompileError.__name__) for each in failures):
+                raise RuntimeError(_failed(failures))
+            way = way._replace(parts=None)
+        own, failures = self._tried(lambda: self._own(way, call))
+        if any(failures):
+            raise RuntimeError(_failed(failures))
+        return way, self._shared(way, call, own)
+
+    def _tried(self, run: Callable[[], Any]) -> tuple[Any, list[str | None]]:
+        """What a function returns, and how it has failed on each rank. Here it is raised, unless kernels lack."""
+        try:
+            found, failure = run(), None
+        except Exception as error:
+            found, failure = None, error
+        told = self.group.told(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None and not isinstance(failure, CompileError):
+            raise failure
+        return found, told
+
+    def _own(self, way: _Way, call: SplitCall) -> Sample:
+        """What this rank samples itself."""
+        if not len(call.logits):
+            whole = call._replace(logits=call.logits.new_empty(0, way.shards.vocab_size))
+        elif way.rows is None:
+            whole = call._replace(logits=self.group.whole_rows(call.logits, way.shards))
+        else:
+            whole = call.of_rows(self.group.dealt_rows(call.logits, way.shards), way.rows)
+        return way.sampler(*whole[:4], prompt_length=whole.prompt_length, cache_position=whole.cache_position)
+
+    def _shared(self, way: _Way, call: SplitCall, own: Any) -> Sample:
+        """The samples of all ranks."""
+        if way.rows is None:
+            return own  # type: ignore[no-any-return]
+        return unpacked(self.group.results(packed(own), len(call.logits)), own)
+
+
+def _has_kernels(logits: torch.Tensor) -> bool:
+    return launch.OPERATION.takes(logits, launch.FORCE_KERNEL) and logits.dtype in LOGITS_DTYPES
+
+
+def _failed(failures: list[str | None]) -> str:
+    rank, message = next((rank, each) for rank, each in enumerate(failures) if each is not None)
+    return f"rank {rank} has failed: {message}"
+
+
+def packed(sample: Sample) -> torch.Tensor:
+    """All that a sample says of its rows, int64 ``[rows, N]``."""
+    if sample.logprobs is None:
+        return sample.tokens.unsqueeze(1)
+    columns = [sample.tokens.unsqueeze(1), sample.ranks.unsqueeze(1), _bits(sample.logprobs.unsqueeze(1))]  # type: ignore[union-attr]
+    if sample.top_tokens is not None:
+        columns += [sample.top_tokens, _bits(sample.top_logprobs)]  # type: ignore[arg-type]
+    return torch.cat(columns, 1)
+
+
+def unpacked(rows: torch.Tensor, like: Sample) -> Sample:
+    """What ``packed`` has made of the samples of all rows; ``like`` is any of them."""
+    tokens = rows[:, 0].contiguous()
+    if like.logprobs is None:
+        return Sample(tokens, None, None, None, None)
+    ranks, logprobs = rows[:, 1].contiguous(), _floats(rows[:, 2])
+    if like.top_tokens is None:
+        return Sample(tokens, logprobs, ranks, None, None)
+    end = 3 + like.top_tokens.shape[1]
+    return Sample(tokens, logprobs, ranks, rows[:, 3:end].contiguous(), _floats(rows[:, end:]))
+
+
+def _bits(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.contiguous().view(torch.int32).long()
+
+
+def _floats(bits: torch.Tensor) -> torch.Tensor:
+    return bits.int().view(torch.float32)

@@ -1,0 +1,192 @@
+"""Tokens from parts of the vocabulary: what a rank sends of its part, and the token from what all have sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastlogits_kernels.parallel.best import best_kernel, winner_kernel
+from fastlogits_kernels.parallel.layout import capacity_of, words_of
+from fastlogits_kernels.parallel.pack import pack_kernel
+from fastlogits_kernels.parallel.union import union_kernel
+from fastlogits_kernels.pointwise.fold import NO_SETS, Chain, find_sets
+from fastlogits_kernels.pointwise.search import NOTHING, Call
+from fastlogits_kernels.rules import Rule, is_idle
+from fastlogits_kernels.runtime.bits import words
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, launch_key, launch_together, row_stride, triton
+from fastlogits_kernels.selection.launch import launch_select
+from fastlogits_kernels.selection.launchers import LARGEST, Tensors, maps_of, overlaps, sample_launches
+from fastlogits_kernels.selection.layout import SAMPLE_BLOCK, Selection, takes_rules
+
+MOST_SENT = 4096
+"""Entries of a row that all ranks send together, at most: they are refined in registers."""
+# Candidates that are packed at a time: most rows have no more.
+_BLOCK = 512
+_NO_CHAIN = Chain()
+
+_pack, _best = Launcher(pack_kernel, num_warps=4, enable_fp_fusion=False), Launcher(best_kernel, num_warps=1)
+# From Hopper on a launch begins while the one before it still runs.
+_early_pack = Launcher(pack_kernel, num_warps=4, enable_fp_fusion=False, launch_pdl=True)
+_early_best = Launcher(best_kernel, num_warps=1, launch_pdl=True)
+_winner = Launcher(winner_kernel, num_warps=1)
+_WARPS = (4, 8, 16)
+_union = {warps: Launcher(union_kernel, num_warps=warps, enable_fp_fusion=False) for warps in _WARPS}
+_early_union = {
+    warps: Launcher(union_kernel, num_warps=warps, enable_fp_fusion=False, launch_pdl=True) for warps in _WARPS
+}
+
+
+def sent_of(rules: Sequence[Rule], V: int, ranks: int) -> int | None:
+    """How many entries of a row each rank sends, where the rules keep few tokens of all whatever the logits are.
+
+    So they do if a fixed number of the most likely tokens is taken before anything is added up. None where they don't,
+    or where more is asked of tokens that tie than their records say.
+    """
+    acting = [rule for rule in rules if not is_idle(rule, V)]
+    at = next((i for i, rule in enumerate(acting) if rule.kind != "min_p"), len(acting))
+    if at == len(acting) or not takes_rules(rules):
+        return None
+    first, rest = acting[at], acting[at + 1 :]
+    if first.spec.goal != "count" or isinstance(first.value, torch.Tensor):
+        return None
+    fewest = max(int(first.value), max(rule.min_tokens_to_keep for rule in acting))
+    # A rule that takes some of those that tie leaves others that count for the next one.
+    cut = next((i for i, rule in enumerate(rest) if rule.spec.goal == "mass"), len(rest))
+    if any(rule.spec.goal == "entropy" for rule in rest) or any(rule.spec.sums for rule in rest[cut + 1 :]):
+        return None
+    sent = capacity_of(fewest)
+    return sent if sent * triton.next_power_of_2(ranks) <= MOST_SENT else None
+
+
+class TopShards:
+    """Samples from parts of a vocabulary by rules that keep few tokens of all.
+
+    Args:
+        rules: the rules; ``sent_of`` takes them.
+        sent: what it says.
+        V: tokens of the vocabulary.
+        own: tokens of this rank's part.
+        first: the first of them.
+        device: where the logits are.
+    """
+
+    def __init__(self, rules: Sequence[Rule], sent: int, V: int, own: int, first: int, device: torch.device) -> None:
+        acting = [rule for rule in rules if not is_idle(rule, V)]
+        count = next(rule for rule in acting if rule.spec.goal == "count")
+        # What none of the most likely tokens of the part is, none of those of the vocabulary is.
+        fewest = max(int(count.value), *(rule.min_tokens_to_keep for rule in acting))
+        self._local = Selection((count._replace(value=fewest),), own, device, unrounded=True)
+        self._all = Selection(rules, V, device)
+        self._sent, self._V, self._first = sent, V, first
+
+    def sent(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        temperature: torch.Tensor | None,
+        chain: Chain | None = None,
+        call: Call = NOTHING,
+    ) -> torch.Tensor:
+        """What this rank sends of its part ``[B, own]``, int32 ``[B, words]``: some four launches, and one."""
+        B, own = logits.shape
+        found = None if chain is None else find_sets(logits, chain, call)
+        chain = chain or _NO_CHAIN
+        work = launch_select(logits, self._local, chain, found, temperature=temperature)
+        packed = torch.empty(B, words_of(self._sent), dtype=torch.int32, device=logits.device)
+        layout = self._local.layouts[logits.element_size()]
+        early = overlaps(logits.device)
+        key = (
+            *launch_key(logits), chain.form, self._sent, self._local.lowest_ties,
+            *(None if each is None else each.dtype for each in (temperature, seeds, positions)),
+        )  # fmt: skip
+        (_early_pack if early else _pack)(key, B, (
+            logits, *maps_of(chain, found, temperature, logits), seeds, positions, row_stride(seeds),
+            row_stride(positions), work, packed, own, words(own), self._first, layout.shape.pairs_at,
+            *logits.stride(), work.stride(0), packed.stride(0),
+            chain.flat, LARGEST[torch.float32], self._local.lowest_ties, self._sent, _BLOCK, early,
+        ))  # fmt: skip
+        return packed
+
+    def tokens(
+        self,
+        sent: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        temperature: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The token of each row, int64 ``[B]``, from what all ranks have sent, ``[ranks, B, words]``: two launches."""
+        ranks, B, _ = sent.shape
+        selection = self._all
+        tokens = torch.empty(B, dtype=torch.int64, device=sent.device)
+        slots = self._sent * triton.next_power_of_2(ranks)
+        warps = 4 if slots <= 512 else 8 if slots <= 1024 else 16
+        rows = tuple([row.contiguous() for row in selection.rows])
+        key = (
+            sent.device, slots, self._sent, selection.form, self._V,
+            *(None if each is None else each.dtype for each in (temperature, seeds, positions)),
+            tuple(row.dtype for row in rows),
+        )  # fmt: skip
+        stride = 0 if temperature is None or temperature.ndim == 0 else temperature.stride(0)
+        early = overlaps(sent.device)
+        for tied in (False, True):
+            launchers = _early_union if tied and early else _union
+            launchers[warps]((*key, tied), B, (
+                sent, (selection.numbers, *rows), temperature, stride, seeds, positions, row_stride(seeds),
+                row_stride(positions), tokens, self._V, ranks, sent.stride(1), sent.stride(0),
+                selection.kinds, selection.leasts, selection.places, selection.banded, selection.lowest_ties,
+                self._sent, slots, triton.next_power_of_2(ranks), tied, early,
+            ))  # fmt: skip
+        return tokens
+
+
+class BestShards:
+    """Samples from parts of a vocabulary where no rule drops anything.
+
+    Args:
+        own: tokens of this rank's part.
+        first: the first of them, a multiple of eight.
+        device: where the logits are.
+    """
+
+    def __init__(self, own: int, first: int, device: torch.device) -> None:
+        self._selection = Selection((), own, device)
+        self._first = first
+
+    def sent(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        temperature: torch.Tensor | None,
+        chain: Chain | None = None,
+        call: Call = NOTHING,
+    ) -> torch.Tensor:
+        """What this rank sends of its part ``[B, own]``, int64 ``[B]``: two launches."""
+        B, own = logits.shape
+        found = None if chain is None else find_sets(logits, chain, call)
+        bits, planes, row_values, _ = found or NO_SETS
+        words_of_row = self._selection.words_to_sample
+        work = torch.empty(B, words_of_row, dtype=torch.int32, device=logits.device)
+        best = torch.empty(B, dtype=torch.int64, device=logits.device)
+        # Tokens only say what is wanted: the rows' winners are found elsewhere.
+        tensors = Tensors(logits, work, None, best, temperature, seeds, positions, bits, planes, row_values)
+        parts = -(-own // SAMPLE_BLOCK)
+        early = overlaps(logits.device)
+        most = triton.next_power_of_2(parts)
+        reads, _ = sample_launches(self._selection, chain or _NO_CHAIN, found, tensors, tensors, self._first)
+        find = Launch(_early_best if early else _best, (logits.device, most), B, (
+            work, best, parts, words_of_row, most, early,
+        ))  # fmt: skip
+        launch_together([reads, find])
+        return best
+
+    def tokens(self, sent: torch.Tensor, *_: Any) -> torch.Tensor:
+        """The token of each row, int64 ``[B]``, from what all ranks have sent, ``[ranks, B]``: one launch."""
+        ranks, B = sent.shape
+        tokens = torch.empty(B, dtype=torch.int64, device=sent.device)
+        most = triton.next_power_of_2(ranks)
+        _winner((sent.device, most), B, (sent, tokens, ranks, B, most))
+        return tokens

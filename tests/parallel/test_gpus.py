@@ -1,0 +1,61 @@
+"""The same on GPUs, where there are several: NCCL, the kernels, and captured graphs."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastlogits as fl
+from tests.parallel.ranks import MOST, Ranks, same
+from tests.parallel.test_group import part_of
+
+GPUS = torch.cuda.device_count()
+pytestmark = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+
+V = 32064
+CASES = [
+    {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
+    {"temperature": 0.7},
+    {"temperature": 0.0},
+    {"top_k": 40, "top_p": 0.6, "min_p": 0.02, "ties": "lowest", "order": "vllm"},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 0.7, "typical_p": 0.9, "logprobs": "raw", "top_logprobs": 3},
+    {"temperature": 0.7, "top_k": 50, "logprobs": "processed", "top_logprobs": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Ranks]:
+    made = Ranks("nccl", min(GPUS, MOST))
+    yield made
+    made.close()
+
+
+def on_gpus(process_group, case, dtype):
+    """Whether the ranks sample what one GPU samples, called and replayed."""
+    rank, size, options = process_group.rank(), process_group.size(), CASES[case]
+    generator = torch.Generator().manual_seed(3)
+    rows = (torch.randn(3, 9, V, generator=generator) * 3).to(dtype).cuda()
+    rows[0, 1], rows[0, 2] = 0.0, (rows[0, 2] * 2).round() / 2
+    seeds, positions = torch.arange(9, device="cuda"), torch.arange(9, device="cuda") + 5
+    one, split = fl.Sampler(**options), fl.Sampler(**options, group=process_group)
+    part = part_of(rows[0], rank, size)
+    found = [same(split(part, seeds, positions), one(rows[0], seeds, positions))]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampled = split(part, seeds, positions)
+    for logits in rows[1:]:
+        part.copy_(part_of(logits, rank, size))
+        seeds += 1
+        graph.replay()
+        found.append(same(sampled, one(logits, seeds, positions)))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_ranks_on_gpus_sample_what_one_gpu_samples(gpus, case, dtype, size):
+    if size > GPUS:
+        pytest.skip(f"needs {size} GPUs")
+    assert all(gpus.alike(on_gpus, size, case, dtype))
