@@ -275,6 +275,8 @@ _WAYS = {
     "custom_generate=fl.decode, compile=True": "**`custom_generate=fl.decode`, `compile=True`**",
     "greedy, no processors": "transformers, greedy, no processors",
     "custom_generate=fl.decode, greedy, no processors": "`fl.decode`, greedy, no processors",
+    "fl.decode, text that repeats itself": "`fl.decode`, a text that repeats itself",
+    "fl.decode, the same with prompt_lookup_num_tokens=8": "the same with `prompt_lookup_num_tokens=8`",
 }
 """The ways to generate that are shown, in order."""
 

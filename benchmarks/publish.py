@@ -29,8 +29,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--published", type=Path, default=PUBLISHED, metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.run is None:
-        for run in sorted(path.name for path in options.local.glob("*/") if any(path.glob("*.csv"))):
-            print(run)
+        runs = sorted(path.name for path in options.local.glob("*/") if any(path.glob("*.csv")))
+        print("nothing published; name one of these runs:" if runs else f"there is no run in {options.local}")
+        print("\n".join(f"  {run}" for run in runs))
         return 0
     folder = options.local / options.run
     files = sorted(folder.glob("*.csv"))
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"not published: {len(lost)} published figures are not in this run (--force publishes it all the same):")
         for each in lost[:_SHOWN]:
             print(f"  {each}")
+        if len(lost) > _SHOWN:
+            print(f"  and {len(lost) - _SHOWN} more")
         return 1
     for file in files:
         target = options.published / file.name

@@ -1,4 +1,4 @@
-"""A server of eighty lines with continuous batching: requests come and go, each with its own parameters.
+"""A small server with continuous batching: requests come and go, each with its own parameters.
 
     python examples/mini_server.py
 

@@ -68,6 +68,8 @@ def serve(process_group: Any, device: torch.device, steps: int = 8) -> list[list
 
 def main() -> None:
     """Run as a rank that torchrun has started."""
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("start it with torchrun: torchrun --nproc-per-node 2 examples/tensor_parallel.py")
     rank, on_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeGuard, get_args
 
 import torch
@@ -640,6 +641,11 @@ def sample(
 
 
 def _with_options(params: SamplingParams | None, options: SamplingOptions) -> SamplingParams:
+    unknown = next((name for name in options if name not in SamplingParams.__dataclass_fields__), None)
+    if unknown is not None:
+        near = get_close_matches(unknown, SamplingParams.__dataclass_fields__, 1, 0.5)
+        meant = f": did you mean {near[0]}?" if near else ""
+        raise TypeError(f"there is no argument {unknown!r}{meant}")
     if params is None:
         return SamplingParams(**options)
     if not isinstance(params, SamplingParams):

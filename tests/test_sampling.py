@@ -641,3 +641,10 @@ def test_no_more_top_logprobs_than_tokens(device):
     sampler = fl.Sampler(logprobs="raw", top_logprobs=51)
     with pytest.raises(ValueError, match="top_logprobs must be at most 50, the size of the vocabulary, got 51"):
         sampler(gauss(2, 50).to(device), seeds=1, positions=0)
+
+
+def test_an_argument_that_there_is_none_of():
+    with pytest.raises(TypeError, match="no argument 'topk': did you mean top_k"):
+        fl.Sampler(topk=5)
+    with pytest.raises(TypeError, match="there is no argument 'qqqq'"):
+        fl.sample(torch.zeros(1, 3), seeds=0, positions=0, qqqq=1)

@@ -185,7 +185,7 @@ def test_what_was_made_for_a_run_is_looked_into(kernels):
         "XTCLogitsProcessor, which is some operations of torch",
         "Unknown, which fastlogits doesn't know",
     )
-    assert not inner._run._first_lengths
+    assert not inner.run._first_lengths
 
 
 def of_list(*processors):
