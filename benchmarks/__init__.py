@@ -10,6 +10,11 @@
     python -m benchmarks plots                 plot the newest run; report: a page of HTML
     python -m benchmarks publish RUN           what documents show is that run's; then readme: fill the documents
 
+Two scripts of their own check on GPUs before they time, and exit with status 1 where something is wrong:
+
+    python -m benchmarks.training                        log-probabilities in training, their gradients and memory
+    torchrun --nproc-per-node 4 -m benchmarks.parallel   logits that are split over GPUs
+
 A contender whose result differs from plain torch's gets no time: not by a bit, or by no more than rounding if
 transformers' processors are the reference. Times are medians over rounds. In each round all contenders run in shuffled
 order, so that drift hits all alike:
