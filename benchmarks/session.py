@@ -100,7 +100,8 @@ class Session:
         if self._prints and self.rows:
             path = folder / f"{slug(name)}.csv"
             write_rows(path, [*read_rows(path), *self._records()])
-            print(f"wrote {path}")
+            print(f"wrote {path}", flush=True)
+        self._anywhere(failed)  # torchrun ends all ranks where one has left with an error: not before all is written
         return int(failed)
 
     def _records(self) -> list[dict[str, Any]]:
