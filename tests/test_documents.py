@@ -1,6 +1,7 @@
 """What the documents show: their code runs, their links lead somewhere, the site has every page."""
 
 import doctest
+import logging
 import re
 import runpy
 from importlib.util import find_spec
@@ -44,10 +45,14 @@ def blocks_of(name):
 def _as_before(tmp_path, monkeypatch):
     """What a page leaves behind goes."""
     monkeypatch.chdir(tmp_path)
-    state = torch.get_rng_state()
+    state, handlers = torch.get_rng_state(), list(logging.root.handlers)
+    levels = {name: logging.getLogger(name).level for name in ("", "fastlogits")}
     yield
     torch.set_rng_state(state)
     fl.decode.clear()
+    logging.root.handlers[:] = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.mark.usefixtures("_as_before", "one_thread")

@@ -212,7 +212,7 @@ MUTATIONS = [
     Mutation(
         "a breaker penalised (torch)", f"{KERNELS}/pointwise/places.py",
         "(penalty > 0) & ~_holds(is_breaker, token)", "(penalty > 0)",
-        ("processors/test_dry.py::test_dry",),
+        ("processors/test_dry.py",),
     ),
     Mutation(
         "a match that begins before the range (torch)", f"{KERNELS}/pointwise/places.py",

@@ -55,6 +55,7 @@ def test_nothing_is_done_unless_it_is_asked_for(vllm, monkeypatch):
 
 def test_the_places_are_taken_when_a_runner_is_imported(vllm, monkeypatch, caplog):
     monkeypatch.setenv(hooks.SWITCH, "1")
+    caplog.set_level(logging.WARNING, logger="fastlogits")
     for _ in range(2):  # in the front end and in the engine
         hooks.register()
     assert not set(RUNNERS) & set(sys.modules)

@@ -28,6 +28,16 @@ def dry_row(ids, row, multiplier, base, allowed, breakers, range_):
     return row
 
 
+def test_what_would_extend_a_repetition_but_is_a_breaker_is_left_alone(device):
+    """Also where only the device knows the length, which is found by another way."""
+    ids, scores = torch.tensor([[1, 2, 1], [1, 3, 1]], device=device), torch.zeros(2, 10, device=device)
+    processor = DRYLogitsProcessor(1.0, 2.0, 1, sequence_breakers=[2])
+    newest = torch.tensor(2, device=device)
+    for found in (processor(ids, scores), processor.for_run(cache_position=newest)(ids, scores)):
+        assert not found[0].any()
+        assert found[1, 3] == -1
+
+
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_dry(data):
