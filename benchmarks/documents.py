@@ -33,7 +33,7 @@ _SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
 _CPU_SIZES = ((1, 32000), (8, 32000), (1, 128256), (8, 128256), (64, 128256))
 _FEW = ("first step", "chain 6", "chain 9", "T k p", "T p", "draw T k p", "bitmask", "serving", "serving tokens")
 _LOGITS = ("gauss", "zipf", "mixture", "flat")
-_MEANS = {
+MEANS = {
     "first step": "tokens forbidden at the first step",
     "chain 1": "temperature",
     "chain 3": "repetition penalty, first tokens, temperature",
@@ -130,7 +130,7 @@ def _sentence(other: Record, ours: Record, copy: Record | None) -> str:
     kind = "GPU time" if ours.metric == "gpu_us" else f"{ours.threads} threads"
     them, us = other.median or 0.0, ours.median or 1.0
     beside = "" if copy is None else f"; copying the logits takes {_us(copy.median)} us"
-    job = _MEANS[ours.workload].capitalize() + (f", {ours.ids:,} ids" if ours.ids else "")
+    job = MEANS[ours.workload].capitalize() + (f", {ours.ids:,} ids" if ours.ids else "")
     return (
         f"{job}, float32 logits of {ours.batch} x {ours.vocab}, {ours.device}, {kind}: "
         f"{other.contender} {_us(them)} us, {ours.contender} {_us(us)} us ({them / us:,.0f} x faster){beside}."
@@ -187,7 +187,7 @@ def _table(
 
 
 def _rows(name: str, ids: int, dtype: str, records: Sequence[Record], sizes: Sequence[tuple[int, int]]) -> list[str]:
-    work = _MEANS.get(name, name) + (f", {ids:,} ids" if ids else "") + ("" if dtype == "float32" else f", {dtype}")
+    work = MEANS.get(name, name) + (f", {ids:,} ids" if ids else "") + ("" if dtype == "float32" else f", {dtype}")
     rows = []
     for contender in _in_order({r.contender for r in records}):
         cells = []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from benchmarks.documents import MEANS
 from benchmarks.results import Record, newest, read_folder, slug
 from benchmarks.tables import METRICS
 from benchmarks.workloads import OURS, YARDSTICKS
@@ -16,20 +17,47 @@ table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-size: 13px }
 td, th { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
 td:first-child, th:first-child { text-align: left }
 .ours td { font-weight: 600 } .yardstick td { color: #777 } .remark { color: #a40000 }
-img { max-width: 100% } small { color: #666 }
+img, svg { max-width: 100%; height: auto } table { display: block; overflow-x: auto }
+.contents { font-size: 13px } small { color: #666 }
 """
 
 
 def write(folder: Path) -> Path:
     """Write ``report.html`` into the folder, from its results files and plots."""
     records = newest(read_folder(folder))
-    body = ["<h1>Benchmarks of fastlogits</h1>", "<p>The last measurement of each thing; medians, microseconds.</p>"]
-    for device in dict.fromkeys(record.device for record in records):
+    devices = _in_order(records)
+    body = ["<h1>Benchmarks of fastlogits</h1>", "<p>Medians in microseconds: lower is better.</p>"]
+    body.append(_contents(records, devices))
+    for device in devices:
         body += _device(folder, device, [record for record in records if record.device == device])
     path = folder / "report.html"
     title = "<!doctype html><html lang='en'><meta charset='utf-8'><title>Benchmarks of fastlogits</title>"
     path.write_text(f"{title}<style>{_STYLE}</style>{''.join(body)}</html>\n")
     return path
+
+
+def _in_order(records: Sequence[Record]) -> list[str]:
+    """The devices: GPUs first, the one that was measured last before the others."""
+    last: dict[str, tuple[bool, str]] = {}
+    for record in records:
+        last[record.device] = max(last.get(record.device, (False, "")), (record.metric == "gpu_us", record.timestamp))
+    return sorted(last, key=lambda device: last[device], reverse=True)
+
+
+def _contents(records: Sequence[Record], devices: Sequence[str]) -> str:
+    """Links to all tables, by device."""
+    parts = []
+    for device in devices:
+        workloads = dict.fromkeys(record.workload for record in records if record.device == device)
+        links = "; ".join(
+            f"<a href='#{_anchor(device, name)}'>{escape(MEANS.get(name, name))}</a>" for name in workloads
+        )
+        parts.append(f"<li><a href='#{slug(device)}'>{escape(device)}</a>: {links}</li>")
+    return f"<ul class='contents'>{''.join(parts)}</ul>"
+
+
+def _anchor(device: str, workload: str) -> str:
+    return f"{slug(device)}-{slug(workload)}"
 
 
 def _device(folder: Path, device: str, records: Sequence[Record]) -> list[str]:
@@ -38,7 +66,12 @@ def _device(folder: Path, device: str, records: Sequence[Record]) -> list[str]:
         f"transformers {r.transformers or 'not noted'}, {r.threads or 'unknown'} threads"
         for r in records
     )
-    parts = [f"<h2>{escape(device)}</h2>", "<p><small>", "<br>".join(map(escape, made_with)), "</small></p>"]
+    parts = [
+        f"<h2 id='{slug(device)}'>{escape(device)}</h2>",
+        "<p><small>",
+        "<br>".join(map(escape, made_with)),
+        "</small></p>",
+    ]
     for image in sorted(folder.glob(f"{slug(device)}-*.svg")):
         drawn = image.read_text()
         parts.append(drawn[drawn.index("<svg") :])
@@ -46,9 +79,12 @@ def _device(folder: Path, device: str, records: Sequence[Record]) -> list[str]:
     for record in records:
         key = (record.workload, record.metric, record.ids, record.logits, record.dtype, record.cache)
         tables.setdefault(key, []).append(record)
+    linked: set[str] = set()
     for (workload, metric, ids, logits, dtype, cache), group in tables.items():
-        what = f"{workload}{f', {ids} ids' if ids else ''}: {METRICS[str(metric)]}"
-        parts.append(f"<h3>{escape(what)}</h3><small>{logits} {dtype}, {cache}</small>{_table(group)}")
+        what = f"{MEANS.get(str(workload), str(workload))}{f', {ids} ids' if ids else ''}: {METRICS[str(metric)]}"
+        at = "" if str(workload) in linked else f" id='{_anchor(device, str(workload))}'"
+        linked.add(str(workload))
+        parts.append(f"<h3{at}>{escape(what)}</h3><small>{logits} {dtype}, {cache}</small>{_table(group)}")
     return parts
 
 

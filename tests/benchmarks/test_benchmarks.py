@@ -397,7 +397,9 @@ def check_report(measured):
     main(["report", "--results", str(measured)])
     page = (measured / "report.html").read_text()
     assert page.count("<svg") == 5
-    assert "<h2>Some GPU</h2>" in page
+    assert "<h2 id='some-gpu'>Some GPU</h2>" in page
+    assert page.index("href='#some-gpu'") < page.index("<svg")
+    assert all(f"id='{link}'" in page for link in re.findall(r"href='#([^']+)'", page))
     assert "title='wrong: differs'>wrong</span>" in page
     assert "peak memory 1.0 MiB" in page
     assert not re.search(r"(src|href)=['\"]http", page)
