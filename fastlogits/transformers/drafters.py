@@ -177,15 +177,13 @@ class DraftModel:
     @contextmanager
     def captured(self) -> Iterator[None]:
         """While this lasts, its steps are captured, if they are such that a GPU captures them."""
-        model, device = self._model, self._request.model.device
-        kind = self._kind
+        model = self._model
         self._captures = (
-            model.device == device
+            model.device == self._request.model.device
             and caches.unfit(self._cache) is None
             and loop.reason_of_model(model) is None
-            and GRAPHS.refused(model, kind) is None
+            and GRAPHS.refused(model, self._kind) is None
         )
-        cached = None
         try:
             yield
         finally:

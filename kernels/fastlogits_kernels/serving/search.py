@@ -414,20 +414,27 @@ def _place_of(edits, token, mine, ROOM: tl.constexpr):
 
 
 @triton.jit
+def _follower_of(request, text, at, inside, words, W):
+    """The token behind each place, how long the match that ends there is, and whether the token would extend one."""
+    breakers_ptr = request.masks_ptr + _BREAKER_PLANE * W
+    limit = tl.where((request.flags & BREAKER_MASK) != 0, words.V, 0)
+    follower = token_at(text, at + 1, inside)
+    mine = inside & is_mine(follower, words)
+    matched = match_length(text, at, mine, breakers_ptr, limit, _LONGEST)
+    return follower, matched, mine & (matched > 0) & (holds(breakers_ptr, follower, limit) == 0)
+
+
+@triton.jit
 def _mark_repetitions(edits, request, text, penalties, covered, words, W, BLOCK: tl.constexpr):
     """Mark as edited the tokens that follow what the text ends with."""
-    breakers_ptr, limit = request.masks_ptr + _BREAKER_PLANE * W, words.V
-    limit = tl.where((request.flags & BREAKER_MASK) != 0, limit, 0)
     stop = tl.where(penalties.dry_count > 0, text.length - 1, 0)
     spans = tl.where(penalties.dry_count > 0, covered.spans, covered.spans * 0)
     rest = covered.tokens
     within = rest * 0
     while (spans != 0) | (rest < stop):
         at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
-        follower = token_at(text, at + 1, inside)
-        mine = inside & is_mine(follower, words)
-        matched = match_length(text, at, mine, breakers_ptr, limit, _LONGEST)
-        mark(edits.edited_ptr, follower, mine & (matched > 0) & (holds(breakers_ptr, follower, limit) == 0))
+        follower, _matched, found = _follower_of(request, text, at, inside, words, W)
+        mark(edits.edited_ptr, follower, found)
 
 
 @triton.jit
@@ -435,18 +442,13 @@ def _tally_repetitions(
     edits, request, text, penalties, covered, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Tally, of each of these tokens, how long the longest such match is."""
-    breakers_ptr, limit = request.masks_ptr + _BREAKER_PLANE * W, words.V
-    limit = tl.where((request.flags & BREAKER_MASK) != 0, limit, 0)
     stop = tl.where(penalties.dry_count > 0, text.length - 1, 0)
     spans = tl.where(penalties.dry_count > 0, covered.spans, covered.spans * 0)
     rest = covered.tokens
     within = rest * 0
     while (spans != 0) | (rest < stop):
         at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
-        follower = token_at(text, at + 1, inside)
-        mine = inside & is_mine(follower, words)
-        matched = match_length(text, at, mine, breakers_ptr, limit, _LONGEST)
-        found = mine & (matched > 0) & (holds(breakers_ptr, follower, limit) == 0)
+        follower, matched, found = _follower_of(request, text, at, inside, words, W)
         place = _place_of(edits, follower, found, ROOM)
         tl.atomic_max(edits.tallies_ptr + place, matched << _DRY_AT, mask=found, sem="relaxed")
 
