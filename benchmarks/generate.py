@@ -455,7 +455,7 @@ def _append(rows: Sequence[Row], size: Size, device: torch.device, dtype: torch.
         )  # fmt: skip
         for row in rows:
             writer.writerow((
-                *run, row.batch, row.contender, row.same, f"{row.first_s:.2f}", f"{row.call_s:.4f}",
+                *run, row.batch, row.contender, row.same, f"{row.first_s:.4f}", f"{row.call_s:.4f}",
                 f"{row.tokens_per_s:.1f}", f"{row.batch / row.step_us * 1e6:.1f}", f"{row.step_us:.1f}",
                 _number(_ratio(rows, row, PLAIN), 3), _number(_ratio(rows, row, STATIC), 3), _number(row.wall_us, 1),
                 _number(row.gpu_us, 1), _number(_share(row), 4), _number(row.accepted, 2),
