@@ -3,14 +3,17 @@
     make test                              # the slowest tests start first
     make test-fast                         # -m "not slow": of each test as many cases as fit into ``FAST_S``
     make test ARGS=--measure-durations     # measure again; with ARGS="--measure-durations FILE ..." those files alone
+    make test ARGS="--part 2/4"            # the second of four parts, where a machine is had for minutes only
 
 A test of many cases is slow in part: some of its cases, evenly spaced, belong to the fast selection. CPU seconds are
 counted, those of child processes too, because they depend little on what else the machine does.
 """
 
+import argparse
 import csv
 import os
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +26,8 @@ FAST_S = 0.5
 FIRST_S = 2.0
 """Tests of which a case takes this long start before all others, so that no process is left with one at the end."""
 _LISTED_S = 0.5
+_A_TEST_S = 0.03
+"""What any test takes, listed or not: its fixtures, and what is told of it."""
 _PROPERTY = "cpu seconds"
 
 
@@ -68,11 +73,39 @@ def in_fast_selection(index: int, cases: int, measured: Measured) -> bool:
     return index * kept // cases != (index - 1) * kept // cases
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """Which part, and of how many.
+
+    >>> part_of("2/4")
+    (2, 4)
+    """
+    part, _, count = text.partition("/")
+    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, such as 2/4, got {text!r}")
+    return int(part), int(count)
+
+
+def dealt(weights: Mapping[str, float], count: int) -> dict[str, int]:
+    """The part, from 1 on, of each file: the heaviest first, each to the part that has the least so far.
+
+    >>> dealt({"a": 3.0, "b": 2.0, "c": 2.0}, 2)
+    {'a': 1, 'b': 2, 'c': 2}
+    """
+    parts = [0.0] * count
+    found: dict[str, int] = {}
+    for name in sorted(weights, key=lambda name: (-weights[name], name)):
+        lightest = parts.index(min(parts))
+        parts[lightest] += weights[name]
+        found[name] = lightest + 1
+    return found
+
+
 # -- What pytest calls ------------------------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--measure-durations", action="store_true", help="write what the tests take to durations.csv")
+    parser.addoption("--part", type=part_of, metavar="I/N", help="only one of N parts that take about as long")
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
@@ -88,6 +121,17 @@ def pytest_collection_modifyitems(config, items) -> None:
             if table[name].of_a_case >= FIRST_S:
                 of_files[name.partition("::")[0]] += table[name].of_a_case
             seen[name] += 1
+
+    if config.getoption("--part"):
+        part, count = config.getoption("--part")
+        weights: Counter[str] = Counter(name.partition("::")[0] for name in names)
+        files = {file: _A_TEST_S * tests for file, tests in weights.items()}
+        for name in set(names) & set(table):
+            files[name.partition("::")[0]] += table[name].seconds
+        of = dealt(files, count)
+        chosen = [of[name.partition("::")[0]] == part for name in names]
+        config.hook.pytest_deselected(items=[item for item, is_in in zip(items, chosen, strict=True) if not is_in])
+        items[:] = [item for item, is_in in zip(items, chosen, strict=True) if is_in]
 
     def order(item) -> float:
         name = name_of(item.nodeid)

@@ -13,23 +13,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from fastlogits_kernels import synthid
 from fastlogits_kernels.draw import reference_draw
-from fastlogits_kernels.pointwise import fold
+from fastlogits_kernels.parallel.launch import BestShards, TopShards, sent_of
+from fastlogits_kernels.pointwise import dense, fold
 from fastlogits_kernels.pointwise.bitmask import launch_bitmask_, reference_bitmask_
+from fastlogits_kernels.pointwise.dense import DenseEdits
 from fastlogits_kernels.pointwise.mask import Bans, launch_mask_tokens, reference_mask_tokens
 from fastlogits_kernels.pointwise.pack_ids import launch_pack_ids, reference_pack_ids
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime.bits import pack_bits, words
 from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from fastlogits_kernels.selection import launch, logprobs
-from fastlogits_kernels.serving import steps
+from fastlogits_kernels.serving import layout, steps
 from fastlogits_kernels.serving.layout import RECORD
+from fastlogits_kernels.training import logprobs as trainer
+from fastlogits_kernels.training.kept import ids_of_bits
 from fastlogits_kernels.truncate.reference import reference_truncate
 from torch.overrides import TorchFunctionMode
 
+import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams
 from fastlogits.plan.pointwise import Pointwise
 from fastlogits.plan.row_values import RowValues
@@ -273,6 +279,16 @@ _RULES = {
 }
 
 
+_TRAINED: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "rules": {"top_k": 20, "top_p": 0.9},
+    "many": {"top_k": 20, "top_p": 0.9, "many": True},
+    "many_nucleus": {"top_p": 0.5, "many": True},
+    "bits": {"kept": "bits"},
+    "ids": {"kept": "ids"},
+}
+
+
 def reported(given: Given) -> list[Outcome]:
     """Log-probabilities, ranks and the likeliest tokens."""
     values, count = given.values(), min(5, given.V)
@@ -329,7 +345,7 @@ def served(given: Given) -> list[Outcome]:
 
     def tokens() -> torch.Tensor:
         with forced(False):
-            return alone.sample(values, slots, **named).tokens
+            return alone.sample(values, slots, **named, logprobs="processed").tokens
 
     return [
         Outcome(processed, reference, tolerance=1e-4), Outcome(scores, reference, tolerance=1e-4),
@@ -375,6 +391,148 @@ def tournament(given: Given) -> list[Outcome]:
     return [Outcome(found, wanted, tolerance=1e-3)]
 
 
+def edited_densely(given: Given) -> list[Outcome]:
+    """An engine's sums, scales, bitmask and biases, in place; two rows share those of a request where they can."""
+    repeat = 2 if given.B % 2 == 0 else 1
+    values, rows = given.values(), given.B // repeat
+    numbers = [torch.rand(rows, given.V, generator=given.generator) + 0.5 for _ in range(3)]
+    edits = DenseEdits(numbers[0], numbers[1], given.sets(given.B), numbers[2])
+    scores = given.scores(values)
+    dense.edit_densely_(scores, DenseEdits(*map(given.put, edits)), repeat)
+
+    def reference() -> torch.Tensor:
+        with forced(False):
+            return dense.edit_densely_(values.clone(), edits, repeat)
+
+    return [Outcome(scores, reference, tolerance=1e-5)]
+
+
+def kept_sets(given: Given) -> list[Outcome]:
+    """What truncations kept, as bits and as ids with room for some; greedy rows keep everything."""
+    values, seeds = given.values(), given.integers(0, 2**62, given.B)
+    temperature = torch.full((given.B,), 0.7)
+    temperature[1::2] = 0.0
+    room = max(1, given.V // 3)
+
+    def sampled(logits: torch.Tensor, put: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        of: list[torch.Tensor] = []
+        for form in ("bits", room):
+            kept = fl.sample(
+                logits, seeds=put(seeds), positions=put(seeds), temperature=put(temperature), top_k=20, top_p=0.9,
+                return_kept=form,
+            ).kept  # fmt: skip
+            assert kept is not None
+            if kept.bits is not None:
+                of.append(kept.bits)
+            else:
+                assert kept.ids is not None and kept.counts is not None  # noqa: PT018
+                inside = torch.arange(room, device=kept.ids.device) < kept.counts.unsqueeze(1)
+                of += [kept.counts, torch.where(inside & (kept.counts <= room).unsqueeze(1), kept.ids, 0)]
+        return of
+
+    found = sampled(given.scores(values), given.put)
+
+    def reference(i: int) -> torch.Tensor:
+        with forced(False):
+            return sampled(values, lambda tensor: tensor)[i]
+
+    return [Outcome(each, lambda i=i: reference(i)) for i, each in enumerate(found)]
+
+
+def parts(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
+    """Tokens from three parts of the vocabulary, as three ranks would exchange them."""
+    values, seeds = given.values(), given.integers(0, 2**62, given.B)
+    positions, temperature = seeds % 1000, torch.full((given.B,), 0.7)
+    temperature[::3] = 0.0
+    put = [given.put(each) for each in (seeds, positions, temperature)]
+    scores, each = given.scores(values), -(-given.V // 24) * 8
+    sizes = [min(each, given.V - first) for first in range(0, given.V, each)]
+    steps = []
+    for rank, own in enumerate(sizes):
+        if rules:
+            sent = sent_of(rules, given.V, len(sizes))
+            assert sent is not None
+            steps.append(TopShards(rules, sent, given.V, own, each * rank, given.device))
+        else:
+            steps.append(BestShards(own, each * rank, given.device))
+    columns = scores.split(sizes, 1)
+    sent_by_all = torch.stack([step.sent(part, *put) for step, part in zip(steps, columns, strict=True)])
+    found = torch.stack([step.tokens(sent_by_all, *put) for step in steps])
+
+    def reference() -> torch.Tensor:
+        with forced(False):
+            options = {rule.kind: rule.value for rule in rules}
+            drawn = fl.sample(values, seeds=seeds, positions=positions, temperature=temperature, **options)
+        return drawn.tokens.expand(len(steps), -1)
+
+    return [Outcome(found, reference)]
+
+
+def trained(given: Given, options: dict[str, Any]) -> list[Outcome]:
+    """Log-probabilities of targets, entropies, and the gradient of both."""
+    values, targets = given.values(), given.integers(0, given.V, given.B)
+    targets[1::4] = -100
+    sets = given.sets(given.B)
+    weights = torch.rand(2, given.B, generator=given.generator)
+
+    def run(logits: torch.Tensor, put: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        kept: Any = None
+        if options.get("kept") == "bits":
+            kept = put(sets)
+        elif options.get("kept") == "ids":
+            ids, counts = ids_of_bits(sets, given.V, given.V)
+            kept = fl.KeptTokens(given.V, ids=put(ids), counts=put(counts))
+        named = {name: value for name, value in options.items() if name not in ("kept", "many")}
+        leaf = logits.detach().requires_grad_()
+        with patch.object(trainer, "_MANY_ROWS", 1 if options.get("many") else trainer._MANY_ROWS):
+            found = fl.logprobs(leaf, put(targets), temperature=0.8, entropy=True, kept=kept, **named)
+            (put(weights[0]) * found.logprobs + put(weights[1]) * found.entropy).sum().backward()
+        return [found.logprobs.detach(), found.entropy.detach(), leaf.grad]
+
+    found = run(given.scores(values), given.put)
+
+    def reference(i: int) -> torch.Tensor:
+        with forced(False):
+            return run(values, lambda tensor: tensor)[i]
+
+    # Rounding at the cut-off may leave another token in, which weighs little.
+    return [Outcome(each, lambda i=i: reference(i), tolerance=2e-3) for i, each in enumerate(found)]
+
+
+def long_histories(given: Given) -> list[Outcome]:
+    """Histories with an index of what occurs in them: brought up to date where tokens are appended, or by a step."""
+    B, slots, generator = max(1, given.B), 5, torch.Generator().manual_seed(given.V)
+    asked = [
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.3, "presence_scope": "all"}, {"no_repeat_ngram_size": 3},
+        {"dry_multiplier": 0.7, "dry_allowed_length": 1, "dry_breakers": (2,)},
+        {"presence_penalty": 0.4, "no_repeat_ngram_size": 2}, {"repetition_penalty": 0.8, "repetition_scope": "output"},
+    ]  # fmt: skip
+    text = torch.randint(0, min(given.V, 9), (slots, 150), generator=generator).int()
+    values, tokens = given.values(), torch.randint(0, min(given.V, 9), (B,), generator=generator)
+    of = torch.arange(B) % slots
+
+    def run(logits: torch.Tensor, device: torch.device, put: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        lengths = torch.arange(60, 60 + 20 * slots, 20).int()
+        history = put(text), put(lengths), put(lengths)
+        theirs = BatchProcessor(slots, given.V, device, max_rows=B, history=history, history_grows=True)
+        ours = BatchProcessor(slots, given.V, device, max_length=200, max_rows=B)
+        for slot, options in enumerate(asked):
+            params = fl.RequestParams(**options, seed=1)
+            theirs.add(params, slot=slot)
+            ours.add(params, text[slot, : lengths[slot]].tolist(), slot=slot)
+        steps.append_tokens(ours._slots, put(of[:slots]), put(tokens[:slots]))
+        return torch.stack([batch.apply(logits, put(of)[: len(logits)]).cpu() for batch in (ours, theirs)])
+
+    with patch.multiple(layout, SPAN_BLOCK=4, _SHORT=16, _FEWEST_HASHES=16):
+        found = run(given.scores(values), given.device, given.put)
+
+    def reference() -> torch.Tensor:
+        with forced(False):
+            return run(values, torch.device("cpu"), lambda tensor: tensor)
+
+    return [Outcome(found, reference, tolerance=1e-4)]
+
+
 class Operation(NamedTuple):
     """Some launches, and which shapes they take."""
 
@@ -393,10 +551,22 @@ OPERATIONS: dict[str, Operation] = {
         for name, make in (("select", _select), ("draw", _drawn))
         for kind, rules in _RULES.items()
     },
+    "draw_all": Operation(lambda given: _drawn(given, ()), 2),
     "report": Operation(reported, 2),
     "slots": Operation(served, 10),
     "histories": Operation(histories, 10),
+    "long_histories": Operation(long_histories, 10),
     "synthid": Operation(tournament, 2),
+    "edit_densely": Operation(edited_densely),
+    "kept": Operation(kept_sets, 2),
+    **{
+        f"parts{kind}": Operation(lambda given, rules=rules: parts(given, rules), 32)
+        for kind, rules in (("", _KEPT), ("_best", ()))
+    },
+    **{
+        f"train_{kind}": Operation(lambda given, options=options: trained(given, options), 2)
+        for kind, options in _TRAINED.items()
+    },
 }
 _FAR_OPERATIONS = ("mask_tokens", "bitmask", "fold", "select")
 
@@ -425,7 +595,7 @@ class forced:  # noqa: N801
     """Whether tensors on the CPU go to the kernels too."""
 
     def __init__(self, kernels: bool) -> None:
-        self._kernels, self._modules = kernels, (fold, launch, steps)
+        self._kernels, self._modules = kernels, (dense, fold, launch, steps)
 
     def __enter__(self) -> None:
         self._before = [module.FORCE_KERNEL for module in self._modules]

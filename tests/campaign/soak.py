@@ -2,6 +2,7 @@
 
     python -m tests.campaign.soak --device cuda --steps 1000000
     python -m tests.campaign.soak --device cpu --steps 200000
+    torchrun --nproc-per-node 2 -m tests.campaign.soak --device cpu --steps 72000       # the logits split over ranks
 
 Logits depend on a request and on how many tokens it has, so that a request's tokens are always the same ones: whoever
 shares the batch, whether draft tokens were accepted, whether it was moved or taken up again. Steps of four shapes take
@@ -14,15 +15,17 @@ its tokens. At the end the first requests come again. Memory may not grow once t
 
 import argparse
 import gc
+import os
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
+import torch.distributed as dist
 from fastlogits_kernels.runtime.bits import pack_bits
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,7 +41,7 @@ _BANK = 61  # different logits and bitmasks
 _SAME = 4  # steps with the same logits: what has just come is likely again, so that histories matter
 _DRAFTS = 2  # draft tokens of a request in a step
 _FIRST = 8  # requests that come again at the end
-_SLACK = 32 * 2**20  # bytes by which a process may grow: what its allocators have not given back
+SLACK = 32 * 2**20  # bytes by which a process may grow: what its allocators have not given back
 _STAGE = 4  # of so many stretches each has a request taken up again
 
 
@@ -77,13 +80,21 @@ class Request:
     """The tokens that it has at most."""
 
 
+def columns_of(group: Any, vocab: int) -> slice:
+    """The tokens of which this process has the logits; all, without a group."""
+    if group is None:
+        return slice(None)
+    each = -(-vocab // group.size())
+    return slice(group.rank() * each, (group.rank() + 1) * each)
+
+
 class Batch:
     """A batch of requests, and the logits and bitmasks that they meet."""
 
-    def __init__(self, size: Size, device: torch.device, slots: int, rows: int) -> None:
+    def __init__(self, size: Size, device: torch.device, slots: int, rows: int, group: Any = None) -> None:
         generator = torch.Generator().manual_seed(size.vocab)
-        self.device = device
-        self.processor = BatchProcessor(slots, size.vocab, device, max_length=size.longest, max_rows=rows)
+        self.device, self.columns = device, columns_of(group, size.vocab)
+        self.processor = BatchProcessor(slots, size.vocab, device, max_length=size.longest, max_rows=rows, group=group)
         self.tables = self.processor._slots
         self.salts = torch.zeros(slots, dtype=torch.int64, device=device)
         self.logits = (torch.randn(_BANK, size.vocab, generator=generator) * 5).to(device)  # guesses come true
@@ -115,12 +126,12 @@ class Batch:
         """The logits of a request's next step."""
         slots = torch.tensor([slot], device=self.device)
         logits, bitmask = self.meet(slots, self.lengths(slots))
-        return self.processor.apply(logits, slots, bitmask=bitmask)[0]
+        return self.processor.apply(logits[:, self.columns], slots, bitmask=bitmask)[0]
 
     def plain(self, slots: torch.Tensor) -> None:
         """Draw and append a token for each row."""
         logits, bitmask = self.meet(slots, self.lengths(slots))
-        self.processor.append(slots, self.processor.sample(logits, slots, bitmask=bitmask).tokens)
+        self.processor.append(slots, self.processor.sample(logits[:, self.columns], slots, bitmask=bitmask).tokens)
 
     def draft(self, slots: torch.Tensor) -> None:
         """Guess the likeliest tokens, and append those that are drawn up to the first wrong guess."""
@@ -128,7 +139,9 @@ class Batch:
         local = torch.arange(len(slots), device=self.device) % each
         logits, bitmask = self.meet(slots, self.lengths(slots) + local)
         guesses = logits.argmax(-1).roll(1)
-        tokens = self.processor.sample(logits, slots, bitmask=bitmask, draft_ids=guesses, local_position=local).tokens
+        tokens = self.processor.sample(
+            logits[:, self.columns], slots, bitmask=bitmask, draft_ids=guesses, local_position=local
+        ).tokens
         right = (tokens.roll(1) == guesses) | (local == 0)
         follows = right.view(-1, each).cumprod(1).flatten().bool()
         self.processor.append(slots, torch.where(follows, tokens, -1))
@@ -138,7 +151,7 @@ class Batch:
         lengths, by = self.lengths(slots), 1 + torch.arange(len(slots), device=self.device) % 5
         at = (lengths - by).clamp(min=0)
         logits, bitmask = self.meet(slots, at)
-        tokens = self.processor.sample(logits, slots, at - 1, bitmask=bitmask).tokens
+        tokens = self.processor.sample(logits[:, self.columns], slots, at - 1, bitmask=bitmask).tokens
         held = slots.clamp(min=0)
         drawn = (slots >= 0) & (lengths - by >= self.tables.prompts[held])
         self.wrong += (drawn & (self.tables.history[held, at] != tokens)).sum()
@@ -194,7 +207,7 @@ def _captured(step: Callable[[torch.Tensor], None], slots: torch.Tensor) -> Call
     return graph.replay
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
+def memory_of(device: torch.device) -> tuple[int, int]:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -209,11 +222,13 @@ class Soak:
         device: where.
         size: how large.
         seed: of all that is chosen at random.
+        group: of the processes that have a part of the logits each.
     """
 
-    def __init__(self, device: torch.device, size: Size, seed: int = 0) -> None:
-        self.size, self.device, self.rng = size, device, random.Random(seed)
-        self.batch = Batch(size, device, size.slots, max(size.slots, size.many, size.drafting * (1 + _DRAFTS)))
+    def __init__(self, device: torch.device, size: Size, seed: int = 0, group: Any = None) -> None:
+        self.size, self.device, self.rng, self.group = size, device, random.Random(seed), group
+        rows = max(size.slots, size.many, size.drafting * (1 + _DRAFTS))
+        self.batch = Batch(size, device, size.slots, rows, group)
         self.shapes = _shapes(self.batch, size)
         self.present: dict[int, Request] = {}
         self.first: list[tuple[Request, list[int] | None]] = []
@@ -232,9 +247,9 @@ class Soak:
         """
         start, before = time.perf_counter(), None
         stretch = 0
-        while self.steps < steps and time.perf_counter() - start < seconds:
+        while self.steps < steps and not self._anywhere(time.perf_counter() - start > seconds):
             if before is None and self.steps >= steps // 10:
-                before = _memory(self.device)
+                before = memory_of(self.device)
             self._change()
             self._go()
             stretch += 1
@@ -245,12 +260,20 @@ class Soak:
             self._retire(slot)
         again = self._again()
         assert not int(self.batch.wrong), "other tokens, drawn again"
-        after = _memory(self.device)
+        after = memory_of(self.device)
         before = before or after
-        assert after[0] <= before[0] + _SLACK, f"the process has grown from {before[0]} to {after[0]} bytes"
+        assert after[0] <= before[0] + SLACK, f"the process has grown from {before[0]} to {after[0]} bytes"
         assert after[1] <= before[1], f"the device's memory has grown from {before[1]} to {after[1]} bytes"
         took = time.perf_counter() - start
         return Found(self.steps, self.requests, self.looks, again, took, before[0], after[0], before[1], after[1])
+
+    def _anywhere(self, is_so: bool) -> bool:
+        """Whether something is so in any of the processes."""
+        if self.group is None:
+            return is_so
+        flag = torch.tensor([is_so], dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
 
     def _change(self) -> None:
         """Let requests come, go and change places."""
@@ -308,7 +331,7 @@ class Soak:
         output = tokens[len(request.prompt) :]
         alone = Batch(self.size, self.device, 1, 1)
         assert alone.add(request, output) == 0
-        found, expected = self.batch.processed(slot), alone.processed(0)
+        found, expected = self.batch.processed(slot), alone.processed(0)[self.batch.columns]
         assert torch.equal(found.nan_to_num(nan=77.0), expected.nan_to_num(nan=77.0)), f"other logits: {request}"
         assert self._drawn_alone(request, len(tokens)) == tokens, f"other tokens: {request}"
         assert not int(self.batch.wrong), "other tokens, drawn again"
@@ -340,6 +363,16 @@ class Soak:
         return len(slots)
 
 
+def group_of(kind: str) -> Any:
+    """The processes that torchrun has started, each with a GPU of its own, or on the CPU; None where it hasn't."""
+    if "RANK" not in os.environ:
+        return None
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return dist.group.WORLD
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.soak", description=__doc__.partition("\n")[0])
@@ -348,16 +381,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no more steps after so many")
     parser.add_argument("--seed", type=int, default=0, help="of all that is chosen at random; 0")
     given = parser.parse_args(arguments)
-    console, device = Console(), torch.device(given.device)
+    console, device, group = Console(), torch.device(given.device), group_of(given.device)
+    ranks = 1 if group is None else group.size()
+    is_first = group is None or not group.rank()
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("steps"), *columns, console=console) as progress:
+    with Progress(TextColumn("steps"), *columns, console=console, disable=not is_first) as progress:
         task = progress.add_task("steps", total=given.steps)
-        soak = Soak(device, SIZES[given.device], given.seed)
+        soak = Soak(device, SIZES[given.device], given.seed, group)
         found = soak.run(given.steps, lambda steps: progress.update(task, completed=steps), given.seconds)
-    path = RESULTS / f"soak-{slug(device_name(device))}.csv"
+    if group is not None:
+        dist.destroy_process_group()
+    if not is_first:
+        return 0
+    name = "soak" if ranks == 1 else "soak-ranks"
+    path = RESULTS / f"{name}-{slug(device_name(device))}.csv"
     row = {**found._asdict(), "seconds": f"{found.seconds:.1f}"}
     size = dict(zip(("slots", "vocab", "longest"), soak.size, strict=False))
-    write_rows(path, [*read_rows(path), dated({"device": device_name(device), "seed": given.seed, **size, **row})])
+    run: dict[str, Any] = {"device": device_name(device), "seed": given.seed, **({"ranks": ranks} if ranks > 1 else {})}
+    write_rows(path, [*read_rows(path), dated({**run, **size, **row})])
     table = Table("", "", title=f"{device_name(device)}: {found.steps} steps", title_justify="left", show_header=False)
     for name, value in row.items():
         table.add_row(

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from fastlogits_kernels.runtime.launcher import HAS_TRITON
+from fastlogits_kernels.runtime.launcher import HAS_TRITON, Launcher
 
 from benchmarks.results import read_rows
-from tests.campaign import mutations, sanitizer, sanitizer_cases, soak
+from tests.campaign import mutations, sanitizer, sanitizer_cases, soak, soak_decode, statistics
 from tests.campaign.mutations import Mutation
 from tests.campaign.record import ROOT
 
@@ -70,11 +70,25 @@ def test_all_cases_of_an_operation_are_dealt_to_one_process():
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-@pytest.mark.parametrize("name", ["mask_tokens", "bitmask", "pack_ids", "fold", "select", "draw", "report", "synthid"])
-def test_kernels_stay_within_their_guards(name, device):
+@pytest.mark.usefixtures("one_thread")
+def test_every_kernel_has_a_case_and_stays_within_its_guards(device, monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = False
-    for case in sanitizer_cases.chosen([f"{name}-0x1000", f"{name}-3x32"]):
-        sanitizer_cases.run_case(case, torch.device(device), check=True)
+    launched = set()
+    launch = Launcher.__call__
+
+    def noted(self, key, programs, args):
+        launched.add(self.name)
+        return launch(self, key, programs, args)
+
+    monkeypatch.setattr(Launcher, "__call__", noted)
+    for operation in sanitizer_cases.OPERATIONS:
+        names = [f"{operation}-0x1000", f"{operation}-3x32"]
+        for case in sanitizer_cases.chosen(names):
+            sanitizer_cases.run_case(case, torch.device(device), check=True)
+    modules = [module for name, module in sys.modules.items() if name.startswith("fastlogits_kernels.")]
+    of_package = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert len(of_package) > 30
+    assert launched == of_package
 
 
 STAND_IN = """#!/usr/bin/env bash
@@ -174,3 +188,45 @@ def test_a_short_soak_and_one_that_swaps_wrongly(monkeypatch):
     monkeypatch.setattr("fastlogits.serving.batch.swap_slots", lambda *arguments: None)
     with pytest.raises(AssertionError, match="other"):
         soak.Soak(torch.device("cpu"), size).run(1000)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_short_soak_of_decode_and_one_with_other_seeds(monkeypatch):
+    found = soak_decode.run(torch.device("cpu"), 500)
+    assert found.steps >= 500
+    assert found.looks
+    refuse = soak_decode._refuse
+
+    def change_seeds(request):
+        request.seeds.add_(1)
+        refuse(request)
+
+    monkeypatch.setattr(soak_decode, "_refuse", change_seeds)
+    with pytest.raises(AssertionError, match="other tokens"):
+        soak_decode.run(torch.device("cpu"), 1500)
+
+
+# -- Statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_draws_fit_and_draws_that_come_twice_do_not(monkeypatch, capsys):
+    few = {each.how: each for each in statistics.CASES if each.name in ("T k p", "k lowest")}
+    assert set(few) == {"sampler", "serving", "processors"}
+    monkeypatch.setattr(statistics, "CASES", list(few.values()))
+    arguments = ["--device", "cpu", "--draws", "4096", "--no-csv"]
+    assert statistics.main(arguments) == 0
+    keys = statistics._keys
+    monkeypatch.setattr(
+        statistics, "_keys", lambda *given: tuple(each[::8].repeat_interleave(8) for each in keys(*given))
+    )
+    assert statistics.main(arguments) == 1
+    assert "DO NOT FIT" in " ".join(capsys.readouterr().out.split())
+
+
+def test_many_probabilities_together():
+    assert statistics.together([0.5]) == (0.5, pytest.approx(0.5))
+    assert statistics.together([0.0004, 0.5])[0] == pytest.approx(0.0008)
+    even = [(i + 0.5) / 100 for i in range(100)]
+    assert statistics.together(even)[1] > 0.3
+    assert statistics.together([each / 4 for each in even])[1] < 1e-3
