@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from fastlogits_kernels.runtime.launcher import to_device
+from fastlogits_kernels.serving.layout import IndexSizes
 
 from fastlogits.serving.batch import BatchProcessor
 from fastlogits.serving.packing import Stack
@@ -42,6 +43,9 @@ TRUNCATIONS = ("typical_p", "epsilon", "eta", "top_h", "top_a")
 
 MAX_LISTED = 4096
 """Words that the lists of a request may take; see ``max_listed`` of ``BatchProcessor``."""
+
+_MOST_INDEX_BYTES = 2**28
+"""What the index of all histories of an engine may take of the GPU's memory."""
 
 _SHORT_LISTS = 256
 """Of those, the words for lists that are always short: sets of up to 64 tokens, and DRY."""
@@ -181,6 +185,15 @@ def within(edits: RequestParams, vocab_size: int, where: str, refuse: Refuse) ->
     if edits.forced_tokens and max(edits.forced_tokens) >= vocab_size:
         leave_out("forced_tokens", (), max(edits.forced_tokens))
     return replace(edits, **changed) if changed else edits
+
+
+def has_room_for_index(tokens: torch.Tensor, vocab_size: int) -> bool:
+    """Whether an index of an engine's histories ``[slots, L]``, which only grow, takes little enough memory.
+
+    For ``history_grows`` of ``BatchProcessor``. Without it each step reads the histories anew.
+    """
+    slots, longest = tokens.shape
+    return slots * IndexSizes.of(vocab_size, longest).total * 4 <= _MOST_INDEX_BYTES
 
 
 def _short_enough(edits: RequestParams, where: str, refuse: Refuse) -> RequestParams:

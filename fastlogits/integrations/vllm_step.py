@@ -14,7 +14,7 @@ from fastlogits_kernels.rules import argument_of
 from fastlogits_kernels.runtime.launcher import to_device
 from fastlogits_kernels.serving.layout import RULE_KINDS
 
-from fastlogits.integrations.requests import MAX_LISTED
+from fastlogits.integrations.requests import MAX_LISTED, has_room_for_index
 from fastlogits.serving.batch import BatchProcessor, History
 from fastlogits.serving.packing import STACKS, pack
 from fastlogits.serving.params import RequestParams
@@ -78,7 +78,7 @@ class StepOfSlots:
     Args:
         vocab_size: tokens of the vocabulary.
         max_rows: the most rows of a step.
-        tokens: the engine's table of tokens, int32 or int64 ``[slots, L]``.
+        tokens: the engine's table of tokens, int32 or int64 ``[slots, L]``, to which it only appends.
         lengths: how many tokens each slot has, ``[slots]``.
         max_logprobs: for how many of the most likely tokens the distribution that is sampled may be reported.
     """
@@ -193,7 +193,8 @@ class StepOfSlots:
     def _edited(self, logits: torch.Tensor, rows: Rows, foreign: Foreign) -> tuple[torch.Tensor, BatchProcessor]:
         """Logits after penalties, bans and what others do, and the batch that draws from them."""
         if self._edits is None or self._draws is None:
-            self._edits, self._draws = self._batch(), self._batch(max_listed=0, max_logprobs=self.max_logprobs)
+            self._edits = self._batch()
+            self._draws = self._batch(max_listed=0, max_logprobs=self.max_logprobs, history_grows=False)
             for slot, params in self._params.items():
                 self._edits.add(_edits_of(params), slot=slot)
                 self._draws.add(_draws_of(params), slot=slot)
@@ -228,6 +229,8 @@ class StepOfSlots:
     def _batch(self, **sizes: Any) -> BatchProcessor:
         history: History = (self._tokens, self._prompts, self._lengths)
         given: dict[str, Any] = {"max_rows": self.max_rows, "max_listed": self._listed, "history": history}
+        # The engine appends to a slot's tokens until it adds another request to it.
+        given["history_grows"] = has_room_for_index(self._tokens, self.vocab_size)
         return BatchProcessor(self.slots, self.vocab_size, self._tokens.device, semantics="vllm", **given | sizes)
 
     def _make_room(self, params: RequestParams) -> bool:

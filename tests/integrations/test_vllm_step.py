@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
+from fastlogits_kernels.serving import layout, steps
 
 import fastlogits as fl
-from fastlogits.integrations.requests import EDITS, TRUNCATIONS, read_options
+from fastlogits.integrations.requests import EDITS, TRUNCATIONS, has_room_for_index, read_options
 from fastlogits.integrations.vllm_params import ELSEWHERE, TRANSLATED, end_tokens, translate, unknown_fields
 from fastlogits.integrations.vllm_step import EndTokens, Rows, StepOfSlots
 
@@ -247,3 +249,53 @@ def test_drafts_that_are_accepted(engine, device):
     assert [row[:count] for row, count in zip(found.tokens.tolist(), found.counts.tolist(), strict=True)] == (
         [[5, 6, 7], [1], [4, 4], [8]]
     )
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+def test_long_texts_of_the_engine_are_indexed_and_the_tokens_are_the_same(device, monkeypatch):
+    """Also after a slot has had another request, whose text is another one."""
+    monkeypatch.setattr(layout, "SPAN_BLOCK", 4)
+    monkeypatch.setattr(layout, "_SHORT", 16)
+    monkeypatch.setattr(layout, "_FEWEST_HASHES", 16)
+    slots, length = 3, 200
+    text = torch.randint(0, 12, (slots, length), generator=torch.Generator().manual_seed(1)).int().to(device)
+    asked = [
+        fl.RequestParams(repetition_penalty=1.4, frequency_penalty=0.3, seed=1),
+        fl.RequestParams(no_repeat_ngram_size=3, temperature=0.9, seed=2),
+        fl.RequestParams(presence_penalty=0.6, dry_multiplier=0.8, dry_allowed_length=1, seed=3),
+    ]
+
+    def drawn(kernels: bool, foreign) -> list[list[int]]:
+        monkeypatch.setattr(steps, "FORCE_KERNEL", kernels)
+        tokens, found = text.clone(), []
+        lengths = torch.tensor([100, 60, 80], dtype=torch.int32, device=device)
+        step = StepOfSlots(V, 2 * slots, tokens, lengths, 0)
+        assert step._whole._slots.indices.by_step
+        for slot, params in enumerate(asked):
+            step.add(slot, params)
+        for turn in range(6):
+            step.write_prompts(torch.tensor([50, 40, 80 if turn < 3 else 20], dtype=torch.int32))
+            if turn == 3:  # the engine has another request in this slot
+                step.add(2, asked[0])
+                tokens[2], lengths[2] = tokens[2].roll(7), 30
+            rows = rows_of(range(slots), lengths, 0, tokens)
+            logits = torch.randn(slots, V, generator=torch.Generator().manual_seed(turn)).to(device)
+            new = step.sample(logits, rows, foreign).tokens
+            tokens[torch.arange(slots, device=device), lengths.long()] = new.int()
+            lengths += 1
+            found.append(new.tolist())
+        return found
+
+    # On a GPU the kernels run in any case, so there nothing but the engine's own order is compared.
+    for foreign in (None, lambda logits: logits):
+        assert drawn(True, foreign) == drawn(False, None)
+
+
+def test_an_index_has_to_be_small():
+    def table(slots, length):
+        return torch.zeros((), dtype=torch.int32).expand(slots, length)
+
+    assert has_room_for_index(table(256, 131_072), 128_256)
+    assert not has_room_for_index(table(1024, 131_072), 128_256)
+    assert has_room_for_index(table(10**6, 4096), 128_256)  # none is made
