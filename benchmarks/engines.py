@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.timing import Bunch, Call, NotCapturableError, ReplayBunch, WallBunch, interleaved
 from fastlogits.integrations.vllm_sampler import newer_rejection_sampler, newer_sampler
-from fastlogits.integrations.vllm_step import Rows
+from fastlogits.integrations.vllm_step import Places, Rows
 
 TEXT = 1024
 """Tokens of each request, half of them its prompt."""
@@ -159,7 +159,7 @@ class Engine:
         """The logits that are drawn from, float32, -inf where a token is dropped."""
         step = self.batch
         if self.is_ours:
-            rows = Rows(step.expanded_idx_mapping, step.positions, step.input_ids, step.expanded_local_pos)
+            rows = Rows(step.expanded_idx_mapping, Places(step.positions, step.input_ids, step.expanded_local_pos))
             return self.sampler._step.process(logits, rows, None)  # type: ignore[no-any-return]
         return self.sampler.apply_sampling_params(  # type: ignore[no-any-return]
             logits.float(), step.expanded_idx_mapping, step.idx_mapping, step.idx_mapping_np, step.positions,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-    from fastlogits.integrations.vllm_step import Rows
+    from fastlogits.integrations.vllm_step import Places
 
 logger = logging.getLogger(__name__)
 
@@ -398,26 +398,26 @@ def scores_by_vllm(
     )  # fmt: skip
 
 
-def logits_context(rows: Rows, input_batch: Any) -> Any:
+def logits_context(slots: torch.Tensor, places: Places, input_batch: Any) -> Any:
     """Make the ``LogitsContext`` of a step."""
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 
     return LogitsContext(
-        expanded_idx_mapping=rows.slots,
+        expanded_idx_mapping=slots,
         idx_mapping=input_batch.idx_mapping,
         idx_mapping_np=input_batch.idx_mapping_np,
-        expanded_local_pos=rows.local_position,
-        input_ids=rows.input_ids,
-        pos=rows.positions,
+        expanded_local_pos=places.local_position,
+        input_ids=places.input_ids,
+        pos=places.positions,
         seq_lens_upper_bound_np=input_batch.seq_lens_cpu_upper_bound.numpy(),
     )
 
 
-def drafts_to_verify(rows: Rows, prefill_lengths: torch.Tensor) -> torch.Tensor:
+def drafts_to_verify(slots: torch.Tensor, places: Places, prefill_lengths: torch.Tensor) -> torch.Tensor:
     """The token that each row was fed with, ``[rows]``; -1 where it holds the place of a draft that was never made.
 
     No drafts are made before a request has sampled a token, though a step within its prompt may have rows for them.
     """
-    begins = rows.positions - rows.local_position
-    placeholder = (rows.local_position > 0) & (begins < prefill_lengths.index_select(0, rows.slots))
-    return rows.input_ids.masked_fill(placeholder, -1)
+    begins = places.positions - places.local_position
+    placeholder = (places.local_position > 0) & (begins < prefill_lengths.index_select(0, slots))
+    return places.input_ids.masked_fill(placeholder, -1)

@@ -28,7 +28,7 @@ from fastlogits.integrations import vllm_hooks as hooks
 from fastlogits.integrations.requests import say_once
 from fastlogits.integrations.vllm import FastLogitsProcessor, running_options
 from fastlogits.integrations.vllm_params import end_tokens, translate, unknown_fields
-from fastlogits.integrations.vllm_step import EndTokens, Foreign, Rows, StepOfSlots, Taken
+from fastlogits.integrations.vllm_step import EndTokens, Places, Rows, StepOfSlots, Taken
 
 if TYPE_CHECKING:
     from fastlogits.sampled import Distribution
@@ -63,6 +63,23 @@ class _Watched:
         return getattr(self.processor, name)
 
 
+class _OfSlots:
+    """A number for each slot, mostly 0; where all are, a step looks no further."""
+
+    def __init__(self, slots: int) -> None:
+        self.numbers = np.zeros(slots, dtype=np.int8)
+        self._any = False
+
+    def note(self, slot: int, number: int) -> None:
+        """Set the number of a slot. It stays until the slot has another request."""
+        self.numbers[slot] = number
+        self._any = bool(self.numbers.any())
+
+    def most(self, slots: Any) -> int:
+        """The largest number of some slots."""
+        return int(self.numbers[slots].max(initial=0)) if self._any else 0
+
+
 class _Drawn(NamedTuple):
     """What a step has drawn."""
 
@@ -71,6 +88,20 @@ class _Drawn(NamedTuple):
     logprobs: Any
     """vLLM's ``LogprobsTensors``; None for none."""
     rows: Rows
+
+
+def _wants_scores(sampling: Any) -> bool:
+    """Whether a request has vLLM report log-probabilities of its tokens, or of named ones."""
+    return sampling.logprobs is not None or bool(getattr(sampling, "logprob_token_ids", None))
+
+
+def _places_of(input_batch: Any) -> Places:
+    """Where the rows of a step are in the texts."""
+    at = input_batch.logits_indices
+    return Places(
+        input_batch.positions.index_select(0, at), input_batch.input_ids.index_select(0, at),
+        input_batch.expanded_local_pos,
+    )  # fmt: skip
 
 
 class NewerSampler:
@@ -101,7 +132,7 @@ class NewerSampler:
             _tell(f"vLLM's own sampler runs: {reason}")
             return
         slots = self.sampling_states.max_num_reqs
-        self._served_by, self._reports = np.zeros(slots, dtype=np.int8), np.zeros(slots, dtype=np.bool_)
+        self._served_by, self._reports, self._scored = _OfSlots(slots), _OfSlots(slots), _OfSlots(slots)
         self._step = self._new_step(config)
         self._watch_others()
 
@@ -133,7 +164,8 @@ class NewerSampler:
         theirs.add_request(req_idx, sampling_params)
         if self._step is not None:
             self._is_changed = True
-            self._served_by[req_idx] = self._add(self._step, req_idx, sampling_params)
+            self._scored.note(req_idx, _wants_scores(sampling_params))
+            self._served_by.note(req_idx, self._add(self._step, req_idx, sampling_params))
 
     def _add(self, step: StepOfSlots, slot: int, sampling: Any) -> int:
         """Put a request into its slot, and say how it is served."""
@@ -145,8 +177,9 @@ class NewerSampler:
         V = step.vocab_size
         options, seed = running_options(sampling, V), int(self.sampling_states.seeds.np[slot])
         try:
-            self._reports[slot] = bool(step.max_logprobs) and sampling.logprobs is not None
-            asked = translate(sampling, seed, V, options, step.max_logprobs if self._reports[slot] else None)
+            reports = bool(step.max_logprobs) and sampling.logprobs is not None
+            self._reports.note(slot, reports)
+            asked = translate(sampling, seed, V, options, step.max_logprobs if reports else None)
             ends = None
             if asked.ends_if_nothing_is_left:
                 length = int(self.req_states.prompt_len.np[slot]) + sampling.min_tokens
@@ -181,7 +214,13 @@ class NewerSampler:
                 f"{step.vocab_size} were announced"
             )
             return True
-        return bool(self._served_by[input_batch.idx_mapping_np].max(initial=0) == _BY_VLLM)
+        return self._served_by.most(input_batch.idx_mapping_np) == _BY_VLLM
+
+    def dims(self, input_batch: Any, **asked: Any) -> tuple[int, int] | None:
+        """How many of the most likely tokens, and how many named ones, a step reports; None for no report."""
+        slots = input_batch.idx_mapping_np
+        found: tuple[int, int] | None = self.get_logprobs_dims(slots, **asked) if self._scored.most(slots) else None
+        return found
 
     def __call__(self, logits: torch.Tensor, input_batch: Any) -> Any:
         """Sample a token of each row, and return a ``SamplerOutput``."""
@@ -189,7 +228,7 @@ class NewerSampler:
             theirs: Any = super()
             return theirs.__call__(logits, input_batch)
         nans = hooks.number_of_nans(logits) if self.compute_nans else None
-        drawn = self.draw(logits, input_batch, self.get_logprobs_dims(input_batch.idx_mapping_np))
+        drawn = self.draw(logits, input_batch, self.dims(input_batch))
         return hooks.sampler_output(
             drawn.tokens.view(-1, 1), drawn.logprobs, nans, input_batch.seq_lens.new_ones(input_batch.num_reqs),
             input_batch, self.req_states,
@@ -201,19 +240,22 @@ class NewerSampler:
         Args:
             logits: ``[rows, V]``; not written.
             input_batch: vLLM's.
-            dims: how many of the most likely tokens, and how many named ones, are reported; None for no report.
+            dims: see ``dims``.
             bounds: where the rows of each request begin, for the report; None for vLLM's on the host.
         """
         assert self._step is not None
-        at = input_batch.logits_indices
-        rows = Rows(
-            input_batch.expanded_idx_mapping, input_batch.positions.index_select(0, at),
-            input_batch.input_ids.index_select(0, at), input_batch.expanded_local_pos,
-            len(logits) != input_batch.num_reqs,
-        )  # fmt: skip
-        served = self._served_by[input_batch.idx_mapping_np].max(initial=0)
-        foreign = self._foreign(rows, input_batch) if served == _AROUND_OTHERS else None
-        asks: Distribution | None = "processed" if self._reports[input_batch.idx_mapping_np].any() else None
+        slots = input_batch.idx_mapping_np
+        has_drafts = len(logits) != input_batch.num_reqs
+        is_around_others = self._served_by.most(slots) == _AROUND_OTHERS
+        # Else a row has seen all of its request's text. (One within a prompt has not, and nobody takes its token.)
+        places = _places_of(input_batch) if has_drafts or is_around_others else None
+        rows = Rows(input_batch.expanded_idx_mapping, places, has_drafts)
+        foreign = None
+        if is_around_others:
+            assert places is not None
+            context = hooks.logits_context(rows.slots, places, input_batch)
+            foreign = partial(self._apply_others, context)
+        asks: Distribution | None = "processed" if self._reports.most(slots) else None
         fits = dims is not None and not dims[1] and self.logprobs_mode not in _LOGITS_MODES
         if fits and dims is not None:
             fits = dims[0] <= (MOST if self.logprobs_mode == "raw_logprobs" else self._step.max_logprobs)
@@ -241,12 +283,8 @@ class NewerSampler:
         assert self._step is not None
         return self._step.accept(drawn.tokens, drawn.rows, drafts, bounds, most)
 
-    def _foreign(self, rows: Rows, input_batch: Any) -> Foreign:
-        """What other processors and thinking budgets do, in vLLM's order."""
-        context = hooks.logits_context(rows, input_batch)
-        return partial(self._apply_others, context)
-
     def _apply_others(self, context: Any, logits: torch.Tensor) -> torch.Tensor:
+        """What other processors and thinking budgets do, in vLLM's order."""
         for each in self._others:
             logits = each.processor.apply(logits, context)
         self.thinking_budget_state.apply(logits, context)
@@ -281,9 +319,10 @@ class EqualTokens:
         nans = hooks.number_of_nans(logits) if sampler.compute_nans else None
         bounds = input_batch.cu_num_logits.clone() if self.enable_adaptive_verification else None
         # Ranks that share a batch put their reports together, and expect no named tokens in steps with drafts.
-        dims = sampler.get_logprobs_dims(input_batch.idx_mapping_np, include_token_ids=not sampler.shares_batches)
+        dims = sampler.dims(input_batch, include_token_ids=not sampler.shares_batches)
         drawn = sampler.draw(logits, input_batch, dims, bounds)
-        drafts = hooks.drafts_to_verify(drawn.rows, sampler.req_states.prefill_len.gpu)
+        places = drawn.rows.places or _places_of(input_batch)
+        drafts = hooks.drafts_to_verify(drawn.rows.slots, places, sampler.req_states.prefill_len.gpu)
         if invalid_drafts is not None:
             drafts = drafts.masked_fill(invalid_drafts, -1)
         tokens, counts = sampler.accept(drawn, drafts, input_batch.cu_num_logits, self.num_speculative_steps + 1)

@@ -28,29 +28,35 @@ Foreign: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 _DRAWS = ("temperature", *map(argument_of, RULE_KINDS))
 
 
-class Rows(NamedTuple):
-    """The rows of a step."""
+class Places(NamedTuple):
+    """Where the rows of a step are in the texts of their slots."""
 
-    slots: torch.Tensor
     positions: torch.Tensor
     """Index of the last token that each row has seen."""
     input_ids: torch.Tensor
     """The token that each row was fed with."""
     local_position: torch.Tensor
     """How many draft tokens it sees."""
+
+
+class Rows(NamedTuple):
+    """The rows of a step: of slots alone where each has one row, which has seen all of the slot's tokens."""
+
+    slots: torch.Tensor
+    places: Places | None = None
+    """Where else in the text the rows are."""
     has_drafts: bool = True
-    """Whether any row sees one."""
+    """Whether any row sees draft tokens, if there are places."""
 
     @property
     def arguments(self) -> dict[str, Any]:
         """As arguments of ``BatchProcessor``'s calls."""
+        if self.places is None:
+            return {}
+        positions, input_ids, local_position = self.places
         if not self.has_drafts:
-            return {"cache_position": self.positions}
-        return {
-            "cache_position": self.positions,
-            "draft_ids": self.input_ids,
-            "local_position": self.local_position,
-        }
+            return {"cache_position": positions}
+        return {"cache_position": positions, "draft_ids": input_ids, "local_position": local_position}
 
 
 class Taken(NamedTuple):
@@ -158,7 +164,7 @@ class StepOfSlots:
         Args:
             logits: not written.
             rows: see there.
-            foreign: what others do to the logits; None for nothing, which takes one pass.
+            foreign: what others do to the logits, of rows with places; None for nothing, which takes one pass.
             logprobs: of which distribution; see ``BatchProcessor.sample``.
         """
         rows = self._known(rows)
@@ -207,7 +213,8 @@ class StepOfSlots:
         """Ban the tokens that would end a request too early, in rows that have other tokens left."""
         tokens, lengths = self._ends_on_device()
         of = rows.slots.clamp(min=0)
-        ids, early = tokens.index_select(0, of), rows.positions + 1 < lengths.index_select(0, of)
+        assert rows.places is not None
+        ids, early = tokens.index_select(0, of), rows.places.positions + 1 < lengths.index_select(0, of)
         own = logits.gather(1, ids)
         nothing = float("-inf")
         others = logits.scatter(1, ids, nothing).amax(-1) > nothing

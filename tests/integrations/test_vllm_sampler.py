@@ -103,6 +103,23 @@ def test_requests_that_are_served_by_vllm(caplog):
     assert not served(sampler, 0, 1)
 
 
+def test_reports_are_asked_for_where_a_request_wants_them(monkeypatch):
+    sampler, asked = made(), []
+    sampler.get_logprobs_dims = lambda slots, **more: asked.append(slots.tolist()) or (2, 0)
+
+    def dims(*slots):
+        return sampler.dims(SimpleNamespace(idx_mapping_np=np.array(slots)))
+
+    sampler.add_request(0, Sampling())
+    sampler.add_request(1, Sampling(logprobs=0))
+    sampler.add_request(2, Sampling(logprob_token_ids=[3]))
+    assert [dims(0), dims(0, 1), dims(2)] == [None, (2, 0), (2, 0)]
+    sampler.add_request(1, Sampling())
+    sampler.add_request(2, Sampling())
+    assert dims(0, 1, 2) is None
+    assert asked == [[0, 1], [2]]
+
+
 def test_logits_of_another_shape(caplog):
     sampler = made()
     batch = SimpleNamespace(idx_mapping_np=np.array([0]))
@@ -119,13 +136,13 @@ def test_what_runs_between_two_passes(caplog):
         sampler.add_request(1, Sampling(temperature=0.5))
         sampler.add_request(2, Sampling(thinking_token_budget=7))
         sampler.add_request(3, Sampling(min_tokens=2, structured_outputs=object()))
-    assert sampler._served_by[:4].tolist() == [0, 1, 1, 1]
+    assert sampler._served_by.numbers[:4].tolist() == [0, 1, 1, 1]
     assert not served(sampler, 0, 1, 2, 3)
     assert [record.getMessage().split(" of requests")[0] for record in caplog.records] == [
         "Asking", "thinking_token_budget"
     ]  # fmt: skip
     sampler.add_request(1, Sampling())
-    assert sampler._served_by[1] == 0
+    assert sampler._served_by.numbers[1] == 0
 
 
 def test_the_processor_waits_where_the_step_does_its_work():
@@ -139,7 +156,7 @@ def test_the_processor_waits_where_the_step_does_its_work():
     sampler.add_request(0, Sampling(extra_args=options))
     sampler.add_request(1, Sampling())
     processor.apply_staged_writes()
-    assert sampler._served_by[:2].tolist() == [0, 0]
+    assert sampler._served_by.numbers[:2].tolist() == [0, 0]
     assert sampler._step._params[0].banned_token_ids == (3,)
     assert processor._newer._tables is None  # no memory for what isn't needed
     # A step of vLLM's own asks it after all.

@@ -10,7 +10,7 @@ from fastlogits_kernels.serving import layout, steps
 import fastlogits as fl
 from fastlogits.integrations.requests import EDITS, TRUNCATIONS, has_room_for_index, read_options
 from fastlogits.integrations.vllm_params import ELSEWHERE, TRANSLATED, end_tokens, translate, unknown_fields
-from fastlogits.integrations.vllm_step import EndTokens, Rows, StepOfSlots
+from fastlogits.integrations.vllm_step import EndTokens, Places, Rows, StepOfSlots
 
 V, S, L = 40, 6, 32
 NEG = float("-inf")
@@ -127,7 +127,7 @@ def rows_of(slots, lengths, drafts=0, tokens=None):
     positions = lengths[each].long() - 1 + local
     fed = torch.randint(0, V, (len(each),), dtype=torch.int32, device=device)
     fed = torch.where(local == 0, tokens[each, positions.clamp(max=L - 1)], fed)
-    return Rows(each, positions, fed, local.int())
+    return Rows(each, Places(positions, fed, local.int()))
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
@@ -144,7 +144,8 @@ def test_one_pass_and_around_others(engine, drafts, logprobs, device):
     whole = step.sample(logits, rows, None, logprobs)
     around = step.sample(logits, rows, lambda x: x, logprobs)
     alone = batch_of(made, tokens, lengths).sample(
-        logits, rows.slots, rows.positions, draft_ids=rows.input_ids, local_position=rows.local_position,
+        logits, rows.slots, rows.places.positions, draft_ids=rows.places.input_ids,
+        local_position=rows.places.local_position,
         logprobs=logprobs,
     )  # fmt: skip
     assert torch.equal(whole.tokens, alone.tokens)
@@ -234,6 +235,19 @@ def test_longer_lists_than_there_was_room_for(engine, device, monkeypatch):
         assert step.sample(logits, rows, foreign).tokens.tolist() == [6, 5]
 
 
+def test_rows_without_places_are_at_the_end_of_their_texts(engine, device):
+    step, tokens, lengths = engine
+    for slot, params in enumerate(REQUESTS):
+        step.add(slot, params)
+    there = rows_of([3, 0, 2, 4, 1], lengths, 0, tokens)
+    logits = torch.randn(5, V, device=device) * 3
+    expected = step.sample(logits, there, None, "processed")
+    for rows in (Rows(there.slots), there._replace(has_drafts=False)):
+        found = step.sample(logits, rows, None, "processed")
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.top_logprobs, expected.top_logprobs)
+
+
 def test_drafts_that_are_accepted(engine, device):
     step, _, _ = engine
     for slot in range(4):
@@ -242,7 +256,7 @@ def test_drafts_that_are_accepted(engine, device):
     tokens = torch.tensor([5, 6, 7, 1, 9, 4, 4, 4, 8, 9, 9], device=device)
     drafts = torch.tensor([0, 5, 6, 0, -1, 0, 4, 3, 0, 7, 9], dtype=torch.int32, device=device)
     slots = torch.tensor([2, 2, 2, 0, 0, 3, 3, 3, 1, 1, 1], device=device)
-    rows = Rows(slots, slots, drafts, slots)
+    rows = Rows(slots)
     found = step.accept(tokens, rows, drafts, torch.tensor([0, 3, 5, 8, 11], dtype=torch.int32, device=device), 3)
     assert found.counts.tolist() == [3, 1, 2, 1]
     assert found.counts.dtype == torch.int32
