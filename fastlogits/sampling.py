@@ -34,7 +34,7 @@ from fastlogits import warm_up as warming
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
 from fastlogits.kept_tokens import KeptForm, KeptTokens, checked_form, kept_of_bits
 from fastlogits.parallel.dtensor import is_split, local_part
-from fastlogits.plan.causes import explain_failure, kind
+from fastlogits.plan.causes import checked_processors, explain_failure, kind
 from fastlogits.plan.fusion import fused_to_logits, fused_to_token
 from fastlogits.plan.part import NO_ARGUMENTS
 from fastlogits.plan.plan import Plan
@@ -182,7 +182,8 @@ class Sampler:
         options: fields of ``SamplingParams``, which replace those of ``params``.
 
     Raises:
-        ValueError: an argument out of range or of a wrong type.
+        ValueError: an argument out of range or of a wrong type; a class among the processors.
+        AttributeError: something among the processors that can't be called, as transformers' lists raise at a call.
 
     Example:
         >>> sampler = Sampler(temperature=torch.tensor([0.0, 0.7]), top_k=2, logprobs="raw")
@@ -215,6 +216,8 @@ class Sampler:
             )
         if processors is not None and not isinstance(processors, LogitsProcessorList):
             processors = LogitsProcessorList(processors)
+        for _ in checked_processors(processors or ()):
+            pass  # the list is compiled at the first call; what is no processor is said now
         self._processors: LogitsProcessorList | None = processors
         temperature = self.params.temperature
         is_greedy = isinstance(temperature, (int, float)) and temperature < TINY_TEMPERATURE

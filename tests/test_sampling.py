@@ -405,6 +405,19 @@ def test_equal_tokens_are_listed_by_their_ids(device):
 
 
 @pytest.mark.parametrize(
+    ("processors", "error", "message"),
+    [
+        ([{"top_k": 3}], AttributeError, r"must be callable with \(input_ids, scores\), got dict \(number 1\)"),
+        ([fl.TopKLogitsWarper(3), None], AttributeError, r"must be callable .* got None \(number 2\)"),
+        ([fl.TopKLogitsWarper], ValueError, "must be objects, got the class TopKLogitsWarper"),
+    ],
+)
+def test_what_is_no_processor_is_refused_when_the_sampler_is_made(processors, error, message):
+    with pytest.raises(error, match=message):
+        fl.Sampler(processors)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"temperature": -0.5}, "temperature must be .* got .*-0.5"),
