@@ -9,7 +9,7 @@ A document marks where they go, and ``python -m benchmarks readme`` fills what s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fastlogits_kernels.rules import ORDERS, RULES, argument_of
@@ -31,7 +31,6 @@ _REGION = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- /benchmarks -->)",
 
 _SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
 _CPU_SIZES = ((1, 32000), (8, 32000), (1, 128256), (8, 128256), (64, 128256))
-_FEW = ("first step", "chain 6", "chain 9", "T k p", "T p", "draw T k p", "bitmask", "serving", "serving tokens")
 _LOGITS = ("gauss", "zipf", "mixture", "flat")
 MEANS = {
     "first step": "tokens forbidden at the first step",
@@ -98,43 +97,6 @@ def _of_newest_device(records: Sequence[Record], metric: str) -> list[Record]:
         return []
     device = max(chosen, key=lambda record: record.timestamp).device
     return [record for record in chosen if record.device == device]
-
-
-_CLAIMS = (
-    ("gpu_us", "chain 9", 0, THEIRS, FAST),
-    ("gpu_us", "T k p", 0, THEIRS, FAST),
-    ("cpu_us", "chain 9", 0, THEIRS, FAST),
-    ("gpu_us", "first step", 1000, LOOP, FAST_),
-    ("cpu_us", "first step", 1000, LOOP, FAST_),
-)
-"""What to compare, the first that was measured: a metric, a workload, its ids, another contender and ours."""
-
-
-def _claim(records: Sequence[Record]) -> str:
-    """One sentence: a job here and elsewhere."""
-    for metric, workload, ids, other, ours in _CLAIMS:
-        found = _of_newest_device(records, metric)
-        for batch, vocab in reversed(_SIZES[:3]):
-            of = {
-                r.contender: r
-                for r in found
-                if (r.workload, r.ids, r.batch, r.vocab, r.logits) == (workload, ids, batch, vocab, "gauss")
-                and r.dtype == "float32"
-            }
-            if {other, ours} <= of.keys():
-                return _sentence(of[other], of[ours], of.get(COPY))
-    return "Nothing has been measured yet."
-
-
-def _sentence(other: Record, ours: Record, copy: Record | None) -> str:
-    kind = "GPU time" if ours.metric == "gpu_us" else f"{ours.threads} threads"
-    them, us = other.median or 0.0, ours.median or 1.0
-    beside = "" if copy is None else f"; copying the logits takes {_us(copy.median)} us"
-    job = MEANS[ours.workload].capitalize() + (f", {ours.ids:,} ids" if ours.ids else "")
-    return (
-        f"{job}, float32 logits of {ours.batch} x {ours.vocab}, {ours.device}, {kind}: "
-        f"{other.contender} {_us(them)} us, {ours.contender} {_us(us)} us ({them / us:,.0f} x faster){beside}."
-    )
 
 
 def _us(us: float | None) -> str:
@@ -281,7 +243,14 @@ _WAYS = {
 """The ways to generate that are shown, in order."""
 
 
-def _generate(records: Sequence[Record]) -> str:
+_MAIN_WAYS = (
+    "transformers", "transformers, static cache, compiled forward", "custom_generate=fl.decode",
+    "custom_generate=fl.decode, compile=True",
+)  # fmt: skip
+"""Those of the README."""
+
+
+def _generate(ways: Iterable[str]) -> str:
     """Microseconds of a decoding step, a column for each batch, of the run that was published last."""
     rows = [row for path in sorted((PUBLISHED / "generate").glob("*-phases.csv")) for row in read_rows(path)]
     if not rows:
@@ -298,10 +267,10 @@ def _generate(records: Sequence[Record]) -> str:
         "| by |" + "".join(f" batch {batch} |" for batch in batches),
         "|---|" + "---:|" * len(batches),
     ]
-    for contender, name in _WAYS.items():
+    for contender in ways:
         if any((contender, batch) in steps for batch in batches):
             cells = [_step(steps, contender, batch) for batch in batches]
-            lines.append(f"| {name} |{''.join(f' {cell} |' for cell in cells)}")
+            lines.append(f"| {_WAYS[contender]} |{''.join(f' {cell} |' for cell in cells)}")
     return "\n".join(lines)
 
 
@@ -314,16 +283,14 @@ def _step(steps: Mapping[tuple[str, int], float], contender: str, batch: int) ->
 
 _ALL = tuple(name for name, workload in WORKLOADS.items() if workload.main)
 REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
-    "claim": _claim,
     "plot": _plot,
-    "gpu": _table("gpu_us", _SIZES, _FEW),
     "short": _table("gpu_us", _SIZES, ("chain 9", "T k p", "draw T k p")),
     "gpu-all": _table("gpu_us", _SIZES, _ALL),
     "host-all": _table("host_us", _SIZES, _ALL),
-    "cpu": _table("cpu_us", _CPU_SIZES, ("chain 9", "T k p")),
     "cpu-all": _table("cpu_us", _CPU_SIZES, _ALL),
     "processors": lambda records: catalogue(),
-    "generate": _generate,
+    "generate": lambda records: _generate(_WAYS),
+    "generate-short": lambda records: _generate(_MAIN_WAYS),
     "rules": _rules,
     "slots": _slots,
     "matrix": lambda records: markdown(),
