@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.folders import LOCAL, PUBLISHED, new_run, newest_run
-from benchmarks.inputs import FLAT, GAUSS, LOGITS, Case, device_name
+from benchmarks.inputs import FLAT, GAUSS, LOGITS, Case, at_least_1, device_name, size_of
 from benchmarks.peers import PEERS
 from benchmarks.results import append_csv, commit, records_of, slug
 from benchmarks.run import BUDGET_S, SHORT_BUDGET_S, Run
@@ -33,6 +34,14 @@ _WIDTHS, _OF_ANY_WIDTH = ((64, 32000), (64, 262144)), "chain 9"
 _LEAST_COLD = 2**20
 
 
+_COMMANDS = {
+    "compile": "benchmarks.compiling",
+    "publish": "benchmarks.publish",
+    "cliffs": "benchmarks.cliffs",
+    "phases": "benchmarks.phases",
+}
+"""The module of each command."""
+
 Entry: TypeAlias = "tuple[str, Workload, Case]"
 """A workload by name, and a case of it."""
 
@@ -46,18 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] in (["plots"], ["report"], ["readme"]):
         return _documents(arguments)
-    if arguments[:1] == ["compile"]:
-        from benchmarks.compiling import main as compiling
-
-        return compiling(arguments[1:])
-    if arguments[:1] == ["publish"]:
-        from benchmarks.publish import main as publish
-
-        return publish(arguments[1:])
-    if arguments[:1] == ["cliffs"]:
-        from benchmarks.cliffs import main as cliffs
-
-        return cliffs(arguments[1:])
+    if arguments and arguments[0] in _COMMANDS:
+        status: int = import_module(_COMMANDS[arguments[0]]).main(arguments[1:])
+        return status
     options = _parse(arguments)
     console = Console()
     if not console.is_terminal:
@@ -205,15 +205,15 @@ def _kinds(options: argparse.Namespace, workload: Workload, batch: int) -> list[
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    whole = partial(_at_least_1, "must be an integer of at least 1")
+    whole = partial(at_least_1, "must be an integer of at least 1")
     parser = argparse.ArgumentParser(
         "python -m benchmarks",
-        description="Measure fastlogits beside what people use. Also: plots, report, publish, readme, compile, cliffs.",
+        description="Measure fastlogits beside what people use. Also: plots, report, readme, " + ", ".join(_COMMANDS),
     )
     parser.add_argument("--device", nargs="+", choices=present, default=present, help="default: all present")
     parser.add_argument("--batch", nargs="+", type=whole, help=f"batch sizes; default: {_BATCHES}")
     parser.add_argument("--vocab", nargs="+", type=whole, help=f"vocabulary sizes; default: {_VOCABS}")
-    parser.add_argument("--size", nargs="+", type=_size, help="sizes such as 64x128256, instead of those two")
+    parser.add_argument("--size", nargs="+", type=size_of, help="sizes such as 64x128256, instead of those two")
     parser.add_argument("--ids", nargs="+", type=_set_size, help="numbers of tokens to forbid, or 'half' of them")
     parser.add_argument("--logits", nargs="+", choices=list(LOGITS), help="kinds of logits; default: a workload's own")
     parser.add_argument(
@@ -259,20 +259,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _at_least_1(message: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{message}, got {text!r}")
-    return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    batch, _, vocab = text.partition("x")
-    message = "must be such as 64x128256"
-    return _at_least_1(message, batch), _at_least_1(message, vocab)
-
-
 def _set_size(text: str) -> str:
-    return text if text == "half" else str(_at_least_1("must be an integer of at least 1 or 'half'", text))
+    return text if text == "half" else str(at_least_1("must be an integer of at least 1 or 'half'", text))
 
 
 if __name__ == "__main__":

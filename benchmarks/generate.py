@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastlogits as fl
 from benchmarks.folders import LOCAL
 from benchmarks.inputs import device_name
+from benchmarks.phases import phases_of
 from benchmarks.processors import bad_words
 from benchmarks.results import commit, slug
 
@@ -375,16 +376,9 @@ def _processing(
     return statistics.median(walls), _gpu_us(step) if device.type == "cuda" else None
 
 
-def _gpu_us(step: Callable[[], torch.Tensor], calls: int = 5) -> float | None:
-    """Microseconds of a call's kernels and copies on the GPU, by the profiler."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    for _ in range(2):  # the first recording starts the profiler, which loses events
-        with torch.profiler.profile(activities=activities) as profile:
-            for _ in range(calls):
-                step()
-            torch.cuda.synchronize()
-    total: float = sum(event.self_device_time_total for event in profile.key_averages())
-    return total / calls or None  # a profiler that isn't allowed to look says nothing
+def _gpu_us(step: Callable[[], torch.Tensor]) -> float | None:
+    """Microseconds of a call's kernels and copies on the GPU; None where the profiler isn't allowed to look."""
+    return sum(phase.us for phase in phases_of(step, 5)) or None
 
 
 def _wait(device: torch.device) -> None:

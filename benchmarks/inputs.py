@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -148,3 +149,17 @@ def device_name(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return (models or [platform.processor() or platform.machine()])[0]
+
+
+def at_least_1(message: str, text: str) -> int:
+    """The integer of an argument; an error that begins with ``message`` where it is none, or 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{message}, got {text!r}")
+    return int(text)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Rows and vocabulary of an argument such as 64x128256."""
+    batch, _, vocab = text.partition("x")
+    message = "must be such as 64x128256"
+    return at_least_1(message, batch), at_least_1(message, vocab)

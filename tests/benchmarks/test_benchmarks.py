@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from benchmarks.folders import PUBLISHED
 from benchmarks.inputs import Case, random_scores
 from benchmarks.peers import PEERS, Peer
 from benchmarks.peers.handwritten import HANDWRITTEN
+from benchmarks.phases import phases_of
 from benchmarks.processors import CHAINS, CLASSES, TRUNCATIONS
 from benchmarks.targets import verdicts
 from benchmarks.timing import ReplayBunch, Timing
@@ -614,3 +616,49 @@ def test_a_run_says_how_long_it_takes_and_who_is_not_there(tiny_run, capsys):
 def test_targets_are_told_where_asked_for(tiny_run, capsys):
     tiny_run("--batch", "1")
     assert "Targets" not in capsys.readouterr().out
+
+
+def test_phases_need_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["phases", "--workload", "draw T", "--size", "2x64"]) == 2
+    assert "there is none here" in capsys.readouterr().out
+    for wrong, message in (
+        (["--workload", "X"], "nothing is called"),
+        (["--workload", "draw T", "--size", "3"], "64x"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["phases", *wrong])
+        assert message in capsys.readouterr().err
+
+
+def test_kernels_of_a_call_by_what_the_profiler_saw(monkeypatch):
+    seen = [SimpleNamespace(key=name, count=n, self_device_time_total=us) for name, n, us in (
+        ("filter_kernel", 20, 60.0), ("Activity Buffer Request", 1, 0), ("refine_kernel", 40, 90.0)
+    )]  # fmt: skip
+
+    class Profile:
+        def __init__(self, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def key_averages(self):
+            return seen
+
+    calls = []
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert phases_of(lambda: calls.append(1), 20) == [("refine_kernel", 2.0, 4.5), ("filter_kernel", 1.0, 3.0)]
+    assert len(calls) == 40
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_phases_of_a_sampler(tmp_path, capsys):
+    assert main(["phases", "--workload", "draw T k p", "--size", "2x4096", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.csv")
+    assert {"bounds_kernel", "filter_kernel", "refine_kernel"} <= {row["kernel"] for row in results.read_rows(path)}
+    assert "by graph replay" in capsys.readouterr().out
