@@ -480,7 +480,8 @@ def trained(given: Given, options: dict[str, Any]) -> list[Outcome]:
         if options.get("kept") == "bits":
             kept = put(sets)
         elif options.get("kept") == "ids":
-            ids, counts = ids_of_bits(sets, given.V, given.V)
+            with forced(False):
+                ids, counts = ids_of_bits(sets, given.V, given.V)
             kept = fl.KeptTokens(given.V, ids=put(ids), counts=put(counts))
         named = {name: value for name, value in options.items() if name not in ("kept", "many")}
         leaf = logits.detach().requires_grad_()
@@ -501,26 +502,27 @@ def trained(given: Given, options: dict[str, Any]) -> list[Outcome]:
 
 def long_histories(given: Given) -> list[Outcome]:
     """Histories with an index of what occurs in them: brought up to date where tokens are appended, or by a step."""
-    B, slots, generator = max(1, given.B), 5, torch.Generator().manual_seed(given.V)
+    generator = torch.Generator().manual_seed(given.V)
     asked = [
         {"repetition_penalty": 1.3, "frequency_penalty": 0.3, "presence_scope": "all"}, {"no_repeat_ngram_size": 3},
         {"dry_multiplier": 0.7, "dry_allowed_length": 1, "dry_breakers": (2,)},
         {"presence_penalty": 0.4, "no_repeat_ngram_size": 2}, {"repetition_penalty": 0.8, "repetition_scope": "output"},
     ]  # fmt: skip
+    slots = max(len(asked), given.B)
     text = torch.randint(0, min(given.V, 9), (slots, 150), generator=generator).int()
-    values, tokens = given.values(), torch.randint(0, min(given.V, 9), (B,), generator=generator)
-    of = torch.arange(B) % slots
+    lengths = (60 + 20 * (torch.arange(slots) % 5)).int()
+    values, tokens = given.values(), torch.randint(0, min(given.V, 9), (slots,), generator=generator)
+    of = torch.arange(slots)
 
     def run(logits: torch.Tensor, device: torch.device, put: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        lengths = torch.arange(60, 60 + 20 * slots, 20).int()
         history = put(text), put(lengths), put(lengths)
-        theirs = BatchProcessor(slots, given.V, device, max_rows=B, history=history, history_grows=True)
-        ours = BatchProcessor(slots, given.V, device, max_length=200, max_rows=B)
-        for slot, options in enumerate(asked):
-            params = fl.RequestParams(**options, seed=1)
+        theirs = BatchProcessor(slots, given.V, device, history=history, history_grows=True)
+        ours = BatchProcessor(slots, given.V, device, max_length=200)
+        for slot in range(slots):
+            params = fl.RequestParams(**asked[slot % len(asked)], seed=1)
             theirs.add(params, slot=slot)
             ours.add(params, text[slot, : lengths[slot]].tolist(), slot=slot)
-        steps.append_tokens(ours._slots, put(of[:slots]), put(tokens[:slots]))
+        steps.append_tokens(ours._slots, put(of), put(tokens))
         return torch.stack([batch.apply(logits, put(of)[: len(logits)]).cpu() for batch in (ours, theirs)])
 
     with patch.multiple(layout, SPAN_BLOCK=4, _SHORT=16, _FEWEST_HASHES=16):
