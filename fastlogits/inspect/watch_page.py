@@ -130,7 +130,7 @@ class _Data:
                 yield 0
                 continue
             run.append(token)
-            together = str(self._tokenizer.decode(run))
+            together = str(self._tokenizer.decode(run, skip_special_tokens=True))
             if _UNREADABLE in together:
                 yield ""  # the token that completes the character shows it
             else:
