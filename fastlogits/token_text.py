@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +22,13 @@ _kept: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 # Any letter does: decoded before a token, it keeps decoders from stripping the space that the token begins with.
 _ANCHOR = "a"
+
+UNREADABLE = "\ufffd"
+"""What stands for bytes that are no text by themselves."""
+_PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTES = {chr(code): code for code in _PRINTED}
+_BYTES |= {chr(256 + number): code for number, code in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
+"""The byte for which a character stands in a byte-level vocabulary."""
 
 
 def token_texts(tokenizer: Any) -> list[str | None]:
@@ -46,6 +54,34 @@ def token_texts(tokenizer: Any) -> list[str | None]:
     if texts is None or len(texts) != size:  # new, or tokens were added
         known.texts = texts = _read(tokenizer, vocabulary, size)
     return texts
+
+
+def token_names(tokenizer: Any) -> dict[int, str]:
+    """Names of the tokens that are no text by themselves, by id.
+
+    A special token has its own. A token whose bytes are only part of a character is called after them, such as
+    ``<F0 9F>``, unless its vocabulary doesn't tell them.
+    """
+    texts = token_texts(tokenizer)
+    names = {}
+    for name, token_id in tokenizer.get_vocab().items():
+        text = texts[token_id]
+        shown = name if text is None else _bytes_of(name) if UNREADABLE in text else None
+        if shown is not None:
+            names[token_id] = shown
+    return names
+
+
+def _bytes_of(name: str) -> str | None:
+    """The bytes that a vocabulary's name of a token stands for; None where it doesn't tell.
+
+    SentencePiece names a byte ``<0xF0>``. A byte-level vocabulary writes a byte as the character of that number, and
+    those that can't be printed, in their order, as the characters from 256 on.
+    """
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
+        return f"<{name[3:5]}>"
+    codes = [_BYTES.get(character) for character in name]
+    return None if None in codes or not codes else f"<{' '.join(f'{code:02X}' for code in codes)}>"
 
 
 def kept_with(tokenizer: Any) -> _Known:
