@@ -449,6 +449,8 @@ def check_report(measured):
     main(["report", "--results", str(measured)])
     page = (measured / "report.html").read_text()
     assert page.count("<svg") == 5
+    assert all(f"<li>{kind}: " in page for kind in inputs.MEANINGS)
+    assert page.index("<svg") < page.index("<table")
     assert "<h2 id='some-gpu'>Some GPU</h2>" in page
     assert page.index("href='#some-gpu'") < page.index("<svg")
     assert all(f"id='{link}'" in page for link in re.findall(r"href='#([^']+)'", page))
