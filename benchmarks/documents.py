@@ -17,6 +17,7 @@ from fastlogits_kernels.rules import ORDERS, RULES, argument_of
 from benchmarks.catalogue import catalogue
 from benchmarks.folders import PUBLISHED
 from benchmarks.inputs import MANY_IDS, MEANINGS
+from benchmarks.long_histories import LENGTHS
 from benchmarks.matrix import markdown
 from benchmarks.results import Record, newest, read_folder, read_rows, slug
 from benchmarks.tables import METRICS
@@ -32,13 +33,14 @@ _REGION = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- /benchmarks -->)",
 _SIZES = ((1, 128256), (8, 128256), (64, 128256), (256, 151936))
 _CPU_SIZES = ((1, 32000), (8, 32000), (1, 128256), (8, 128256), (64, 128256))
 _LOGITS = ("gauss", "zipf", "mixture", "flat")
-MEANS = {
+MEANS: dict[str, str] = {
     "first step": "tokens forbidden at the first step",
+    "later step": "tokens forbidden at the first step, at a later one",
     "chain 1": "temperature",
     "chain 3": "repetition penalty, first tokens, temperature",
-    "chain 5": "chain 3, top-k 50, top-p 0.9",
-    "chain 6": "repetition, 3-grams, bad words, least length, first tokens, temperature",
-    "chain 9": "chain 6, top-k 50, top-p 0.9, min-p 0.05",
+    "chain 5": "repetition penalty, first tokens, temperature, top-k 50, top-p 0.9",
+    "chain 6": "repetition, 3-grams, bad words, lengths, first tokens, temperature",
+    "chain 9": "repetition, 3-grams, bad words, lengths, first tokens, temperature, top-k 50, top-p 0.9, min-p 0.05",
     "T k p": "temperature, top-k 50, top-p 0.9",
     "T p": "temperature, top-p 0.9",
     "T min-p": "temperature, min-p 0.05",
@@ -51,6 +53,14 @@ MEANS = {
     "serving tokens": "a serving batch, each request with its own parameters, sampling included",
     "bitmask": "a grammar's bitmask, half of its bits, in place",
 }
+MEANS |= {
+    f"serving {kind} logprobs, top {most}": f"a serving batch, {kind} log-probabilities, the {most} likeliest" if most
+    else f"a serving batch, {kind} log-probabilities"
+    for kind in ("raw", "processed") for most in (0, 5, 20)
+}  # fmt: skip
+for _length in LENGTHS:
+    MEANS[f"serving, {_length} tokens"] = f"a serving batch, histories of {_length:,} tokens"
+    MEANS[f"list, {_length} tokens"] = f"a list of processors, histories of {_length:,} tokens"
 
 
 def fill(results: Path, write: bool = True, root: Path = ROOT) -> list[Path]:

@@ -7,10 +7,14 @@ from html import escape
 from pathlib import Path
 
 from benchmarks.documents import MEANS
+from benchmarks.inputs import MEANINGS
 from benchmarks.results import Record, newest, read_folder, slug
 from benchmarks.tables import METRICS
 from benchmarks.workloads import OURS, YARDSTICKS
 
+_HEAD = (
+    "<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>Benchmarks of fastlogits</title>"
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-size: 13px }
@@ -18,7 +22,11 @@ td, th { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right
 td:first-child, th:first-child { text-align: left }
 .ours td { font-weight: 600 } .yardstick td { color: #777 } .remark { color: #a40000 }
 img, svg { max-width: 100%; height: auto } table { display: block; overflow-x: auto }
-.contents { font-size: 13px } small { color: #666 }
+.contents { font-size: 13px } small { color: #666 } svg { background: #fff; display: block; margin: 1rem 0 }
+@media (prefers-color-scheme: dark) {
+  body { background: #14181d; color: #dde3ea } a { color: #7db8ff } td, th { border-color: #39424d }
+  small, .yardstick td { color: #9aa6b2 } .remark { color: #ff9a8b }
+}
 """
 
 
@@ -27,12 +35,14 @@ def write(folder: Path) -> Path:
     records = newest(read_folder(folder))
     devices = _in_order(records)
     body = ["<h1>Benchmarks of fastlogits</h1>", "<p>Medians in microseconds: lower is better.</p>"]
-    body.append(_contents(records, devices))
+    kinds = (f"<li>{escape(name)}: {escape(meaning)}</li>" for name, meaning in MEANINGS.items())
+    body.append(f"<p>Kinds of logits:</p><ul>{''.join(kinds)}</ul>")
+    body.append(f"<p>Tables:</p>{_contents(records, devices)}")
     for device in devices:
         body += _device(folder, device, [record for record in records if record.device == device])
     path = folder / "report.html"
-    title = "<!doctype html><html lang='en'><meta charset='utf-8'><title>Benchmarks of fastlogits</title>"
-    path.write_text(f"{title}<style>{_STYLE}</style>{''.join(body)}</html>\n")
+    start = f"<!doctype html><html lang='en'>{_HEAD}<style>{_STYLE}</style>"
+    path.write_text(f"{start}{''.join(body)}</html>\n")
     return path
 
 
@@ -72,7 +82,8 @@ def _device(folder: Path, device: str, records: Sequence[Record]) -> list[str]:
         "<br>".join(map(escape, made_with)),
         "</small></p>",
     ]
-    for image in sorted(folder.glob(f"{slug(device)}-*.svg")):
+    images = folder.glob(f"{slug(device)}-*.svg")
+    for image in sorted(images, key=lambda image: ("-headline-" not in image.name, image.name)):  # the headline first
         drawn = image.read_text()
         parts.append(drawn[drawn.index("<svg") :])
     tables: dict[tuple[object, ...], list[Record]] = {}

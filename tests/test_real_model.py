@@ -1,4 +1,4 @@
-"""The real chat model, where its packages are installed: see docs/watch.md."""
+"""The real chat model, where its packages are installed, as ``make test-real`` does: see docs/watch.md."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import torch
 import fastlogits as fl
 from fastlogits.demo import real_model
 
+pytestmark = pytest.mark.xdist_group(real_model.NAME)  # one process loads it
 ROOT = Path(__file__).parents[1]
 
 

@@ -73,6 +73,39 @@ def test_sentencepiece_twins_and_bytes(sentencepiece):
     assert list(TokenMask.from_strings(sentencepiece, " 1")) == [sentencepiece.convert_tokens_to_ids("▁1")]
 
 
+class DecodesOnlyIds:
+    """As transformers' class for mistral-common: one name stands for all broken texts, and names can't be decoded."""
+
+    pieces = (b"<unk>", b"<s>", b"a", b" 1", b"\xe2", b"\x82", b"2", b" \xe2")
+    all_special_ids = (1,)
+    unk_token_id = 0
+
+    def __len__(self):
+        return len(self.pieces)
+
+    def get_vocab(self):
+        return {"<unk>": 0, "<s>": 1, "a": 2, " 1": 3, "\ufffd": 4, "2": 6}
+
+    def added_tokens_decoder(self):
+        raise NotImplementedError
+
+    def convert_tokens_to_string(self, tokens):
+        raise NotImplementedError
+
+    def encode(self, text, add_special_tokens=True):
+        return [1] * add_special_tokens + [self.pieces.index(text.encode())]
+
+    def decode(self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=True):
+        kept = [token for token in ids if not (skip_special_tokens and token in self.all_special_ids)]
+        return b"".join(self.pieces[token] for token in kept).decode(errors="replace")
+
+
+def test_a_tokenizer_that_decodes_only_ids():
+    tokenizer = DecodesOnlyIds()
+    assert token_texts(tokenizer) == [None, None, "a", " 1", "\ufffd", "\ufffd", "2", " \ufffd"]
+    assert list(TokenMask.matching(tokenizer, DIGIT)) == [3, 6]
+
+
 def test_special_tokens_have_no_text(tokenizer):
     texts = token_texts(tokenizer)
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]

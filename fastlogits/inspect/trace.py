@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ from fastlogits.checks import whole_number
 from fastlogits.inspect.candidates import Candidates, Change, Likely, change_of
 from fastlogits.inspect.members import checked_scores, fresh_members, listed, single_plans
 from fastlogits.plan.run import Run
-from fastlogits.token_text import token_texts
+from fastlogits.token_text import token_names, token_texts
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
     from rich.table import Table
@@ -36,6 +37,10 @@ _HEADINGS = (
 )
 _NUMBERS = slice(1, 8)
 """The columns of numbers."""
+_MOST_BARS = 12
+"""The most series that have bars at a name."""
+_FEW = 10
+"""Up to so many tokens, an axis counts them one by one."""
 
 
 class Trace(Sequence[Change]):
@@ -43,11 +48,11 @@ class Trace(Sequence[Change]):
 
     Args:
         changes: the changes.
-        texts: the text of each token id; None to show ids.
+        texts: what tokens are shown as, by id; without one, the id is shown.
         scores: the scores after all processors ``(B, V)``.
     """
 
-    def __init__(self, changes: Sequence[Change], texts: Sequence[str | None] | None, scores: torch.Tensor) -> None:
+    def __init__(self, changes: Sequence[Change], texts: Mapping[int, str], scores: torch.Tensor) -> None:
         self._changes = tuple(changes)
         self._texts = texts
         self.scores = scores
@@ -59,9 +64,8 @@ class Trace(Sequence[Change]):
         return len(self._changes)
 
     def text(self, token: int) -> str:
-        """A token for people: its text in quotes, or its id if it has no text."""
-        known = self._texts[token] if self._texts is not None and token < len(self._texts) else None
-        return str(token) if known is None else repr(known)
+        """A token for people: its text in quotes, its name or bytes if it is no text, or else its id."""
+        return self._texts.get(token, str(token))
 
     def __str__(self) -> str:
         rows = [_HEADINGS, *self._cells()]
@@ -116,37 +120,33 @@ class Trace(Sequence[Change]):
             most = max((change.row for change in self._changes), default=-1)
             raise ValueError(f"row must be a row that was traced, 0 to {most}, got {row!r}")
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        figure = Figure(figsize=(15, 4.5), layout="constrained")
-        counts, left, mass, tokens = figure.subplots(1, 4)
         names = [short_name(change.processor) for change in chosen]
-        places = range(1, len(names) + 1)
-        for shift, what in enumerate(("removed", "raised", "lowered"), -1):
-            at = [place + 0.27 * shift for place in places]
-            counts.bar(at, [getattr(change, what) for change in chosen], 0.25, label=what)
-        counts.set_yscale("symlog")
-        counts.set_ylim(bottom=0)
-        counts.set_title(f"row {row}: tokens removed, raised, lowered")
-        counts.legend(frameon=False, fontsize="small")
-        for each in sorted({change.row for change in self._changes}):
-            of_row = [change for change in self._changes if change.row == each]
-            at = [change.number + 1 for change in of_row]
-            left.plot(at, [change.left for change in of_row], marker="o", label=f"row {each}")
-            mass.plot(at, [change.kept_of_start for change in of_row], marker="o")
-        left.set(yscale="symlog", title="candidates left")
-        mass.set(ylim=(0, 1.05), title="mass of them at the start")
-        left.legend(frameon=False)
+        rows = sorted({change.row for change in self._changes})
+        by_row = [(f"row {each}", [change for change in self._changes if change.row == each]) for each in rows]
+        layout = ConstrainedLayoutEngine(w_pad=0.15)
+        figure = Figure(figsize=(15, 0.45 * len(names) + 2.8), layout=layout)
+        counts, left, mass, tokens = figure.subplots(1, 4)
+        kinds = ("removed", "raised", "lowered")
+        _bars(counts, names, [(kind, [getattr(change, kind) for change in chosen]) for kind in kinds])
+        _count_axis(counts, max(getattr(change, kind) for change in chosen for kind in kinds))
+        counts.set(title=f"Row {row}: what a processor changes", xlabel="tokens")
+        _bars(left, names, [(name, [change.left for change in changes]) for name, changes in by_row])
+        _count_axis(left, max(change.left for change in self._changes))
+        dots = ", a dot for each row" if len(rows) > _MOST_BARS else ""
+        left.set(title=f"Candidates left{dots}", xlabel="tokens")
+        _bars(mass, names, [(name, [change.kept_of_start for change in changes]) for name, changes in by_row])
+        mass.set(title="What they had at the start", xlabel="share of the probability", xlim=(0, 1.05))
         stages = [chosen[0].top_before, *(change.top_after for change in chosen)]
-        for token in dict.fromkeys(token for stage in stages for token, _ in stage):
-            found = [dict(stage).get(token, float("nan")) for stage in stages]
-            tokens.plot(range(len(stages)), found, marker="o", label=self.text(token).replace("$", r"\$"))
-        tokens.set(title=f"row {row}: its most likely tokens", ylim=(0, None))
-        tokens.legend(frameon=False, fontsize="small")
-        for panel in (counts, left):
-            panel.yaxis.set_major_formatter("{x:,.0f}")
-        for panel in (counts, left, mass):
-            panel.set_xticks(list(places), names, rotation=30, ha="right", rotation_mode="anchor")
-        tokens.set_xticks([0, *places], ["start", *names], rotation=30, ha="right", rotation_mode="anchor")
+        likely = [
+            (self.text(token).replace("$", r"\$"), [dict(stage).get(token, float("nan")) for stage in stages])
+            for token in dict.fromkeys(token for stage in stages for token, _ in stage)
+        ]
+        _bars(tokens, ["start", *names], likely)
+        tokens.set(title=f"Row {row}: its most likely tokens", xlabel="probability", xlim=(0, None))
+        for panel in (left, mass):
+            panel.tick_params(labelleft=False)
         if path is not None:
             figure.savefig(path)
         return figure
@@ -210,7 +210,7 @@ def trace(
     """
     top = whole_number("top", top, 1)
     members = fresh_members(listed(processors))
-    texts = None if tokenizer is None else names_of_tokens(tokenizer)
+    texts = {} if tokenizer is None else _shown(tokenizer)
     run = Run.of(prompt_length, cache_position)
     start = before = Candidates(checked_scores(scores))
     changes: list[Change] = []
@@ -224,18 +224,47 @@ def trace(
     return Trace(changes, texts, before.scores)
 
 
+def _shown(tokenizer: Any) -> dict[int, str]:
+    texts = {token: repr(text) for token, text in enumerate(token_texts(tokenizer)) if text is not None}
+    return texts | token_names(tokenizer)
+
+
 def _digits(probability: float) -> str:
     """A probability, so that a small one tells something too."""
     return f"{probability:.1e}" if 0 < probability < 5e-4 else f"{probability:.3f}"
 
 
+def _bars(axis: Axes, names: Sequence[str], series: Sequence[tuple[str, Sequence[float]]]) -> None:
+    """Bars of some named series, one below the other at each name; a dot for each of many."""
+    for number, (label, values) in enumerate(series):
+        if len(series) > _MOST_BARS:
+            axis.plot(values, range(len(names)), "o", color="C0", alpha=0.3)
+            continue
+        height = 0.8 / len(series)
+        shift = (number - (len(series) - 1) / 2) * height
+        axis.barh([place + shift for place in range(len(names))], values, 0.95 * height, label=label)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(series) <= _MOST_BARS:
+        axis.legend(
+            frameon=False, fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4
+        )
+
+
+def _count_axis(axis: Axes, most: int) -> None:
+    """An axis of numbers of tokens: powers of ten, or each number where they are few."""
+    if most > _FEW:
+        axis.set_xscale("symlog", linthresh=1)
+        marks = [0, *(10**power for power in range(1 + len(str(most - 1))))]
+    else:
+        marks = list(range(max(most, 2) + 1))
+    each = 1 if len(marks) < _FEW // 2 else 2  # every other mark has a label where they are many
+    axis.set_xticks(marks, [f"{mark:,}" if place % each == 0 else "" for place, mark in enumerate(marks)])
+    axis.set_xlim(0, marks[-1])
+    axis.minorticks_off()
+
+
 def short_name(name: str) -> str:
     """A class name without the ending that all of them have."""
     return name.removesuffix("LogitsProcessor").removesuffix("LogitsWarper")
-
-
-def names_of_tokens(tokenizer: Any) -> list[str | None]:
-    """The text of each token; the name of special ones."""
-    texts = token_texts(tokenizer)
-    names: dict[int, str] = {token: name for name, token in tokenizer.get_vocab().items()}
-    return [names.get(token) if text is None else text for token, text in enumerate(texts)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import fastlogits
-from fastlogits.inspect.trace import names_of_tokens, short_name
-from fastlogits.token_text import token_texts
+from fastlogits.inspect.trace import short_name
+from fastlogits.token_text import UNREADABLE, token_names, token_texts
 
 if TYPE_CHECKING:
     from fastlogits.inspect.candidates import Change
@@ -20,12 +19,6 @@ _PARTS = 1_000_000
 """Probabilities stand in the page as integers, in millionths."""
 _PROMPT_CHARACTERS = 6000
 """More of a prompt is left out in the middle."""
-_PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_BYTES = {chr(code): code for code in _PRINTED}
-_BYTES |= {chr(256 + number): code for number, code in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
-"""The byte for which a character stands in a byte-level vocabulary."""
-_UNREADABLE = "\ufffd"
-"""What stands for bytes that are no text by themselves."""
 
 
 def page(calls: Sequence[Call], tokenizer: Any = None) -> str:
@@ -51,10 +44,7 @@ class _Data:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._texts: list[str | None] = [] if tokenizer is None else token_texts(tokenizer)
-        self._names: list[str | None] = [] if tokenizer is None else names_of_tokens(tokenizer)
-        self._vocabulary: dict[int, str] = {}
-        if tokenizer is not None:
-            self._vocabulary = {token: name for name, token in tokenizer.get_vocab().items()}
+        self._names: dict[int, str] = {} if tokenizer is None else token_names(tokenizer)
         self._tokens: dict[int, int] = {}
         self._processors: dict[Processor, int] = {}
 
@@ -112,12 +102,9 @@ class _Data:
     def _token(self, token: int) -> list[Any]:
         """The id of a token, its text, and whether that is a name rather than text."""
         text = self._texts[token] if token < len(self._texts) else None
-        if text is not None and _UNREADABLE not in text:
+        if text is not None and UNREADABLE not in text:
             return [token, text, 0]
-        name = self._names[token] if token < len(self._names) else None
-        if text is not None:
-            name = _bytes_of(self._vocabulary.get(token, ""))
-        return [token, name or f"#{token}", 1]
+        return [token, self._names.get(token, f"#{token}"), 1]
 
     def _pieces(self, steps: Sequence[Step]) -> Iterator[str | int]:
         """What each step adds to the text: 0 where that is the token's own text, else the text."""
@@ -125,13 +112,13 @@ class _Data:
         for step in steps:
             token = step.token
             text = None if token is None or token >= len(self._texts) else self._texts[token]
-            if token is None or text is None or _UNREADABLE not in text:
+            if token is None or text is None or UNREADABLE not in text:
                 run = []
                 yield 0
                 continue
             run.append(token)
-            together = str(self._tokenizer.decode(run))
-            if _UNREADABLE in together:
+            together = str(self._tokenizer.decode(run, skip_special_tokens=True))
+            if UNREADABLE in together:
                 yield ""  # the token that completes the character shows it
             else:
                 run = []
@@ -143,18 +130,6 @@ class _Data:
             return text
         half = _PROMPT_CHARACTERS // 2
         return f"{text[:half]} \u2026 {text[-half:]}"
-
-
-def _bytes_of(name: str) -> str | None:
-    """The bytes of a token that is no text, such as ``<F0 9F>``; None where its name doesn't tell.
-
-    SentencePiece names a byte ``<0xF0>``. A byte-level vocabulary writes a byte as the character of that number, and
-    those that can't be printed, in their order, as the characters from 256 on.
-    """
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
-        return f"<{name[3:5]}>"
-    codes = [_BYTES.get(character) for character in name]
-    return None if None in codes or not codes else f"<{' '.join(f'{code:02X}' for code in codes)}>"
 
 
 def _parts(probabilities: Sequence[float]) -> list[int]:

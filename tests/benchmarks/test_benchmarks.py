@@ -15,9 +15,11 @@ import pytest
 import torch
 import transformers
 from fastlogits_kernels.runtime.bits import unpack_bits
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import __main__ as cli
-from benchmarks import documents, folders, inputs, publish, results, workloads
+from benchmarks import documents, folders, inputs, plots, publish, results, workloads
 from benchmarks.__main__ import main
 from benchmarks.catalogue import catalogue, uncatalogued
 from benchmarks.folders import PUBLISHED
@@ -394,11 +396,63 @@ def test_plots_are_drawn_from_the_files_and_reported(measured, capsys):
     check_report(measured)
 
 
+def shown_labels(axis):
+    """The labels of an axis that lie between its ends."""
+    low, high = sorted(axis.get_view_interval())
+    return [label.get_text() for at, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+            if label.get_text() and low <= at <= high]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", plots._PLOTS)
+def test_plots_say_what_they_show(measured, name):
+    """Plain names, at least three labels of each axis, a unit, and what is better."""
+    records = [record for record in results.newest(results.read_folder(measured)) if record.median is not None]
+    figure = plots._PLOTS[name](records)
+    figure.canvas.draw()
+    assert ("higher is better" if name == "speed-up" else "lower is better") in figure.get_suptitle()
+    said = [figure.get_suptitle()]
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            assert len(shown_labels(axis)) >= 3, (name, axes.get_title(), shown_labels(axis))
+            said += shown_labels(axis)
+        said += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), *(text.get_text() for text in axes.texts)]
+        is_bars = name in ("headline", "chain-length")
+        assert axes.get_xlabel()
+        assert is_bars or axes.get_ylabel()
+        assert not (is_bars and axes.lines)  # a line would join what has no order
+    said += [text.get_text() for legend in figure.legends for text in legend.texts]
+    codes = [each for each in said if re.search(r"chain \d|\bT [a-z]|\bdraw\b|copy_|_\(|10\^|\\math", each)]
+    assert not codes
+
+
+def test_points_below_the_memory_limit_have_a_reason(measured):
+    records = [record for record in results.read_folder(measured) if record.median is not None]
+    assert "Below the limit" not in plots.against_memory_limit(records).get_suptitle()
+    faster = [replace(record, median=record.median / 4) for record in records]
+    assert "Below the limit" in plots.against_memory_limit(faster).get_suptitle()
+
+
+@given(st.floats(-3, 6), st.floats(0, 6))
+def test_marks_of_an_axis_hold_what_it_shows(power, span):
+    low, high = 10.0**power, 10.0 ** (power + span)
+    marks = plots._marks(low, high)
+    assert len(marks) >= 3
+    assert marks[0] <= low <= high <= marks[-1]
+    assert marks == sorted(set(marks))
+    assert len(marks) <= 3 * plots._DECADES
+
+
+def test_main_workloads_have_plain_names():
+    assert {name for name, workload in WORKLOADS.items() if workload.main} <= set(documents.MEANS)
+
+
 def check_report(measured):
     """It holds the plots, tables and refusals."""
     main(["report", "--results", str(measured)])
     page = (measured / "report.html").read_text()
     assert page.count("<svg") == 5
+    assert all(f"<li>{kind}: " in page for kind in inputs.MEANINGS)
+    assert page.index("<svg") < page.index("<table")
     assert "<h2 id='some-gpu'>Some GPU</h2>" in page
     assert page.index("href='#some-gpu'") < page.index("<svg")
     assert all(f"id='{link}'" in page for link in re.findall(r"href='#([^']+)'", page))
@@ -421,9 +475,7 @@ def test_documents_are_filled_from_the_files(measured, tmp_path):
     text = (root / "README.md").read_text()
     assert "old" not in text
     chain_9 = [line for line in text.splitlines() if "min-p 0.05 |" in line and "transformers" in line]
-    assert chain_9 == [
-        "| chain 6, top-k 50, top-p 0.9, min-p 0.05 | transformers | 2.6 | 21 | 164 | 778 |",
-    ]
+    assert chain_9 == [f"| {documents.MEANS['chain 9']} | transformers | 2.6 | 21 | 164 | 778 |"]
     assert "|  | **fastlogits** | 0.4 | 3.1 | 25 | 117 |" in text
     assert "|  | a rival | 0.3 | 2.5 | 20 | 93 |" in text
     assert "/benchmarks/results/some-gpu-headline-gpu.png)" in text

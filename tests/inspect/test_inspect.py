@@ -9,11 +9,13 @@ import transformers
 from fastlogits_kernels.runtime import backend
 from fastlogits_kernels.runtime.launcher import Launcher
 from fastlogits_kernels.selection import launch
+from transformers import PreTrainedTokenizerFast
 
 import fastlogits as fl
 from fastlogits.__main__ import main
 from fastlogits.inspect import doctor
 from fastlogits.plan.stages import Ban, Scale
+from tests.models import BUILDERS
 
 V = 200
 INF = float("inf")
@@ -208,10 +210,48 @@ def test_trace_as_text_table_html_and_plot(tokenizer, tmp_path):
     assert "SuppressFirstTokens" in console.export_text()
     assert found._repr_html_().count("<tr>") == 5
     pytest.importorskip("matplotlib")
-    found.plot(tmp_path / "trace.svg", row=1)
+    check_plot(found.plot(tmp_path / "trace.svg", row=1))
     assert "<svg" in (tmp_path / "trace.svg").read_text()
     with pytest.raises(ValueError, match="row must be a row that was traced, 0 to 1"):
         found.plot(row=2)
+
+
+def check_plot(figure):
+    """Numbers of a unit with at least three labels; bars for what has no order."""
+    figure.canvas.draw()
+    for panel in figure.axes:
+        low, high = sorted(panel.get_xlim())
+        marks = zip(panel.get_xticks(), panel.get_xticklabels(), strict=True)
+        assert len([label for at, label in marks if label.get_text() and low <= at <= high]) >= 3, panel.get_title()
+        assert panel.get_xlabel() in ("tokens", "probability", "share of the probability")
+        assert all(line.get_linestyle() == "None" for line in panel.lines)
+        assert panel.patches or panel.lines
+
+
+@pytest.mark.parametrize(("rows", "vocab", "left"), [(1, 8, 3), (2, 8, 8), (20, 40, 11), (3, 128, 100)])
+def test_plots_of_a_trace_fit_what_they_show(rows, vocab, left):
+    pytest.importorskip("matplotlib")
+    traced = fl.trace([fl.TopKLogitsWarper(left)], torch.zeros(rows, 1, dtype=torch.int64), scores(rows, vocab))
+    figure = traced.plot()
+    check_plot(figure)
+    shown = figure.axes[1]
+    assert shown.get_xlim()[1] >= left
+    wanted = rows if rows <= 12 else 0
+    assert [patch.get_width() for patch in shown.patches] == [left] * wanted
+    assert len(shown.lines) == rows - wanted
+
+
+def test_tokens_that_are_part_of_a_character_are_told_apart():
+    pytest.importorskip("matplotlib")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BUILDERS["byte_level"]())
+    first, second = tokenizer.convert_tokens_to_ids(["\u0120", "\u00e2"])  # a space, the byte E2
+    third = tokenizer.convert_tokens_to_ids("\u00c3")
+    logits = torch.zeros(1, len(tokenizer))
+    logits[0, [first, second, third]] = torch.tensor([9.0, 8.0, 7.0])
+    traced = fl.trace([fl.TopKLogitsWarper(3)], torch.tensor([[0]]), logits, tokenizer)
+    assert [traced.text(token) for token in (first, second, third)] == ["' '", "<E2>", "<C3>"]
+    legend = traced.plot().axes[3].get_legend()
+    assert [text.get_text() for text in legend.texts] == ["' '", "<E2>", "<C3>"]
 
 
 def test_trace_shows_what_stays_and_changes():
