@@ -5,7 +5,11 @@ Numbers may be Python's or numpy's scalars, and come out as Python's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral, Real
+from typing import Any, TypeVar
 
 import torch
 from fastlogits_kernels.runtime.rows import HOW_TO_REPEAT
@@ -13,6 +17,7 @@ from fastlogits_kernels.runtime.rows import HOW_TO_REPEAT
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What logits may be."""
 _INF = float("inf")
+_T = TypeVar("_T")
 
 
 def is_number(value: object) -> bool:
@@ -58,6 +63,31 @@ def one_of(argument: str, value: object, choices: tuple[object, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def no_argument(name: str, known: Iterable[str]) -> TypeError:
+    """What is raised for an argument that there isn't, with the one that may be meant."""
+    near = get_close_matches(name, list(known), 1, 0.5)
+    return TypeError(f"there is no argument {name!r}" + (f": did you mean {near[0]}?" if near else ""))
+
+
+def suggests_fields(cls: type[_T]) -> type[_T]:
+    """A dataclass that says which of its fields may be meant, where one is given that it doesn't have."""
+    init: Any = cls.__init__
+
+    @wraps(init)
+    def checked(self: Any, *values: Any, **named: Any) -> None:
+        try:
+            init(self, *values, **named)
+        except TypeError:
+            fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
+            unknown = next((name for name in named if name not in fields), None)
+            if unknown is None:
+                raise
+            raise no_argument(unknown, fields) from None
+
+    setattr(cls, "__init__", checked)  # noqa: B010 - a type checker knows no other way
+    return cls
 
 
 def device_of(argument: str, device: torch.device | str | int) -> torch.device:

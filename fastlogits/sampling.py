@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeGuard, get_args
 
 import torch
@@ -31,7 +30,7 @@ from fastlogits_kernels.selection.logprobs import MOST, Report, report, select_a
 from fastlogits_kernels.truncate.dispatch import truncate
 
 from fastlogits import warm_up as warming
-from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
+from fastlogits.checks import finite_number, is_integer, is_number, one_of, suggests_fields, whole_number
 from fastlogits.kept_tokens import KeptForm, KeptTokens, checked_form, kept_of_bits
 from fastlogits.parallel.dtensor import is_split, local_part
 from fastlogits.plan.causes import checked_processors, explain_failure, kind
@@ -73,6 +72,7 @@ class SamplingOptions(TypedDict, total=False):
     ties: Ties
 
 
+@suggests_fields
 @dataclass(frozen=True, eq=False)
 class SamplingParams:
     """The temperature and the truncations of a sampler; each is off by default. Checked when it is made.
@@ -229,6 +229,14 @@ class Sampler:
         self._fuses = launch.takes_rules(self._rules)
         self._fused: FusedDraw | None = None
         self._split = None if group is None else self._splitting(group)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and (name != "params" or "params" in self.__dict__):
+            raise AttributeError(
+                f"a Sampler doesn't change, got {name} = {value!r}: make another one, and call that. For a parameter "
+                "that changes from step to step give a tensor of one value for each row, and write to it"
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         given: dict[str, Any] = {} if self._processors is None else {"processors": list(self._processors)}
@@ -484,7 +492,8 @@ class Sampler:
         for member in processors.plan.members:
             if member.stage.needs_history:
                 raise ValueError(
-                    f"input_ids must be the tokens so far, integers of shape (B, L), got None: {member.name} reads them"
+                    f"input_ids must be the tokens so far, integers of shape (B, L), got None: {member.name} reads "
+                    "them, or asks how many there are"
                 )
 
 
@@ -644,11 +653,6 @@ def sample(
 
 
 def _with_options(params: SamplingParams | None, options: SamplingOptions) -> SamplingParams:
-    unknown = next((name for name in options if name not in SamplingParams.__dataclass_fields__), None)
-    if unknown is not None:
-        near = get_close_matches(unknown, SamplingParams.__dataclass_fields__, 1, 0.5)
-        meant = f": did you mean {near[0]}?" if near else ""
-        raise TypeError(f"there is no argument {unknown!r}{meant}")
     if params is None:
         return SamplingParams(**options)
     if not isinstance(params, SamplingParams):

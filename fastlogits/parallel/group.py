@@ -136,7 +136,10 @@ class Group:
         """``group`` itself, or a ``Group`` of a process group or mesh: of each always the same one."""
         if isinstance(group, Group):
             return group
-        made = _groups.get(group)
+        try:
+            made = _groups.get(group)
+        except TypeError:  # which has no weak references, so it is no group
+            return cls(group)
         if made is None:
             made = _groups[group] = cls(group)
         return made

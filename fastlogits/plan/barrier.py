@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fastlogits_kernels.runtime.launcher import empty_out, is_collecting
 
+from fastlogits.plan.causes import kind
 from fastlogits.plan.part import NO_ARGUMENTS, AnyPlan, Part, apart, placed
 from fastlogits.plan.run import Run
 from fastlogits.plan.stages import Member
@@ -55,8 +56,12 @@ class Barrier(Part):
                     f"Make sure that all the required parameters: {self._parameters} for "
                     f"{type(self.processor)} are passed to the logits processor."
                 )
-            return self.processor(input_ids, scores, **{name: kwargs[name] for name in self._extra})  # type: ignore[no-any-return]
-        return self.processor(input_ids, scores)  # type: ignore[no-any-return]
+            processed = self.processor(input_ids, scores, **{name: kwargs[name] for name in self._extra})
+        else:
+            processed = self.processor(input_ids, scores)
+        if not isinstance(processed, torch.Tensor):
+            raise ValueError(f"{self.members[0].name} must return the processed scores, got {kind(processed)}")
+        return processed
 
     @property
     def inner(self) -> AnyPlan | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from fastlogits_kernels.runtime.launcher import empty_out, is_collecting
 
+from fastlogits.plan.causes import kind
 from fastlogits.plan.part import Part
 from fastlogits.plan.run import Run, known
 from fastlogits.plan.stages import Member, Normalise, Rows
@@ -27,11 +28,19 @@ class RowsPart(Part):
         """Process the scores of one call."""
         if is_collecting():
             return empty_out(scores) if self._stage.rehearse is None else self._stage.rehearse(scores)
-        if not self._stage.positioned:
-            return self._stage.function(input_ids, scores)
-        run = known(run, self.members)
-        own = (run,) if self._stage.keeps_notes else ()
-        return self._stage.function(input_ids, scores, *run.locate(input_ids, scores), *own)
+        if self._stage.positioned:
+            run = known(run, self.members)
+            own = (run,) if self._stage.keeps_notes else ()
+            found = self._stage.function(input_ids, scores, *run.locate(input_ids, scores), *own)
+        else:
+            found = self._stage.function(input_ids, scores)
+        # One that mixes rows may return fewer.
+        if not isinstance(found, torch.Tensor) or found.shape[-1:] != scores.shape[-1:]:
+            raise ValueError(
+                f"the function of {self.members[0].name} must return scores of all {scores.shape[-1]} tokens, got "
+                f"{kind(found)}"
+            )
+        return found
 
     @property
     def launches(self) -> bool:

@@ -22,10 +22,10 @@ class UnknownRunStartError(PositionError):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"{name} can't know which step this is: nothing says where the run starts. Give it in one of three ways: "
-            "(1) model.generate(logits_processor=fastlogits.LogitsProcessorList([...])) finds it by itself; "
-            "(2) processor.for_run(prompt_length=input_ids.shape[1]), made anew for each run, goes into any list; "
-            "(3) processors(input_ids, scores, prompt_length=...), where processors is a "
-            "fastlogits.LogitsProcessorList that you call yourself."
+            "(1) prompt_length=..., where you call fastlogits' LogitsProcessorList, Sampler, sample, logprobs or check "
+            "yourself; (2) model.generate(logits_processor=fastlogits.LogitsProcessorList([...])) finds it, and so does "
+            "a plain list under fastlogits.accelerate(model); (3) processor.for_run(prompt_length=...), made anew for "
+            "each run, goes into any list."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from fastlogits_kernels.rules import Rule
 
+from fastlogits.checks import is_integer, one_of, whole_number
 from fastlogits.plan.row_values import RowValue
 from fastlogits.token_mask import TokenMask, TokenSet, fitted
 
@@ -40,6 +41,9 @@ class When:
         stop: the index after the last; None for no upper bound.
         period: with a ``period`` of 2 every other index; reaches below ``start`` where ``start`` is ``phase`` only.
         phase: index from which the period counts.
+
+    Raises:
+        ValueError: an argument of another type or out of range.
     """
 
     of: Literal["step", "length"]
@@ -47,6 +51,16 @@ class When:
     stop: int | None = None
     period: int = 1
     phase: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("of", self.of, ("step", "length"))
+        for name in ("start", "stop", "phase"):
+            value = getattr(self, name)
+            if not is_integer(value) and (value is not None or name == "phase"):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+        whole_number("period", self.period, 1)
+        if self.start is not None and self.stop is not None and self.stop < self.start:
+            raise ValueError(f"stop must be at least start, which is {self.start}, got {self.stop}")
 
     def describe(self) -> str:
         """In a few words, for ``explain()``."""
@@ -110,6 +124,9 @@ class Repeated:
     text: Given | None = None
     span: Literal["all", "prompt"] = "all"
 
+    def __post_init__(self) -> None:
+        whole_number("size", self.size, 1)
+
     def describe(self) -> str:
         """In a few words, for ``explain()``."""
         of = History(self.span) if self.text is None else self.text
@@ -170,6 +187,15 @@ class _OfTokens(Stage):
     """A stage that speaks of some ``tokens``, and may have a gate ``when`` it acts."""
 
     tokens: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, (TokenMask, tuple, History, Given, Repeated)):
+            argument, tokens = getattr(self, "argument", "tokens"), self.tokens
+            meant = ": write tuple(...)" if isinstance(tokens, (list, set, range)) else ""
+            raise ValueError(
+                f"{argument} of a stage must be a tuple of token ids, a TokenMask, History, Given or Repeated, got a "
+                f"{type(tokens).__name__}{meant}"
+            )
 
     @property
     def _gate(self) -> When | None:

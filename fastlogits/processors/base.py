@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from functools import lru_cache
 from importlib import import_module
+from inspect import signature
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, SupportsIndex, overload
 
@@ -303,6 +306,12 @@ class _PlannedList(NamedTuple):
     """Whether all of them are ``StagedProcessor``, and tell themselves of a change."""
 
 
+@lru_cache
+def _meant(name: str) -> str | None:
+    """The position that somebody may have misspelt; None where the name is another one altogether."""
+    return next(iter(get_close_matches(name, ("prompt_length", "cache_position"), 1, 0.8)), None)
+
+
 class LogitsProcessorList(_Planned, _TransformersList):
     """``LogitsProcessorList`` of transformers that runs as one plan.
 
@@ -393,12 +402,20 @@ class LogitsProcessorList(_Planned, _TransformersList):
 
         Raises:
             ValueError: see ``StagedProcessor``; or an argument that a processor asks for is missing.
+            TypeError: an argument that looks like one of the two above, and that no processor asks for.
         """
         run = None
+        for name in kwargs:
+            if _meant(name) is not None:
+                self._check_asked_for(name)
         if prompt_length is not None or cache_position is not None:
             run = Run.of(prompt_length, cache_position)
             kwargs |= positions_for_others(prompt_length, cache_position)
         return self.plan(input_ids, scores, run, kwargs)
+
+    def _check_asked_for(self, name: str) -> None:
+        if not any(name in signature(each.__call__).parameters for each in self):
+            raise TypeError(f"there is no argument {name!r}: did you mean {_meant(name)}?")
 
     def apply_(
         self,

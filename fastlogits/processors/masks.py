@@ -103,6 +103,8 @@ class MinTokensLogitsProcessor(StagedProcessor):
     def __init__(self, min_tokens: int, stop_token_ids: Iterable[int] | torch.Tensor) -> None:
         self.min_tokens = whole_number("min_tokens", min_tokens)
         self.stop_token_ids = checked_ids("stop_token_ids", stop_token_ids)
+        if not self.stop_token_ids:
+            warnings.warn("stop_token_ids is empty: MinTokensLogitsProcessor does nothing", stacklevel=2)
 
     def stage(self) -> Ban:
         """A mask during the first steps."""

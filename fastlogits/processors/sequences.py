@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.generation import logits_process as theirs
 
-from fastlogits.checks import is_number
+from fastlogits.checks import is_number, whole_number
 from fastlogits.plan.stages import Ban, Given, Repeated, SequenceBias
 from fastlogits.processors.base import StagedProcessor
 from fastlogits.token_mask import checked_ids
@@ -32,7 +32,7 @@ class NoRepeatNGramLogitsProcessor(StagedProcessor, theirs.NoRepeatNGramLogitsPr
 
     def stage(self) -> Ban:
         """A mask that the history makes."""
-        return Ban(Repeated(self.ngram_size))
+        return Ban(Repeated(whole_number("ngram_size", self.ngram_size, 1)))
 
 
 class EncoderNoRepeatNGramLogitsProcessor(StagedProcessor, theirs.EncoderNoRepeatNGramLogitsProcessor):
@@ -68,7 +68,7 @@ class EncoderNoRepeatNGramLogitsProcessor(StagedProcessor, theirs.EncoderNoRepea
             ids = torch.nn.utils.rnn.pad_sequence(
                 [torch.tensor(text, dtype=torch.int64) for text in texts], batch_first=True, padding_value=-1
             )
-        return Ban(Repeated(self.ngram_size, Given(ids)))
+        return Ban(Repeated(whole_number("ngram_size", self.ngram_size, 1), Given(ids)))
 
 
 class _NGrams(Sequence[Any]):

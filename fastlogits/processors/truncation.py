@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from fastlogits_kernels.rules import Rule, RuleKind, check_row_values
+from fastlogits_kernels.rules import RULES, Rule, RuleKind, argument_of, check_row_values
 from transformers.generation import logits_process as theirs
 
 from fastlogits.checks import finite_number, is_number, whole_number
@@ -398,7 +398,14 @@ def _filled(argument: str, value: object) -> float:
 
 
 def _rule(kind: RuleKind, value: float | torch.Tensor, keep: int, fill: float) -> Rule:
-    """A rule whose numbers are Python's, whatever transformers' constructor has let pass."""
+    """A rule whose numbers are Python's, whatever transformers' constructor has let pass.
+
+    Raises:
+        ValueError: a number that the processor's attribute was set to later is out of range.
+    """
     if not isinstance(value, torch.Tensor):
+        bounds = RULES[kind].range
+        if not is_number(value) or not (bounds.has(value) or value == bounds.off):
+            raise ValueError(f"{argument_of(kind)} must be {bounds.words}, got {value!r}")
         value = int(value) if kind == "top_k" else float(value)
     return Rule(kind, value, int(keep), float(fill))

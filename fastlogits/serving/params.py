@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import c_float
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,7 @@ import torch
 from fastlogits_kernels.rules import RULES, Range, RuleKind, argument_of
 from fastlogits_kernels.serving import layout
 
-from fastlogits.checks import finite_number, is_integer, is_number, one_of, whole_number
+from fastlogits.checks import finite_number, is_integer, is_number, one_of, suggests_fields, whole_number
 from fastlogits.representation import arguments, set_fields
 from fastlogits.token_mask import TokenMask, checked_set
 
@@ -25,6 +26,7 @@ _LARGEST_BASE = torch.finfo(torch.float64).max ** (1 / layout.LONGEST)
 _LARGEST = torch.finfo(torch.float32).max
 
 
+@suggests_fields
 @dataclass(frozen=True)
 class RequestParams:
     """The parameters of one request; each is off by default. Immutable, and checked when it is made.
@@ -123,6 +125,8 @@ class RequestParams:
                 if isinstance(value, torch.Tensor) and not value.ndim and value.device.type == "cpu":
                     value = value.item()
                 given[name] = check(name, value)
+        if self.min_tokens and not self.stop_token_ids:
+            warnings.warn("stop_token_ids is empty: min_tokens does nothing", stacklevel=4)
 
     def __repr__(self) -> str:
         return f"RequestParams({arguments(set_fields(self))})"

@@ -262,8 +262,9 @@ def _seeded(
     row = torch.arange(B, device=device)
     if seeds is None:
         seeds = int(torch.randint(2**62, ()))
-    if is_integer(seeds) and -(2**63) <= seeds < 2**63:
-        return torch.full((B,), int(seeds), device=device), row * _PART
+    if is_integer(seeds) and -(2**63) <= seeds < 2**64:
+        seed = int(seeds) - (2**64 if seeds >= 2**63 else 0)  # the same 64 bits
+        return torch.full((B,), seed, device=device), row * _PART
     if not isinstance(seeds, torch.Tensor):
         raise ValueError(
             f"seeds must be an integer of 64 bits, or an integer tensor with one per prompt, got {seeds!r}"

@@ -252,5 +252,5 @@ def test_bad_input(attempt, message):
 def test_an_unknown_start_names_the_three_ways(attempt):
     with pytest.raises(ValueError, match="can't know which step this is") as error:
         attempt()
-    for way in ("fastlogits.LogitsProcessorList([...])", "for_run(prompt_length=", "processors(input_ids, scores, "):
+    for way in ("fastlogits.LogitsProcessorList([...])", "for_run(prompt_length=", "(1) prompt_length=..., where you"):
         assert way in str(error.value)

@@ -432,7 +432,7 @@ def test_a_temperature_set_while_it_runs(llama):
         ({"num_beams": 2}, "num_beams must be 1 with custom_generate=fastlogits.decode.* got 2: leave num_beams out"),
         ({"seeds": 1.5}, "seeds must be an integer of 64 bits.*1.5"),
         ({"seeds": True}, "seeds must be an integer of 64 bits.*True"),
-        ({"seeds": 2**63}, "seeds must be an integer of 64 bits.* got 9223372036854775808"),
+        ({"seeds": 2**64}, "seeds must be an integer of 64 bits.* got 18446744073709551616"),
         ({"seeds": [1, 2]}, r"seeds must be an integer of 64 bits.* got \[1, 2\]"),
         (
             {"seeds": torch.zeros(2)},
