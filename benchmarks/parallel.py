@@ -28,7 +28,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from fastlogits_kernels.runtime.launcher import Launch
+from fastlogits_kernels.runtime.launcher import Launch, collected
+from fastlogits_kernels.training.shards import SENT_IN_TORCH, Place
 
 import fastlogits as fl
 from benchmarks.folders import LOCAL
@@ -172,6 +173,12 @@ def compile_all(ranks: Ranks) -> None:
 
     with patch.object(warming, "prepare", collect):
         _warm_up(ranks)
+    # The backward pass runs in this thread, which collects its launches; what the ranks exchange means nothing yet.
+    with torch.autograd.set_multithreading_enabled(False), collected() as trained:
+        for _, logits, targets, options in _trained(ranks, ranks.hard_logits(torch.bfloat16)):
+            _logprobs_of(logits, targets, options)
+            _logprobs_of(ranks.part(logits), targets, {**options, "group": ranks.group})
+    launches += trained
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
             ranks.session.compile(launches)
@@ -288,6 +295,32 @@ def _request(i: int) -> fl.RequestParams:
     )  # fmt: skip
 
 
+def check_logprobs(ranks: Ranks) -> None:
+    """Log-probabilities of parts and their gradients, in two small exchanges, against those of all logits."""
+    for name, logits, targets, options in _trained(ranks, ranks.hard_logits(torch.bfloat16)):
+        right, gradient = _logprobs_of(logits, targets, options)
+        found, own = _logprobs_of(ranks.part(logits), targets, {**options, "group": ranks.group})
+        close = torch.allclose(own.float(), ranks.part(gradient).float(), 0.02, 1e-5, equal_nan=True)
+        ranks.session.check(is_same(found, right) and close, f"logprobs of parts, {name}")
+
+
+def _trained(ranks: Ranks, logits: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """What is trained on: its name, logits, targets and options."""
+    targets = ranks.arange(len(logits)) * 7
+    yield "T, entropy", logits, targets, {"temperature": 0.7, "entropy": True}
+    kept = fl.sample(logits, seeds=0, positions=0, top_k=50, return_kept=64).kept
+    yield "T, kept ids", logits, targets, {"temperature": 0.7, "kept": kept}
+
+
+def _logprobs_of(logits: torch.Tensor, targets: torch.Tensor, options: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+    """Log-probabilities, and the gradient of their sum."""
+    leaf = logits.detach().requires_grad_()
+    found = fl.logprobs(leaf, targets, **options)
+    numbers = (found,) if isinstance(found, torch.Tensor) else (found.logprobs, found.entropy)
+    (gradient,) = torch.autograd.grad(numbers[0].sum(), leaf)
+    return [each.detach() for each in numbers if each is not None], gradient
+
+
 # -- Times -----------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +372,7 @@ def _steps(ranks: Ranks, split: Split) -> Iterator[Step]:
         yield from _processing(ranks, split)
     if rows > 1:
         yield from _serving(ranks, split)
+        yield from _training(ranks, split)
 
 
 def _exchanges(ranks: Ranks, split: Split) -> Iterator[Step]:
@@ -385,6 +419,23 @@ def _serving(ranks: Ranks, split: Split) -> Iterator[Step]:
     slots = ranks.arange(rows)
     yield Step("serving: gather, then one GPU", lambda: whole.sample(split.gather(), slots).tokens, split.gathered)
     yield Step("serving: split", lambda: parts.sample(split.part, slots).tokens, split.dealt(ranks.count))
+
+
+def _training(ranks: Ranks, split: Split) -> Iterator[Step]:
+    rows = len(split.logits)
+    shards = ranks.group.shards(split.part.shape[1])
+    place = Place.of(shards.starts, shards.sizes, ranks.rank)
+    sent = rows * (place.sent if ranks.is_cuda else SENT_IN_TORCH)
+    for name, logits, targets, options in _trained(ranks, split.logits):
+
+        def one(logits: Any = logits, targets: Any = targets, options: Any = options) -> object:
+            return fl.logprobs(logits, targets, **options)
+
+        def parts(targets: Any = targets, options: Any = options) -> object:
+            return fl.logprobs(split.part, targets, group=ranks.group, **options)
+
+        yield Step(f"logprobs {name}: one GPU alone", one)
+        yield Step(f"logprobs {name}: split", parts, sent)
 
 
 def _time(ranks: Ranks, step: Step, rows: int, vocab: int) -> None:
@@ -462,7 +513,7 @@ def _parts(ranks: Ranks) -> Iterator[tuple[Any, ...]]:
         yield "compile", compile_all
     for name, dtype in _samplers():
         yield f"check {name} {dtype}", check_sampler, name, dtype
-    for check in (check_processors, check_serving, check_process):
+    for check in (check_processors, check_serving, check_process, check_logprobs):
         yield check.__name__.replace("_", " "), check
     for rows, vocab in ranks.size.timed:
         yield f"time {rows} x {vocab}", time_size, rows, vocab

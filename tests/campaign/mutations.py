@@ -801,6 +801,21 @@ MUTATIONS = [
         "place = total + tl.cumsum(number, 0) - number", "place = total + tl.cumsum(number, 0)",
         ("test_kept_tokens.py::test_ids_of_bits",),
     ),
+    Mutation(
+        "a shared tile beside the largest logit of one of its ranks", f"{KERNELS}/training/shards.py",
+        "return tl.maximum(first, last)", "return first",
+        ("training/test_shards.py::test_kernels_have_what_the_whole_has",),
+    ),
+    Mutation(
+        "a shared tile that is added up twice", f"{KERNELS}/training/shards.py",
+        "there = there & ((tile > 0) | (first_slot < 0)) &", "there = there &",
+        ("training/test_shards.py::test_kernels_have_what_the_whole_has",),
+    ),
+    Mutation(
+        "a target that a set on another rank doesn't have", f"{KERNELS}/training/shards.py",
+        "mass += tl.where(joins & reads, weight_of(own.x, top), 0)", "mass += 0",
+        ("training/test_shards.py::test_kernels_have_what_the_whole_has",),
+    ),
     # -- logits split over ranks --
     Mutation(
         "a record that stands for itself alone", f"{KERNELS}/parallel/union.py",
