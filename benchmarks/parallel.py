@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from fastlogits_kernels.parallel.report import bytes_of_report
 from fastlogits_kernels.runtime.launcher import Launch, collected
 from fastlogits_kernels.training.shards import SENT_IN_TORCH, Place
 
@@ -36,15 +37,21 @@ from benchmarks.folders import LOCAL
 from benchmarks.inputs import device_name
 from benchmarks.session import Session
 from fastlogits import warm_up as warming
+from fastlogits.parallel import sampling
 
 KPT: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
-TIMED: dict[str, dict[str, Any]] = {"T k p": KPT, "T p": {"temperature": 0.7, "top_p": 0.9}, "T": {"temperature": 0.7}}
-"""Truncations that are timed: one exchange of candidates, rows dealt out, one exchange of a token."""
+RAW = "T, raw logprobs"
+TIMED: dict[str, dict[str, Any]] = {
+    "T k p": KPT, "T p": {"temperature": 0.7, "top_p": 0.9}, "T": {"temperature": 0.7},
+    RAW: {"temperature": 0.7, "logprobs": "raw", "top_logprobs": 5},
+}  # fmt: skip
+"""What is timed: one exchange of candidates, rows dealt out, one exchange of a token, and two more for a report."""
 BY_ROW = "T by row, k"
 CHECKED: dict[str, dict[str, Any]] = {
     "T k p": KPT, "T": {"temperature": 0.7}, BY_ROW: {"top_k": 50},
     "k p min-p, lowest ties, vllm": {"top_k": 40, "top_p": 0.6, "min_p": 0.02, "ties": "lowest", "order": "vllm"},
     "greedy": {"temperature": 0.0}, "T p": {"temperature": 0.7, "top_p": 0.9},
+    RAW: TIMED[RAW], "T k p raw logprobs": {**KPT, "logprobs": "raw", "top_logprobs": 5},
     "T p raw logprobs": {"temperature": 0.7, "top_p": 0.9, "logprobs": "raw", "top_logprobs": 5},
     "T k p processed logprobs": {**KPT, "logprobs": "processed", "top_logprobs": 5},
 }  # fmt: skip
@@ -127,6 +134,11 @@ class Ranks:
         """This rank's columns."""
         each = -(-logits.shape[1] // self.count)
         return logits[:, self.rank * each : (self.rank + 1) * each].contiguous()
+
+    def place(self, part: torch.Tensor) -> Place:
+        """Which tokens the ranks have of parts."""
+        shards = self.group.shards(part.shape[1])
+        return Place.of(shards.starts, shards.sizes, self.rank)
 
     def arange(self, rows: int) -> torch.Tensor:
         """Whole numbers int64 ``[rows]``: seeds, positions, slots."""
@@ -213,7 +225,8 @@ def check_sampler(ranks: Ranks, name: str, dtype: torch.dtype) -> None:
     seeds, positions = ranks.arange(_ROWS) * 3 + 1, ranks.arange(_ROWS)
     one, split = fl.Sampler(**options), fl.Sampler(**options, group=ranks.group)
     part = ranks.part(logits)
-    same = [is_same(split(part, seeds, positions), one(logits, seeds, positions))]
+    with patch.object(sampling, "LEAST_DEALT", 0):
+        same = [is_same(split(part, seeds, positions), one(logits, seeds, positions))]
     if ranks.is_cuda:
         graph, captured = _captured(lambda: split(part, seeds, positions))
         for seed in (1, 2):
@@ -394,10 +407,20 @@ def _sampling(ranks: Ranks, split: Split, name: str) -> Iterator[Step]:
     rows = len(split.logits)
     seeds, positions = ranks.arange(rows), ranks.arange(rows) + 5
     one, parts = fl.Sampler(**TIMED[name]), fl.Sampler(**TIMED[name], group=ranks.group)
-    sent = {"T k p": _small(split), "T": 8 * rows, "T p": split.dealt(ranks.count)}[name]
+    if name == RAW:
+        with patch.object(sampling, "LEAST_DEALT", 0):
+            parts(split.part, seeds, positions)
+    report = rows * bytes_of_report(ranks.place(split.part), 5)
+    dealt = split.dealt(ranks.count)
+    sent = {"T k p": _small(split), "T": 8 * rows, "T p": dealt, RAW: 8 * rows + report}[name]
     yield Step(f"{name}: one GPU alone", lambda: one(split.logits, seeds, positions).tokens)
     yield Step(f"{name}: gather, then one GPU", lambda: one(split.gather(), seeds, positions).tokens, split.gathered)
     yield Step(f"{name}: split", lambda: parts(split.part, seeds, positions).tokens, sent)
+    if name == RAW and ranks.is_cuda:  # so few rows or so many, both ways are timed
+        with patch.object(sampling, "LEAST_DEALT", 1 << 60):
+            dealing = fl.Sampler(**TIMED[name], group=ranks.group)
+            dealing(split.part, seeds, positions)
+        yield Step(f"{name}: dealt", lambda: dealing(split.part, seeds, positions).tokens, dealt)
 
 
 def _processing(ranks: Ranks, split: Split) -> Iterator[Step]:
@@ -423,8 +446,7 @@ def _serving(ranks: Ranks, split: Split) -> Iterator[Step]:
 
 def _training(ranks: Ranks, split: Split) -> Iterator[Step]:
     rows = len(split.logits)
-    shards = ranks.group.shards(split.part.shape[1])
-    place = Place.of(shards.starts, shards.sizes, ranks.rank)
+    place = ranks.place(split.part)
     sent = rows * (place.sent if ranks.is_cuda else SENT_IN_TORCH)
     for name, logits, targets, options in _trained(ranks, split.logits):
 

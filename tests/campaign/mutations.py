@@ -818,6 +818,16 @@ MUTATIONS = [
     ),
     # -- logits split over ranks --
     Mutation(
+        "tiles that the token's logit is the largest of aren't counted", f"{KERNELS}/parallel/report.py",
+        "* TILE_WORDS) < own", "* TILE_WORDS) <= own",
+        ("parallel/test_report.py::test_the_ranks_report_what_one_process_reports",),
+    ),
+    Mutation(
+        "the likeliest tokens by their place in the part", f"{KERNELS}/parallel/report.py",
+        "(0x7FFFFFFF - token - first)", "(0x7FFFFFFF - token)",
+        ("parallel/test_report.py::test_the_ranks_report_what_one_process_reports",),
+    ),
+    Mutation(
         "a record that stands for itself alone", f"{KERNELS}/parallel/union.py",
         "many = tl.where(ties, following - bits, 1)", "many = tl.where(ties, 1, 1)",
         ("parallel/test_parts.py::test_more_ties_than_a_block_holds_and_rows_without_a_distribution",),

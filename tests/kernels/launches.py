@@ -28,6 +28,7 @@ from unittest import mock
 
 import torch
 from fastlogits_kernels.parallel import launch as parallel
+from fastlogits_kernels.parallel.report import report_of_part
 from fastlogits_kernels.rules import RULES, Rule, argument_of
 from fastlogits_kernels.runtime import backend, driver, launcher
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
@@ -178,6 +179,9 @@ def _train_on(given: torch.Tensor, rows: torch.Tensor, longs: torch.Tensor) -> N
         for first in (0, 1, 48, 2049):
             sets = kept.flat(B)
             _in_part(given, Task(longs[1 : B + 1], rows[1 : B + 1], (), sets, -100), first)
+    for first in (1, 17, 48, 2048, 2049):
+        _report_of_part(given, longs[:B], first)
+        _report_of_part(given, longs[: 2 * B : 2], first)
     for first in (0, 1, 17, 48, 2048, 2049):
         _in_part(given, Task(longs[:B], rows[1 : B + 1], (), None, -100), first, 2 + first % 2)
         _in_part(given, Task(longs[: 2 * B : 2], None, (), None, 1), first)
@@ -270,6 +274,13 @@ def _train(dtype: torch.dtype) -> None:
             _backward(logits, targets, top_p=0.9, temperature=0.7)
 
 
+def _report_of_part(logits: torch.Tensor, tokens: torch.Tensor, first: int) -> None:
+    """Reports on a part of a vocabulary that begins at ``first``."""
+    place = Place.of([0, first, first + logits.shape[1]], [first, logits.shape[1], 9], 1)
+    for count in (0, 1, 5, 16):
+        report_of_part(logits, tokens, count, place, lambda sent: sent.expand(3, *sent.shape).contiguous(), clone)
+
+
 def _parts(dtype: torch.dtype) -> None:
     rules, cpu, own = (Rule("top_k", 50), Rule("top_p", 0.9)), torch.device("cpu"), V // 4
     seeds, logits = torch.arange(2), torch.zeros(2, own, dtype=dtype)
@@ -277,6 +288,7 @@ def _parts(dtype: torch.dtype) -> None:
         for step in (parallel.TopShards(rules, 128, V, own, own, cpu), parallel.BestShards(own, own, cpu)):
             sent = step.sent(logits, seeds, seeds, temperature)
             step.tokens(sent.expand(4, *sent.shape).contiguous(), seeds, seeds, temperature)
+    _report_of_part(logits, seeds, 48)
 
 
 CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
@@ -379,6 +391,7 @@ def _smallest() -> None:
     for first in (0, 1):
         for sets in (None, GivenSets(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))):
             _in_part(one, Task(seeds, None, (), sets, -100), first)
+    _report_of_part(one, seeds, 1)
     values = {kind: 1 if spec.integer else 0.5 for kind, spec in RULES.items()}
     for ties in ("all", "lowest"):
         rules = tuple(Rule(kind, value, ties=ties if kind == "top_k" else "all") for kind, value in values.items())

@@ -28,6 +28,10 @@ CASES = [
     ({"temperature": torch.linspace(0, 2, 6), "top_k": 20, "typical_p": 0.6, "epsilon": 0.03}, torch.float32),
     ({"temperature": torch.linspace(0, 2, 6)}, torch.bfloat16),
     ({"temperature": 0.0, "top_k": 5}, torch.float32),
+    ({"temperature": 0.7, "top_k": 5, "top_p": 0.9, "logprobs": "raw", "top_logprobs": 5}, torch.bfloat16),
+    ({"temperature": torch.linspace(0, 2, 6), "logprobs": "raw", "top_logprobs": 32}, torch.float32),
+    ({"top_k": 400, "logprobs": "raw", "top_logprobs": 1}, torch.float16),
+    ({"temperature": 2.0, "logprobs": "raw"}, torch.float32),
 ]
 
 
@@ -48,7 +52,8 @@ def of_parts(process_group, case):
     """Whether the ranks sample from their parts, and what one process samples."""
     launch.FORCE_KERNEL = True
     taken = []
-    sent = sampling.Parts.sent
+    sent, least = sampling.Parts.sent, sampling.LEAST_DEALT
+    sampling.LEAST_DEALT = 0
     sampling.Parts.sent = lambda self, call: (taken.append(self.step), sent(self, call))[1]
     try:
         options, dtype = CASES[case]
@@ -60,7 +65,7 @@ def of_parts(process_group, case):
         return same(found, fl.Sampler(**options)(logits, seeds, 5)), len(taken)
     finally:
         launch.FORCE_KERNEL = False
-        sampling.Parts.sent = sent
+        sampling.Parts.sent, sampling.LEAST_DEALT = sent, least
 
 
 MADE = [

@@ -92,7 +92,7 @@ TOLD_WORDS = tl.constexpr(5)
 MASS_AT = tl.constexpr(0)
 BELOW_AT = tl.constexpr(1)
 BROKEN_AT = tl.constexpr(2)  # 0 where the sums are defined
-OUTSIDE_AT = tl.constexpr(3)  # whether a set doesn't have the target
+OUTSIDE_AT = tl.constexpr(3)  # whether a set doesn't have the target; or how many tokens are as likely as it
 SHARED_AT = tl.constexpr(4)  # of each shared tile two words
 
 _LEAST = tl.constexpr(-(2**52))  # what a tile that is undefined comes to on a rank, at least
@@ -170,6 +170,7 @@ class Part(NamedTuple):
     ranks: tl.tensor
     slots_ptr: tl.tensor
     stride_rank: tl.tensor
+    stride_told: tl.tensor
 
 
 class Told(NamedTuple):
@@ -192,7 +193,7 @@ def load_told(row, told_ptr, part, all_tokens, RANKS: tl.constexpr):
     """What all ranks have told of a row."""
     rank = tl.arange(0, RANKS)
     there = rank < part.ranks
-    here = told_ptr + rank.to(tl.int64) * part.stride_rank + row * TOLD_WORDS
+    here = told_ptr + rank.to(tl.int64) * part.stride_rank + row * part.stride_told
     nothing = float("-inf")
     number = tl.sum(tl.load(here + NUMBER_AT, mask=there, other=0.0).to(tl.int32))
     return Told(
@@ -232,8 +233,7 @@ def _own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores):
 
 
 @triton.jit
-def _store_told(row, told_ptr, first_top, last_top, top, own, number):
-    here = told_ptr + row * TOLD_WORDS
+def _store_told(here, first_top, last_top, top, own, number):
     tl.store(here + FIRST_TOP_AT, first_top)
     tl.store(here + LAST_TOP_AT, last_top)
     tl.store(here + TOP_AT, top)
@@ -269,12 +269,13 @@ def _store_sums(
         tl.store(here + SHARED_AT + 2 * slot + 1, belows, mask=there)
 
 
-_OF_PART = ["tiles", "first_slot", "last_slot", "ranks", "stride_rank", "shared"]
+_OF_TOLD = ["tiles", "first_slot", "last_slot", "stride_told"]
+_OF_PART = [*_OF_TOLD, "ranks", "stride_rank", "shared"]
 _OF_ROW = ["stride_temperature", "stride_target", "first", "all_tokens"]
 _ANYWHERE = [*BEGINS_ANYWHERE, "told_ptr", "sums_ptr"]
 
 
-@triton.jit(do_not_specialize=[*_OF_ROW, "tiles", "first_slot", "last_slot"], do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize=[*_OF_ROW, *_OF_TOLD], do_not_specialize_on_alignment=_ANYWHERE)
 def whole_told_kernel(
     # inputs
     scores_ptr, temperature_ptr, stride_temperature, targets_ptr, tiles_ptr,
@@ -285,7 +286,7 @@ def whole_told_kernel(
     # numbers
     ignore_index,
     # strides
-    stride_row, stride_token, stride_target,
+    stride_row, stride_token, stride_target, stride_told,
     # constants
     TILES: tl.constexpr,
 ):  # fmt: skip
@@ -299,13 +300,14 @@ def whole_told_kernel(
     top = tl.load(tiles_ptr + (row * tiles + tile) * TILE_WORDS, mask=there, other=float("-inf"))
     first_top = tl.max(tl.where((tile == 0) & (first_slot >= 0), top, float("-inf")))
     last_top = tl.max(tl.where((tile == tiles - 1) & (last_slot >= 0), top, float("-inf")))
-    _store_told(row, told_ptr, first_top, last_top, tl.max(top), own.raw, tl.full([], 0, tl.int32) + V)
+    number = tl.full([], 0, tl.int32) + V
+    _store_told(told_ptr + row * stride_told, first_top, last_top, tl.max(top), own.raw, number)
 
 
 @triton.jit(do_not_specialize=[*_OF_ROW, *_OF_PART], do_not_specialize_on_alignment=_ANYWHERE)
 def whole_sums_kernel(
     # inputs
-    scores_ptr, temperature_ptr, stride_temperature, targets_ptr, tiles_ptr, told_ptr, slots_ptr,
+    scores_ptr, temperature_ptr, stride_temperature, targets_ptr, tiles_ptr, above_ptr, told_ptr, slots_ptr,
     # output
     sums_ptr,
     # shapes
@@ -313,14 +315,14 @@ def whole_sums_kernel(
     # numbers
     ignore_index,
     # strides
-    stride_row, stride_token, stride_target, stride_rank,
+    stride_row, stride_token, stride_target, stride_rank, stride_told,
     # constants
     BELOW: tl.constexpr, TILES: tl.constexpr, RANKS: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a part comes to of a row that is kept as a whole, from its tiles."""
     maps = Maps(temperature_ptr, None, None, None, None, None, stride_temperature, 0, 0, 0, 0)
     scores = Scores(scores_ptr, stride_row, stride_token, V, 0, maps)
-    part = Part(tiles, offset, first_slot, last_slot, ranks, slots_ptr, stride_rank)
+    part = Part(tiles, offset, first_slot, last_slot, ranks, slots_ptr, stride_rank, stride_told)
     row = tl.program_id(0).to(tl.int64)
     reads = tl.load(targets_ptr + row * stride_target).to(tl.int64) != ignore_index
     told = load_told(row, told_ptr, part, all_tokens, RANKS)
@@ -334,14 +336,17 @@ def whole_sums_kernel(
     )  # fmt: skip
     mass, below = joined(of, told.raw_top, inverse_of(row, maps))
     broken = tl.sum((of.mass != of.mass).to(tl.int32))
+    above = tl.zeros_like(broken)
+    if above_ptr is not None:
+        above = tl.sum(tl.load(above_ptr + row * tiles + tile, mask=tile < tiles, other=0))
     _store_sums(
-        row, reads, tl.sum(mass), tl.sum(below), broken, tl.zeros_like(broken), told, sums_ptr, shared, part, scores,
+        row, reads, tl.sum(mass), tl.sum(below), broken, above, told, sums_ptr, shared, part, scores,
         BELOW, SHARED, TILE,
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=[*_OF_ROW, *STEPWISE_SETS, "tiles", "first_slot", "last_slot"],
+    do_not_specialize=[*_OF_ROW, *STEPWISE_SETS, *_OF_TOLD],
     do_not_specialize_on_alignment=[*_ANYWHERE, *SETS],
 )
 def given_told_kernel(
@@ -354,7 +359,7 @@ def given_told_kernel(
     # numbers
     ignore_index,
     # strides
-    stride_row, stride_token, stride_target, stride_ids, stride_counts, stride_bits,
+    stride_row, stride_token, stride_target, stride_ids, stride_counts, stride_bits, stride_told,
     # constants
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -364,7 +369,7 @@ def given_told_kernel(
     sets = Sets(
         ids_ptr, counts_ptr, offsets_ptr, bits_ptr, stride_ids, stride_counts, stride_bits, most, first, all_tokens
     )  # fmt: skip
-    part = Part(tiles, offset, first_slot, last_slot, 0, None, 0)
+    part = Part(tiles, offset, first_slot, last_slot, 0, None, 0, 0)
     row = tl.program_id(0).to(tl.int64)
     own = _own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores)
     begin, size, whole = row, tl.full([], 0, tl.int32) + V, tl.full([], False, tl.int1)
@@ -389,7 +394,7 @@ def given_told_kernel(
         first_top = tl.where((tile == 0) & (first_slot >= 0), tile_top, first_top)
         last_top = tl.where((tile == tiles - 1) & (last_slot >= 0), tile_top, last_top)
     top = tl.where(key == LOWEST, float("-inf"), number_of(key))
-    _store_told(row, told_ptr, first_top, last_top, top, own.raw, number)
+    _store_told(told_ptr + row * stride_told, first_top, last_top, top, own.raw, number)
 
 
 @triton.jit(do_not_specialize=[*_OF_ROW, *STEPWISE_SETS, *_OF_PART], do_not_specialize_on_alignment=[*_ANYWHERE, *SETS])
@@ -404,7 +409,7 @@ def given_sums_kernel(
     # numbers
     ignore_index,
     # strides
-    stride_row, stride_token, stride_target, stride_ids, stride_counts, stride_bits, stride_rank,
+    stride_row, stride_token, stride_target, stride_ids, stride_counts, stride_bits, stride_rank, stride_told,
     # constants
     BELOW: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -414,7 +419,7 @@ def given_sums_kernel(
     sets = Sets(
         ids_ptr, counts_ptr, offsets_ptr, bits_ptr, stride_ids, stride_counts, stride_bits, most, first, all_tokens
     )  # fmt: skip
-    part = Part(tiles, offset, first_slot, last_slot, ranks, slots_ptr, stride_rank)
+    part = Part(tiles, offset, first_slot, last_slot, ranks, slots_ptr, stride_rank, stride_told)
     row = tl.program_id(0).to(tl.int64)
     own = _own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores)
     told = load_told(row, told_ptr, part, all_tokens, RANKS)
@@ -451,8 +456,25 @@ def given_sums_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def joined_sums(row, told, here, shared, maps):
+    """What a row comes to, from the sums of all ranks, and the logarithm of its mass."""
+    mass, below = tl.load(here + MASS_AT), tl.load(here + BELOW_AT)
+    broken = tl.load(here + BROKEN_AT) != 0
+    inverse = inverse_of(row, maps)
+    for slot in range(shared):
+        there = here + SHARED_AT + 2 * slot
+        of = tile_with(shared_top(told, slot), tl.load(there), tl.load(there + 1))
+        more, more_below = joined(of, told.raw_top, inverse)
+        mass += more
+        below += more_below
+        broken = broken | (of.mass != of.mass)
+    sums = KeptSums(told.raw_top, scaled(told.raw_top, row, maps), mass, below)
+    return sums, log_of(mass, sums.top, (broken == 0) & (mass > 0))
+
+
 @triton.jit(
-    do_not_specialize=["stride_temperature", "stride_target", "ranks", "shared", "stride_rank", "all_tokens"],
+    do_not_specialize=["stride_temperature", "stride_target", "all_tokens", *_OF_PART],
     do_not_specialize_on_alignment=_ANYWHERE,
 )
 def finish_kernel(
@@ -465,13 +487,13 @@ def finish_kernel(
     # numbers
     ignore_index,
     # strides
-    stride_target, stride_rank,
+    stride_target, stride_rank, stride_told,
     # constants
     RANKS: tl.constexpr,
 ):  # fmt: skip
     """A row from what all have told, and the sums of all."""
     maps = Maps(temperature_ptr, None, None, None, None, None, stride_temperature, 0, 0, 0, 0)
-    part = Part(0, 0, -1, -1, ranks, slots_ptr, stride_rank)
+    part = Part(0, 0, -1, -1, ranks, slots_ptr, stride_rank, stride_told)
     row = tl.program_id(0).to(tl.int64)
     told = load_told(row, told_ptr, part, all_tokens, RANKS)
     target = tl.load(targets_ptr + row * stride_target).to(tl.int64)
@@ -479,18 +501,7 @@ def finish_kernel(
     known = (target >= 0) & (target < all_tokens) & (ignored == 0)
     own = Own(target, known, ignored, told.own, scaled(told.own, row, maps))
     here = sums_ptr + row * (SHARED_AT + 2 * shared)
-    mass, below = tl.load(here + MASS_AT), tl.load(here + BELOW_AT)
-    broken = tl.load(here + BROKEN_AT) != 0
-    inverse = inverse_of(row, maps)
-    for slot in range(shared):
-        there = here + SHARED_AT + 2 * slot
-        of = tile_with(shared_top(told, slot), tl.load(there), tl.load(there + 1))
-        more, more_below = joined(of, told.raw_top, inverse)
-        mass += more
-        below += more_below
-        broken = broken | (of.mass != of.mass)
-    sums = KeptSums(told.raw_top, scaled(told.raw_top, row, maps), mass, below)
-    log_mass = log_of(mass, sums.top, (broken == 0) & (mass > 0))
+    sums, log_mass = joined_sums(row, told, here, shared, maps)
     lowest = tl.full([], float("-inf"), tl.float32)
     store_row(
         row, own, tl.load(here + OUTSIDE_AT) != 0, (lowest, lowest, tl.full([], LOWEST, tl.int32)), sums.raw_top,
@@ -513,24 +524,31 @@ _tables: dict[Any, torch.Tensor] = {}
 _IGNORED = -(2**62)
 
 
-class _Views(NamedTuple):
+class View(NamedTuple):
     """Some rows of a part, as they are launched together."""
 
     logits: torch.Tensor
     task: Task
     rows: slice
-    tiles: torch.Tensor | None
+    tiles: torch.Tensor | None = None
     """What their tiles come to, where rows are kept as a whole."""
 
 
-def _slots_on(place: Place, device: torch.device) -> torch.Tensor:
+def room_for_sums(N: int, place: Place, device: torch.device) -> torch.Tensor:
+    """Room for what N rows come to, int64 ``[N, words]``."""
+    return torch.empty((N, SHARED_AT.value + 2 * place.shared), dtype=torch.int64, device=device)
+
+
+def slots_on(place: Place, device: torch.device) -> torch.Tensor:
+    """The slots of all ranks, where kernels read them."""
+
     def made() -> torch.Tensor:
         return table_on(torch.tensor(place.slots, dtype=torch.int32), device)
 
     return recent(_tables, (place.slots, device), made)
 
 
-def _arguments(view: _Views, place: Place, entropy: bool) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+def _arguments(view: View, place: Place, entropy: bool) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
     """The key of a launch, its inputs, and what it is told of kept sets."""
     logits, task = view.logits, view.task
     temperature, targets = task.temperature, task.targets
@@ -542,7 +560,8 @@ def _arguments(view: _Views, place: Place, entropy: bool) -> tuple[tuple[Any, ..
     return key, (logits, temperature, row_stride(temperature), targets), sets
 
 
-def _launch_told(view: _Views, place: Place, told: torch.Tensor) -> None:
+def launch_told(view: View, place: Place, told: torch.Tensor) -> None:
+    """Write what is told of some rows to ``told`` ``[n, TOLD_WORDS]``."""
     logits, task = view.logits, view.task
     first_slot, last_slot = place.slots[place.rank]
     key, inputs, sets = _arguments(view, place, False)
@@ -550,27 +569,39 @@ def _launch_told(view: _Views, place: Place, told: torch.Tensor) -> None:
     if task.kept is None:
         _whole_told(key, len(logits), (
             *inputs, view.tiles, told, place.width, place.tiles, place.first, first_slot, last_slot,
-            task.ignore_index, *strides, triton.next_power_of_2(place.tiles),
+            task.ignore_index, *strides, told.stride(0), triton.next_power_of_2(place.tiles),
         ))  # fmt: skip
         return
     _, set_strides, shape = _sets_of(task.kept, place.V)
     _given_told(key, len(logits), (
         *inputs, *sets, told, place.width, *shape, place.tiles, place.offset, first_slot, last_slot,
-        task.ignore_index, *strides, *set_strides, BLOCK, _TILE,
+        task.ignore_index, *strides, *set_strides, told.stride(0), BLOCK, _TILE,
     ))  # fmt: skip
 
 
-def _launch_sums(view: _Views, place: Place, entropy: bool, told: torch.Tensor, sums: torch.Tensor) -> None:
+def launch_sums(
+    view: View,
+    place: Place,
+    entropy: bool,
+    told: torch.Tensor,
+    sums: torch.Tensor,
+    above: torch.Tensor | None = None,
+) -> None:
+    """Write what a part comes to of some rows to ``sums``, beside what all ``told``, ``[ranks, n, TOLD_WORDS]``.
+
+    ``above`` int32 ``[n, tiles]`` is added up in place of whether sets have the targets.
+    """
     logits, task = view.logits, view.task
-    slots = _slots_on(place, logits.device)
+    slots = slots_on(place, logits.device)
     key, inputs, sets = _arguments(view, place, entropy)
     ranks, shared = triton.next_power_of_2(place.ranks), place.shared and triton.next_power_of_2(place.shared)
-    key = (*key, ranks, shared)
+    key = (*key, ranks, shared, above is None)
     strides = (*logits.stride(), task.targets.stride(0))
     if task.kept is None:
         _whole_sums(key, len(logits), (
-            *inputs, view.tiles, told, slots, sums, place.width, place.tiles, place.offset, *place.slots[place.rank],
-            place.ranks, place.shared, place.V, task.ignore_index, *strides, told.stride(0),
+            *inputs, view.tiles, above, told, slots, sums,
+            place.width, place.tiles, place.offset, *place.slots[place.rank], place.ranks, place.shared, place.V,
+            task.ignore_index, *strides, *told.stride()[:2],
             entropy, triton.next_power_of_2(place.tiles), ranks, shared, _TILE,
         ))  # fmt: skip
         return
@@ -578,7 +609,7 @@ def _launch_sums(view: _Views, place: Place, entropy: bool, told: torch.Tensor, 
     _given_sums(key, len(logits), (
         *inputs, *sets, told, slots, sums, place.width, *shape, place.tiles, place.offset,
         *place.slots[place.rank], place.ranks, place.shared, task.ignore_index, *strides, *set_strides,
-        told.stride(0), entropy, BLOCK, ranks, shared, _TILE,
+        *told.stride()[:2], entropy, BLOCK, ranks, shared, _TILE,
     ))  # fmt: skip
 
 
@@ -589,9 +620,9 @@ def _launch_finish(task: Task, place: Place, told: torch.Tensor, sums: torch.Ten
         targets.device, ranks, *_dtypes(temperature, targets), into.entropy is None, _index_key(task, targets),
     )  # fmt: skip
     _finish(key, len(targets), (
-        temperature, row_stride(temperature), targets, told, _slots_on(place, targets.device), sums,
+        temperature, row_stride(temperature), targets, told, slots_on(place, targets.device), sums,
         into.logprobs, into.entropy, into.outside, into.record, place.ranks, place.shared, place.V,
-        task.ignore_index, targets.stride(0), told.stride(0), ranks,
+        task.ignore_index, targets.stride(0), *told.stride()[:2], ranks,
     ))  # fmt: skip
 
 
@@ -622,12 +653,12 @@ def logprobs_of_part(
     for part, begin, end in _parts(logits):
         its = task.rows(begin, end)
         tiles = _launch_tiles(part, its, entropy, place.offset) if kept is None else None
-        views.append(_Views(part, its, slice(begin, end), tiles))
-        _launch_told(views[-1], place, told[begin:end])
+        views.append(View(part, its, slice(begin, end), tiles))
+        launch_told(views[-1], place, told[begin:end])
     told = gather(told)
-    sums = torch.empty((N, SHARED_AT.value + 2 * place.shared), dtype=torch.int64, device=device)
+    sums = room_for_sums(N, place, device)
     for view in views:
-        _launch_sums(view, place, entropy, told[:, view.rows], sums[view.rows])
+        launch_sums(view, place, entropy, told[:, view.rows], sums[view.rows])
     sums = add(sums)
     found = Rows.empty(N, entropy, device)
     if N:
