@@ -39,7 +39,8 @@ def local_logits(logits: Any, group: Any) -> tuple[Any, Any]:
     """This rank's part of the logits, and the group over which the vocabulary is split; None where it isn't.
 
     Raises:
-        ValueError: a ``DTensor`` that is split otherwise than over its last dimension; a group that is none.
+        ValueError: a ``DTensor`` that is split otherwise than over its last dimension; a group that is none, or one of
+            whose ranks has padding alone.
     """
     if type(logits) is not torch.Tensor and hasattr(logits, "placements") and hasattr(logits, "to_local"):
         split = [dim for dim, placement in enumerate(logits.placements) if not placement.is_replicate()]
@@ -52,7 +53,10 @@ def local_logits(logits: Any, group: Any) -> tuple[Any, Any]:
     if group is None:
         return logits, None
     if hasattr(group, "shards"):  # a fastlogits.parallel.Group, which knows which columns are padding
-        logits = logits[..., : group.shards(logits.shape[-1]).sizes[group.rank]]
+        sizes = group.shards(logits.shape[-1]).sizes
+        if not all(sizes):  # as all ranks see it
+            raise ValueError(f"group must leave each rank at least one token, got parts of {sizes} tokens")
+        logits = logits[..., : sizes[group.rank]]
         group = group.process_group
     if hasattr(group, "get_group"):  # a DeviceMesh
         group = group.get_group()

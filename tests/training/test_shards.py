@@ -193,6 +193,8 @@ def of_groups(group):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="logits must be a DTensor that is split over its last dimension alone"):
         fl.logprobs(DTensor.from_local(logits, mesh, [Replicate()]), targets)
+    with pytest.raises(ValueError, match=r"each rank at least one token, got parts of \(50, 0\) tokens"):
+        fl.logprobs(part, targets, group=fl.Group(group, vocab_size=50))
     with pytest.raises(ValueError, match="kept must have the 4 words of the whole vocabulary, got 2 words"):
         fl.logprobs(part, targets, kept=torch.zeros(4, 2, dtype=torch.int32), group=group)
     return [torch.equal(each, right) for each in found]
