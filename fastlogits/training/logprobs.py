@@ -107,7 +107,8 @@ def logprobs(
         params: temperature and truncations, as for ``Sampler``. Tensors of them have a value for each target.
         processors: a ``LogitsProcessorList``, or any list of processors, applied first as in sampling, each position
             with its own history. Their truncations count if they stand last, and no others are given. Rows are
-            processed position by position, in float32; in the backward pass once more, in torch.
+            processed position by position, in float32; in the backward pass once more, in torch. With a ``group`` they
+            must map each logit by itself, and each position has exchanges of its own.
         input_ids: for processors, the tokens that the model has seen: int32 or int64 ``[B, L]`` where logits are
             ``[B, T, V]``; those of position t have seen the first ``L - T + t + 1``, so that L is T where the logits
             are those of the whole text. ``[N, L]`` for ``[N, V]``: all of them.
@@ -151,9 +152,7 @@ def logprobs(
     if processors is not None:
         from fastlogits.training.history import processed_logprobs
 
-        if group is not None:
-            raise ValueError("processors must be None where the vocabulary is split, got some: apply them before")
-        found = processed_logprobs(given.logits, given.task, entropy, processors, input_ids, prompt_length, given.shape)
+        found = processed_logprobs(given.logits, given.task, entropy, processors, input_ids, prompt_length, group)
     elif group is not None:
         found = shards.sharded_logprobs(given.logits, given.task, entropy, inplace_backward, group)
     else:

@@ -67,7 +67,7 @@ def local_logits(logits: Any, group: Any) -> tuple[Any, Any]:
     return logits, group
 
 
-class _Numbers(NamedTuple):
+class Numbers(NamedTuple):
     """What the backward pass needs of each row."""
 
     record: torch.Tensor
@@ -77,21 +77,49 @@ class _Numbers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Ranks:
+class Ranks:
     """The ranks that share the vocabulary, and which tokens each has."""
 
     group: Group
     shards: Shards
+
+    @classmethod
+    def of(cls, group: Any, logits: torch.Tensor) -> Ranks:
+        """The ranks of a process group, of which this one has such logits ``[..., width]``."""
+        ranks = Group.of(group)
+        return cls(ranks, ranks.shards(logits.shape[-1]))
 
     @property
     def place(self) -> Place:
         """Where this rank's tokens are."""
         return Place.of(self.shards.starts, self.shards.sizes, self.group.rank)
 
+    def forward(
+        self, local: torch.Tensor, task: Task, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Numbers]:
+        """Log-probabilities, entropies if asked for, and what is outside; and what the backward pass needs."""
+        logprobs, entropies, outside, numbers = _forward(local, task, entropy, self)
+        return logprobs, entropies if entropy else None, outside, numbers
+
+    def backward(
+        self, local: torch.Tensor, task: Task, came: kernels.Incoming, bits: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """Write the gradient of this rank's logits to ``out``, which may be these, without any exchange."""
+        place = self.place
+        own = _own_task(task, place, bits)
+        # Chosen as in the forward pass, which has made the record: not by what the kernels take of this part alone.
+        gradient: Any = _gradient_in_torch
+        if came.record.dtype == torch.int32:
+            gradient = kernels._launch_gradient
+            came = came._replace(record=_own_record(came.record, task.rules, place.first))
+        pairs = zip(kernels._parts(local), kernels._views_like(out, local), strict=True)
+        for (part, begin, end), into in pairs:
+            gradient(part, own.rows(begin, end), came.rows(begin, end), into, place.V)
+
 
 def _forward_of_some(
-    local: torch.Tensor, task: Task, entropy: bool, ranks: _Ranks
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Numbers]:
+    local: torch.Tensor, task: Task, entropy: bool, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Numbers]:
     """Log-probabilities, entropies, and what is outside, of some rows that are dealt out.
 
     And what the backward pass needs.
@@ -105,7 +133,7 @@ def _forward_of_some(
         told = torch.cat((numbers.view(torch.int32), found.outside.int().unsqueeze(1), found.record), 1)
         told = group.results(told, n)
         floats = told[:, :2].contiguous().view(torch.float32)
-        return floats[:, 0], floats[:, 1], told[:, 2] != 0, _Numbers(told[:, 3:].contiguous(), None)
+        return floats[:, 0], floats[:, 1], told[:, 2] != 0, Numbers(told[:, 3:].contiguous(), None)
     rows = rows_of(whole, mine)
     ignored = (mine.targets == mine.ignore_index).unsqueeze(1)
     logprob = torch.where(rows.of.known, rows.of.own - rows.top - rows.log_mass, torch.nan).masked_fill(ignored, 0)
@@ -117,12 +145,12 @@ def _forward_of_some(
     told = group.results(torch.cat([each.to(logprob.dtype) for each in columns], 1), n)
     kept = unpack_bits(group.results(pack_bits(rows.of.scores != -torch.inf), n), place.V)
     bits = pack_bits(kept[:, place.first : place.first + place.width])
-    return told[:, 0], told[:, 1], told[:, 2] != 0, _Numbers(told[:, 3:].contiguous(), bits)
+    return told[:, 0], told[:, 1], told[:, 2] != 0, Numbers(told[:, 3:].contiguous(), bits)
 
 
 def _forward_of_dealt(
-    local: torch.Tensor, task: Task, entropy: bool, ranks: _Ranks
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Numbers]:
+    local: torch.Tensor, task: Task, entropy: bool, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Numbers]:
     """The same of all rows, some at a time."""
     most = max(_LEAST_ROWS, len(task.targets) // _SHARE)
     found = [
@@ -134,19 +162,19 @@ def _forward_of_dealt(
     logprobs, entropies, outside = (torch.cat(column) for column in list(zip(*found, strict=True))[:3])
     numbers = [each[3] for each in found]
     bits = None if numbers[0].bits is None else torch.cat([each.bits for each in numbers])  # type: ignore[misc]
-    return logprobs, entropies, outside, _Numbers(torch.cat([each.record for each in numbers]), bits)
+    return logprobs, entropies, outside, Numbers(torch.cat([each.record for each in numbers]), bits)
 
 
 def _forward(
-    local: torch.Tensor, task: Task, entropy: bool, ranks: _Ranks
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Numbers]:
+    local: torch.Tensor, task: Task, entropy: bool, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Numbers]:
     """The same, with two small exchanges where that is possible."""
     if _drops(task, ranks.place.V) or local.dtype == torch.float64:
         return _forward_of_dealt(local, task, entropy, ranks)
     task = task._replace(rules=())
     found = logprobs_of_part(local, task, ranks.place, entropy, ranks.group.all_gather, ranks.group.added)
     entropies = found.logprobs if found.entropy is None else found.entropy
-    return found.logprobs, entropies, found.outside, _Numbers(found.record, None)
+    return found.logprobs, entropies, found.outside, Numbers(found.record, None)
 
 
 def _drops(task: Task, V: int) -> bool:
@@ -191,36 +219,33 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, local: torch.Tensor, task: Task, entropy: bool, in_place: bool, ranks: _Ranks
+        ctx: Any, local: torch.Tensor, task: Task, entropy: bool, in_place: bool, ranks: Ranks
     ) -> tuple[Any, ...]:
         """Log-probabilities, entropies and what is outside."""
-        logprobs, entropies, outside, numbers = _forward(local.detach(), task, entropy, ranks)
+        logprobs, entropies, outside, numbers = ranks.forward(local.detach(), task, entropy)
         ctx.save_for_backward(local, *numbers)
-        ctx.given = (task, entropy, in_place, ranks.place)
+        ctx.given = (task, entropy, in_place, ranks)
         ctx.mark_non_differentiable(outside)
-        return logprobs, entropies if entropy else logprobs.new_empty(0), outside
+        return logprobs, logprobs.new_empty(0) if entropies is None else entropies, outside
 
     @staticmethod
     def backward(ctx: Any, *came: Any) -> tuple[Any, ...]:
         """The gradient of this rank's logits, without any exchange."""
         local, record, bits = ctx.saved_tensors
-        task, entropy, in_place, place = ctx.given
+        task, entropy, in_place, ranks = ctx.given
         local = local.detach()
-        own = _own_task(task, place, bits)
-        by_kernels = record.dtype == torch.int32
-        if by_kernels:
-            record = _own_record(record, task.rules, place.first)
         incoming = kernels.Incoming(came[0].contiguous(), came[1].contiguous() if entropy else None, record)
         out = local if in_place else torch.empty(local.shape, dtype=local.dtype, device=local.device)
-        # Chosen as in the forward pass, which has made the record: not by what the kernels take of this part alone.
-        gradient = kernels._launch_gradient if by_kernels else _gradient_in_torch
-        pairs = zip(kernels._parts(local), kernels._views_like(out, local), strict=True)
-        for (part, begin, end), into in pairs:
-            gradient(part, own.rows(begin, end), incoming.rows(begin, end), into, place.V)
+        ranks.backward(local, task, incoming, bits, out)
         return out, None, None, None, None
 
 
-def _check_bits(task: Task, V: int) -> None:
+def check_bits(task: Task, V: int) -> None:
+    """Refuse packed sets of fewer tokens than a vocabulary has.
+
+    Raises:
+        ValueError: these are such.
+    """
     if task.kept is not None and task.kept.bits is not None and task.kept.bits.shape[1] < words(V):
         raise ValueError(
             f"kept must have the {words(V)} words of the whole vocabulary, got {task.kept.bits.shape[1]} words"
@@ -232,9 +257,8 @@ def sharded_logprobs(
     logits: torch.Tensor, task: Task, entropy: bool, in_place: bool, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Log-probabilities of targets of a vocabulary that is split over a group, entropies, and what is outside."""
-    found_ranks = Group.of(group)
-    ranks = _Ranks(found_ranks, found_ranks.shards(logits.shape[-1]))
-    _check_bits(task, ranks.place.V)
+    ranks = Ranks.of(group, logits)
+    check_bits(task, ranks.place.V)
     apply: Any = _Sharded.apply
     found, entropies, outside = apply(logits, task, entropy, in_place, ranks)
     return found, entropies if entropy else None, outside

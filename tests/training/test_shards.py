@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fastlogits_kernels.pointwise import fold
 from fastlogits_kernels.runtime.bits import pack_bits
 from fastlogits_kernels.runtime.launcher import HAS_TRITON
 from fastlogits_kernels.selection import launch
@@ -24,6 +25,7 @@ SPLITS = {
 }
 TARGETS = [5, -100, 1640, 100, 101, 50, 1600, 149, 1, 3]
 N = len(TARGETS)
+in_kernels = pytest.param(True, marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))
 TEMPERATURES = torch.tensor([0.7, 1.3, 0.0, 1e-31, 1.0, 0.7, 2.0, 0.01, 5.0, 1.0])
 IN_SMALL = ("plain", "T by row", "one T, entropy", "ids", "offsets", "bits")
 DEALT = ("k p", "lowest", "p by row", "kept of a draw")
@@ -134,9 +136,7 @@ def test_kernels_have_what_the_whole_has(ranks, split, case):
 
 
 @pytest.mark.parametrize("case", DEALT)
-@pytest.mark.parametrize(
-    "kernels", [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
-)
+@pytest.mark.parametrize("kernels", [False, in_kernels])
 def test_rules_have_what_the_whole_has(ranks, case, kernels):
     assert run(ranks, "all in one tile", case, torch.float32, kernels, {})[0]
 
@@ -174,6 +174,50 @@ def of_other_forms(group):
 
 def test_other_forms(ranks):
     assert all(ranks.alike(of_other_forms, 2))
+
+
+def behind_processors(group, kernels):
+    """Results behind processors that map each logit by itself, of texts and of single positions."""
+    widths, B, T = (60, 41, 30), 2, 4
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(B, T, 131, generator=generator) * 3
+    ids = torch.randint(40, 80, (B, T + 1), generator=generator)
+    targets = ids[:, 1:].clone()
+    targets[1, 2] = -100
+    listed = [
+        fl.RepetitionPenaltyLogitsProcessor(1.5), fl.SuppressFirstTokens([1, 70, 130], 2),
+        fl.NoRepeatNGramLogitsProcessor(2), fl.LogitBiasLogitsProcessor({70: 2.0, 100: 1.0}),
+        fl.TemperatureLogitsWarper(0.8),
+    ]  # fmt: skip
+    sets = fl.KeptTokens(131, bits=pack_bits(torch.rand(B, T, 131, generator=generator) < 0.3))
+    seen = {"input_ids": ids[:, :-1], "prompt_length": 2}
+    found = []
+    for own in (fold, launch):
+        own.FORCE_KERNEL = kernels
+    try:
+        for processors, options in (
+            (listed, {"entropy": True, "outside": True}), (listed, {"kept": sets}),
+            ([*listed, fl.TopKLogitsWarper(7)], {}), (listed, {"top_p": 0.8, "entropy": True}),
+        ):  # fmt: skip
+            given = {"processors": processors, **seen, **options}
+            right, gradient = results(logits, targets, **given)
+            mine, own_gradient = results(own_part(group, logits, widths), targets, group=group, **given)
+            found.append(same(mine, right))
+            torch.testing.assert_close(own_gradient, own_part(group, gradient, widths), atol=1e-5, rtol=1e-3)
+        last = {"processors": listed, **seen}
+        one = fl.logprobs(own_part(group, logits[:, -1], widths), targets[:, -1], group=group, **last)
+        found.append(same(one, fl.logprobs(logits[:, -1], targets[:, -1], **last)))
+    finally:
+        for own in (fold, launch):
+            own.FORCE_KERNEL = False
+    with pytest.raises(ValueError, match="processors must map each logit by itself where the vocabulary is split"):
+        fl.logprobs(own_part(group, logits, widths), targets, group=group, processors=[fl.LogitNormalization()], **seen)
+    return found
+
+
+@pytest.mark.parametrize("kernels", [False, in_kernels])
+def test_processors_take_their_parts(ranks, kernels):
+    assert all(ranks.alike(behind_processors, 3, kernels))
 
 
 def of_groups(group):
@@ -225,9 +269,7 @@ def bytes_sent(group, V, kernels):
     return sent
 
 
-@pytest.mark.parametrize(
-    "kernels", [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
-)
+@pytest.mark.parametrize("kernels", [False, in_kernels])
 def test_what_is_sent_does_not_depend_on_the_vocabulary(ranks, kernels):
     assert ranks.alike(bytes_sent, 2, 3000, kernels) == ([8 * 20, 8 * 48] if kernels else [8 * 12, 8 * 16])
     assert Place.of([0, 1500], [1500, 1500], 0).sent == 20 + 48
