@@ -323,6 +323,7 @@ def _trained(ranks: Ranks, logits: torch.Tensor) -> Iterator[tuple[str, torch.Te
     yield "T, entropy", logits, targets, {"temperature": 0.7, "entropy": True}
     kept = fl.sample(logits, seeds=0, positions=0, top_k=50, return_kept=64).kept
     yield "T, kept ids", logits, targets, {"temperature": 0.7, "kept": kept}
+    yield "T k p", logits, targets, KPT
 
 
 def _logprobs_of(logits: torch.Tensor, targets: torch.Tensor, options: dict[str, Any]) -> tuple[Any, torch.Tensor]:
@@ -447,7 +448,8 @@ def _serving(ranks: Ranks, split: Split) -> Iterator[Step]:
 def _training(ranks: Ranks, split: Split) -> Iterator[Step]:
     rows = len(split.logits)
     place = ranks.place(split.part)
-    sent = rows * (place.sent if ranks.is_cuda else SENT_IN_TORCH)
+    few = rows * (place.sent if ranks.is_cuda else SENT_IN_TORCH)
+    ruled = few + _small(split) if ranks.is_cuda else split.dealt(ranks.count)
     for name, logits, targets, options in _trained(ranks, split.logits):
 
         def one(logits: Any = logits, targets: Any = targets, options: Any = options) -> object:
@@ -457,7 +459,7 @@ def _training(ranks: Ranks, split: Split) -> Iterator[Step]:
             return fl.logprobs(split.part, targets, group=ranks.group, **options)
 
         yield Step(f"logprobs {name}: one GPU alone", one)
-        yield Step(f"logprobs {name}: split", parts, sent)
+        yield Step(f"logprobs {name}: split", parts, ruled if name == "T k p" else few)
 
 
 def _time(ranks: Ranks, step: Step, rows: int, vocab: int) -> None:

@@ -2,10 +2,12 @@
 
 Results are those of one GPU, bit for bit. There are two ways, chosen by what the host knows, alike on all ranks:
 
-- All tokens count, or sets say which do. Each rank adds up its own logits, and two small exchanges of a few numbers a
-  row make one sum of them. See ``fastlogits_kernels.training.shards``.
-- Rules say what is kept, or the logits are float64. Some rows at a time are dealt out: each rank gets the whole logits
-  of its share of them, and computes what it would on one GPU. What a row comes to, some numbers, goes back to all.
+- All tokens count, or sets say which do; or, on GPUs, a fixed number of the likeliest ones. Each rank adds up its own
+  logits, and two small exchanges make one sum of them. See ``fastlogits_kernels.training.shards`` and
+  ``ruled_shards``.
+- Other rules say what is kept, or the logits are float64. Some rows at a time are dealt out: each rank gets the whole
+  logits of its share of them, and computes what it would on one GPU. What a row comes to, some numbers, goes back to
+  all.
 
 The backward pass needs the rank's own logits and these numbers.
 """
@@ -22,6 +24,7 @@ from fastlogits_kernels.runtime.bits import pack_bits, unpack_bits, words
 from fastlogits_kernels.training import logprobs as kernels
 from fastlogits_kernels.training.reference import Task, rows_of, scores_of
 from fastlogits_kernels.training.rows import RANK_AT
+from fastlogits_kernels.training.ruled_shards import fixed_number_of, ruled_logprobs_of_part
 from fastlogits_kernels.training.sets import GivenSets
 from fastlogits_kernels.training.shards import Place, logprobs_of_part
 
@@ -165,14 +168,20 @@ def _forward_of_dealt(
     return logprobs, entropies, outside, Numbers(torch.cat([each.record for each in numbers]), bits)
 
 
+@kernels._OPERATION.falls_back
 def _forward(
     local: torch.Tensor, task: Task, entropy: bool, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Numbers]:
     """The same, with two small exchanges where that is possible."""
-    if _drops(task, ranks.place.V) or local.dtype == torch.float64:
-        return _forward_of_dealt(local, task, entropy, ranks)
-    task = task._replace(rules=())
-    found = logprobs_of_part(local, task, ranks.place, entropy, ranks.group.all_gather, ranks.group.added)
+    place, exchanges = ranks.place, (ranks.group.all_gather, ranks.group.added)
+    if not _drops(task, place.V) and local.dtype != torch.float64:
+        found = logprobs_of_part(local, task._replace(rules=()), place, entropy, *exchanges)
+    else:
+        asked = len(task.targets) > 0 and task.kept is None
+        step = fixed_number_of(local, task, place, min(ranks.shards.sizes)) if asked else None
+        if step is None:
+            return _forward_of_dealt(local, task, entropy, ranks)
+        found = ruled_logprobs_of_part(local, task, place, step, entropy, *exchanges)
     entropies = found.logprobs if found.entropy is None else found.entropy
     return found.logprobs, entropies, found.outside, Numbers(found.record, None)
 

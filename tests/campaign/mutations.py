@@ -816,6 +816,11 @@ MUTATIONS = [
         "mass += tl.where(joins & reads, weight_of(own.x, top), 0)", "mass += 0",
         ("training/test_shards.py::test_kernels_have_what_the_whole_has",),
     ),
+    Mutation(
+        "a record that stays with all that it stands for", f"{KERNELS}/training/ruled_shards.py",
+        "mine = (within > 1) &", "mine = (within < 0) &",
+        ("training/test_shards.py::test_some_of_many_tokens_that_tie",),
+    ),
     # -- logits split over ranks --
     Mutation(
         "tiles that the token's logit is the largest of aren't counted", f"{KERNELS}/parallel/report.py",

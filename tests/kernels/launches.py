@@ -36,6 +36,7 @@ from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.serving import search
 from fastlogits_kernels.training import logprobs as training
 from fastlogits_kernels.training.reference import Task
+from fastlogits_kernels.training.ruled_shards import fixed_number_of, ruled_logprobs_of_part
 from fastlogits_kernels.training.sets import GivenSets
 from fastlogits_kernels.training.shards import Place, logprobs_of_part
 
@@ -195,8 +196,20 @@ def _in_part(given: torch.Tensor, task: Task, first: int, ranks: int = 2) -> Non
     starts, sizes = ([0, first], [first, width]) if first else ([0, width], [width, 1])
     starts, sizes = starts + [first + width] * (ranks - 2), sizes + [5] * (ranks - 2)
     place = Place.of(starts, sizes, 1 if first else 0)
+    if task.kept is None and width > 60:
+        for ties in ("all", "lowest"):
+            rules = (Rule("top_k", 50, ties=ties), Rule("top_p", 0.9, ties=ties))  # type: ignore[arg-type]
+            ruled = task._replace(rules=rules)
+            step = fixed_number_of(given, ruled, place, width)
+            assert step is not None
+            ruled_logprobs_of_part(given, ruled, place, step, ties == "all", lambda told: _of_all(told, ranks), clone)
     for entropy in (False, True):
-        logprobs_of_part(given, task, place, entropy, lambda told: told.expand(ranks, *told.shape).contiguous(), clone)
+        logprobs_of_part(given, task, place, entropy, lambda told: _of_all(told, ranks), clone)
+
+
+def _of_all(mine: torch.Tensor, ranks: int) -> torch.Tensor:
+    """What ranks tell that all tell the same."""
+    return mine.expand(ranks, *mine.shape).contiguous()
 
 
 def clone(tensor: torch.Tensor) -> torch.Tensor:
@@ -278,7 +291,7 @@ def _report_of_part(logits: torch.Tensor, tokens: torch.Tensor, first: int) -> N
     """Reports on a part of a vocabulary that begins at ``first``."""
     place = Place.of([0, first, first + logits.shape[1]], [first, logits.shape[1], 9], 1)
     for count in (0, 1, 5, 16):
-        report_of_part(logits, tokens, count, place, lambda sent: sent.expand(3, *sent.shape).contiguous(), clone)
+        report_of_part(logits, tokens, count, place, lambda sent: _of_all(sent, 3), clone)
 
 
 def _parts(dtype: torch.dtype) -> None:

@@ -100,7 +100,7 @@ def trained_on_gpus(process_group, options, dtype):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"kept": 64}, {"kept": "bits"}])
+@pytest.mark.parametrize("options", [{}, {"kept": 64}, {"kept": "bits"}, {"top_k": 50, "top_p": 0.9}])
 def test_ranks_on_gpus_train_as_one_gpu_does(gpus, options, dtype, size):
     if size > GPUS:
         pytest.skip(f"needs {size} GPUs")

@@ -16,6 +16,7 @@ import fastlogits as fl
 from fastlogits.parallel.group import Group
 from tests.parallel.ranks import Ranks, same
 
+# A rank that has seen a width takes the others' for known: no rank has the same one in two splits of one size.
 SPLITS = {
     "borders in tiles": (3000, 1500, 600),
     "all in one tile": (100, 1, 50, 1500),
@@ -288,3 +289,54 @@ def test_what_cant_be_done_is_said():
     logits, targets = torch.zeros(1, 5), torch.tensor([2])
     with pytest.raises(ValueError, match=r"group must be a process group of .* or a DeviceMesh, got str"):
         fl.logprobs(logits, targets, group="all")
+
+
+RULES = {
+    "k": {"top_k": 9},
+    "k p": {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
+    "k p by row, T by row": {"temperature": TEMPERATURES, "top_k": 20, "top_p": torch.linspace(0.1, 1, N)},
+    "lowest": {"top_k": 30, "top_p": 0.8, "ties": "lowest", "order": "vllm"},
+    "min p first": {"top_k": 40, "min_p": 0.05, "order": "sglang"},
+    "at least": {"top_k": 5, "epsilon": 0.3},
+}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("widths", [SPLITS["borders in tiles"], (2057, 2039, 201), SPLITS["one rank"]])
+@pytest.mark.parametrize("case", RULES)
+def test_a_fixed_number_of_the_likeliest_tokens_has_what_the_whole_has(ranks, widths, case):
+    options = {**RULES[case], "entropy": True, "outside": True}
+    assert ranks.alike(compared, len(widths), widths, "plain", torch.bfloat16, True, options) == (True, 0)
+
+
+def of_ties(group, widths):
+    """Rows of which many tokens tie at the cut-off, where a rule takes some of them: to the very token."""
+    V = sum(widths)
+    logits = torch.zeros(8, V)
+    logits[4:, [7, V // 2, V - 2]] = 1.0
+    logits[6:, ::2] = -1.0
+    # Of equal tokens the largest ids stay, as many as make up the probability.
+    keeps = -(-V // 2)
+    targets = torch.tensor([V - keeps, V - keeps - 1, 0, V - 1, V - keeps, 3, 1, V // 4])
+    start, launch.FORCE_KERNEL = sum(widths[: group.rank()]), True
+    found = []
+    try:
+        for options in ({"top_p": 0.5}, {"top_p": torch.linspace(0.1, 0.9, 8), "temperature": 0.5}, {"min_p": 0.5}):
+            options |= {"top_k": 9, "entropy": True, "outside": True}
+            right, gradient = results(logits, targets, **options)
+            mine, own_gradient = results(own_part(group, logits, widths), targets, group=group, **options)
+            found.append(same(mine, right))
+            gradient = gradient[:, start : start + widths[group.rank()]]
+            found.append(torch.equal(own_gradient != 0, gradient != 0))  # the same tokens are kept
+            torch.testing.assert_close(own_gradient, gradient, atol=1e-6, rtol=1e-4)
+        outside = fl.logprobs(logits, targets, top_k=9, top_p=0.5, outside=True).outside
+        found.append(outside[:3].tolist() == [False, True, True])
+    finally:
+        launch.FORCE_KERNEL = False
+    return found
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("widths", [(1501, 901, 607), (1601, 1303)])
+def test_some_of_many_tokens_that_tie(ranks, widths):
+    assert all(ranks.alike(of_ties, len(widths), widths))

@@ -60,8 +60,8 @@ from fastlogits_kernels.training.rows import (
     BEGINS_ANYWHERE,
     FINISHED,
     Results,
-    _kept_raw,
     entropy_of,
+    kept_in_raw,
     load_own,
     store_row,
 )
@@ -215,7 +215,7 @@ def _row_of_many(
     if done:
         log_mass = log_of(sums.mass, sums.top, sums.mass > 0)
         store_row(
-            row, own, joins, _kept_raw(row, kept, maps), sums.raw_top, sums.top, log_mass, entropy_of(sums, log_mass),
+            row, own, joins, kept_in_raw(row, kept, maps), sums.raw_top, sums.top, log_mass, entropy_of(sums, log_mass),
             results,
         )  # fmt: skip
     # What follows takes only rows that are open, and from all of their logits.

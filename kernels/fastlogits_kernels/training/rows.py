@@ -283,7 +283,7 @@ def _least_raw(key, row, maps):
 
 
 @triton.jit
-def _kept_raw(row, kept, maps):
+def kept_in_raw(row, kept, maps):
     """What is kept of a row, in raw logits: from where on with a rank, from where on without, and the rank."""
     if maps.temperature_ptr is not None:
         first = _least_raw(kept.cutoff, row, maps)
@@ -339,7 +339,7 @@ def selected_kernel(
         defined = all_defined
     log_mass = log_of(sums.mass, sums.top, defined)
     store_row(
-        row, own, joins, _kept_raw(row, kept, maps), sums.raw_top, sums.top, log_mass,
+        row, own, joins, kept_in_raw(row, kept, maps), sums.raw_top, sums.top, log_mass,
         entropy_of(sums, log_mass), Results(logprobs_ptr, entropy_ptr, outside_ptr, record_ptr),
     )  # fmt: skip
     if BANDED:

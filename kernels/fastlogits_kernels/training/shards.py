@@ -42,10 +42,13 @@ from fastlogits_kernels.selection.masses import (
 from fastlogits_kernels.selection.row import (
     LOWEST,
     Form,
+    Kept,
     Maps,
     Scores,
+    all_kept,
     folded_logits,
     inverse_of,
+    is_greedy,
     key_of,
     number_of,
     scaled,
@@ -73,6 +76,7 @@ from fastlogits_kernels.training.rows import (
     Results,
     Sets,
     entropy_of,
+    kept_in_raw,
     load_given,
     span_of,
     store_row,
@@ -214,7 +218,7 @@ def shared_top(told, slot):
 
 
 @triton.jit
-def _load_tile(tile, row, reads, part, scores, TILE: tl.constexpr):
+def load_tile(tile, row, reads, part, scores, TILE: tl.constexpr):
     """The raw logits of the rank's part of a tile, if it ``reads`` them."""
     token = tile * TILE + tl.arange(0, TILE) - part.offset
     inside = (token >= 0) & (token < tl.where(reads, scores.V, 0))
@@ -222,7 +226,7 @@ def _load_tile(tile, row, reads, part, scores, TILE: tl.constexpr):
 
 
 @triton.jit
-def _own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores):
+def own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores):
     """The target of a row as ``Own``, ``known`` where the part has it."""
     target = tl.load(targets_ptr + row * stride_target).to(tl.int64)
     ignored = target == ignore_index
@@ -242,7 +246,7 @@ def _store_told(here, first_top, last_top, top, own, number):
 
 
 @triton.jit
-def _store_sums(
+def store_sums(
     row, whole, mass, below, broken, outside, told, sums_ptr, shared, part, scores,
     BELOW: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +263,7 @@ def _store_sums(
         for side in tl.static_range(2):
             mine = part.first_slot if side == 0 else part.last_slot
             tile = 0 if side == 0 else part.tiles - 1
-            x = _load_tile(tile, row, whole & (mine >= 0), part, scores, TILE)
+            x = load_tile(tile, row, whole & (mine >= 0), part, scores, TILE)
             amount, more = amounts_of(x, shared_top(told, mine), inverse, BELOW)
             # So far below 0 that nothing makes up for it, and not so far that ranks overflow together.
             amounts = tl.where(slot == mine, tl.maximum(amount, _LEAST), amounts)
@@ -270,12 +274,12 @@ def _store_sums(
 
 
 _OF_TOLD = ["tiles", "first_slot", "last_slot", "stride_told"]
-_OF_PART = [*_OF_TOLD, "ranks", "stride_rank", "shared"]
-_OF_ROW = ["stride_temperature", "stride_target", "first", "all_tokens"]
-_ANYWHERE = [*BEGINS_ANYWHERE, "told_ptr", "sums_ptr"]
+OF_PART = [*_OF_TOLD, "ranks", "stride_rank", "shared"]
+OF_ROW = ["stride_temperature", "stride_target", "first", "all_tokens"]
+ANYWHERE = [*BEGINS_ANYWHERE, "told_ptr", "sums_ptr"]
 
 
-@triton.jit(do_not_specialize=[*_OF_ROW, *_OF_TOLD], do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize=[*OF_ROW, *_OF_TOLD], do_not_specialize_on_alignment=ANYWHERE)
 def whole_told_kernel(
     # inputs
     scores_ptr, temperature_ptr, stride_temperature, targets_ptr, tiles_ptr,
@@ -294,7 +298,7 @@ def whole_told_kernel(
     maps = Maps(temperature_ptr, None, None, None, None, None, stride_temperature, 0, 0, 0, 0)
     scores = Scores(scores_ptr, stride_row, stride_token, V, 0, maps)
     row = tl.program_id(0).to(tl.int64)
-    own = _own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores)
+    own = own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores)
     tile = tl.arange(0, TILES)
     there = tile < tl.where(own.ignored, 0, tiles)
     top = tl.load(tiles_ptr + (row * tiles + tile) * TILE_WORDS, mask=there, other=float("-inf"))
@@ -304,7 +308,7 @@ def whole_told_kernel(
     _store_told(told_ptr + row * stride_told, first_top, last_top, tl.max(top), own.raw, number)
 
 
-@triton.jit(do_not_specialize=[*_OF_ROW, *_OF_PART], do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize=[*OF_ROW, *OF_PART], do_not_specialize_on_alignment=ANYWHERE)
 def whole_sums_kernel(
     # inputs
     scores_ptr, temperature_ptr, stride_temperature, targets_ptr, tiles_ptr, above_ptr, told_ptr, slots_ptr,
@@ -339,15 +343,15 @@ def whole_sums_kernel(
     above = tl.zeros_like(broken)
     if above_ptr is not None:
         above = tl.sum(tl.load(above_ptr + row * tiles + tile, mask=tile < tiles, other=0))
-    _store_sums(
+    store_sums(
         row, reads, tl.sum(mass), tl.sum(below), broken, above, told, sums_ptr, shared, part, scores,
         BELOW, SHARED, TILE,
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=[*_OF_ROW, *STEPWISE_SETS, *_OF_TOLD],
-    do_not_specialize_on_alignment=[*_ANYWHERE, *SETS],
+    do_not_specialize=[*OF_ROW, *STEPWISE_SETS, *_OF_TOLD],
+    do_not_specialize_on_alignment=[*ANYWHERE, *SETS],
 )
 def given_told_kernel(
     # inputs
@@ -371,7 +375,7 @@ def given_told_kernel(
     )  # fmt: skip
     part = Part(tiles, offset, first_slot, last_slot, 0, None, 0, 0)
     row = tl.program_id(0).to(tl.int64)
-    own = _own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores)
+    own = own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores)
     begin, size, whole = row, tl.full([], 0, tl.int32) + V, tl.full([], False, tl.int1)
     if ids_ptr is not None:
         begin, size, whole, overflows = span_of(row, sets)
@@ -389,7 +393,7 @@ def given_told_kernel(
         number = tl.where(whole, tl.zeros_like(number) + V, 0)
     first_top, last_top = tl.full([], float("-inf"), tl.float32), tl.full([], float("-inf"), tl.float32)
     for tile in range(tl.where(whole & (own.ignored == 0), tiles, 0)):
-        tile_top = tl.max(_load_tile(tile, row, whole, part, scores, TILE))
+        tile_top = tl.max(load_tile(tile, row, whole, part, scores, TILE))
         key = tl.maximum(key, key_of(tile_top))
         first_top = tl.where((tile == 0) & (first_slot >= 0), tile_top, first_top)
         last_top = tl.where((tile == tiles - 1) & (last_slot >= 0), tile_top, last_top)
@@ -397,7 +401,7 @@ def given_told_kernel(
     _store_told(told_ptr + row * stride_told, first_top, last_top, top, own.raw, number)
 
 
-@triton.jit(do_not_specialize=[*_OF_ROW, *STEPWISE_SETS, *_OF_PART], do_not_specialize_on_alignment=[*_ANYWHERE, *SETS])
+@triton.jit(do_not_specialize=[*OF_ROW, *STEPWISE_SETS, *OF_PART], do_not_specialize_on_alignment=[*ANYWHERE, *SETS])
 def given_sums_kernel(
     # inputs
     scores_ptr, temperature_ptr, stride_temperature, targets_ptr, ids_ptr, counts_ptr, offsets_ptr, bits_ptr,
@@ -421,7 +425,7 @@ def given_sums_kernel(
     )  # fmt: skip
     part = Part(tiles, offset, first_slot, last_slot, ranks, slots_ptr, stride_rank, stride_told)
     row = tl.program_id(0).to(tl.int64)
-    own = _own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores)
+    own = own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores)
     told = load_told(row, told_ptr, part, all_tokens, RANKS)
     begin, size, broken = row, tl.full([], 0, tl.int32) + V, tl.full([], 0, tl.int32)
     if ids_ptr is not None:
@@ -446,14 +450,25 @@ def given_sums_kernel(
     inverse = inverse_of(row, maps)
     for tile in range(tl.where(reads & told.whole, tiles, 0)):
         shares = ((tile == 0) & (first_slot >= 0)) | ((tile == tiles - 1) & (last_slot >= 0))
-        of = tile_of(_load_tile(tile, row, shares == 0, part, scores, TILE), inverse, BELOW)
+        of = tile_of(load_tile(tile, row, shares == 0, part, scores, TILE), inverse, BELOW)
         more, more_below = joined(of, told.raw_top, inverse)
         mass += more
         below += more_below
         broken += (of.mass != of.mass).to(tl.int32)
-    _store_sums(
+    store_sums(
         row, reads & told.whole, mass, below, broken, joins, told, sums_ptr, shared, part, scores, BELOW, SHARED, TILE
     )  # fmt: skip
+
+
+@triton.jit
+def load_taken(row, kept_ptr, maps):
+    """What rules keep of a row, of which a greedy one keeps all."""
+    kept = all_kept()
+    kept = Kept(tl.load(kept_ptr + 3 * row), tl.load(kept_ptr + 3 * row + 1), kept.centre, kept.farthest)
+    if maps.temperature_ptr is not None:
+        if is_greedy(maps.temperature_ptr + row * maps.stride_temperature):
+            kept = all_kept()
+    return kept
 
 
 @triton.jit
@@ -474,12 +489,12 @@ def joined_sums(row, told, here, shared, maps):
 
 
 @triton.jit(
-    do_not_specialize=["stride_temperature", "stride_target", "all_tokens", *_OF_PART],
-    do_not_specialize_on_alignment=_ANYWHERE,
+    do_not_specialize=["stride_temperature", "stride_target", "all_tokens", *OF_PART],
+    do_not_specialize_on_alignment=ANYWHERE,
 )
 def finish_kernel(
     # inputs
-    temperature_ptr, stride_temperature, targets_ptr, told_ptr, slots_ptr, sums_ptr,
+    temperature_ptr, stride_temperature, targets_ptr, kept_ptr, told_ptr, slots_ptr, sums_ptr,
     # outputs
     logprobs_ptr, entropy_ptr, outside_ptr, record_ptr,
     # shapes
@@ -503,9 +518,12 @@ def finish_kernel(
     here = sums_ptr + row * (SHARED_AT + 2 * shared)
     sums, log_mass = joined_sums(row, told, here, shared, maps)
     lowest = tl.full([], float("-inf"), tl.float32)
+    kept_raw = (lowest, lowest, tl.full([], LOWEST, tl.int32))
+    if kept_ptr is not None:
+        kept_raw = kept_in_raw(row, load_taken(row, kept_ptr, maps), maps)
     store_row(
-        row, own, tl.load(here + OUTSIDE_AT) != 0, (lowest, lowest, tl.full([], LOWEST, tl.int32)), sums.raw_top,
-        sums.top, log_mass, entropy_of(sums, log_mass), Results(logprobs_ptr, entropy_ptr, outside_ptr, record_ptr),
+        row, own, tl.load(here + OUTSIDE_AT) != 0, kept_raw, sums.raw_top, sums.top, log_mass,
+        entropy_of(sums, log_mass), Results(logprobs_ptr, entropy_ptr, outside_ptr, record_ptr),
     )  # fmt: skip
 
 
@@ -613,14 +631,23 @@ def launch_sums(
     ))  # fmt: skip
 
 
-def _launch_finish(task: Task, place: Place, told: torch.Tensor, sums: torch.Tensor, into: Rows) -> None:
+def launch_finish(
+    task: Task,
+    place: Place,
+    told: torch.Tensor,
+    sums: torch.Tensor,
+    into: Rows,
+    kept: torch.Tensor | None = None,
+) -> None:
+    """Finish all rows; ``kept`` int32 ``[N, 3]`` says what rules keep of them, None that there are no rules."""
     temperature, targets = task.temperature, task.targets
     ranks = triton.next_power_of_2(place.ranks)
     key = (
         targets.device, ranks, *_dtypes(temperature, targets), into.entropy is None, _index_key(task, targets),
+        kept is None,
     )  # fmt: skip
     _finish(key, len(targets), (
-        temperature, row_stride(temperature), targets, told, slots_on(place, targets.device), sums,
+        temperature, row_stride(temperature), targets, kept, told, slots_on(place, targets.device), sums,
         into.logprobs, into.entropy, into.outside, into.record, place.ranks, place.shared, place.V,
         task.ignore_index, targets.stride(0), *told.stride()[:2], ranks,
     ))  # fmt: skip
@@ -662,7 +689,7 @@ def logprobs_of_part(
     sums = add(sums)
     found = Rows.empty(N, entropy, device)
     if N:
-        _launch_finish(task, place, told, sums, found)
+        launch_finish(task, place, told, sums, found)
     return found
 
 
