@@ -309,8 +309,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a bound never verified", f"{SELECTION}/refine.py",
-        "at = Progress(kept, top_key, complete == 0)",
-        "at = Progress(kept, top_key, complete & (complete == 0))",
+        "at = Progress(kept, top_key, complete == 0, tl.full",
+        "at = Progress(kept, top_key, complete & (complete == 0), tl.full",
         ("kernels/selection/test_selection.py::test_a_sample_that_misleads",),
     ),
     Mutation(
