@@ -28,22 +28,30 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from fastlogits_kernels.runtime.launcher import Launch
+from fastlogits_kernels.parallel.report import bytes_of_report
+from fastlogits_kernels.runtime.launcher import Launch, collected
+from fastlogits_kernels.training.shards import SENT_IN_TORCH, Place
 
 import fastlogits as fl
 from benchmarks.folders import LOCAL
 from benchmarks.inputs import device_name
 from benchmarks.session import Session
 from fastlogits import warm_up as warming
+from fastlogits.parallel import sampling
 
 KPT: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
-TIMED: dict[str, dict[str, Any]] = {"T k p": KPT, "T p": {"temperature": 0.7, "top_p": 0.9}, "T": {"temperature": 0.7}}
-"""Truncations that are timed: one exchange of candidates, rows dealt out, one exchange of a token."""
+RAW = "T, raw logprobs"
+TIMED: dict[str, dict[str, Any]] = {
+    "T k p": KPT, "T p": {"temperature": 0.7, "top_p": 0.9}, "T": {"temperature": 0.7},
+    RAW: {"temperature": 0.7, "logprobs": "raw", "top_logprobs": 5},
+}  # fmt: skip
+"""What is timed: one exchange of candidates, rows dealt out, one exchange of a token, and two more for a report."""
 BY_ROW = "T by row, k"
 CHECKED: dict[str, dict[str, Any]] = {
     "T k p": KPT, "T": {"temperature": 0.7}, BY_ROW: {"top_k": 50},
     "k p min-p, lowest ties, vllm": {"top_k": 40, "top_p": 0.6, "min_p": 0.02, "ties": "lowest", "order": "vllm"},
     "greedy": {"temperature": 0.0}, "T p": {"temperature": 0.7, "top_p": 0.9},
+    RAW: TIMED[RAW], "T k p raw logprobs": {**KPT, "logprobs": "raw", "top_logprobs": 5},
     "T p raw logprobs": {"temperature": 0.7, "top_p": 0.9, "logprobs": "raw", "top_logprobs": 5},
     "T k p processed logprobs": {**KPT, "logprobs": "processed", "top_logprobs": 5},
 }  # fmt: skip
@@ -127,6 +135,11 @@ class Ranks:
         each = -(-logits.shape[1] // self.count)
         return logits[:, self.rank * each : (self.rank + 1) * each].contiguous()
 
+    def place(self, part: torch.Tensor) -> Place:
+        """Which tokens the ranks have of parts."""
+        shards = self.group.shards(part.shape[1])
+        return Place.of(shards.starts, shards.sizes, self.rank)
+
     def arange(self, rows: int) -> torch.Tensor:
         """Whole numbers int64 ``[rows]``: seeds, positions, slots."""
         return torch.arange(rows, device=self.device)
@@ -172,6 +185,12 @@ def compile_all(ranks: Ranks) -> None:
 
     with patch.object(warming, "prepare", collect):
         _warm_up(ranks)
+    # The backward pass runs in this thread, which collects its launches; what the ranks exchange means nothing yet.
+    with torch.autograd.set_multithreading_enabled(False), collected() as trained:
+        for _, logits, targets, options in _trained(ranks, ranks.hard_logits(torch.bfloat16)):
+            _logprobs_of(logits, targets, options)
+            _logprobs_of(ranks.part(logits), targets, {**options, "group": ranks.group})
+    launches += trained
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
             ranks.session.compile(launches)
@@ -206,7 +225,8 @@ def check_sampler(ranks: Ranks, name: str, dtype: torch.dtype) -> None:
     seeds, positions = ranks.arange(_ROWS) * 3 + 1, ranks.arange(_ROWS)
     one, split = fl.Sampler(**options), fl.Sampler(**options, group=ranks.group)
     part = ranks.part(logits)
-    same = [is_same(split(part, seeds, positions), one(logits, seeds, positions))]
+    with patch.object(sampling, "LEAST_DEALT", 0):
+        same = [is_same(split(part, seeds, positions), one(logits, seeds, positions))]
     if ranks.is_cuda:
         graph, captured = _captured(lambda: split(part, seeds, positions))
         for seed in (1, 2):
@@ -288,6 +308,33 @@ def _request(i: int) -> fl.RequestParams:
     )  # fmt: skip
 
 
+def check_logprobs(ranks: Ranks) -> None:
+    """Log-probabilities of parts and their gradients, in two small exchanges, against those of all logits."""
+    for name, logits, targets, options in _trained(ranks, ranks.hard_logits(torch.bfloat16)):
+        right, gradient = _logprobs_of(logits, targets, options)
+        found, own = _logprobs_of(ranks.part(logits), targets, {**options, "group": ranks.group})
+        close = torch.allclose(own.float(), ranks.part(gradient).float(), 0.02, 1e-5, equal_nan=True)
+        ranks.session.check(is_same(found, right) and close, f"logprobs of parts, {name}")
+
+
+def _trained(ranks: Ranks, logits: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """What is trained on: its name, logits, targets and options."""
+    targets = ranks.arange(len(logits)) * 7
+    yield "T, entropy", logits, targets, {"temperature": 0.7, "entropy": True}
+    kept = fl.sample(logits, seeds=0, positions=0, top_k=50, return_kept=64).kept
+    yield "T, kept ids", logits, targets, {"temperature": 0.7, "kept": kept}
+    yield "T k p", logits, targets, KPT
+
+
+def _logprobs_of(logits: torch.Tensor, targets: torch.Tensor, options: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+    """Log-probabilities, and the gradient of their sum."""
+    leaf = logits.detach().requires_grad_()
+    found = fl.logprobs(leaf, targets, **options)
+    numbers = (found,) if isinstance(found, torch.Tensor) else (found.logprobs, found.entropy)
+    (gradient,) = torch.autograd.grad(numbers[0].sum(), leaf)
+    return [each.detach() for each in numbers if each is not None], gradient
+
+
 # -- Times -----------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +386,7 @@ def _steps(ranks: Ranks, split: Split) -> Iterator[Step]:
         yield from _processing(ranks, split)
     if rows > 1:
         yield from _serving(ranks, split)
+        yield from _training(ranks, split)
 
 
 def _exchanges(ranks: Ranks, split: Split) -> Iterator[Step]:
@@ -360,10 +408,20 @@ def _sampling(ranks: Ranks, split: Split, name: str) -> Iterator[Step]:
     rows = len(split.logits)
     seeds, positions = ranks.arange(rows), ranks.arange(rows) + 5
     one, parts = fl.Sampler(**TIMED[name]), fl.Sampler(**TIMED[name], group=ranks.group)
-    sent = {"T k p": _small(split), "T": 8 * rows, "T p": split.dealt(ranks.count)}[name]
+    if name == RAW:
+        with patch.object(sampling, "LEAST_DEALT", 0):
+            parts(split.part, seeds, positions)
+    report = rows * bytes_of_report(ranks.place(split.part), 5)
+    dealt = split.dealt(ranks.count)
+    sent = {"T k p": _small(split), "T": 8 * rows, "T p": dealt, RAW: 8 * rows + report}[name]
     yield Step(f"{name}: one GPU alone", lambda: one(split.logits, seeds, positions).tokens)
     yield Step(f"{name}: gather, then one GPU", lambda: one(split.gather(), seeds, positions).tokens, split.gathered)
     yield Step(f"{name}: split", lambda: parts(split.part, seeds, positions).tokens, sent)
+    if name == RAW and ranks.is_cuda:  # so few rows or so many, both ways are timed
+        with patch.object(sampling, "LEAST_DEALT", 1 << 60):
+            dealing = fl.Sampler(**TIMED[name], group=ranks.group)
+            dealing(split.part, seeds, positions)
+        yield Step(f"{name}: dealt", lambda: dealing(split.part, seeds, positions).tokens, dealt)
 
 
 def _processing(ranks: Ranks, split: Split) -> Iterator[Step]:
@@ -385,6 +443,23 @@ def _serving(ranks: Ranks, split: Split) -> Iterator[Step]:
     slots = ranks.arange(rows)
     yield Step("serving: gather, then one GPU", lambda: whole.sample(split.gather(), slots).tokens, split.gathered)
     yield Step("serving: split", lambda: parts.sample(split.part, slots).tokens, split.dealt(ranks.count))
+
+
+def _training(ranks: Ranks, split: Split) -> Iterator[Step]:
+    rows = len(split.logits)
+    place = ranks.place(split.part)
+    few = rows * (place.sent if ranks.is_cuda else SENT_IN_TORCH)
+    ruled = few + _small(split) if ranks.is_cuda else split.dealt(ranks.count)
+    for name, logits, targets, options in _trained(ranks, split.logits):
+
+        def one(logits: Any = logits, targets: Any = targets, options: Any = options) -> object:
+            return fl.logprobs(logits, targets, **options)
+
+        def parts(targets: Any = targets, options: Any = options) -> object:
+            return fl.logprobs(split.part, targets, group=ranks.group, **options)
+
+        yield Step(f"logprobs {name}: one GPU alone", one)
+        yield Step(f"logprobs {name}: split", parts, ruled if name == "T k p" else few)
 
 
 def _time(ranks: Ranks, step: Step, rows: int, vocab: int) -> None:
@@ -462,7 +537,7 @@ def _parts(ranks: Ranks) -> Iterator[tuple[Any, ...]]:
         yield "compile", compile_all
     for name, dtype in _samplers():
         yield f"check {name} {dtype}", check_sampler, name, dtype
-    for check in (check_processors, check_serving, check_process):
+    for check in (check_processors, check_serving, check_process, check_logprobs):
         yield check.__name__.replace("_", " "), check
     for rows, vocab in ranks.size.timed:
         yield f"time {rows} x {vocab}", time_size, rows, vocab

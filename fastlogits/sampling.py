@@ -324,9 +324,10 @@ class Sampler:
         form = (*((name, _form_of(value)) for name, value in parameters), ("logprobs", self._logprobs))
         form = (*form, ("top_logprobs", self._top_logprobs))
         plain = None
-        if self._logprobs is None:
+        if self._logprobs != "processed" and self._top_logprobs <= MOST:
             greedy = not isinstance(self._temperature, torch.Tensor) and self._temperature == 0
-            plain = Draw(() if greedy else self._rules, self._temperature)
+            reported = None if self._logprobs is None else self._top_logprobs
+            plain = Draw(() if greedy else self._rules, self._temperature, reported)
         return SplitSampler(group, like(self.params), like, form, plain)
 
     def _sample_split(

@@ -214,6 +214,12 @@ class Group:
         _gather(found.view(-1), mine.view(-1), group=self.process_group)
         return found
 
+    def added(self, mine: torch.Tensor) -> torch.Tensor:
+        """The sum of the tensors of all ranks, of one shape and dtype everywhere; it may take the place of ``mine``."""
+        if self.size > 1:
+            dist.all_reduce(mine, group=self.process_group)
+        return mine
+
     def all_to_all(self, mine: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         """What each rank has for this one, one after the other: a flat tensor of ``sum(received)`` elements.
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from fastlogits_kernels.parallel.launch import BestShards, TopShards, sent_of
+from fastlogits_kernels.parallel.report import report_of_part
 from fastlogits_kernels.rules import Rule, is_idle
 from fastlogits_kernels.runtime.backend import CompileError
 from fastlogits_kernels.runtime.launcher import table_on
 from fastlogits_kernels.selection import launch
+from fastlogits_kernels.training.shards import Exchange, Place
 
 from fastlogits.checks import LOGITS_DTYPES
 from fastlogits.parallel.group import Agreement, Group, Shards
@@ -27,6 +29,13 @@ from fastlogits.sampled import Sample
 
 if TYPE_CHECKING:
     from fastlogits.sampling import Sampler, SamplingParams
+
+
+LEAST_DEALT = 1 << 22
+"""Bytes of a part of the logits from which on a report from the parts is quicker.
+
+Two exchanges and some nine launches take about 40 us more than none; to deal out so much takes about as long.
+"""
 
 
 class SplitCall(NamedTuple):
@@ -59,6 +68,10 @@ class Parts(NamedTuple):
     """The processors, for this rank's part."""
     of: PartMembers
     """What they are there."""
+    reported: int | None
+    """For how many of the likeliest tokens raw log-probabilities are wanted too; None where not even the token's is."""
+    place: Place
+    """Where the part is, for these."""
 
     def sent(self, call: SplitCall) -> torch.Tensor:
         """What this rank sends."""
@@ -70,17 +83,22 @@ class Parts(NamedTuple):
             )
         return self.step.sent(part, call.seeds, call.positions, self.temperature, *inputs)
 
-    def tokens(self, sent: torch.Tensor, call: SplitCall) -> Sample:
-        """The token of each row, from what all have sent."""
+    def sample(self, sent: torch.Tensor, call: SplitCall, gather: Exchange, add: Exchange) -> Sample:
+        """The token of each row, from what all have sent; if wanted a report on it, which takes two exchanges more."""
         tokens = self.step.tokens(sent, call.seeds, call.positions, self.temperature)
-        return Sample(tokens, None, None, None, None)
+        if self.reported is None:
+            return Sample(tokens, None, None, None, None)
+        report = report_of_part(call.logits[:, : self.own], tokens, self.reported, self.place, gather, add)
+        return Sample.of(tokens, report, self.reported)
 
 
 class Draw(NamedTuple):
-    """What a sampler does after its processors, where nobody asks for log-probabilities."""
+    """What a sampler does after its processors, where nobody asks for log-probabilities of processed logits."""
 
     rules: tuple[Rule, ...]
     temperature: float | torch.Tensor | None
+    reported: int | None
+    """See ``Parts``."""
 
     def after(self, members: Sequence[Member]) -> tuple[list[Member], tuple[Rule, ...]] | None:
         """The processors before the truncations, and all of these; None where they don't stand in this order."""
@@ -113,9 +131,10 @@ class SplitSampler:
     There are three ways, of which all give the result of one process, bit for bit. Which one is taken depends on what
     the host knows, and is the same on all ranks.
 
-    - On a GPU, without log-probabilities, where no rule drops anything or a fixed number of the most likely tokens is
-      taken before anything is added up, and where processors map each logit by itself: each rank sends the few tokens
-      of its part that may be kept, once, and finds the token among all that was sent.
+    - On a GPU, where no rule drops anything or a fixed number of the most likely tokens is taken before anything is
+      added up, and where processors map each logit by itself: each rank sends the few tokens of its part that may be
+      kept, once, and finds the token among all that was sent. For raw log-probabilities two more small exchanges
+      follow, where rows are so many that dealing them out takes longer. Those of processed logits don't come here.
     - Else the ranks exchange their logits so that each has some whole rows. They sample these, and exchange the
       results.
     - Where there are no more rows than ranks, or a processor has to see all rows, each rank gets all of them.
@@ -125,7 +144,7 @@ class SplitSampler:
         sampler: samples whole rows.
         make: makes another sampler like it, of other parameters.
         form: the names of its parameters, and what has to be the same of them on all ranks.
-        draw: what the sampler does, where that is no more than to draw.
+        draw: what the sampler does, where that is no more than to draw, and to report on the logits as they are given.
     """
 
     def __init__(
@@ -166,7 +185,7 @@ class SplitSampler:
             self._ways[key] = way
             return sample
         if way.parts is not None:
-            return way.parts.tokens(self.group.all_gather(way.parts.sent(call)), call)
+            return self._from_parts(way.parts, way.parts.sent(call), call)
         return self._shared(way, call, self._own(way, call))
 
     def rehearse(self, call: SplitCall, plan: Any) -> None:
@@ -181,9 +200,12 @@ class SplitSampler:
         shards = Shards.of([width] * size, [None] * size, V)
         some = call._replace(logits=call.logits.new_empty(B, width))
         parts = self._parts(some, shards, [] if plan is None else plan.members)
+
+        def gather(mine: torch.Tensor) -> torch.Tensor:
+            return mine.new_empty(size, *mine.shape)
+
         if parts is not None:
-            sent = parts.sent(some)
-            parts.tokens(sent.new_empty(size, *sent.shape), some)
+            parts.sample(gather(parts.sent(some)), some, gather, lambda sums: sums)
 
     def _new_way(self, call: SplitCall, plan: Any) -> _Way:
         """Compare the arguments with those of the other ranks, and choose a way."""
@@ -200,19 +222,26 @@ class SplitSampler:
         # One for all numbers of rows.
         key = (call.logits.shape[1], call.logits.dtype, call.logits.device, id(plan))
         parts = None
-        if B:
+        if B and self._sends_less(call.logits, shards):
             parts = self._made[key] = self._made[key] if key in self._made else self._parts(call, shards, members)
         if not deals:
             return _Way(shards, plan, None, self.sampler, parts)
         rows = self.group.rows_of(self.group.rank, B)
         return _Way(shards, plan, rows, self._of_rows(rows, B), parts)
 
+    def _sends_less(self, logits: torch.Tensor, shards: Shards) -> bool:
+        """Whether tokens from the parts take less time than whole rows: always, without a report on them."""
+        if self._plain is None or self._plain.reported is None:
+            return True
+        return len(logits) * shards.vocab_size * logits.element_size() >= LEAST_DEALT * self.group.size
+
     def _parts(self, call: SplitCall, shards: Shards, members: Sequence[Member]) -> Parts | None:
         """How tokens are sampled from the parts; None where whole rows are needed."""
         if self._plain is None or not _has_kernels(call.logits) or not len(call.logits) or min(shards.sizes) < 2:
             return None
         split = self._plain.after(members)
-        if split is None:
+        # More of the likeliest tokens than there are is an error, which whole rows raise.
+        if split is None or (self._plain.reported or 0) > shards.vocab_size:
             return None
         (before, rules), temperature = split, self._plain.temperature
         device, rank = call.logits.device, self.group.rank
@@ -233,7 +262,8 @@ class SplitSampler:
             number = min(temperature, torch.finfo(torch.float32).max)
             temperature = table_on(torch.tensor(number, dtype=torch.float32), device)
         fold: Any = folds[0] if folds else None
-        return Parts(step, own, temperature, fold, of)
+        place = Place.of(shards.starts, shards.sizes, rank)
+        return Parts(step, own, temperature, fold, of, self._plain.reported, place)
 
     def _of_rows(self, rows: slice, B: int) -> Sampler:
         """A sampler of some rows, which reads their parameters where those of all rows stand."""
@@ -251,7 +281,7 @@ class SplitSampler:
             sent, failures = self._tried(lambda: way.parts.sent(call))  # type: ignore[union-attr]
             if not any(failures):
                 try:
-                    return way, way.parts.tokens(self.group.all_gather(sent), call)
+                    return way, self._from_parts(way.parts, sent, call)
                 except CompileError:  # as on the other ranks
                     return self._first(way._replace(parts=None), call)
             if not all(each is None or each.startswith(CompileError.__name__) for each in failures):
@@ -261,6 +291,9 @@ class SplitSampler:
         if any(failures):
             raise RuntimeError(_failed(failures))
         return way, self._shared(way, call, own)
+
+    def _from_parts(self, parts: Parts, sent: torch.Tensor, call: SplitCall) -> Sample:
+        return parts.sample(self.group.all_gather(sent), call, self.group.all_gather, self.group.added)
 
     def _tried(self, run: Callable[[], Any]) -> tuple[Any, list[str | None]]:
         """What a function returns, and how it has failed on each rank. Here it is raised, unless kernels lack."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from fastlogits_kernels.training import logprobs as kernels
@@ -15,7 +16,12 @@ from fastlogits.plan.fusion import fused_to_logits, fused_to_token
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.position import Index
 from fastlogits.plan.run import Run
+from fastlogits.plan.stages import Member, Truncate
 from fastlogits.processors.base import LogitsProcessorList
+
+if TYPE_CHECKING:
+    from fastlogits_kernels.rules import Rule
+    from fastlogits_kernels.training.shards import Place
 
 
 class _Process(NamedTuple):
@@ -57,35 +63,66 @@ def _steps(logits: torch.Tensor, task: Task) -> Iterator[tuple[int, torch.Tensor
         )  # fmt: skip
 
 
+Found: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, torch.Tensor | None]]
+"""Log-probabilities, entropies if asked for, and what is outside; the record, and what is kept if that lacks it."""
+
+
+class Way(Protocol):
+    """How rows that have been processed come to log-probabilities: in one process, or in several together."""
+
+    def forward(self, local: torch.Tensor, task: Task, entropy: bool) -> Found:
+        """What rows come to."""
+
+    def backward(
+        self, local: torch.Tensor, task: Task, came: kernels.Incoming, bits: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """Write the gradient of the processed logits to ``out``."""
+
+
+class _Whole:
+    """Rows of the whole vocabulary."""
+
+    def forward(self, local: torch.Tensor, task: Task, entropy: bool) -> Found:
+        found = kernels._forward(local, task, entropy)
+        return found.logprobs, found.entropy, found.outside, (found.record, None)
+
+    def backward(
+        self, local: torch.Tensor, task: Task, came: kernels.Incoming, bits: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        kernels._backward_(local, task, came, out)
+
+
 class _Processed(torch.autograd.Function):
     """Log-probabilities behind processors; in the backward pass these run once more, in torch."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, task: Task, entropy: bool, process: _Process) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, logits: torch.Tensor, task: Task, entropy: bool, process: _Process, way: Way
+    ) -> tuple[Any, ...]:
         """Log-probabilities, entropies and what is outside, each ``[B, T]``."""
         found = []
         for t, each, of_it in _steps(logits.detach(), task):
-            found.append(kernels._forward(process(each, t), of_it, entropy))
-        ctx.save_for_backward(logits, *(rows.record for rows in found))
-        ctx.task, ctx.entropy, ctx.process = task, entropy, process
-        outside = torch.stack([rows.outside for rows in found], 1)
+            found.append(way.forward(process(each, t), of_it, entropy))
+        logprobs, entropies, outsides, numbers = zip(*found, strict=True)
+        ctx.save_for_backward(logits, *(each for of_position in numbers for each in of_position))
+        ctx.task, ctx.entropy, ctx.process, ctx.way = task, entropy, process, way
+        outside = torch.stack(outsides, 1)
         ctx.mark_non_differentiable(outside)
-        result = torch.stack([rows.logprobs for rows in found], 1)
-        entropies = torch.stack([rows.entropy for rows in found], 1) if entropy else result.new_empty(0)  # type: ignore[misc]
-        return result, entropies, outside
+        result = torch.stack(logprobs, 1)
+        return result, torch.stack(entropies, 1) if entropy else result.new_empty(0), outside
 
     @staticmethod
     def backward(ctx: Any, *came: Any) -> tuple[Any, ...]:
         """The gradient of the logits."""
-        logits, *records = ctx.saved_tensors
+        logits, *numbers = ctx.saved_tensors
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for t, each, of_it in _steps(logits.detach(), ctx.task):
             # As in the forward pass, to the last bit; the pass that torch records may round otherwise.
             same = ctx.process(each, t)
             own = torch.empty(same.shape, dtype=same.dtype, device=same.device)
             entropy_grads = came[1][:, t].contiguous() if ctx.entropy else None
-            incoming = kernels.Incoming(came[0][:, t].contiguous(), entropy_grads, records[t])
-            kernels._backward_(same, of_it, incoming, own)
+            incoming = kernels.Incoming(came[0][:, t].contiguous(), entropy_grads, numbers[2 * t])
+            ctx.way.backward(same, of_it, incoming, numbers[2 * t + 1], own)
             with torch.enable_grad():
                 leaf = each.detach().clone().requires_grad_()
                 processed = ctx.process(leaf, t)
@@ -94,7 +131,32 @@ class _Processed(torch.autograd.Function):
             else:  # a processor has made them anew
                 found = torch.zeros_like(leaf)
             gradient[:, t] = found
-        return gradient, None, None, None
+        return gradient, None, None, None, None
+
+
+def _of_part(
+    members: Sequence[Member], input_ids: torch.Tensor, joins: bool, place: Place
+) -> tuple[Plan, torch.Tensor, tuple[Rule, ...]]:
+    """The plan of a part of the vocabulary, the tokens as it reads them, and the truncations behind it if these join.
+
+    Raises:
+        ValueError: a processor needs more than the part.
+    """
+    from fastlogits.parallel.stages import Piece, members_of_part
+
+    last = len(members)
+    while joins and last and isinstance(members[last - 1].stage, Truncate):
+        last -= 1
+    rules = tuple(rule for member in members[last:] for rule in member.stage.rules)  # type: ignore[attr-defined]
+    part = None
+    if all(rule.filter_value == -math.inf for rule in rules):
+        part = members_of_part(members[:last], Piece(place.first, place.first + place.width, place.V))
+    if part is None:
+        raise ValueError(
+            "processors must map each logit by itself where the vocabulary is split, with truncations last if at all, "
+            f"got {', '.join(member.name for member in members)}"
+        )
+    return Plan.compile(part.members), part.ids(input_ids), rules
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -105,12 +167,13 @@ def processed_logprobs(
     processors: Iterable[Any],
     input_ids: torch.Tensor | None,
     prompt_length: Index | None,
-    shape: torch.Size,
+    group: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Log-probabilities of targets behind processors, entropies if asked for, and which targets are outside.
 
     Raises:
-        ValueError: ``input_ids`` that don't fit the logits; kept ids with offsets.
+        ValueError: ``input_ids`` that don't fit the logits; kept ids with offsets; with a group, processors that need
+            more than this rank's part of the logits.
     """
     listed = processors if isinstance(processors, LogitsProcessorList) else LogitsProcessorList(processors)
     whole = logits if logits.ndim == 3 else logits.unsqueeze(1)
@@ -129,11 +192,21 @@ def processed_logprobs(
         raise ValueError(f"input_ids must be integers of shape ({B}, L) with L at least {T}, got {kind(input_ids)}")
     if task.kept is not None and task.kept.offsets is not None:
         raise ValueError("kept must be ids with counts or bits where processors are given, got ids with offsets")
-    draw = fused_to_token(listed.plan.inner_parts, not task.rules and task.temperature is None and task.kept is None)
-    parts = [*draw.rest, *([] if draw.fold is None else [draw.fold])]
-    if draw.rules is not None:
-        task = task._replace(rules=draw.rules)
-    process = _Process(Plan(fused_to_logits(parts)), input_ids, prompt_length, T)
+    joins = not task.rules and task.temperature is None and task.kept is None
+    way: Way = _Whole()
+    if group is None:
+        draw = fused_to_token(listed.plan.inner_parts, joins)
+        plan = Plan(fused_to_logits([*draw.rest, *([] if draw.fold is None else [draw.fold])]))
+        rules = draw.rules or ()
+    else:
+        from fastlogits.training.shards import Ranks, check_bits
+
+        way = ranks = Ranks.of(group, logits)
+        check_bits(task, ranks.place.V)
+        plan, input_ids, rules = _of_part(listed.plan.members, input_ids, joins, ranks.place)
+    if rules:
+        task = task._replace(rules=rules)
+    process = _Process(plan, input_ids, prompt_length, T)
     apply: Any = _Processed.apply
-    found, entropies, outside = apply(whole, task, entropy, process)
+    found, entropies, outside = apply(whole, task, entropy, process, way)
     return found.reshape(-1), entropies.reshape(-1) if entropy else None, outside.reshape(-1)

@@ -1,23 +1,34 @@
 """Log-probabilities where the vocabulary is split over ranks.
 
-Some rows at a time are dealt out: each rank gets the whole logits of its share of them, and computes what it would on
-one GPU. What a row comes to, some numbers, goes back to all. So results are those of one GPU, bit for bit, whatever the
-rules. The backward pass needs the rank's own logits and these numbers.
+Results are those of one GPU, bit for bit. There are two ways, chosen by what the host knows, alike on all ranks:
+
+- All tokens count, or sets say which do; or, on GPUs, a fixed number of the likeliest ones. Each rank adds up its own
+  logits, and two small exchanges make one sum of them. See ``fastlogits_kernels.training.shards`` and
+  ``ruled_shards``.
+- Other rules say what is kept, or the logits are float64. Some rows at a time are dealt out: each rank gets the whole
+  logits of its share of them, and computes what it would on one GPU. What a row comes to, some numbers, goes back to
+  all.
+
+The backward pass needs the rank's own logits and these numbers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from fastlogits_kernels.rules import Rule
-from fastlogits_kernels.runtime.bits import pack_bits, unpack_bits
+from fastlogits_kernels.rules import Rule, is_idle
+from fastlogits_kernels.runtime.bits import pack_bits, unpack_bits, words
 from fastlogits_kernels.training import logprobs as kernels
-from fastlogits_kernels.training.reference import Task, rows_of
+from fastlogits_kernels.training.reference import Task, rows_of, scores_of
 from fastlogits_kernels.training.rows import RANK_AT
+from fastlogits_kernels.training.ruled_shards import fixed_number_of, ruled_logprobs_of_part
 from fastlogits_kernels.training.sets import GivenSets
+from fastlogits_kernels.training.shards import Place, logprobs_of_part
+
+from fastlogits.parallel.group import Group, Shards
 
 # What is dealt out at a time takes a small part of the logits' memory; fewer rows than that wait more than they send.
 _SHARE = 32
@@ -31,7 +42,8 @@ def local_logits(logits: Any, group: Any) -> tuple[Any, Any]:
     """This rank's part of the logits, and the group over which the vocabulary is split; None where it isn't.
 
     Raises:
-        ValueError: a ``DTensor`` that is split otherwise than over its last dimension; a group that is none.
+        ValueError: a ``DTensor`` that is split otherwise than over its last dimension; a group that is none, or one of
+            whose ranks has padding alone.
     """
     if type(logits) is not torch.Tensor and hasattr(logits, "placements") and hasattr(logits, "to_local"):
         split = [dim for dim, placement in enumerate(logits.placements) if not placement.is_replicate()]
@@ -44,7 +56,10 @@ def local_logits(logits: Any, group: Any) -> tuple[Any, Any]:
     if group is None:
         return logits, None
     if hasattr(group, "shards"):  # a fastlogits.parallel.Group, which knows which columns are padding
-        logits = logits[..., : group.shards(logits.shape[-1]).sizes[group.rank]]
+        sizes = group.shards(logits.shape[-1]).sizes
+        if not all(sizes):  # as all ranks see it
+            raise ValueError(f"group must leave each rank at least one token, got parts of {sizes} tokens")
+        logits = logits[..., : sizes[group.rank]]
         group = group.process_group
     if hasattr(group, "get_group"):  # a DeviceMesh
         group = group.get_group()
@@ -55,109 +70,131 @@ def local_logits(logits: Any, group: Any) -> tuple[Any, Any]:
     return logits, group
 
 
-class _Ranks(NamedTuple):
-    """The ranks of a group, and how many tokens each has."""
-
-    group: Any
-    rank: int
-    widths: tuple[int, ...]
-
-    @property
-    def start(self) -> int:
-        """The first token of this rank."""
-        return sum(self.widths[: self.rank])
-
-    @property
-    def width(self) -> int:
-        """How many tokens this rank has."""
-        return self.widths[self.rank]
-
-    def share(self, rank: int, rows: int) -> tuple[int, int]:
-        """The rows that a rank processes, of so many."""
-        each = -(-rows // len(self.widths))
-        return min(rank * each, rows), min((rank + 1) * each, rows)
-
-    def dealt(self, local: torch.Tensor) -> torch.Tensor:
-        """The whole logits of this rank's share of some rows, of which all have their part ``[n, width]``."""
-        n = len(local)
-        shares = [end - begin for begin, end in (self.share(rank, n) for rank in range(len(self.widths)))]
-        mine = shares[self.rank]
-        sent = [rows * self.width for rows in shares]
-        received = [mine * width for width in self.widths]
-        found = torch.empty(sum(received), dtype=local.dtype, device=local.device)
-        dist.all_to_all_single(found, local.contiguous().view(-1), received, sent, group=self.group)
-        parts = found.split(received)  # type: ignore[no-untyped-call]
-        return torch.cat([part.view(mine, width) for part, width in zip(parts, self.widths, strict=True)], 1)
-
-    def gathered(self, mine: torch.Tensor, rows: int) -> torch.Tensor:
-        """What all ranks say of their shares of some rows, ``[rows, n]``; of this one ``mine``."""
-        each = -(-rows // len(self.widths))
-        padded = torch.nn.functional.pad(mine, (0, 0, 0, each - len(mine))).contiguous()
-        found = [torch.empty_like(padded) for _ in self.widths]
-        dist.all_gather(found, padded, group=self.group)
-        return torch.cat(found)[:rows]
-
-
-_known: WeakKeyDictionary[Any, dict[int, _Ranks]] = WeakKeyDictionary()
-
-
-def _ranks(group: Any, width: int) -> _Ranks:
-    """The ranks of a group, which tell each other their widths once, by way of the host."""
-    known = _known.setdefault(group, {})
-    if width not in known:
-        told: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(told, width, group=group)
-        known[width] = _Ranks(group, dist.get_rank(group), tuple(told))
-    return known[width]
-
-
-class _Numbers(NamedTuple):
+class Numbers(NamedTuple):
     """What the backward pass needs of each row."""
 
     record: torch.Tensor
     """int32 ``[N, WORDS]`` of the kernels, or float ``[N, 3]``: the largest logit, the log-mass and the entropy."""
     bits: torch.Tensor | None
-    """What is kept of this rank's tokens, packed, where the record doesn't say it."""
+    """What is kept of this rank's tokens, packed, where neither the record nor a set that is given says it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share the vocabulary, and which tokens each has."""
+
+    group: Group
+    shards: Shards
+
+    @classmethod
+    def of(cls, group: Any, logits: torch.Tensor) -> Ranks:
+        """The ranks of a process group, of which this one has such logits ``[..., width]``."""
+        ranks = Group.of(group)
+        return cls(ranks, ranks.shards(logits.shape[-1]))
+
+    @property
+    def place(self) -> Place:
+        """Where this rank's tokens are."""
+        return Place.of(self.shards.starts, self.shards.sizes, self.group.rank)
+
+    def forward(
+        self, local: torch.Tensor, task: Task, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Numbers]:
+        """Log-probabilities, entropies if asked for, and what is outside; and what the backward pass needs."""
+        logprobs, entropies, outside, numbers = _forward(local, task, entropy, self)
+        return logprobs, entropies if entropy else None, outside, numbers
+
+    def backward(
+        self, local: torch.Tensor, task: Task, came: kernels.Incoming, bits: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """Write the gradient of this rank's logits to ``out``, which may be these, without any exchange."""
+        place = self.place
+        own = _own_task(task, place, bits)
+        # Chosen as in the forward pass, which has made the record: not by what the kernels take of this part alone.
+        gradient: Any = _gradient_in_torch
+        if came.record.dtype == torch.int32:
+            gradient = kernels._launch_gradient
+            came = came._replace(record=_own_record(came.record, task.rules, place.first))
+        pairs = zip(kernels._parts(local), kernels._views_like(out, local), strict=True)
+        for (part, begin, end), into in pairs:
+            gradient(part, own.rows(begin, end), came.rows(begin, end), into, place.V)
 
 
 def _forward_of_some(
-    local: torch.Tensor, task: Task, entropy: bool, ranks: _Ranks
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Numbers]:
-    """Log-probabilities, entropies, and what is outside, of some rows; and what the backward pass needs."""
-    n = len(local)
-    begin, end = ranks.share(ranks.rank, n)
-    whole, mine = ranks.dealt(local), task.rows(begin, end)
-    if kernels.takes(local, task):
+    local: torch.Tensor, task: Task, entropy: bool, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Numbers]:
+    """Log-probabilities, entropies, and what is outside, of some rows that are dealt out.
+
+    And what the backward pass needs.
+    """
+    n, group, place = len(local), ranks.group, ranks.place
+    own = group.rows_of(group.rank, n)
+    whole, mine = group.dealt_rows(local, ranks.shards), task.rows(own.start, own.stop)
+    if kernels.takes(whole, mine):
         found = kernels._forward(whole, mine, entropy)
         numbers = torch.stack((found.logprobs, found.logprobs if found.entropy is None else found.entropy), 1)
         told = torch.cat((numbers.view(torch.int32), found.outside.int().unsqueeze(1), found.record), 1)
-        told = ranks.gathered(told, n)
-        bits = None
-        if task.kept is not None:
-            kept = task.kept.mask(n, sum(ranks.widths))[0]
-            bits = pack_bits(kept[:, ranks.start : ranks.start + ranks.width])
+        told = group.results(told, n)
         floats = told[:, :2].contiguous().view(torch.float32)
-        return floats[:, 0], floats[:, 1], told[:, 2] != 0, _Numbers(told[:, 3:].contiguous(), bits)
-    of_rows = rows_of(whole, mine)
+        return floats[:, 0], floats[:, 1], told[:, 2] != 0, Numbers(told[:, 3:].contiguous(), None)
+    rows = rows_of(whole, mine)
     ignored = (mine.targets == mine.ignore_index).unsqueeze(1)
-    logprob = torch.where(of_rows.known, of_rows.own - of_rows.top - of_rows.log_mass, torch.nan).masked_fill(
-        ignored, 0
-    )
-    entropies = of_rows.entropy()[0]
+    logprob = torch.where(rows.of.known, rows.of.own - rows.top - rows.log_mass, torch.nan).masked_fill(ignored, 0)
+    entropies = rows.entropy()
     # A target that is none makes its whole row undefined.
-    log_mass = torch.where(of_rows.known, of_rows.log_mass, torch.nan)
-    columns = (logprob, entropies.masked_fill(ignored, 0), of_rows.outside & ~ignored, of_rows.top, log_mass, entropies)
-    told = ranks.gathered(torch.cat([each.to(logprob.dtype) for each in columns], 1), n)
-    kept = ranks.gathered(pack_bits(of_rows.scores != -torch.inf), n)
-    kept = unpack_bits(kept, sum(ranks.widths))[:, ranks.start : ranks.start + ranks.width]
-    return told[:, 0], told[:, 1], told[:, 2] != 0, _Numbers(told[:, 3:].contiguous(), pack_bits(kept))
+    log_mass = torch.where(rows.of.known, rows.log_mass, torch.nan)
+    outside = rows.of.outside & ~ignored
+    columns = (logprob, entropies.masked_fill(ignored, 0), outside, rows.top, log_mass, entropies)
+    told = group.results(torch.cat([each.to(logprob.dtype) for each in columns], 1), n)
+    kept = unpack_bits(group.results(pack_bits(rows.of.scores != -torch.inf), n), place.V)
+    bits = pack_bits(kept[:, place.first : place.first + place.width])
+    return told[:, 0], told[:, 1], told[:, 2] != 0, Numbers(told[:, 3:].contiguous(), bits)
 
 
-def _own_task(task: Task, ranks: _Ranks, bits: torch.Tensor | None) -> Task:
+def _forward_of_dealt(
+    local: torch.Tensor, task: Task, entropy: bool, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Numbers]:
+    """The same of all rows, some at a time."""
+    most = max(_LEAST_ROWS, len(task.targets) // _SHARE)
+    found = [
+        _forward_of_some(part, task.rows(begin, end), entropy, ranks)
+        for part, begin, end in kernels._parts(local, most)
+    ]
+    if not found:
+        found = [_forward_of_some(local.flatten(0, -2), task, entropy, ranks)]
+    logprobs, entropies, outside = (torch.cat(column) for column in list(zip(*found, strict=True))[:3])
+    numbers = [each[3] for each in found]
+    bits = None if numbers[0].bits is None else torch.cat([each.bits for each in numbers])  # type: ignore[misc]
+    return logprobs, entropies, outside, Numbers(torch.cat([each.record for each in numbers]), bits)
+
+
+@kernels._OPERATION.falls_back
+def _forward(
+    local: torch.Tensor, task: Task, entropy: bool, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Numbers]:
+    """The same, with two small exchanges where that is possible."""
+    place, exchanges = ranks.place, (ranks.group.all_gather, ranks.group.added)
+    if not _drops(task, place.V) and local.dtype != torch.float64:
+        found = logprobs_of_part(local, task._replace(rules=()), place, entropy, *exchanges)
+    else:
+        asked = len(task.targets) > 0 and task.kept is None
+        step = fixed_number_of(local, task, place, min(ranks.shards.sizes)) if asked else None
+        if step is None:
+            return _forward_of_dealt(local, task, entropy, ranks)
+        found = ruled_logprobs_of_part(local, task, place, step, entropy, *exchanges)
+    entropies = found.logprobs if found.entropy is None else found.entropy
+    return found.logprobs, entropies, found.outside, Numbers(found.record, None)
+
+
+def _drops(task: Task, V: int) -> bool:
+    """Whether rules may drop something."""
+    return task.kept is None and any(not is_idle(rule, V) for rule in task.rules)
+
+
+def _own_task(task: Task, place: Place, bits: torch.Tensor | None) -> Task:
     """What is asked of this rank's tokens, counted from its first."""
-    targets = torch.where(task.targets == task.ignore_index, _NONE, task.targets.long() - ranks.start)
-    kept = None if bits is None else GivenSets(bits=bits)
-    return task._replace(targets=targets, kept=kept, ignore_index=_NONE)
+    own = place.task(task, _NONE)
+    return own if bits is None else own._replace(kept=GivenSets(bits=bits), rules=())
 
 
 def _own_record(record: torch.Tensor, rules: Any, start: int) -> torch.Tensor:
@@ -169,27 +206,21 @@ def _own_record(record: torch.Tensor, rules: Any, start: int) -> torch.Tensor:
     return record
 
 
-def _gradient_in_torch(
-    local: torch.Tensor, task: Task, came: kernels.Incoming, bits: torch.Tensor, out: torch.Tensor
-) -> None:
+def _gradient_in_torch(local: torch.Tensor, task: Task, came: kernels.Incoming, out: torch.Tensor, _vocab: int) -> None:
     """The gradient of this rank's logits where torch has done the forward pass."""
-    x = local if local.dtype == torch.float64 else local.float()
-    n, width = x.shape
-    divisor = torch.ones(n, 1, dtype=x.dtype, device=x.device)
-    if task.temperature is not None:
-        sampled = (task.temperature >= 1e-30) & task.temperature.isfinite()
-        divisor = torch.where(sampled, task.temperature, 1.0).expand(n).to(x.dtype).unsqueeze(1)
+    of = scores_of(local, task)
+    g = came.grads.to(of.scores.dtype).unsqueeze(1)
     top, log_mass, entropy = came.record.split(1, 1)  # type: ignore[no-untyped-call]
-    logarithms = x / divisor - top - log_mass
-    p = torch.where(unpack_bits(bits, width), logarithms.exp(), log_mass * 0)
-    g = came.grads.to(x.dtype).unsqueeze(1)
-    h = torch.zeros_like(g) if came.entropy_grads is None else came.entropy_grads.to(x.dtype).unsqueeze(1)
+    logarithms = of.scores - top - log_mass
+    p = logarithms.exp()
+    h = torch.zeros_like(g) if came.entropy_grads is None else came.entropy_grads.to(p.dtype).unsqueeze(1)
     d = 0.0 - p * (g + h * torch.where(p > 0, logarithms + entropy, 0.0))
-    target = task.targets.unsqueeze(1)
-    inside = (target >= 0) & (target < width)
-    d.scatter_add_(1, torch.where(inside, target, 0), torch.where(inside, g, 0.0))
-    acts = ((g != 0) | (h != 0)) & (target != task.ignore_index)
-    out.copy_(torch.where(acts, d / divisor, 0.0))
+    target = torch.where(of.known, task.targets.unsqueeze(1), 0)
+    d.scatter_add_(1, target, torch.where(of.known, g, 0.0))
+    if of.divisor is not None:
+        d = d / of.divisor
+    acts = ((g != 0) | (h != 0)) & (task.targets != task.ignore_index).unsqueeze(1)
+    out.copy_(torch.where(acts, d, 0.0))
 
 
 class _Sharded(torch.autograd.Function):
@@ -197,23 +228,14 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, local: torch.Tensor, task: Task, entropy: bool, in_place: bool, group: Any
+        ctx: Any, local: torch.Tensor, task: Task, entropy: bool, in_place: bool, ranks: Ranks
     ) -> tuple[Any, ...]:
         """Log-probabilities, entropies and what is outside."""
-        ranks = _ranks(group, local.shape[-1])
-        most = max(_LEAST_ROWS, len(task.targets) // _SHARE)
-        found = [
-            _forward_of_some(part, task.rows(begin, end), entropy, ranks)
-            for part, begin, end in kernels._parts(local.detach(), most)
-        ]
-        logprobs, entropies, outside = (torch.cat(column) for column in list(zip(*found, strict=True))[:3])
-        numbers = [each[3] for each in found]
-        ctx.has_bits = numbers[0].bits is not None
-        bits = torch.cat([each.bits for each in numbers]) if ctx.has_bits else None  # type: ignore[misc]
-        ctx.save_for_backward(local, torch.cat([each.record for each in numbers]), bits)
+        logprobs, entropies, outside, numbers = ranks.forward(local.detach(), task, entropy)
+        ctx.save_for_backward(local, *numbers)
         ctx.given = (task, entropy, in_place, ranks)
         ctx.mark_non_differentiable(outside)
-        return logprobs, entropies if entropy else logprobs.new_empty(0), outside
+        return logprobs, logprobs.new_empty(0) if entropies is None else entropies, outside
 
     @staticmethod
     def backward(ctx: Any, *came: Any) -> tuple[Any, ...]:
@@ -221,18 +243,22 @@ class _Sharded(torch.autograd.Function):
         local, record, bits = ctx.saved_tensors
         task, entropy, in_place, ranks = ctx.given
         local = local.detach()
-        own = _own_task(task, ranks, bits)
         incoming = kernels.Incoming(came[0].contiguous(), came[1].contiguous() if entropy else None, record)
         out = local if in_place else torch.empty(local.shape, dtype=local.dtype, device=local.device)
-        if kernels.takes(local, task):
-            incoming = incoming._replace(record=_own_record(record, task.rules, ranks.start))
-            kernels._backward_(local, own, incoming, out)
-        else:
-            pairs = zip(kernels._parts(local), kernels._views_like(out, local), strict=True)
-            for (part, begin, end), into in pairs:
-                some = bits[begin:end]
-                _gradient_in_torch(part, own.rows(begin, end), incoming.rows(begin, end), some, into)
+        ranks.backward(local, task, incoming, bits, out)
         return out, None, None, None, None
+
+
+def check_bits(task: Task, V: int) -> None:
+    """Refuse packed sets of fewer tokens than a vocabulary has.
+
+    Raises:
+        ValueError: these are such.
+    """
+    if task.kept is not None and task.kept.bits is not None and task.kept.bits.shape[1] < words(V):
+        raise ValueError(
+            f"kept must have the {words(V)} words of the whole vocabulary, got {task.kept.bits.shape[1]} words"
+        )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -240,6 +266,8 @@ def sharded_logprobs(
     logits: torch.Tensor, task: Task, entropy: bool, in_place: bool, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Log-probabilities of targets of a vocabulary that is split over a group, entropies, and what is outside."""
+    ranks = Ranks.of(group, logits)
+    check_bits(task, ranks.place.V)
     apply: Any = _Sharded.apply
-    found, entropies, outside = apply(logits, task, entropy, in_place, group)
+    found, entropies, outside = apply(logits, task, entropy, in_place, ranks)
     return found, entropies if entropy else None, outside

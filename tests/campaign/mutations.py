@@ -309,8 +309,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a bound never verified", f"{SELECTION}/refine.py",
-        "at = Progress(kept, top_key, complete == 0)",
-        "at = Progress(kept, top_key, complete & (complete == 0))",
+        "at = Progress(kept, top_key, complete == 0, tl.full",
+        "at = Progress(kept, top_key, complete & (complete == 0), tl.full",
         ("kernels/selection/test_selection.py::test_a_sample_that_misleads",),
     ),
     Mutation(
@@ -801,7 +801,37 @@ MUTATIONS = [
         "place = total + tl.cumsum(number, 0) - number", "place = total + tl.cumsum(number, 0)",
         ("test_kept_tokens.py::test_ids_of_bits",),
     ),
+    Mutation(
+        "a shared tile beside the largest logit of one of its ranks", f"{KERNELS}/training/shards.py",
+        "return tl.maximum(first, last)", "return first",
+        ("training/test_shards.py::test_kernels_have_what_the_whole_has",),
+    ),
+    Mutation(
+        "a shared tile that is added up twice", f"{KERNELS}/training/shards.py",
+        "there = there & ((tile > 0) | (first_slot < 0)) &", "there = there &",
+        ("training/test_shards.py::test_kernels_have_what_the_whole_has",),
+    ),
+    Mutation(
+        "a target that a set on another rank doesn't have", f"{KERNELS}/training/shards.py",
+        "mass += tl.where(joins & reads, weight_of(own.x, top), 0)", "mass += 0",
+        ("training/test_shards.py::test_kernels_have_what_the_whole_has",),
+    ),
+    Mutation(
+        "a record that stays with all that it stands for", f"{KERNELS}/training/ruled_shards.py",
+        "mine = (within > 1) &", "mine = (within < 0) &",
+        ("training/test_shards.py::test_some_of_many_tokens_that_tie",),
+    ),
     # -- logits split over ranks --
+    Mutation(
+        "tiles that the token's logit is the largest of aren't counted", f"{KERNELS}/parallel/report.py",
+        "* TILE_WORDS) < own", "* TILE_WORDS) <= own",
+        ("parallel/test_report.py::test_the_ranks_report_what_one_process_reports",),
+    ),
+    Mutation(
+        "the likeliest tokens by their place in the part", f"{KERNELS}/parallel/report.py",
+        "(0x7FFFFFFF - token - first)", "(0x7FFFFFFF - token)",
+        ("parallel/test_report.py::test_the_ranks_report_what_one_process_reports",),
+    ),
     Mutation(
         "a record that stands for itself alone", f"{KERNELS}/parallel/union.py",
         "many = tl.where(ties, following - bits, 1)", "many = tl.where(ties, 1, 1)",

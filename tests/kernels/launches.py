@@ -28,12 +28,17 @@ from unittest import mock
 
 import torch
 from fastlogits_kernels.parallel import launch as parallel
+from fastlogits_kernels.parallel.report import report_of_part
 from fastlogits_kernels.rules import RULES, Rule, argument_of
 from fastlogits_kernels.runtime import backend, driver, launcher
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
 from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.serving import search
 from fastlogits_kernels.training import logprobs as training
+from fastlogits_kernels.training.reference import Task
+from fastlogits_kernels.training.ruled_shards import fixed_number_of, ruled_logprobs_of_part
+from fastlogits_kernels.training.sets import GivenSets
+from fastlogits_kernels.training.shards import Place, logprobs_of_part
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import CASES, OPERATIONS, Given, forced
@@ -172,8 +177,44 @@ def _train_on(given: torch.Tensor, rows: torch.Tensor, longs: torch.Tensor) -> N
     ):  # fmt: skip
         _backward(given, longs[:B], kept=kept)
         _backward(given, longs[:B], kept=kept, ignore_index=1)
+        for first in (0, 1, 48, 2049):
+            sets = kept.flat(B)
+            _in_part(given, Task(longs[1 : B + 1], rows[1 : B + 1], (), sets, -100), first)
+    for first in (1, 17, 48, 2048, 2049):
+        _report_of_part(given, longs[:B], first)
+        _report_of_part(given, longs[: 2 * B : 2], first)
+    for first in (0, 1, 17, 48, 2048, 2049):
+        _in_part(given, Task(longs[:B], rows[1 : B + 1], (), None, -100), first, 2 + first % 2)
+        _in_part(given, Task(longs[: 2 * B : 2], None, (), None, 1), first)
     _backward(given, longs[:B], ignore_index=-(2**40))
     fl.sample(given, seeds=0, positions=0, top_k=9, logprobs="processed", return_kept=8)
+
+
+def _in_part(given: torch.Tensor, task: Task, first: int, ranks: int = 2) -> None:
+    """Log-probabilities of a part of a vocabulary that begins at ``first``."""
+    width = given.shape[1]
+    starts, sizes = ([0, first], [first, width]) if first else ([0, width], [width, 1])
+    starts, sizes = starts + [first + width] * (ranks - 2), sizes + [5] * (ranks - 2)
+    place = Place.of(starts, sizes, 1 if first else 0)
+    if task.kept is None and width > 60:
+        for ties in ("all", "lowest"):
+            rules = (Rule("top_k", 50, ties=ties), Rule("top_p", 0.9, ties=ties))  # type: ignore[arg-type]
+            ruled = task._replace(rules=rules)
+            step = fixed_number_of(given, ruled, place, width)
+            assert step is not None
+            ruled_logprobs_of_part(given, ruled, place, step, ties == "all", lambda told: _of_all(told, ranks), clone)
+    for entropy in (False, True):
+        logprobs_of_part(given, task, place, entropy, lambda told: _of_all(told, ranks), clone)
+
+
+def _of_all(mine: torch.Tensor, ranks: int) -> torch.Tensor:
+    """What ranks tell that all tell the same."""
+    return mine.expand(ranks, *mine.shape).contiguous()
+
+
+def clone(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy."""
+    return tensor.clone()
 
 
 def _backward(logits: torch.Tensor, targets: torch.Tensor, **options: Any) -> None:
@@ -238,10 +279,19 @@ def _train(dtype: torch.dtype) -> None:
     _backward(logits, targets, temperature=0.7)
     kept = fl.sample(logits, seeds=0, positions=0, top_k=9, logprobs="processed", return_kept=8).kept
     _backward(logits, targets, kept=kept)
+    for sets in (None, kept.flat(2), GivenSets(bits=torch.zeros(2, V // 32 + 4, dtype=torch.int32))):
+        _in_part(logits, Task(targets, torch.tensor(0.7), (), sets, -100), 48, 4)
     for many in (1, 3):
         with mock.patch.object(training, "_MANY_ROWS", many):
             _backward(logits, targets, top_k=50, top_p=0.9)
             _backward(logits, targets, top_p=0.9, temperature=0.7)
+
+
+def _report_of_part(logits: torch.Tensor, tokens: torch.Tensor, first: int) -> None:
+    """Reports on a part of a vocabulary that begins at ``first``."""
+    place = Place.of([0, first, first + logits.shape[1]], [first, logits.shape[1], 9], 1)
+    for count in (0, 1, 5, 16):
+        report_of_part(logits, tokens, count, place, lambda sent: _of_all(sent, 3), clone)
 
 
 def _parts(dtype: torch.dtype) -> None:
@@ -251,6 +301,7 @@ def _parts(dtype: torch.dtype) -> None:
         for step in (parallel.TopShards(rules, 128, V, own, own, cpu), parallel.BestShards(own, own, cpu)):
             sent = step.sent(logits, seeds, seeds, temperature)
             step.tokens(sent.expand(4, *sent.shape).contiguous(), seeds, seeds, temperature)
+    _report_of_part(logits, seeds, 48)
 
 
 CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
@@ -350,6 +401,10 @@ def _smallest() -> None:
         if operation.least_vocab <= 1:
             operation.run(Given(1, 1, cpu))
     one, seeds = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+    for first in (0, 1):
+        for sets in (None, GivenSets(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))):
+            _in_part(one, Task(seeds, None, (), sets, -100), first)
+    _report_of_part(one, seeds, 1)
     values = {kind: 1 if spec.integer else 0.5 for kind, spec in RULES.items()}
     for ties in ("all", "lowest"):
         rules = tuple(Rule(kind, value, ties=ties if kind == "top_k" else "all") for kind, value in values.items())

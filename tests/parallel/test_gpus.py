@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastlogits as fl
+from fastlogits.parallel import sampling
 from tests.parallel.ranks import MOST, Ranks, same
 from tests.parallel.test_group import part_of
 
@@ -21,6 +22,8 @@ CASES = [
     {"temperature": 0.7, "top_p": 0.9},
     {"temperature": 0.7, "typical_p": 0.9, "logprobs": "raw", "top_logprobs": 3},
     {"temperature": 0.7, "top_k": 50, "logprobs": "processed", "top_logprobs": 3},
+    {"temperature": 0.7, "logprobs": "raw", "top_logprobs": 3},
+    {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "logprobs": "raw", "top_logprobs": 20},
 ]
 
 
@@ -32,7 +35,8 @@ def gpus() -> Iterator[Ranks]:
 
 
 def on_gpus(process_group, case, dtype):
-    """Whether the ranks sample what one GPU samples, called and replayed."""
+    """Whether the ranks sample what one GPU samples, called and replayed; reports come from the parts."""
+    sampling.LEAST_DEALT = 0
     rank, size, options = process_group.rank(), process_group.size(), CASES[case]
     generator = torch.Generator().manual_seed(3)
     rows = (torch.randn(3, 9, V, generator=generator) * 3).to(dtype).cuda()
@@ -59,3 +63,45 @@ def test_ranks_on_gpus_sample_what_one_gpu_samples(gpus, case, dtype, size):
     if size > GPUS:
         pytest.skip(f"needs {size} GPUs")
     assert all(gpus.alike(on_gpus, size, case, dtype))
+
+
+def trained_on_gpus(process_group, options, dtype):
+    """Whether log-probabilities of parts are those of one GPU, called and replayed; and so their gradients, nearly."""
+    rank, size = process_group.rank(), process_group.size()
+    generator = torch.Generator().manual_seed(3)
+    rows = (torch.randn(3, 9, V, generator=generator) * 3).to(dtype).cuda()
+    targets = torch.arange(9, device="cuda") * 3000
+    options = dict(options)
+    if "kept" in options:
+        options["kept"] = fl.sample(rows[0], seeds=0, positions=0, top_k=40, return_kept=options["kept"]).kept
+    part = part_of(rows[0], rank, size)
+
+    def step(logits, **more):
+        leaf = logits.detach().requires_grad_()
+        found = fl.logprobs(leaf, targets, temperature=0.7, entropy=True, **options, **more)
+        (gradient,) = torch.autograd.grad((found.logprobs + found.entropy).sum(), leaf)
+        return found.logprobs.detach(), found.entropy.detach(), gradient
+
+    def is_right(found, logits):
+        right = step(logits)
+        close = torch.allclose(found[2].float(), part_of(right[2], rank, size).float(), 1e-2, 1e-6)
+        return same(found[:2], right[:2]) and close
+
+    found = [is_right(step(part, group=process_group), rows[0])]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(part, group=process_group)
+    for logits in rows[1:]:
+        part.copy_(part_of(logits, rank, size))
+        graph.replay()
+        found.append(is_right(captured, logits))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"kept": 64}, {"kept": "bits"}, {"top_k": 50, "top_p": 0.9}])
+def test_ranks_on_gpus_train_as_one_gpu_does(gpus, options, dtype, size):
+    if size > GPUS:
+        pytest.skip(f"needs {size} GPUs")
+    assert all(gpus.alike(trained_on_gpus, size, options, dtype))

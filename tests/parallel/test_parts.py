@@ -28,6 +28,10 @@ CASES = [
     ({"temperature": torch.linspace(0, 2, 6), "top_k": 20, "typical_p": 0.6, "epsilon": 0.03}, torch.float32),
     ({"temperature": torch.linspace(0, 2, 6)}, torch.bfloat16),
     ({"temperature": 0.0, "top_k": 5}, torch.float32),
+    ({"temperature": 0.7, "top_k": 5, "top_p": 0.9, "logprobs": "raw", "top_logprobs": 5}, torch.bfloat16),
+    ({"temperature": torch.linspace(0, 2, 6), "logprobs": "raw", "top_logprobs": 32}, torch.float32),
+    ({"top_k": 400, "logprobs": "raw", "top_logprobs": 1}, torch.float16),
+    ({"temperature": 2.0, "logprobs": "raw"}, torch.float32),
 ]
 
 
@@ -48,7 +52,8 @@ def of_parts(process_group, case):
     """Whether the ranks sample from their parts, and what one process samples."""
     launch.FORCE_KERNEL = True
     taken = []
-    sent = sampling.Parts.sent
+    sent, least = sampling.Parts.sent, sampling.LEAST_DEALT
+    sampling.LEAST_DEALT = 0
     sampling.Parts.sent = lambda self, call: (taken.append(self.step), sent(self, call))[1]
     try:
         options, dtype = CASES[case]
@@ -60,7 +65,7 @@ def of_parts(process_group, case):
         return same(found, fl.Sampler(**options)(logits, seeds, 5)), len(taken)
     finally:
         launch.FORCE_KERNEL = False
-        sampling.Parts.sent = sent
+        sampling.Parts.sent, sampling.LEAST_DEALT = sent, least
 
 
 MADE = [
@@ -137,10 +142,13 @@ def of_warm_up(process_group, case):
     """The launches of a call that a warm-up has not rehearsed, and how many it has."""
     kept = warming.no_kernels, warming.prepare
     rehearsed = []
-    launch.FORCE_KERNEL = True
+    launch.FORCE_KERNEL, least, sampling.LEAST_DEALT = True, sampling.LEAST_DEALT, 0
     warming.no_kernels, warming.prepare = lambda device: None, lambda launches: rehearsed.extend(launches) or []
     try:
-        options = [{"temperature": 0.7, "top_k": 5}, {"temperature": 0.7}, {"top_p": 0.9}][case]
+        options = [
+            {"temperature": 0.7, "top_k": 5}, {"temperature": 0.7}, {"top_p": 0.9},
+            {"temperature": 0.7, "logprobs": "raw", "top_logprobs": 3},
+        ][case]  # fmt: skip
         sampler = fl.Sampler(**options, group=process_group)
         sampler.warm_up(V, torch.bfloat16, batch=4, device="cpu")
         part = part_of(hard_logits(torch.bfloat16)[:4], process_group.rank(), process_group.size())
@@ -150,11 +158,11 @@ def of_warm_up(process_group, case):
         called = {(each.launcher.name, each.key) for each in launches}
         return sorted(name for name, _ in called - known), len(called)
     finally:
-        launch.FORCE_KERNEL = False
+        launch.FORCE_KERNEL, sampling.LEAST_DEALT = False, least
         warming.no_kernels, warming.prepare = kept
 
 
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", range(4))
 def test_a_warm_up_compiles_what_calls_launch(ranks, case):
     missing, launched = ranks.alike(of_warm_up, 2, case)
     assert not missing

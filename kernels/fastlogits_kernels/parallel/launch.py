@@ -10,7 +10,7 @@ import torch
 from fastlogits_kernels.parallel.best import best_kernel, winner_kernel
 from fastlogits_kernels.parallel.layout import capacity_of, words_of
 from fastlogits_kernels.parallel.pack import pack_kernel
-from fastlogits_kernels.parallel.union import union_kernel
+from fastlogits_kernels.parallel.union import union_kept_kernel, union_kernel
 from fastlogits_kernels.pointwise.fold import NO_SETS, Chain, find_sets
 from fastlogits_kernels.pointwise.search import NOTHING, Call
 from fastlogits_kernels.rules import Rule, is_idle
@@ -33,6 +33,7 @@ _early_best = Launcher(best_kernel, num_warps=1, launch_pdl=True)
 _winner = Launcher(winner_kernel, num_warps=1)
 _WARPS = (4, 8, 16)
 _union = {warps: Launcher(union_kernel, num_warps=warps, enable_fp_fusion=False) for warps in _WARPS}
+_kept = {warps: Launcher(union_kept_kernel, num_warps=warps, enable_fp_fusion=False) for warps in _WARPS}
 _early_union = {
     warps: Launcher(union_kernel, num_warps=warps, enable_fp_fusion=False, launch_pdl=True) for warps in _WARPS
 }
@@ -89,8 +90,12 @@ class TopShards:
         temperature: torch.Tensor | None,
         chain: Chain | None = None,
         call: Call = NOTHING,
+        samples: bool = True,
     ) -> torch.Tensor:
-        """What this rank sends of its part ``[B, own]``, int32 ``[B, words]``: some four launches, and one."""
+        """What this rank sends of its part ``[B, own]``, int32 ``[B, words]``: some four launches, and one.
+
+        Where nobody ``samples`` from it, NaN is sent as any other logit.
+        """
         B, own = logits.shape
         found = None if chain is None else find_sets(logits, chain, call)
         chain = chain or _NO_CHAIN
@@ -99,16 +104,45 @@ class TopShards:
         layout = self._local.layouts[logits.element_size()]
         early = overlaps(logits.device)
         key = (
-            *launch_key(logits), chain.form, self._sent, self._local.lowest_ties,
+            *launch_key(logits), chain.form, self._sent, self._local.lowest_ties, samples,
             *(None if each is None else each.dtype for each in (temperature, seeds, positions)),
         )  # fmt: skip
         (_early_pack if early else _pack)(key, B, (
             logits, *maps_of(chain, found, temperature, logits), seeds, positions, row_stride(seeds),
             row_stride(positions), work, packed, own, words(own), self._first, layout.shape.pairs_at,
             *logits.stride(), work.stride(0), packed.stride(0),
-            chain.flat, LARGEST[torch.float32], self._local.lowest_ties, self._sent, _BLOCK, early,
+            chain.flat, LARGEST[torch.float32], self._local.lowest_ties, self._sent, _BLOCK, samples, early,
         ))  # fmt: skip
         return packed
+
+    def rows_at_once(self, itemsize: int, bytes_of_workspace: int) -> int:
+        """Of how many rows ``sent`` takes no more than so many bytes for its workspace; at least one."""
+        return max(1, bytes_of_workspace // (4 * self._local.layouts[itemsize].words_of_row))
+
+    @property
+    def lowest_ties(self) -> bool:
+        """Whether of tokens that tie the lowest ids are kept first."""
+        return self._all.lowest_ties
+
+    def kept(self, sent: torch.Tensor) -> torch.Tensor:
+        """What is kept of each row, int32 ``[B, 3]``, from what all have sent, ``[ranks, B, words]``: two launches.
+
+        See ``union_kept_kernel``. No rule may keep a band.
+        """
+        ranks, B, _ = sent.shape
+        selection = self._all
+        kept = torch.empty(B, 3, dtype=torch.int32, device=sent.device)
+        slots = self._sent * triton.next_power_of_2(ranks)
+        warps = 4 if slots <= 512 else 8 if slots <= 1024 else 16
+        rows = tuple([row.contiguous() for row in selection.rows])
+        key = (sent.device, slots, self._sent, selection.form, self._V, tuple(row.dtype for row in rows))
+        for tied in (False, True):
+            _kept[warps]((*key, tied), B, (
+                sent, (selection.numbers, *rows), kept, self._V, ranks, sent.stride(1), sent.stride(0),
+                selection.kinds, selection.leasts, selection.places, selection.lowest_ties,
+                self._sent, slots, triton.next_power_of_2(ranks), tied,
+            ))  # fmt: skip
+        return kept
 
     def tokens(
         self,

@@ -96,9 +96,12 @@ def pack_kernel(
     stride_row, stride_token, stride_work, stride_packed,
     # constants
     OPS: tl.constexpr, MAX: tl.constexpr, LOWEST_TIES: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    SAMPLES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """What is sent of a part of a row of V tokens that begins at the token ``first`` of the vocabulary."""
+    """What is sent of a part of a row of V tokens that begins at the token ``first`` of the vocabulary.
+
+    A token of NaN stands alone where one ``SAMPLES`` from it.
+    """
     maps = Maps(
         temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
         stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
@@ -124,7 +127,7 @@ def pack_kernel(
         count = _store_entries(to, count, stays, x.to(tl.int32, bitcast=True), token + first, CAPACITY)
         nan_token = tl.minimum(nan_token, tl.min(tl.where(valid & (key == HIGHEST), token, HIGHEST)))
     tl.debug_barrier()
-    has_nan = nan_token < HIGHEST
+    has_nan = (nan_token < HIGHEST) & SAMPLES
     many = (count > CAPACITY) & (has_nan == 0)
     records, tied = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     # Fewer than the rule keeps are above the cut-off.

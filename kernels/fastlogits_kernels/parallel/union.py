@@ -25,6 +25,7 @@ from fastlogits_kernels.selection.row import (
     Sampling,
     all_kept,
     is_active,
+    key_of,
     let_next_launch,
     rank_of,
     rule_value,
@@ -77,16 +78,16 @@ def _kept_of(
     KINDS: tl.constexpr, LEASTS: tl.constexpr, PLACES: tl.constexpr, BANDED: tl.constexpr, LOWEST_TIES: tl.constexpr,
     TIED: tl.constexpr,
 ):  # fmt: skip
-    """What the rules keep, where there are no other tokens."""
+    """What the rules keep, where there are no other tokens; and how many of those at the cut-off, or HIGHEST."""
     kept = all_kept()
     no = tl.full([], False, tl.int1)
-    at = Progress(kept, top_of(some, kept, BANDED), no)
+    at = Progress(kept, top_of(some, kept, BANDED), no, tl.full([], HIGHEST, tl.int32))
     for i in tl.static_range(len(KINDS)):
         value = rule_value(row, values, PLACES[i])
         active = is_active(value, V, KINDS[i], PLACES[i] >= 0)
         if active & can_act(at.top_key, NEEDS_SUMS[KINDS[i]], GOAL[KINDS[i]]):
             at, _wrong = apply_rule(some, at, value, no, KINDS[i], LEASTS[i], 0, BANDED, LOWEST_TIES, TIED)
-    return at.kept
+    return at.kept, at.cut
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
@@ -121,9 +122,43 @@ def union_kernel(
         some = _load_sent(packed, stride_rank, ranks, V, CAPACITY, SLOTS, LOWEST_TIES, TIED)
         kept = all_kept()
         if request.greedy == 0:
-            kept = _kept_of(row, some, values, V, KINDS, LEASTS, PLACES, BANDED, LOWEST_TIES, TIED)
+            kept, _cut = _kept_of(row, some, values, V, KINDS, LEASTS, PLACES, BANDED, LOWEST_TIES, TIED)
         _best, token = best_of(some.x, stays_of(some, kept, BANDED), some.token, request)
         store_token(tokens_ptr + row, token)
     if TIED:
         # What comes after this launch comes after the first one too.
         wait_for_launch(PDL)
+
+
+@triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=[*_UNALIGNED, "kept_ptr"])
+def union_kept_kernel(
+    # inputs
+    packed_ptr, values,
+    # output
+    kept_ptr,
+    # shapes
+    V, ranks,
+    # strides
+    stride_row, stride_rank,
+    # constants
+    KINDS: tl.constexpr, LEASTS: tl.constexpr, PLACES: tl.constexpr, LOWEST_TIES: tl.constexpr,
+    CAPACITY: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr, TIED: tl.constexpr,
+):  # fmt: skip
+    """What is kept of a row, in three words: cut-off and rank as ``Kept`` has them, and how far a record is kept.
+
+    A record stands for tokens that tie, from its own on. If a rule takes some of these, the last word says how many.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    packed = packed_ptr + row * stride_row
+    rank = tl.arange(0, RANKS)
+    tied = tl.max(tl.load(packed + rank * stride_rank + RECORDS_AT, mask=rank < ranks, other=0)) > 0
+    if tied == TIED:
+        some = _load_sent(packed, stride_rank, ranks, V, CAPACITY, SLOTS, LOWEST_TIES, TIED)
+        kept, cut = _kept_of(row, some, values, V, KINDS, LEASTS, PLACES, False, LOWEST_TIES, TIED)
+        within = tl.full([], 0, tl.int32)
+        if TIED:
+            before = some.valid & (key_of(some.x) == kept.cutoff) & (some.rank > kept.rank)
+            within = tl.where(kept.rank == LOWEST, 0, cut - tl.sum(tl.where(before, some.many, 0)))
+        tl.store(kept_ptr + 3 * row, kept.cutoff)
+        tl.store(kept_ptr + 3 * row + 1, kept.rank)
+        tl.store(kept_ptr + 3 * row + 2, within)

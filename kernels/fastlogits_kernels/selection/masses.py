@@ -74,18 +74,33 @@ class Tile(NamedTuple):
 
 
 @triton.jit
+def amounts_of(x, top, inverse, BELOW: tl.constexpr):
+    """Mass of folded logits beside the largest one of their tile, and mass times distance, as integers.
+
+    Several ranks may add up a tile together. Beside NaN or +inf the mass is below 0, whatever the others are.
+    """
+    off = (x - tl.where(top > float("-inf"), top, 0.0)) * inverse
+    p = tl.exp2(off * LOG2_E)
+    amount = tl.sum((tl.where(p == p, p, _UNDEFINED) * ONE).to(tl.int64))
+    below = tl.zeros_like(amount)
+    if BELOW:
+        below = tl.sum(tl.where(p > 0, p * -off * ONE, 0.0).to(tl.int64))
+    return amount, below
+
+
+@triton.jit
+def tile_with(top, amount, below):
+    """A tile of these sums; its mass is NaN where they are undefined."""
+    mass = tl.where(amount < 0, float("nan"), amount.to(tl.float32) * _PER_ONE)
+    return Tile(top, mass, below.to(tl.float32) * _PER_ONE)
+
+
+@triton.jit
 def tile_of(x, inverse, BELOW: tl.constexpr):
     """A tile of folded logits; its mass is NaN beside NaN or +inf. A product serves in place of the division."""
     top = tl.max(x)
-    off = (x - tl.where(top > float("-inf"), top, 0.0)) * inverse
-    p = tl.exp2(off * LOG2_E)
-    # One sum says both: beside NaN, or where a logit is +inf, it is below 0, whatever the others are.
-    amount = tl.sum((tl.where(p == p, p, _UNDEFINED) * ONE).to(tl.int64))
-    mass = tl.where(amount < 0, float("nan"), amount.to(tl.float32) * _PER_ONE)
-    below = tl.zeros_like(mass)
-    if BELOW:
-        below = tl.sum(tl.where(p > 0, p * -off * ONE, 0.0).to(tl.int64)).to(tl.float32) * _PER_ONE
-    return Tile(top, mass, below)
+    amount, below = amounts_of(x, top, inverse, BELOW)
+    return tile_with(top, amount, below)
 
 
 @triton.jit
@@ -298,14 +313,33 @@ def launch_masses(
     return masses
 
 
+def reference_mass(scores: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """The mass of float32 ``scores`` ``[B, V]`` beside their largest ``[B, 1]``, int64 in the units of the kernels.
+
+    An integer, so that it depends on nothing but the scores, and may be added up in parts; the exponential in float64,
+    since that of float32 depends on where a number stands in memory.
+    """
+    mass = (scores - top).double().exp_().mul_(_ONE).nan_to_num_(0.0, 0.0, 0.0)
+    return mass.long().sum(-1, keepdim=True)
+
+
+def reference_below(scores: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """The same of mass times distance from the largest score."""
+    off = (top - scores).double()
+    below = off.neg().exp_().mul_(_ONE).mul_(off).nan_to_num_(0.0, 0.0, 0.0)
+    return below.long().sum(-1, keepdim=True)
+
+
+def reference_log_of(mass: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """The logarithm of a mass; NaN where the largest score is not finite."""
+    return torch.where(top.isfinite(), (mass.double() / _ONE).float().log(), float("nan"))
+
+
 def reference_log_mass(scores: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     """The logarithm of the mass of ``scores`` ``[B, V]`` beside their largest ``[B, 1]``; NaN where that is not finite.
 
-    Of float32 scores by integers, in the units of the kernels, so that it depends on nothing but the scores; the
-    exponential in float64, since that of float32 depends on where a number stands in memory.
+    Scores of float64 are added up as they are.
     """
     if scores.dtype == torch.float64:
         return torch.where(top.isfinite(), (scores - top).logsumexp(-1, keepdim=True), float("nan"))
-    mass = (scores - top).double().exp_().mul_(_ONE).nan_to_num_(0.0, 0.0, 0.0).long().sum(-1, keepdim=True)
-    log_mass = (mass.double() / _ONE).float().log()
-    return torch.where(top.isfinite(), log_mass, float("nan"))
+    return reference_log_of(reference_mass(scores, top), top)

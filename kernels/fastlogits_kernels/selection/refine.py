@@ -50,6 +50,7 @@ from fastlogits_kernels.selection.row import (
     DONE_AT,
     ENTROPY_GOAL,
     GOAL,
+    HIGHEST,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
     LOWEST,
@@ -113,11 +114,15 @@ class Candidates(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far the rules are applied: what is kept, its largest key, and whether tokens below the bound may be kept."""
+    """How far the rules are applied: what is kept, its largest key, and whether tokens below the bound may be kept.
+
+    ``cut`` says how many of the tokens at the cut-off stay, where candidates stand for several: HIGHEST for all.
+    """
 
     kept: Kept
     top_key: tl.tensor
     open_below: tl.tensor
+    cut: tl.tensor
 
 
 @triton.jit
@@ -230,7 +235,7 @@ def apply_rule(
     NEEDS: tl.constexpr = NEEDS_SUMS[KIND]
     WEIGHS: tl.constexpr = (NEEDS == 1) or (NEEDS == 2)
     kind_goal = tl.full([], KIND_GOAL, tl.int32)
-    kept, top_key, open_below = at.kept, at.top_key, at.open_below
+    kept, top_key, open_below, cut = at
     top = number_of(top_key)
     stays = stays_of(some, kept, BANDED)
     amount = weight_of(some.x, top) if WEIGHS else tl.zeros_like(some.rank).to(tl.int64)
@@ -265,8 +270,11 @@ def apply_rule(
                 cutoff_key = cutoff_found(found, cutoff_key, kind_goal)
                 if (KIND_GOAL == COUNT_GOAL) and not LOWEST_TIES:
                     # All that tie with the last one stay.
+                    cut = tl.where(cutoff_key > kept.cutoff, HIGHEST, cut)
                     kept = from_key(kept, cutoff_key)
                 elif (KIND_GOAL != NO_GOAL) or SPARES_FEWEST[KIND]:
+                    fewer = tl.where(cutoff_key == kept.cutoff, tl.minimum(cut, keep), cut)
+                    cut = tl.where(cutoff_key > kept.cutoff, keep, fewer)
                     kept = _cut_ties(some, kept, cutoff_key, keep, found.number - found.above, BANDED, TIED)
             if KIND_GOAL != NO_GOAL:
                 open_below = open_below & (found.key > KEY_OF_INFINITY)
@@ -279,11 +287,12 @@ def apply_rule(
     if KIND_GOAL == NO_GOAL:
         cutoff_key, open_below, exceeds = finish_cutoff(cutoff_key, top_key, open_below, some.bound, some.certain)
         wrong = wrong | exceeds
+        cut = tl.where(cutoff_key > kept.cutoff, HIGHEST, cut)
         kept = from_key(kept, cutoff_key)
     if KIND_GOAL == ENTROPY_GOAL:
         if open_below == 0:
-            kept = _spend(some, Progress(kept, top_key, open_below), value, BANDED)
-    return Progress(kept, top_key, open_below), wrong
+            kept = _spend(some, Progress(kept, top_key, open_below, at.cut), value, BANDED)
+    return Progress(kept, top_key, open_below, cut), wrong
 
 
 @triton.jit
@@ -300,7 +309,7 @@ def _apply_all(
     summed = top_key > LOWEST
     if summed == 0:
         top_key = top_of(some, kept, BANDED)
-    at = Progress(kept, top_key, complete == 0)
+    at = Progress(kept, top_key, complete == 0, tl.full([], HIGHEST, tl.int32))
     uncut = tl.full([], True, tl.int1)  # whether no rule may have dropped anything yet
     failed = tl.full([], False, tl.int1)
     for i in tl.static_range(len(KINDS)):

@@ -37,6 +37,8 @@ from fastlogits_kernels.training.rows import (
     RANK_AT,
     RAW_TOP_AT,
     SELECTED,
+    SETS,
+    STEPWISE_SETS,
     WORDS,
     Sets,
     in_bits,
@@ -117,10 +119,8 @@ def _kept_of_record(x, token, inside, row, record, maps, LOWEST_TIES: tl.constex
     return stays
 
 
-_STEPWISE = ["stride_temperature", "stride_target", "stride_grad", "stride_entropy_grad", "parts"]
-_STEPWISE += ["stride_ids", "stride_counts", "stride_bits", "most"]
-_UNALIGNED = ["temperature_ptr", "targets_ptr", "grads_ptr", "entropy_grads_ptr", "record_ptr"]
-_UNALIGNED += ["ids_ptr", "counts_ptr", "offsets_ptr", "bits_ptr", "values_ptr"]
+_STEPWISE = ["stride_temperature", "stride_target", "stride_grad", "stride_entropy_grad", "parts", *STEPWISE_SETS]
+_UNALIGNED = ["temperature_ptr", "targets_ptr", "grads_ptr", "entropy_grads_ptr", "record_ptr", "values_ptr", *SETS]
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_UNALIGNED)
@@ -131,7 +131,7 @@ def gradient_kernel(
     # output
     out_ptr,
     # shapes
-    V, parts, most,
+    V, parts, most, first, all_tokens,
     # numbers
     ignore_index,
     # strides
@@ -151,8 +151,10 @@ def gradient_kernel(
     )  # fmt: skip
     reads = incoming.acts
     if SOURCE == LISTED:
-        sets = Sets(ids_ptr, counts_ptr, offsets_ptr, bits_ptr, stride_ids, stride_counts, stride_bits, most)
-        _begin, _size, whole, _overflows = span_of(row, sets, V)
+        sets = Sets(
+            ids_ptr, counts_ptr, offsets_ptr, bits_ptr, stride_ids, stride_counts, stride_bits, most, first, all_tokens
+        )  # fmt: skip
+        _begin, _size, whole, _overflows = span_of(row, sets)
         reads = reads & whole
     here = scores_ptr + row * stride_row + token.to(tl.int64) * stride_token
     x = tl.load(here, mask=token < tl.where(reads, V, 0), other=float("-inf")).to(tl.float32)
@@ -161,7 +163,7 @@ def gradient_kernel(
     if SOURCE == SELECTED:
         kept = _kept_of_record(x, token, inside, row, record, maps, LOWEST_TIES, BANDED)
     elif SOURCE == PACKED:
-        kept = in_bits(bits_ptr + row * stride_bits, token, inside)
+        kept = in_bits(bits_ptr + row * stride_bits, token + first, inside)
     softmax = load_softmax(row, record, maps)
     d = gradient_of(x, kept, token == incoming.target, incoming, softmax, entropy_grads_ptr is not None)
     there = out_ptr + row * stride_out + token.to(tl.int64) * stride_out_token
@@ -177,7 +179,7 @@ def listed_gradient_kernel(
     # output
     values_ptr, own_values_ptr, out_ptr,
     # shapes
-    V, most,
+    V, most, first, all_tokens,
     # numbers
     ignore_index,
     # strides
@@ -189,8 +191,8 @@ def listed_gradient_kernel(
     """The gradients of the logits of token ids, into ``values``; or from there to their places in the gradient."""
     maps = Maps(temperature_ptr, None, None, None, None, None, stride_temperature, 0, 0, 0, 0)
     row = tl.program_id(0).to(tl.int64)
-    sets = Sets(ids_ptr, counts_ptr, offsets_ptr, None, stride_ids, stride_counts, 0, most)
-    begin, size, whole, _overflows = span_of(row, sets, V)
+    sets = Sets(ids_ptr, counts_ptr, offsets_ptr, None, stride_ids, stride_counts, 0, most, first, all_tokens)
+    begin, size, whole, _overflows = span_of(row, sets)
     begin_of_values = begin
     if offsets_ptr is None:
         begin_of_values = row * most
@@ -201,7 +203,7 @@ def listed_gradient_kernel(
     size = tl.where(incoming.acts, size, 0)
     for start in range(0, size, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        token = tl.load(ids_ptr + begin + place, mask=place < size, other=-1).to(tl.int64)
+        token = tl.load(ids_ptr + begin + place, mask=place < size, other=-1).to(tl.int64) - first
         inside = (token >= 0) & (token < V)
         if PUTS:
             d = tl.load(values_ptr + begin_of_values + place, mask=inside, other=0.0)

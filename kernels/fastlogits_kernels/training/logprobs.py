@@ -95,17 +95,27 @@ class Rows(NamedTuple):
     record: torch.Tensor
     """int32 ``[N, WORDS]``: what the backward pass needs."""
 
+    @classmethod
+    def empty(cls, N: int, entropy: bool, device: torch.device) -> Rows:
+        """Room for the results of N rows."""
+        return cls(
+            torch.empty(N, dtype=torch.float32, device=device),
+            torch.empty(N, dtype=torch.float32, device=device) if entropy else None,
+            torch.empty(N, dtype=torch.bool, device=device),
+            torch.empty((N, _WORDS), dtype=torch.int32, device=device),
+        )
+
     def rows(self, begin: int, end: int) -> Rows:
         """Those of some of the rows."""
         return Rows(*(None if each is None else each[begin:end] for each in self))  # type: ignore[arg-type]
 
 
-def takes(logits: torch.Tensor, task: Task) -> bool:
-    """Whether the kernels do what is asked of these logits."""
+def takes(logits: torch.Tensor, task: Task, V: int | None = None) -> bool:
+    """Whether the kernels do what is asked of these logits, or of a vocabulary of ``V`` of which they are a part."""
     return (
         _OPERATION.takes(logits, launch.FORCE_KERNEL)
         and logits.dtype in LARGEST
-        and logits.shape[-1] > 1
+        and (logits.shape[-1] if V is None else V) > 1
         and (task.kept is not None or takes_rules(task.rules))
     )
 
@@ -180,20 +190,35 @@ def _dtypes(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple([None if each is None else each.dtype for each in tensors])
 
 
-def _launch_whole(logits: torch.Tensor, task: Task, into: Rows) -> None:
+def _launch_tiles(logits: torch.Tensor, task: Task, entropy: bool, offset: int = 0) -> torch.Tensor:
+    """What the tiles of each row come to, float32 ``[N, tiles, 3]``; the first begins ``offset`` tokens before it."""
     N, V = logits.shape
-    tiles = triton.cdiv(V, _TILE)
+    tiles = triton.cdiv(offset + V, _TILE)
     sums = torch.empty((N, tiles, TILE_WORDS.value), dtype=torch.float32, device=logits.device)
     temperature, targets = task.temperature, task.targets
-    stride_temperature = row_stride(temperature)
-    entropy = into.entropy is not None
-    key = (*launch_key(logits), *_dtypes(temperature, targets), entropy, _index_key(task, targets))
+    key = (*launch_key(logits), *_dtypes(temperature, targets), entropy, _index_key(task, targets), *_known(offset))
     _tile_launcher(key, N * tiles, (
-        logits, temperature, stride_temperature, targets, sums, V, tiles, task.ignore_index,
+        logits, temperature, row_stride(temperature), targets, sums, V, tiles, offset, task.ignore_index,
         *logits.stride(), targets.stride(0), entropy, _TILE,
     ))  # fmt: skip
+    return sums
+
+
+def _known(number: int) -> tuple[bool, bool]:
+    """What Triton knows of an integer below 2 ** 31."""
+    return number == 1, number % 16 == 0
+
+
+def _launch_whole(logits: torch.Tensor, task: Task, into: Rows) -> None:
+    N, V = logits.shape
+    entropy = into.entropy is not None
+    sums = _launch_tiles(logits, task, entropy)
+    tiles = sums.shape[1]
+    temperature, targets = task.temperature, task.targets
+    key = (*launch_key(logits), *_dtypes(temperature, targets), entropy, _index_key(task, targets))
     _join_launcher(key, N, (
-        logits, temperature, stride_temperature, targets, sums, into.logprobs, into.entropy, into.outside, into.record,
+        logits, temperature, row_stride(temperature), targets, sums,
+        into.logprobs, into.entropy, into.outside, into.record,
         V, tiles, task.ignore_index, *logits.stride(), targets.stride(0), triton.next_power_of_2(tiles),
     ))  # fmt: skip
 
@@ -284,24 +309,25 @@ def _launch_many(logits: torch.Tensor, task: Task, selection: Selection, into: R
     _launch_open(logits, task, selection, call.layout._replace(shape=bare), work, into)
 
 
-def _sets_of(kept: GivenSets) -> tuple[tuple[Any, ...], tuple[int, ...], int]:
-    """Pointers of given sets, their strides, and how many ids there are at most."""
-    ids, counts, offsets, bits = kept
+def _sets_of(kept: GivenSets, V: int) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]]:
+    """Pointers of given sets, their strides, and their shape: how many ids at most, and of which tokens."""
+    ids, counts, offsets, bits, first, vocab = kept
     most = ids.shape[1] if ids is not None and ids.ndim == 2 else 0
     strides = (0 if ids is None or ids.ndim == 1 else ids.stride(0), row_stride(counts), row_stride(bits))
-    return (ids, counts, offsets, bits), strides, most
+    return (ids, counts, offsets, bits), strides, (most, first, V if vocab is None else vocab)
 
 
 def _launch_given(logits: torch.Tensor, task: Task, into: Rows) -> None:
     assert task.kept is not None
     temperature, targets = task.temperature, task.targets
-    sets, strides, most = _sets_of(task.kept)
+    sets, strides, shape = _sets_of(task.kept, logits.shape[1])
     entropy = into.entropy is not None
     key = (*launch_key(logits), *_dtypes(temperature, targets, *sets), entropy, _index_key(task, targets))
     _given_launcher(key, len(logits), (
         logits, temperature, row_stride(temperature), targets, *sets,
         into.logprobs, into.entropy, into.outside, into.record,
-        logits.shape[1], most, task.ignore_index, *logits.stride(), targets.stride(0), *strides, entropy, BLOCK, _TILE,
+        logits.shape[1], *shape, task.ignore_index, *logits.stride(), targets.stride(0), *strides, entropy, BLOCK,
+        _TILE,
     ))  # fmt: skip
 
 
@@ -311,12 +337,7 @@ def _forward(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
     if not takes(logits, task):
         return _reference(logits, task, entropy)
     device = logits.device
-    found = Rows(
-        torch.empty(N, dtype=torch.float32, device=device),
-        torch.empty(N, dtype=torch.float32, device=device) if entropy else None,
-        torch.empty(N, dtype=torch.bool, device=device),
-        torch.empty((N, _WORDS), dtype=torch.int32, device=device),
-    )
+    found = Rows.empty(N, entropy, device)
     V = logits.shape[-1]
     selection = None if task.kept is not None else _selection_of(task.rules, V, device)
     acts = selection is not None and bool(selection.kinds)
@@ -364,12 +385,15 @@ class Incoming(NamedTuple):
         return Incoming(*(None if each is None else each[begin:end] for each in self))  # type: ignore[arg-type]
 
 
-def _launch_gradient(logits: torch.Tensor, task: Task, came: Incoming, out: torch.Tensor) -> None:
+def _launch_gradient(
+    logits: torch.Tensor, task: Task, came: Incoming, out: torch.Tensor, vocab: int | None = None
+) -> None:
+    """Launch the gradient of ``logits``, a part of ``vocab`` tokens where that is given."""
     N, V = logits.shape
     temperature, targets = task.temperature, task.targets
     kept = task.kept or GivenSets()
-    sets, strides, most = _sets_of(kept)
-    source, lowest_ties, banded = _source(task, V)
+    sets, strides, shape = _sets_of(kept, V)
+    source, lowest_ties, banded = _source(task, vocab or V)
     grads, entropy_grads, record = came
     key = (
         *launch_key(logits, out), *_dtypes(temperature, targets, grads, entropy_grads, *sets), source, lowest_ties,
@@ -383,14 +407,14 @@ def _launch_gradient(logits: torch.Tensor, task: Task, came: Incoming, out: torc
         own_values = torch.empty(N, dtype=torch.float32, device=logits.device)
         listed = (
             logits, temperature, row_stride(temperature), targets, grads, entropy_grads, record, *sets[:3],
-            values, own_values, out, V, most, task.ignore_index,
+            values, own_values, out, V, *shape, task.ignore_index,
             *logits.stride(), *out.stride(), targets.stride(0), grads.stride(0), entropy_stride, *strides[:2],
         )  # fmt: skip
         _listed_launcher((*key, False), N, (*listed, False, _LIST_BLOCK))
     parts = triton.cdiv(V, _PART)
     _gradient_launcher(key, N * parts, (
         logits, temperature, row_stride(temperature), targets, grads, entropy_grads, record, *sets, out,
-        V, parts, most, task.ignore_index,
+        V, parts, *shape, task.ignore_index,
         *logits.stride(), *out.stride(), targets.stride(0), grads.stride(0), entropy_stride, *strides,
         source, lowest_ties, banded, _PART,
     ))  # fmt: skip
@@ -453,7 +477,8 @@ def flattened(task: Task) -> tuple[Any, ...]:
     kinds = [CODES[rule.kind] for rule in task.rules]
     ties = TIES.index(task.rules[0].ties) if task.rules else 0
     by_row = torch.stack(rows) if rows else None
-    return (task.temperature, kinds, values, by_row, ties, *(task.kept or GivenSets()), task.ignore_index)
+    sets = (task.kept or GivenSets())[:4]
+    return (task.temperature, kinds, values, by_row, ties, *sets, task.ignore_index)
 
 
 def _task(targets: torch.Tensor, *flat: Any) -> Task:

@@ -60,10 +60,10 @@ from fastlogits_kernels.training.rows import (
     BEGINS_ANYWHERE,
     FINISHED,
     Results,
-    _entropy,
-    _kept_raw,
-    _store_row,
+    entropy_of,
+    kept_in_raw,
     load_own,
+    store_row,
 )
 
 _GROUPS = tl.constexpr(64)  # of a sample, as where its bounds are found
@@ -214,8 +214,8 @@ def _row_of_many(
     sums = _sums_of_some(row, some, raw, kept, own, joins, certain, known, maps, BELOW)
     if done:
         log_mass = log_of(sums.mass, sums.top, sums.mass > 0)
-        _store_row(
-            row, own, joins, _kept_raw(row, kept, maps), sums.raw_top, sums.top, log_mass, _entropy(sums, log_mass),
+        store_row(
+            row, own, joins, kept_in_raw(row, kept, maps), sums.raw_top, sums.top, log_mass, entropy_of(sums, log_mass),
             results,
         )  # fmt: skip
     # What follows takes only rows that are open, and from all of their logits.

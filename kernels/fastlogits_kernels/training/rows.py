@@ -78,11 +78,15 @@ _PER_ONE = tl.constexpr(1 / ONE.value)
 
 # Some rows of a tensor, or a tensor of the caller: they begin anywhere.
 BEGINS_ANYWHERE = ["temperature_ptr", "targets_ptr", "logprobs_ptr", "entropy_ptr", "outside_ptr", "record_ptr"]
-_OF_TILES = ["stride_temperature", "stride_target", "tiles"]
+SETS = ["ids_ptr", "counts_ptr", "offsets_ptr", "bits_ptr"]
+STEPWISE_SETS = ["stride_ids", "stride_counts", "stride_bits", "most", "first", "all_tokens"]
 
 
 class Sets(NamedTuple):
-    """Kept sets that are given: token ids with where a row's begin and how many there are, or packed bits."""
+    """Kept sets that are given: token ids with where a row's begin and how many there are, or packed bits.
+
+    Of ``all_tokens``, of which the logits are those from ``first`` on.
+    """
 
     ids_ptr: tl.tensor
     counts_ptr: tl.tensor
@@ -92,6 +96,8 @@ class Sets(NamedTuple):
     stride_counts: tl.tensor
     stride_bits: tl.tensor
     most: tl.tensor
+    first: tl.tensor
+    all_tokens: tl.tensor
 
 
 class Results(NamedTuple):
@@ -128,7 +134,7 @@ def load_own(row, targets_ptr, stride_target, ignore_index, scores, form):
 
 
 @triton.jit
-def _store_row(row, own, outside, kept_raw, raw_top, top, log_mass, entropy, results):
+def store_row(row, own, outside, kept_raw, raw_top, top, log_mass, entropy, results):
     """What a row comes to, and its record; ``kept_raw`` is what is kept, in raw logits."""
     logprob = own.x - top - log_mass
     logprob = tl.where(own.known, logprob, float("nan"))
@@ -160,7 +166,7 @@ def tile_kernel(
     # output
     tiles_ptr,
     # shapes
-    V, tiles,
+    V, tiles, offset,
     # numbers
     ignore_index,
     # strides
@@ -168,15 +174,18 @@ def tile_kernel(
     # constants
     BELOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of a tile, its mass, and its mass times distance from there; not of rows left out."""
+    """The largest logit of a tile, its mass, and its mass times distance from there; not of rows left out.
+
+    The logits begin ``offset`` tokens behind the beginning of a tile.
+    """
     maps = Maps(temperature_ptr, None, None, None, None, None, stride_temperature, 0, 0, 0, 0)
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
     tile = program % tiles
     if tl.load(targets_ptr + row * stride_target).to(tl.int64) != ignore_index:
-        token = tile * TILE + tl.arange(0, TILE)
+        token = tile * TILE + tl.arange(0, TILE) - offset
         here = scores_ptr + row * stride_row + token.to(tl.int64) * stride_token
-        x = tl.load(here, mask=token < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(here, mask=(token >= 0) & (token < V), other=float("-inf")).to(tl.float32)
         found = tile_of(x, inverse_of(row, maps), BELOW)
         there = tiles_ptr + (row * tiles + tile) * TILE_WORDS
         tl.store(there, found.top)
@@ -220,14 +229,14 @@ def join_kernel(
     log_mass = log_of(sums.mass, sums.top, defined)
     no = tl.full([], False, tl.int1)
     lowest = tl.full([], float("-inf"), tl.float32)
-    _store_row(
+    store_row(
         row, own, no, (lowest, lowest, tl.full([], LOWEST, tl.int32)), raw_top, sums.top, log_mass,
-        _entropy(sums, log_mass), Results(logprobs_ptr, entropy_ptr, outside_ptr, record_ptr),
+        entropy_of(sums, log_mass), Results(logprobs_ptr, entropy_ptr, outside_ptr, record_ptr),
     )  # fmt: skip
 
 
 @triton.jit
-def _entropy(sums, log_mass):
+def entropy_of(sums, log_mass):
     """The entropy of what is kept."""
     return log_mass + (sums.below.to(tl.float64) / sums.mass.to(tl.float64)).to(tl.float32)
 
@@ -274,7 +283,7 @@ def _least_raw(key, row, maps):
 
 
 @triton.jit
-def _kept_raw(row, kept, maps):
+def kept_in_raw(row, kept, maps):
     """What is kept of a row, in raw logits: from where on with a rank, from where on without, and the rank."""
     if maps.temperature_ptr is not None:
         first = _least_raw(kept.cutoff, row, maps)
@@ -329,9 +338,9 @@ def selected_kernel(
         sums = all_sums
         defined = all_defined
     log_mass = log_of(sums.mass, sums.top, defined)
-    _store_row(
-        row, own, joins, _kept_raw(row, kept, maps), sums.raw_top, sums.top, log_mass,
-        _entropy(sums, log_mass), Results(logprobs_ptr, entropy_ptr, outside_ptr, record_ptr),
+    store_row(
+        row, own, joins, kept_in_raw(row, kept, maps), sums.raw_top, sums.top, log_mass,
+        entropy_of(sums, log_mass), Results(logprobs_ptr, entropy_ptr, outside_ptr, record_ptr),
     )  # fmt: skip
     if BANDED:
         record = record_ptr + row * WORDS
@@ -344,7 +353,7 @@ def selected_kernel(
 
 
 @triton.jit
-def span_of(row, sets, V):
+def span_of(row, sets):
     """Where the ids of a row begin and how many there are; whether all tokens are kept, or more than there is room."""
     if sets.offsets_ptr is not None:
         begin = tl.load(sets.offsets_ptr + row).to(tl.int64)
@@ -354,7 +363,7 @@ def span_of(row, sets, V):
         begin = row * sets.stride_ids
         count = tl.load(sets.counts_ptr + row * sets.stride_counts).to(tl.int64)
         room = tl.zeros_like(count) + sets.most
-    whole = count >= V
+    whole = count >= sets.all_tokens
     return begin, tl.where(whole, 0, tl.minimum(count, room)).to(tl.int32), whole, (count > room) & (whole == 0)
 
 
@@ -365,23 +374,24 @@ def in_bits(bits_ptr, token, inside):
 
 
 @triton.jit
-def _load_given(start, size, row, begin, sets, scores, BLOCK: tl.constexpr):
+def load_given(start, size, row, begin, sets, scores, BLOCK: tl.constexpr):
     """Raw logits of a block of a given set, whether they are in it, and tokens."""
     place = start + tl.arange(0, BLOCK)
     inside = place < size
     if sets.ids_ptr is not None:
-        token = tl.load(sets.ids_ptr + begin + place, mask=inside, other=0).to(tl.int32)
+        token = tl.load(sets.ids_ptr + begin + place, mask=inside, other=0).to(tl.int64)
+        token = (token - sets.first).to(tl.int32)
         inside = inside & (token >= 0) & (token < scores.V)
     else:
         token = place
-        inside = in_bits(sets.bits_ptr + row * sets.stride_bits, token, inside)
+        inside = in_bits(sets.bits_ptr + row * sets.stride_bits, token + sets.first, inside)
     x = folded_logits(row, token >> 5, token & 31, token, inside, scores, Form((), 0.0))
     return x, inside, token
 
 
 @triton.jit(
-    do_not_specialize=["stride_temperature", "stride_target", "stride_ids", "stride_counts", "stride_bits", "most"],
-    do_not_specialize_on_alignment=[*BEGINS_ANYWHERE, "ids_ptr", "counts_ptr", "offsets_ptr", "bits_ptr"],
+    do_not_specialize=["stride_temperature", "stride_target", *STEPWISE_SETS],
+    do_not_specialize_on_alignment=[*BEGINS_ANYWHERE, *SETS],
 )
 def given_kernel(
     # inputs
@@ -389,7 +399,7 @@ def given_kernel(
     # outputs
     logprobs_ptr, entropy_ptr, outside_ptr, record_ptr,
     # shapes
-    V, most,
+    V, most, first, all_tokens,
     # numbers
     ignore_index,
     # strides
@@ -400,19 +410,21 @@ def given_kernel(
     """A row of which a set says what is kept."""
     maps = Maps(temperature_ptr, None, None, None, None, None, stride_temperature, 0, 0, 0, 0)
     scores = Scores(scores_ptr, stride_row, stride_token, V, 0, maps)
-    sets = Sets(ids_ptr, counts_ptr, offsets_ptr, bits_ptr, stride_ids, stride_counts, stride_bits, most)
+    sets = Sets(
+        ids_ptr, counts_ptr, offsets_ptr, bits_ptr, stride_ids, stride_counts, stride_bits, most, first, all_tokens
+    )  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     own = load_own(row, targets_ptr, stride_target, ignore_index, scores, Form((), 0.0))
     no = tl.full([], False, tl.int1)
     if ids_ptr is not None:
-        begin, size, whole, overflows = span_of(row, sets, V)
+        begin, size, whole, overflows = span_of(row, sets)
     else:
         begin, size, whole, overflows = row, tl.full([], 0, tl.int32) + V, no, no
     size = tl.where(own.ignored | overflows, 0, size)
     raw_key = tl.where(own.known, key_of(own.raw), LOWEST)
     found, number = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for start in range(0, size, BLOCK):
-        x, inside, token = _load_given(start, size, row, begin, sets, scores, BLOCK)
+        x, inside, token = load_given(start, size, row, begin, sets, scores, BLOCK)
         raw_key = tl.maximum(raw_key, tl.max(tl.where(inside, key_of(x), LOWEST)))
         found += tl.sum((inside & (token == own.token)).to(tl.int32))
         number += tl.sum(inside.to(tl.int32))
@@ -425,7 +437,7 @@ def given_kernel(
     mass = tl.where(joins, weight_of(own.x, top), nothing)
     below = tl.where(joins, below_of(own.x, top, joins), nothing)
     for start in range(0, size, BLOCK):
-        x, inside, token = _load_given(start, size, row, begin, sets, scores, BLOCK)
+        x, inside, token = load_given(start, size, row, begin, sets, scores, BLOCK)
         x = scaled(x, row, maps)
         mass += tl.sum(tl.where(inside, weight_of(x, top), 0))
         if BELOW:
@@ -438,7 +450,7 @@ def given_kernel(
         defined = all_defined
     log_mass = log_of(sums.mass, sums.top, defined)
     lowest = tl.full([], float("-inf"), tl.float32)
-    _store_row(
+    store_row(
         row, own, joins, (lowest, lowest, tl.full([], LOWEST, tl.int32)), sums.raw_top, sums.top, log_mass,
-        _entropy(sums, log_mass), Results(logprobs_ptr, entropy_ptr, outside_ptr, record_ptr),
+        entropy_of(sums, log_mass), Results(logprobs_ptr, entropy_ptr, outside_ptr, record_ptr),
     )  # fmt: skip
