@@ -23,8 +23,8 @@ class UnknownRunStartError(PositionError):
         super().__init__(
             f"{name} can't know which step this is: nothing says where the run starts. Give it in one of three ways: "
             "(1) prompt_length=..., where you call fastlogits' LogitsProcessorList, Sampler, sample, logprobs or check "
-            "yourself; (2) model.generate(logits_processor=fastlogits.LogitsProcessorList([...])) finds it, and so does "
-            "a plain list under fastlogits.accelerate(model); (3) processor.for_run(prompt_length=...), made anew for "
+            "yourself; (2) model.generate(logits_processor=fastlogits.LogitsProcessorList([...])) finds it, as does a "
+            "plain list under fastlogits.accelerate(model); (3) processor.for_run(prompt_length=...), made anew for "
             "each run, goes into any list."
         )
 

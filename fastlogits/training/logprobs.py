@@ -95,7 +95,8 @@ def logprobs(
     whatever the batch. With ``kept`` it is where a rule dropped something, or nothing did. Beside the results, only a
     few numbers of each row are kept for the backward pass, and the logits themselves.
 
-    A row of temperature 0 is greedy, as in sampling: it is that of all its tokens, undivided. A row with NaN, +inf or
+    A row of temperature 0 is greedy, as in sampling: it is that of all its tokens, or of those that ``kept`` gives,
+    undivided. A row with NaN, +inf or
     nothing but -inf has NaN, and so has its gradient. Gradients of a row whose incoming gradient is 0 are 0.
 
     Args:

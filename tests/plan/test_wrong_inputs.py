@@ -9,7 +9,7 @@ import transformers
 
 import fastlogits as fl
 from fastlogits.plan.causes import explain_failure
-from fastlogits.plan.stages import Ban, Stage
+from fastlogits.plan.stages import Ban, Bias, Repeated, Rows, Stage, When
 
 V = 40
 IDS = torch.tensor([[5, 6, 5, 6], [9, 8, 7, 9]])
@@ -401,3 +401,112 @@ def test_scores_that_cannot_be_looked_at(look, scores):
 def test_arguments_of_explain(arguments, message):
     with pytest.raises(ValueError, match=message):
         fl.LogitsProcessorList([fl.TopKLogitsWarper(3)]).explain(**arguments)
+
+
+# -- Said, never silent ------------------------------------------------------------------------------------------------
+
+
+def stage_of(make):
+    class Own(fl.StagedProcessor):
+        def stage(self):
+            return make()
+
+    return lambda: fl.LogitsProcessorList([Own()])(IDS, SCORES.clone(), prompt_length=2)
+
+
+SCORES = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Ban((1,), When("stepp", stop=1)), "of must be one of 'step', 'length', got 'stepp'"),
+        (lambda: Ban((1,), When("step", stop="3")), "stop must be an integer, got '3'"),
+        (lambda: Ban((1,), When("step", 2, 1)), "stop must be at least start, which is 2, got 1"),
+        (lambda: Ban((1,), When("step", period=0)), "period must be an integer of at least 1, got 0"),
+        (lambda: Ban([1]), r"tokens of a stage must be a tuple of token ids, .* got a list: write tuple\(...\)"),
+        (lambda: Ban(1), "tokens of a stage must be .* got a int"),
+        (lambda: Bias(torch.tensor([1]), 2.0), "tokens of a stage must be .* got a Tensor"),
+        (lambda: Ban(Repeated(0)), "size must be an integer of at least 1, got 0"),
+        (lambda: Rows("normalise", lambda ids, x: None, "none"), "the function of Own must return scores .* got None"),
+        (
+            lambda: Rows("normalise", lambda ids, x: x[:, :3], "few"),
+            r"the function of Own must return scores of all 9 tokens, got torch.float32 of \(2, 3\)",
+        ),
+    ],
+)
+def test_stages_that_mean_nothing(make, message):
+    with pytest.raises(ValueError, match=message):
+        stage_of(make)()
+
+
+@pytest.mark.parametrize(
+    ("processor", "name", "value", "message"),
+    [
+        (lambda: fl.TopKLogitsWarper(5), "top_k", -3, "top_k must be .* got -3"),
+        (lambda: fl.TopKLogitsWarper(5), "top_k", "x", "top_k must be .* got 'x'"),
+        (lambda: fl.TopPLogitsWarper(0.5), "top_p", 1.5, "top_p must be .* got 1.5"),
+        (lambda: fl.MinPLogitsWarper(0.5), "min_p", -0.5, "min_p must be .* got -0.5"),
+        (lambda: fl.NoRepeatNGramLogitsProcessor(2), "ngram_size", 0, "ngram_size must be .* got 0"),
+    ],
+)
+def test_an_attribute_that_is_set_out_of_range(processor, name, value, message):
+    processors = fl.LogitsProcessorList([processor()])
+    processors(IDS, SCORES)
+    setattr(processors[0], name, value)
+    with pytest.raises(ValueError, match=message):
+        processors(IDS, SCORES)
+
+
+def test_a_processor_that_returns_nothing():
+    with pytest.raises(ValueError, match="must return the processed scores, got None"):
+        fl.LogitsProcessorList([lambda ids, scores: None])(IDS, SCORES)
+
+
+def test_a_misspelt_position_of_a_list():
+    processors = fl.LogitsProcessorList([fl.TopKLogitsWarper(3)])
+    for name, meant in (("promt_length", "prompt_length"), ("cache_postion", "cache_position")):
+        with pytest.raises(TypeError, match=f"there is no argument '{name}': did you mean {meant}"):
+            processors(IDS, SCORES, **{name: 2})
+    assert processors(IDS, SCORES, encoder_ids=3) is not None  # another processor's, as in transformers
+
+    class Asking:
+        def __call__(self, input_ids, scores, prompt_lengths):
+            return scores + prompt_lengths
+
+    assert torch.equal(fl.LogitsProcessorList([Asking()])(IDS, SCORES, prompt_lengths=1), SCORES + 1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fl.RequestParams(temprature=1), lambda: fl.SamplingParams(temprature=1),
+        lambda: fl.Sampler(temprature=1), lambda: fl.Sampler(params=fl.SamplingParams(top_k=3), temprature=1),
+        lambda: fl.sample(SCORES, seeds=0, positions=0, temprature=1),
+        lambda: fl.logprobs(SCORES, torch.tensor([1, 2]), temprature=1),
+    ],
+)  # fmt: skip
+def test_a_misspelt_parameter(call):
+    with pytest.raises(TypeError, match="there is no argument 'temprature': did you mean temperature"):
+        call()
+
+
+def test_a_sampler_does_not_change():
+    sampler = fl.Sampler(temperature=0.7)
+    for name in ("temperature", "temprature", "params"):
+        with pytest.raises(AttributeError, match=f"a Sampler doesn't change, got {name} = 0"):
+            setattr(sampler, name, 0)
+    assert sampler.params.temperature == 0.7
+
+
+def test_a_group_that_is_none():
+    for make in (lambda: fl.Sampler(group=3), lambda: fl.BatchProcessor(1, 9, "cpu", max_length=4, group=3)):
+        with pytest.raises(ValueError, match="group must be"):
+            make()
+
+
+def test_least_tokens_without_tokens_that_end():
+    with pytest.warns(UserWarning, match="stop_token_ids is empty: min_tokens does nothing"):
+        fl.RequestParams(min_tokens=4)
+    with pytest.warns(UserWarning, match="stop_token_ids is empty: MinTokensLogitsProcessor does nothing"):
+        fl.MinTokensLogitsProcessor(3, [])

@@ -242,6 +242,30 @@ def test_kept_sets_in_each_form(backend, form):
     torch.testing.assert_close(memory.grad, leaf.grad, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["bits", 40])
+def test_a_kept_set_is_that_of_a_greedy_row_too(backend, form):
+    """Though sampling itself keeps all tokens of a greedy row."""
+    V = 300
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    kept = fl.sample(logits, seeds=0, positions=0, top_k=20, return_kept=form).kept
+    targets = logits.argmax(-1)
+    temperature = torch.tensor([0.0, 0.5, 0.0], device=DEVICE)
+    found = fl.logprobs(logits, targets, kept=kept, temperature=temperature)
+    divided = torch.where(kept.mask(), logits / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -math.inf)
+    expected = divided.double().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_there_are_no_second_derivatives(backend, in_place):
+    leaf = torch.randn(3, 40, device=DEVICE, requires_grad=True)
+    targets = torch.tensor([1, 2, 3], device=DEVICE)
+    value = fl.logprobs(leaf * 1, targets, inplace_backward=in_place).sum() + leaf.pow(3).sum()
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(gradient.square().sum(), leaf)
+
+
 def test_no_room_for_kept_ids(backend):
     logits = some_rows()[:3].to(DEVICE)
     kept = fl.sample(logits, seeds=0, positions=0, top_k=40, return_kept=30).kept

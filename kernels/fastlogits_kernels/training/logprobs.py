@@ -553,7 +553,28 @@ def _differentiate(ctx: Any, grads: torch.Tensor, entropy_grads: torch.Tensor, *
     return (gradient, *(None,) * 12)
 
 
+def _differentiate_twice(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("logprobs has no second derivatives: its gradient is a constant to torch")
+
+
+class _Constant(torch.autograd.Function):
+    """A gradient that depends on the logits, as far as torch is to know: so it is no use to differentiate it."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The gradient."""
+        return gradient.view_as(gradient)
+
+    backward = staticmethod(_differentiate_twice)
+
+
+def once_only(gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A gradient of some logits; where a graph of it is made, one that raises if it is differentiated."""
+    return _Constant.apply(gradient, logits) if torch.is_grad_enabled() else gradient
+
+
 torch.library.register_autograd(f"{NAMESPACE}::logprobs", _differentiate, setup_context=_set_up, lib=library)
+torch.library.register_autograd(f"{NAMESPACE}::logprobs_backward", _differentiate_twice, lib=library)
 
 
 class _InPlace(torch.autograd.Function):
@@ -575,7 +596,7 @@ class _InPlace(torch.autograd.Function):
         logits, record = ctx.saved_tensors
         out = logits.detach()
         _backward_(out, ctx.task, Incoming(came[0], came[1] if ctx.entropy else None, record), out)
-        return out, None, None
+        return once_only(out, logits), None, None
 
 
 def logprobs(

@@ -107,8 +107,6 @@ def scores_of(logits: torch.Tensor, task: Task) -> ScoredRows:
         scaled = x / divisor
     if task.kept is not None:
         mask, defined = task.kept.mask(n, V)
-        if greedy is not None:
-            mask = mask | greedy.unsqueeze(1)
         processed = scaled.masked_fill(~mask, -math.inf)
         processed[~defined] = math.nan
     own = scaled.gather(1, target)
