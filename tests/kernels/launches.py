@@ -2,7 +2,8 @@
 
     python -m tests.kernels.launches keys             # two launches of one key that aren't the same to Triton
     python -m tests.kernels.launches resources 90     # registers, spills and wide accesses, compiled for sm_90
-    python -m tests.kernels.launches brief 80         # the same of fewer calls, which bring each kernel at least once
+    python -m tests.kernels.launches pairs 90         # the same of each call with one dtype, and each kernel with all
+    python -m tests.kernels.launches brief 80         # the same of fewer calls, each kernel once
     python -m tests.kernels.launches smallest 90      # what Triton takes for one row of one token
     python -m tests.kernels.launches amd              # what compiles for gfx942
     python -m tests.kernels.launches clashes          # constants of one name that differ between functions of a kernel
@@ -263,6 +264,11 @@ CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
 
 BRIEF = (("serving", torch.float32), ("sample", torch.bfloat16), ("parts", torch.float32))
 """Calls that bring each kernel at least once, and all rules."""
+PAIRS = (
+    ("list", torch.bfloat16), ("draw", torch.float32), ("typical", torch.float32), ("serving", torch.float32),
+    ("sample", torch.float32), ("train", torch.bfloat16), ("parts", torch.bfloat16),
+)  # fmt: skip
+"""Each call, with the dtype that its kernels don't have in another call or in ``BRIEF``."""
 
 
 def _said_by_ptxas(_: Any, ptx: str, metadata: dict[str, Any], options: Any, capability: int) -> bytes:
@@ -322,25 +328,35 @@ def taken(compiled: Any) -> dict[str, Any]:
     }
 
 
-def resources(capability: int, calls: Collection[tuple[str, torch.dtype]] = ()) -> dict[str, dict[str, Any]]:
-    """What each kernel of the selection takes, by call, kernel and dtype; of all calls or some."""
+def resources(
+    capability: int, calls: Collection[tuple[str, torch.dtype]] = (), once: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What each kernel of the selection takes, by call, kernel and dtype; of all calls or some, or each kernel once."""
     found: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
     for call, run, dtype in CALLS:
         if calls and (call, dtype) not in calls:
             continue
         with captured(hopper=capability >= 90) as made:
             run(dtype)
         for each in made:
-            name = f"{each.launcher.kernel.__name__.strip('_').removesuffix('_kernel')} {call} {_TYPES[dtype]}"
-            if name not in found:
+            kernel = each.launcher.kernel.__name__.strip("_").removesuffix("_kernel")
+            name = f"{kernel} {call} {_TYPES[dtype]}"
+            if name not in found and not (once and kernel in seen):
+                seen.add(kernel)
                 with measured():
                     found[name] = taken(compile_for(each, capability))
     return found
 
 
 def brief(capability: int) -> dict[str, dict[str, Any]]:
-    """The same of a few calls."""
-    return resources(capability, BRIEF)
+    """The same of a few calls, each kernel once."""
+    return resources(capability, BRIEF, once=True)
+
+
+def pairs(capability: int) -> dict[str, dict[str, Any]]:
+    """The same of each call with one dtype."""
+    return resources(capability, PAIRS)
 
 
 def _smallest() -> None:
@@ -445,7 +461,7 @@ def clashes() -> list[str]:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "keys": keys, "resources": resources, "brief": brief, "smallest": smallest, "amd": amd, "clashes": clashes,
-    "sources": sources,
+    "sources": sources, "pairs": pairs,
 }  # fmt: skip
 
 if __name__ == "__main__":
