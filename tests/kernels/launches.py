@@ -5,7 +5,7 @@
     python -m tests.kernels.launches pairs 90         # the same of each call with one dtype, and each kernel with all
     python -m tests.kernels.launches brief 80         # the same of fewer calls, each kernel once
     python -m tests.kernels.launches smallest 90      # what Triton takes for one row of one token
-    python -m tests.kernels.launches amd              # what compiles for gfx942
+    python -m tests.kernels.launches amd              # what compiles for gfx942 and gfx950
     python -m tests.kernels.launches clashes          # constants of one name that differ between functions of a kernel
     python -m tests.kernels.launches sources 1        # by what Triton's cache is asked, after kernels in some order
 
@@ -116,20 +116,20 @@ def source_of(made: Launch) -> Any:
     return ASTSource(made.launcher.kernel, signature, constants, attributes)
 
 
-def compile_for(made: Launch, capability: int | None) -> Any:
-    """A launch compiled for a GPU that need not be there: one of NVIDIA by its capability, or AMD's gfx942."""
-    return compile_source(source_of(made), made, capability)
+def compile_for(made: Launch, target: int | str) -> Any:
+    """A launch compiled for a GPU that need not be there: one of NVIDIA by its capability, or of AMD by its name."""
+    return compile_source(source_of(made), made, target)
 
 
-def compile_source(source: Any, made: Launch, capability: int | None) -> Any:
+def compile_source(source: Any, made: Launch, target: int | str) -> Any:
     """The same of a source of one's own, as the launch would have it compiled."""
     from triton.backends.compiler import GPUTarget
 
     options = made.launcher._options
-    if capability is None:  # which has no limit of registers to give
+    if isinstance(target, str):  # which has no limit of registers to give
         options = {name: options[name] for name in ("num_warps", "enable_fp_fusion") if name in options}
-        return triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        return triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 # -- Two launches of one key ----------------------------------------------------------------------------------------
@@ -415,16 +415,21 @@ def _read_only() -> Iterator[None]:
         yield
 
 
-def amd() -> list[str]:
-    """Kernels of a list and of a draw that compile for gfx942; the first that doesn't raises."""
-    with captured(hopper=False, amd=True) as made:
-        _warp(torch.float32)
-        _draw(torch.bfloat16)
-        _sample(torch.bfloat16)
-    found = []
-    for each in made:
-        assert compile_for(each, None).asm["amdgcn"]
-        found.append(each.launcher.kernel.__name__)
+def amd() -> dict[str, list[str]]:
+    """Kernels that compile for GPUs of AMD, by their names; the first that doesn't raises.
+
+    Those of a list for one, those of a draw for the other, and for both those that need no rule.
+    """
+    calls = {"gfx942": ((_warp, torch.float32), (_sample, torch.bfloat16)), "gfx950": ((_draw, torch.bfloat16),)}
+    calls["gfx950"] += calls["gfx942"][1:]
+    found = {}
+    for target, some in calls.items():
+        with captured(hopper=False, amd=True) as made:
+            for call, dtype in some:
+                call(dtype)
+        for each in made:
+            assert compile_for(each, target).asm["amdgcn"]
+        found[target] = sorted({each.launcher.kernel.__name__ for each in made})
     return found
 
 

@@ -1,11 +1,15 @@
 """A vocabulary that is split over ranks: results and gradients of the whole one, in processes of their own."""
 
-import os
+import multiprocessing
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fastlogits_kernels.runtime.launcher import HAS_TRITON
+from fastlogits_kernels.selection import launch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import fastlogits as fl
 
@@ -61,20 +65,17 @@ def check(rank, cases):
 
 
 def of_a_rank(rank, path):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is defined
     torch.set_num_threads(1)
+    if HAS_TRITON:
+        from tests import interpreter
+
+        interpreter.speed_up()
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=len(WIDTHS))
     logits, targets = given()
     check(rank, CASES)
-    from fastlogits_kernels.runtime.launcher import HAS_TRITON
-    from fastlogits_kernels.selection import launch
-
     launch.FORCE_KERNEL = HAS_TRITON
     check(rank, ("k p", "lowest", "kept"))
     launch.FORCE_KERNEL = False
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
     mesh = init_device_mesh("cpu", (len(WIDTHS),))
     half = DTensor.from_local(logits[:, rank * 50 : rank * 50 + 50].clone().requires_grad_(), mesh, [Shard(1)])
     low = torch.where(targets < 0, targets, targets % 100)
@@ -84,9 +85,11 @@ def of_a_rank(rank, path):
     dist.destroy_process_group()
 
 
-def test_ranks_have_what_the_whole_has(tmp_path):
-    """From torch and from kernels."""
-    mp.spawn(of_a_rank, (str(tmp_path / "rendezvous"),), nprocs=len(WIDTHS))
+def test_ranks_have_what_the_whole_has(tmp_path, monkeypatch):
+    """From torch and from kernels. A process that has had a gradient can't be forked; one that has imported all can."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # before a kernel is defined there
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(of_a_rank, (str(tmp_path / "meeting"),), nprocs=len(WIDTHS), start_method="forkserver")
 
 
 def test_what_cant_be_done_is_said():
