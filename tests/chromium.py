@@ -68,7 +68,7 @@ class Chromium:
         self._ask("Emulation.setEmulatedMedia", features=features)
         self._ask("Page.navigate", url="about:blank")
         self._ask("Page.navigate", url=path.resolve().as_uri())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while self.run("document.readyState") != "complete" or self.run("location.href") == "about:blank":
             assert time.monotonic() < deadline, "the page doesn't load"
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -29,13 +30,14 @@ pytest_plugins = ["tests.durations"]
 
 # The same examples each time, so that a failure is a change's own; FASTLOGITS_FUZZ=1 looks for new ones, round after
 # round in one process, where each makes the classes of tests anew.
-settings.register_profile("same", derandomize=True)
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("new", suppress_health_check=[HealthCheck.differing_executors])
 settings.load_profile("new" if os.environ.get("FASTLOGITS_FUZZ") else "same")
 
 
-def pytest_collection_finish() -> None:
-    """What has been imported stays: nobody looks through it for garbage again, as some tests do after each call."""
+@pytest.fixture(autouse=True, scope="module")
+def _older_objects_are_no_garbage():
+    """What earlier files have imported and made stays: nobody looks through it again, as some tests do each call."""
     gc.collect()
     gc.freeze()
 
@@ -51,6 +53,13 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """What a test draws depends on no test before it."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(autouse=True)

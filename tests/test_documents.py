@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -43,8 +44,13 @@ def blocks_of(name):
 
 @pytest.fixture
 def _as_before(tmp_path, monkeypatch):
-    """What a page leaves behind goes."""
+    """What a page leaves behind goes, and the memory that a page may take is little.
+
+    A cache of requests takes nearly all that there is; filled with NaN, as all memory is here, that takes a minute.
+    """
     monkeypatch.chdir(tmp_path)
+    memory = psutil.virtual_memory()._replace(total=psutil.Process().memory_info().rss + 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     state, handlers = torch.get_rng_state(), list(logging.root.handlers)
     levels = {name: logging.getLogger(name).level for name in ("", "fastlogits")}
     yield

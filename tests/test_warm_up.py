@@ -1,7 +1,6 @@
 """Kernels compiled before the first call: all that calls launch, and no trace of the warm-up in what they return."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -458,13 +457,14 @@ def test_collecting_is_a_matter_of_one_thread_and_ends():
 
 
 class Slow:
-    """A kernel that compiles for a while, or not at all."""
+    """A kernel that compiles until another one compiles beside it, where they meet, or not at all."""
 
-    def __init__(self, name, error=None):
-        self.__name__, self.error, self.threads, self.launched = name, error, [], 0
+    def __init__(self, name, error=None, meeting=None):
+        self.__name__, self.error, self.threads, self.launched, self.meeting = name, error, [], 0, meeting
 
     def warmup(self, *args, grid, **options):
-        time.sleep(0.05)
+        if self.meeting is not None:
+            self.meeting.wait()
         self.threads.append(threading.get_ident())
         if self.error is not None:
             raise self.error
@@ -478,18 +478,18 @@ class Slow:
 
 
 def test_kernels_are_compiled_side_by_side_and_each_variant_once():
-    kernels = [Slow(f"_number_{i}_kernel") for i in range(6)]
+    meeting = threading.Barrier(2, timeout=300)
+    kernels = [Slow(f"_number_{i}_kernel", meeting=meeting) for i in range(6)]
     launchers = [Launcher(kernel) for kernel in kernels]
     with collected() as launches:
         for launcher in launchers * 2:
             launcher((CPU, 1), 1, ())
-    start = time.monotonic()
     outcomes = prepare(launches)
     assert [launch.launcher for launch, error in outcomes] == launchers
     assert all(error is None for _, error in outcomes)
     assert [len(kernel.threads) for kernel in kernels] == [1] * 6
     assert not any(kernel.launched for kernel in kernels)
-    assert len({kernel.threads[0] for kernel in kernels}) > 1, time.monotonic() - start
+    assert len({kernel.threads[0] for kernel in kernels}) > 1
     if runtime._RELAUNCHES:
         assert prepare(launches) == []
     assert prepare([]) == []

@@ -2,9 +2,10 @@
 
     python -m tests.kernels.launches keys             # two launches of one key that aren't the same to Triton
     python -m tests.kernels.launches resources 90     # registers, spills and wide accesses, compiled for sm_90
-    python -m tests.kernels.launches brief 80         # the same of fewer calls, which bring each kernel at least once
+    python -m tests.kernels.launches pairs 90         # the same of each call with one dtype, and each kernel with all
+    python -m tests.kernels.launches brief 80         # the same of fewer calls, each kernel once
     python -m tests.kernels.launches smallest 90      # what Triton takes for one row of one token
-    python -m tests.kernels.launches amd              # what compiles for gfx942
+    python -m tests.kernels.launches amd              # what compiles for gfx942 and gfx950
     python -m tests.kernels.launches clashes          # constants of one name that differ between functions of a kernel
     python -m tests.kernels.launches sources 1        # by what Triton's cache is asked, after kernels in some order
 
@@ -120,20 +121,20 @@ def source_of(made: Launch) -> Any:
     return ASTSource(made.launcher.kernel, signature, constants, attributes)
 
 
-def compile_for(made: Launch, capability: int | None) -> Any:
-    """A launch compiled for a GPU that need not be there: one of NVIDIA by its capability, or AMD's gfx942."""
-    return compile_source(source_of(made), made, capability)
+def compile_for(made: Launch, target: int | str) -> Any:
+    """A launch compiled for a GPU that need not be there: one of NVIDIA by its capability, or of AMD by its name."""
+    return compile_source(source_of(made), made, target)
 
 
-def compile_source(source: Any, made: Launch, capability: int | None) -> Any:
+def compile_source(source: Any, made: Launch, target: int | str) -> Any:
     """The same of a source of one's own, as the launch would have it compiled."""
     from triton.backends.compiler import GPUTarget
 
     options = made.launcher._options
-    if capability is None:  # which has no limit of registers to give
+    if isinstance(target, str):  # which has no limit of registers to give
         options = {name: options[name] for name in ("num_warps", "enable_fp_fusion") if name in options}
-        return triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        return triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 # -- Two launches of one key ----------------------------------------------------------------------------------------
@@ -314,6 +315,11 @@ CALLS: list[tuple[str, Callable[[torch.dtype], None], torch.dtype]] = [
 
 BRIEF = (("serving", torch.float32), ("sample", torch.bfloat16), ("parts", torch.float32))
 """Calls that bring each kernel at least once, and all rules."""
+PAIRS = (
+    ("list", torch.bfloat16), ("draw", torch.float32), ("typical", torch.float32), ("serving", torch.float32),
+    ("sample", torch.float32), ("train", torch.bfloat16), ("parts", torch.bfloat16),
+)  # fmt: skip
+"""Each call, with the dtype that its kernels don't have in another call or in ``BRIEF``."""
 
 
 def _said_by_ptxas(_: Any, ptx: str, metadata: dict[str, Any], options: Any, capability: int) -> bytes:
@@ -373,25 +379,35 @@ def taken(compiled: Any) -> dict[str, Any]:
     }
 
 
-def resources(capability: int, calls: Collection[tuple[str, torch.dtype]] = ()) -> dict[str, dict[str, Any]]:
-    """What each kernel of the selection takes, by call, kernel and dtype; of all calls or some."""
+def resources(
+    capability: int, calls: Collection[tuple[str, torch.dtype]] = (), once: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What each kernel of the selection takes, by call, kernel and dtype; of all calls or some, or each kernel once."""
     found: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
     for call, run, dtype in CALLS:
         if calls and (call, dtype) not in calls:
             continue
         with captured(hopper=capability >= 90) as made:
             run(dtype)
         for each in made:
-            name = f"{each.launcher.kernel.__name__.strip('_').removesuffix('_kernel')} {call} {_TYPES[dtype]}"
-            if name not in found:
+            kernel = each.launcher.kernel.__name__.strip("_").removesuffix("_kernel")
+            name = f"{kernel} {call} {_TYPES[dtype]}"
+            if name not in found and not (once and kernel in seen):
+                seen.add(kernel)
                 with measured():
                     found[name] = taken(compile_for(each, capability))
     return found
 
 
 def brief(capability: int) -> dict[str, dict[str, Any]]:
-    """The same of a few calls."""
-    return resources(capability, BRIEF)
+    """The same of a few calls, each kernel once."""
+    return resources(capability, BRIEF, once=True)
+
+
+def pairs(capability: int) -> dict[str, dict[str, Any]]:
+    """The same of each call with one dtype."""
+    return resources(capability, PAIRS)
 
 
 def _smallest() -> None:
@@ -454,16 +470,21 @@ def _read_only() -> Iterator[None]:
         yield
 
 
-def amd() -> list[str]:
-    """Kernels of a list and of a draw that compile for gfx942; the first that doesn't raises."""
-    with captured(hopper=False, amd=True) as made:
-        _warp(torch.float32)
-        _draw(torch.bfloat16)
-        _sample(torch.bfloat16)
-    found = []
-    for each in made:
-        assert compile_for(each, None).asm["amdgcn"]
-        found.append(each.launcher.kernel.__name__)
+def amd() -> dict[str, list[str]]:
+    """Kernels that compile for GPUs of AMD, by their names; the first that doesn't raises.
+
+    Those of a list for one, those of a draw for the other, and for both those that need no rule.
+    """
+    calls = {"gfx942": ((_warp, torch.float32), (_sample, torch.bfloat16)), "gfx950": ((_draw, torch.bfloat16),)}
+    calls["gfx950"] += calls["gfx942"][1:]
+    found = {}
+    for target, some in calls.items():
+        with captured(hopper=False, amd=True) as made:
+            for call, dtype in some:
+                call(dtype)
+        for each in made:
+            assert compile_for(each, target).asm["amdgcn"]
+        found[target] = sorted({each.launcher.kernel.__name__ for each in made})
     return found
 
 
@@ -500,7 +521,7 @@ def clashes() -> list[str]:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "keys": keys, "resources": resources, "brief": brief, "smallest": smallest, "amd": amd, "clashes": clashes,
-    "sources": sources,
+    "sources": sources, "pairs": pairs,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 import multiprocessing
 import pickle
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 MOST = 4
-SECONDS = 120
+SECONDS = 600
+"""A rank that takes longer hangs: on a busy machine a test of a second may take a hundred."""
 
 
 class Ranks:
@@ -21,13 +23,12 @@ class Ranks:
     def __init__(self, backend: str = "gloo", most: int = MOST) -> None:
         # A fork has all modules at once; behind a GPU's driver it can't be made.
         context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._folder = tempfile.TemporaryDirectory(prefix="fastlogits-")  # a port might be taken by somebody else
+        meeting = (Path(self._folder.name) / "meeting").as_uri()
         self._pipes, self._processes = [], []
         for rank in range(most):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, there, backend, most), daemon=True)
+            process = context.Process(target=_serve, args=(rank, meeting, there, backend, most), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -56,6 +57,7 @@ class Ranks:
             process.join(5)
             if process.is_alive():
                 process.kill()
+        self._folder.cleanup()
 
     def _received(self, pipe: Any) -> Any:
         if not pipe.poll(SECONDS):
@@ -72,13 +74,12 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _serve(rank: int, port: int, pipe: Any, backend: str, most: int) -> None:
+def _serve(rank: int, meeting: str, pipe: Any, backend: str, most: int) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        backend, rank=rank, world_size=most, init_method=f"tcp://127.0.0.1:{port}", timeout=timedelta(seconds=60)
-    )
+    timeout = timedelta(seconds=SECONDS)
+    dist.init_process_group(backend, rank=rank, world_size=most, init_method=meeting, timeout=timeout)
     groups = {size: dist.new_group(list(range(size))) for size in range(1, most + 1)}
     while True:
         asked = pipe.recv_bytes()

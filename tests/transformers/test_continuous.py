@@ -244,7 +244,7 @@ def managed(model, flags, own, **options):
             manager.add_request(PROMPTS[i], request_id=f"r{i}", **values)
         found = {}
         while len(found) < len(own):
-            output = manager.get_result(timeout=30)
+            output = manager.get_result(timeout=600)
             assert output is not None
             if output.is_finished():
                 found[output.request_id] = output
