@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastlogits.parallel.process import process as process
     from fastlogits.plan.plan import Plan as Plan
     from fastlogits.plan.position import Position as Position
+    from fastlogits.plan.run import UnknownRunStartError as UnknownRunStartError
     from fastlogits.processors.audio import AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor
     from fastlogits.processors.audio import BarkEosPrioritizerLogitsProcessor as BarkEosPrioritizerLogitsProcessor
     from fastlogits.processors.audio import (
@@ -180,6 +181,7 @@ _HOME = {
     "TriggerPhraseLogitsProcessor": "processors.nvidia_zoo",
     "TypicalLogitsWarper": "processors.truncation",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "processors.guidance",
+    "UnknownRunStartError": "plan.run",
     "WarmUp": "warm_up",
     "Watched": "inspect.watch",
     "WatermarkLogitsProcessor": "processors.watermark",

@@ -115,11 +115,17 @@ def _add_watch(commands: _Commands) -> None:
     generate.add_argument("--max-new-tokens", type=_whole(1), default=100, help="default: %(default)s")
     generate.add_argument("--num-return-sequences", type=_whole(1), default=1, help="texts to make; default: 1")
     generate.add_argument("--num-beams", type=_whole(1), help="beams to search with")
-    generate.add_argument("--temperature", type=float, help="sample with this temperature")
+    generate.add_argument("--temperature", type=_number(0, math.inf), help="sample with this temperature")
     generate.add_argument("--top-k", type=_whole(1), help="sample from the k likeliest tokens")
-    generate.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
-    generate.add_argument("--min-p", type=float, help="sample from tokens of this share of the largest probability")
-    generate.add_argument("--repetition-penalty", type=float, help="above 1 makes tokens of the text less likely")
+    generate.add_argument(
+        "--top-p", type=_number(0, 1), help="sample from the likeliest tokens that hold this probability"
+    )
+    generate.add_argument(
+        "--min-p", type=_number(0, 1), help="sample from tokens of this share of the largest probability"
+    )
+    generate.add_argument(
+        "--repetition-penalty", type=_number(0, math.inf), help="above 1 makes tokens of the text less likely"
+    )
     generate.add_argument("--no-repeat-ngram-size", type=_whole(1), help="no n tokens come twice")
     generate.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="of the sampling; default: %(default)s")
     generate.add_argument("--processors", help=_PROCESSORS)
@@ -132,7 +138,9 @@ def _add_watch(commands: _Commands) -> None:
 def _add_explain(commands: _Commands) -> None:
     explain = commands.add_parser("explain", help="the plan of a list: launches, what fuses and why, bytes")
     explain.add_argument("processors", help=_PROCESSORS)
-    explain.add_argument("--bandwidth", type=_speed, help="GB/s of the GPU's memory, to tell the least time")
+    explain.add_argument(
+        "--bandwidth", type=_number(0, math.inf, "GB/s, "), help="GB/s of the GPU's memory, to tell the least time"
+    )
     explain.add_argument("--html", metavar="FILE", help="write it as HTML")
     _add_logits(explain, batch=64)
     explain.set_defaults(run=_explain)
@@ -212,15 +220,20 @@ def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
-def _speed(text: str) -> float:
-    """A speed in GB/s."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be GB/s, a finite number above 0, got {text!r}")
-    return value
+def _number(low: float, high: float, what: str = "") -> Callable[[str], float]:
+    """A function that reads a number of an option: finite, above ``low``, and at most ``high``."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high and value < math.inf):
+            most = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {what}a finite number above {low:g}{most}, got {text!r}")
+        return value
+
+    return read
 
 
 def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

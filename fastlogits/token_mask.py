@@ -14,7 +14,7 @@ from fastlogits_kernels.runtime.bits import pack_bits, unpack_bits, words
 from fastlogits_kernels.runtime.launcher import table_on
 from fastlogits_kernels.runtime.recent import hold, is_capturing, recent
 
-from fastlogits.checks import device_of
+from fastlogits.checks import device_of, whole_number
 from fastlogits.token_text import kept_with, token_texts
 
 TokenSet: TypeAlias = "TokenMask | tuple[int, ...]"
@@ -338,8 +338,7 @@ def fitted(argument: str, tokens: TokenSet, vocab_size: int, *, lenient: bool = 
 
 
 def _from_checked(argument: str, ids: Sequence[int], vocab_size: int) -> TokenMask:
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 0:
-        raise ValueError(f"vocab_size must be an integer of at least 0, got {vocab_size!r}")
+    vocab_size = whole_number("vocab_size", vocab_size)
     for token_id in ids:
         if token_id >= vocab_size:
             raise ValueError(

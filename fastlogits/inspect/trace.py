@@ -73,6 +73,8 @@ class Trace(Sequence[Change]):
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
         return "\n".join(lines)
 
+    __repr__ = __str__  # so that a prompt of Python shows it too
+
     def table(self) -> Table:
         """The changes as a table of rich, which must be installed."""
         from rich.table import Table

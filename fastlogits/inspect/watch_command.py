@@ -52,6 +52,11 @@ def generate(model: Any, tokenizer: Any, options: Namespace, processors: Sequenc
     Raises:
         ValueError: what ``generate``, a processor or a pattern refuses.
     """
+    if options.num_return_sequences > 1 and not options.num_beams and not any(vars(options)[name] for name in _SAMPLES):
+        raise ValueError(
+            f"--num-return-sequences must be 1 where the likeliest token is always taken, got "
+            f"{options.num_return_sequences}: sample, with --temperature 1, or search with --num-beams"
+        )
     if options.not_first is not None:
         processors = [*processors, SuppressFirstTokens(TokenMask.matching(tokenizer, options.not_first))]
     inputs = _inputs(tokenizer, options.prompt, not options.no_chat).to(model.device)
@@ -71,4 +76,7 @@ def _inputs(tokenizer: Any, prompt: str, is_chat: bool) -> Any:
     if is_chat and getattr(tokenizer, "chat_template", None):
         chat = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return tokenizer(prompt, return_tensors="pt")
+    found = tokenizer(prompt, return_tensors="pt")
+    if not found["input_ids"].numel():
+        raise ValueError(f"--prompt must be a text of at least one token, got {prompt!r}")
+    return found
