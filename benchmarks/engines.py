@@ -6,9 +6,10 @@ compared first: a sampler that keeps other tokens gets no time.
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -251,8 +252,14 @@ def measured(
             yield f"{kind} {batch} x {vocab}", agreement, times | added
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for each batch."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.engines",
+        description="Compare vLLM's newer sampler with ours through its own interface, on a GPU with vLLM: what they "
+        "keep, then microseconds of the GPU and of the host, a line for each batch. Without either it says what is "
+        "missing.",
+    ).parse_args(arguments)
     reason = missing() or (None if torch.cuda.is_available() else "a GPU is needed")
     if reason is not None:
         print(reason)

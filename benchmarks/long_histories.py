@@ -2,11 +2,17 @@
 
 A step of a batch reads of its histories what an index says, which ``append`` keeps up to date. A list of processors is
 given the whole history at each call, and has to read it.
+
+    python -m benchmarks --device cuda --workload 'serving, 32768 tokens' 'list, 32768 tokens'
+
+This module makes those workloads and times nothing itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -76,3 +82,16 @@ def processed(scores: torch.Tensor, length: int) -> torch.Tensor:
     chain = processors(few.shape[1], length)
     found: torch.Tensor = chain(text(CHECKED, few.shape[1], length), few, prompt_length=length - length // 4)
     return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, which has only ``--help``: the workloads are timed by ``python -m benchmarks``."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.long_histories",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -113,6 +114,17 @@ def upkeep(device: torch.device, rows: int = 64, vocab: int = 128256, rounds: in
     return {what: statistics.median(each) for what, each in times.items()}
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what requests take to come, go and move, on the GPU if there is one."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.serving",
+        description="Time what requests of a BatchProcessor take the host to come, go and move: medians in "
+        "microseconds of 500 rounds, 64 requests, 128256 tokens, on the GPU if there is one. A step itself is a "
+        "workload of python -m benchmarks.",
+    ).parse_args(arguments)
     for what, us in upkeep(torch.device("cuda" if torch.cuda.is_available() else "cpu")).items():
         print(f"{what:24} {us:8.1f} us")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ class WarmUp:
 
     Args:
         device: where the kernels are.
-        seconds: how long it took. A kernel from the cache on disk takes some milliseconds.
+        seconds: how long it took. Kernels that are in the cache on disk are only loaded.
         kernels: the names of the kernels that were compiled or loaded from the cache, one for each variant. Kernels
             that the process had already are left out.
         needed: how many variants the calls launch.

@@ -34,7 +34,7 @@ def test_demo(output):
     assert "step 0 bans 0 -> ▁1" in output
     assert re.search(r"step 0 bans \d\d -> ▁[A-Z][a-z]+; 1 bans 0", output)
     assert "1 processor, 1 fused part" in output
-    assert "loop / in place" in output
+    assert "loop / fastlogits" in output
 
 
 def test_demo_with_a_model_of_ones_own(tmp_path, output):

@@ -82,7 +82,8 @@ def decode(
     ``accepted_drafts`` says how many drafts each forward pass after the prompt's has confirmed; the logger has the sum.
 
     A token is drawn from the distribution that sampling has in transformers. It depends on the row's own logits, the
-    seed of its request and the number of tokens generated before it: not on the rest of the batch.
+    seed of its request and the number of tokens generated before it: not on the rest of the batch, if ``seeds`` is a
+    tensor with one for each prompt.
 
     ``custom_generate`` may be a function of your own that calls this one. Decorate it with ``functools.wraps(decode)``:
     by the signature ``generate`` sees what to hand on, such as ``seeds``, and the tokenizer for ``stop_strings``.
@@ -101,7 +102,8 @@ def decode(
             for a static cache.
         seeds: given to ``generate``: an integer of 64 bits, or an integer tensor with one for each prompt, whatever
             ``num_return_sequences`` is. None draws one from torch's generator, so that ``torch.manual_seed`` decides.
-            Rows of an integer seed differ from each other, as do several sequences of one prompt.
+            Rows of an integer seed differ from each other, as do several sequences of one prompt: what a prompt draws
+            depends on its row then. With a tensor it depends on the seed of the prompt, not on the row.
         tokenizer: given to ``generate``, for ``stop_strings`` and token healing.
         **model_kwargs: the rest.
 

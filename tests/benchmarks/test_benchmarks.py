@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,15 @@ from tests import entries
 
 ROOT = Path(__file__).parents[2]
 _TINY = ["--device", "cpu", "--quick", "--vocab", "64", "--batch", "1", "--ids", "3"]
+
+
+_COMMANDS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("benchmarks", "tests/campaign", "tests/kernels")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if '__name__ == "__main__"' in path.read_text() and path.stem != "compiling"  # which calls itself for one case
+]
+"""Files that are run by their name."""
 
 
 @pytest.fixture
@@ -714,3 +724,19 @@ def test_phases_of_a_sampler(tmp_path, capsys):
     (path,) = tmp_path.glob("*.csv")
     assert {"bounds_kernel", "filter_kernel", "refine_kernel"} <= {row["kernel"] for row in results.read_rows(path)}
     assert "by graph replay" in capsys.readouterr().out
+
+
+# -- Command lines -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", _COMMANDS)
+def test_a_command_says_what_it_does(path, monkeypatch, capsys):
+    """``--help`` runs nothing, and says more than the arguments."""
+    monkeypatch.setenv("FASTLOGITS_FUZZ", os.environ.get("FASTLOGITS_FUZZ", ""))  # which one of them sets
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    usage, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert left.value.code == 0
+    assert usage.startswith(("usage: python ", "usage: torchrun "))
+    assert not rest.startswith(("positional", "options"))

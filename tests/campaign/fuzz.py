@@ -6,6 +6,7 @@ Each round runs them with a seed of its own. Without other arguments half of the
 ``test_machines.py``, which look farthest. It ends at the first failure, and says how to see that again.
 """
 
+import argparse
 import os
 import secrets
 import sys
@@ -79,6 +80,12 @@ def main(minutes: str, *arguments: str, least: int = 1) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    sys.exit(main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        prog="python tests/campaign/fuzz.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("minutes")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of pytest")
+    options = parser.parse_args()
+    sys.exit(main(options.minutes, *options.arguments))

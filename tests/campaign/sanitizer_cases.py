@@ -650,7 +650,9 @@ def chosen(names: Sequence[str] | None) -> list[Case]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. A line is printed for each case: "done" or "left out", and its name."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaign.sanitizer_cases", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--cases", nargs="+", metavar="NAME")
     parser.add_argument("--check", action="store_true", help="guard allocations, and compare results with torch")

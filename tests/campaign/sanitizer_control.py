@@ -41,7 +41,9 @@ def _wrong_kernel(from_ptr, to_ptr, ASM: tl.constexpr):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the kernel that a tool has to find something in."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaign.sanitizer_control", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("tool", choices=("memcheck", "initcheck", *_ASM))
     tool = parser.parse_args(arguments).tool
     read = torch.zeros(128, dtype=torch.int32, device="cuda")

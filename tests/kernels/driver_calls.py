@@ -9,6 +9,7 @@ folder: Triton's launcher is compiled as it is, and links to the library too. Bo
 
 from __future__ import annotations
 
+import argparse
 import ast
 import copy
 import ctypes
@@ -16,7 +17,6 @@ import gc
 import json
 import re
 import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -333,6 +333,19 @@ def _on_gpu(argument: Any) -> Any:
     return _OnGPU(argument) if isinstance(argument, torch.Tensor) else argument
 
 
+def main() -> None:
+    """Run what the command line asks for, and print it as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.kernels.driver_calls",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("build").add_argument("folder")
+    commands.add_parser("compare")
+    options = parser.parse_args()
+    print(json.dumps(build(options.folder) if options.command == "build" else compare()))
+
+
 if __name__ == "__main__":
-    asked, *rest = sys.argv[1:]
-    print(json.dumps({"build": build, "compare": compare}[asked](*rest)))
+    main()

@@ -14,14 +14,14 @@ In a process without Triton's interpreter, which compiles nothing. Several comma
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -524,11 +524,32 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "sources": sources, "pairs": pairs,
 }  # fmt: skip
 
-if __name__ == "__main__":
-    words = sys.argv[1:]
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.kernels.launches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="command", help=f"{', '.join(COMMANDS)}; each with its number behind it"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run commands, and print what they have found as JSON: one thing, or a list of several."""
+    parser = _parser()
+    words = parser.parse_args(arguments).words
     starts = [index for index, word in enumerate(words) if word in COMMANDS]
+    if not starts or starts[0] or not all(word.isdigit() for word in words if word not in COMMANDS):
+        parser.error(f"commands must be {', '.join(COMMANDS)}, each with its number behind it, got {' '.join(words)}")
     found = [
         COMMANDS[words[start]](*map(int, words[start + 1 : stop]))
         for start, stop in zip(starts, [*starts[1:], None], strict=True)
     ]
     print(json.dumps(found if len(found) > 1 else found[0]))
+
+
+if __name__ == "__main__":
+    main()
