@@ -150,9 +150,14 @@ def install(distributions, kind, *more: str) -> Path:
     """The Python of the build backend's environment, once it has what was built."""
     python = distributions["backend"] / "bin" / "python"
     command = [*pip_of(python), "--no-deps", "--no-build-isolation", *more, str(distributions[kind])]
-    installed = subprocess.run(command, capture_output=True, text=True, check=False)
+    installed = subprocess.run(command, env=without_checkout(), capture_output=True, text=True, check=False)
     assert installed.returncode == 0, installed.stderr
     return python
+
+
+def without_checkout() -> dict[str, str]:
+    """The environment, without a path on which pip would find fastlogits installed already."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def test_the_sdist_installs_what_the_wheel_holds(distributions, tmp_path):
@@ -169,9 +174,9 @@ def test_installed_alone_it_runs_and_asks_no_network(distributions, tmp_path):
     python = install(distributions, "wheel")
     # torch and transformers are those of the tests, behind what was installed: the checkout is not on the path.
     there = ",".join(path for path in sys.path if path.endswith("site-packages"))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [str(python), "-c", SMOKE, there], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+        [str(python), "-c", SMOKE, there],
+        cwd=tmp_path, env=without_checkout(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[[-inf, 4.0]]"

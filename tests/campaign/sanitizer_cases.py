@@ -8,17 +8,20 @@ the CPU. Without it, tensors have the bounds that they have anyway, so that a to
 """
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
 from fastlogits_kernels import synthid
 from fastlogits_kernels.draw import reference_draw
 from fastlogits_kernels.parallel.launch import BestShards, TopShards, sent_of
+from fastlogits_kernels.parallel.report import report_of_part
 from fastlogits_kernels.pointwise import dense, fold
 from fastlogits_kernels.pointwise.bitmask import launch_bitmask_, reference_bitmask_
 from fastlogits_kernels.pointwise.dense import DenseEdits
@@ -32,6 +35,9 @@ from fastlogits_kernels.serving import layout, steps
 from fastlogits_kernels.serving.layout import RECORD
 from fastlogits_kernels.training import logprobs as trainer
 from fastlogits_kernels.training.kept import ids_of_bits
+from fastlogits_kernels.training.reference import Task
+from fastlogits_kernels.training.ruled_shards import fixed_number_of, ruled_logprobs_of_part
+from fastlogits_kernels.training.shards import Exchange, Place, logprobs_of_part
 from fastlogits_kernels.truncate.reference import reference_truncate
 from torch.overrides import TorchFunctionMode
 
@@ -58,6 +64,7 @@ from fastlogits.plan.stages import (
     SequenceBias,
     When,
 )
+from tests import interpreter
 from tests.oracle import check_truncation
 
 SHAPES = [(0, 1000), (1, 1), (3, 31), (3, 32), (257, 33), (3, 1000), (1, 151936), (3, 262144)]
@@ -66,6 +73,7 @@ FAR = 2**30
 _HISTORY = 40
 _ZONE = 512  # bytes before and behind an allocation; a multiple of what torch aligns to
 _MARK = 0xA5
+_T = TypeVar("_T")
 
 
 class Guards(TorchFunctionMode):
@@ -445,16 +453,16 @@ def parts(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
     positions, temperature = seeds % 1000, torch.full((given.B,), 0.7)
     temperature[::3] = 0.0
     put = [given.put(each) for each in (seeds, positions, temperature)]
-    scores, each = given.scores(values), -(-given.V // 24) * 8
-    sizes = [min(each, given.V - first) for first in range(0, given.V, each)]
+    scores = given.scores(values)
+    starts, sizes = _parts_of(given)
     steps = []
-    for rank, own in enumerate(sizes):
+    for first, own in zip(starts, sizes, strict=True):
         if rules:
             sent = sent_of(rules, given.V, len(sizes))
             assert sent is not None
-            steps.append(TopShards(rules, sent, given.V, own, each * rank, given.device))
+            steps.append(TopShards(rules, sent, given.V, own, first, given.device))
         else:
-            steps.append(BestShards(own, each * rank, given.device))
+            steps.append(BestShards(own, first, given.device))
     columns = scores.split(sizes, 1)
     sent_by_all = torch.stack([step.sent(part, *put) for step, part in zip(steps, columns, strict=True)])
     found = torch.stack([step.tokens(sent_by_all, *put) for step in steps])
@@ -466,6 +474,105 @@ def parts(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
         return drawn.tokens.expand(len(steps), -1)
 
     return [Outcome(found, reference)]
+
+
+class _LaterError(Exception):
+    """An exchange waits for what another rank sends."""
+
+
+def exchanged(run: Callable[[int, Exchange, Exchange], _T], ranks: int) -> list[_T]:
+    """What some ranks come to, in one process: they run again and again, each as far as the others have sent.
+
+    Args:
+        run: what rank does what, with a gathering exchange and an adding one.
+        ranks: how many.
+    """
+    sent: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
+    found: dict[int, _T] = {}
+
+    def exchange(rank: int, numbers: Iterator[int], join: Exchange) -> Exchange:
+        def joined(mine: torch.Tensor) -> torch.Tensor:
+            number = next(numbers)
+            if number == len(sent[rank]):
+                sent[rank].append(mine.clone())
+            if any(len(each) <= number for each in sent):
+                raise _LaterError
+            return join(torch.stack([each[number] for each in sent]))
+
+        return joined
+
+    while len(found) < ranks:
+        for rank in range(ranks):
+            numbers = itertools.count()
+            exchanges = [exchange(rank, numbers, join) for join in (lambda all_: all_, lambda all_: all_.sum(0))]
+            with suppress(_LaterError):
+                found[rank] = run(rank, *exchanges)
+    return [found[rank] for rank in range(ranks)]
+
+
+def _parts_of(given: Given) -> tuple[list[int], list[int]]:
+    """Where three parts of the vocabulary begin, and their sizes."""
+    each = -(-given.V // 24) * 8
+    starts = list(range(0, given.V, each))
+    return starts, [min(each, given.V - first) for first in starts]
+
+
+def reported_by_parts(given: Given) -> list[Outcome]:
+    """Raw log-probabilities, ranks and the likeliest tokens, as three ranks would exchange them."""
+    values, count = given.values(), min(5, given.V)
+    tokens = given.integers(0, given.V, given.B)
+    scores, put = given.scores(values), given.put(tokens)
+    starts, sizes = _parts_of(given)
+
+    def run(rank: int, gather: Exchange, add: Exchange) -> logprobs.Report:
+        part = scores[:, starts[rank] : starts[rank] + sizes[rank]]
+        return report_of_part(part, put, count, Place.of(starts, sizes, rank), gather, add)
+
+    return [
+        Outcome(each, lambda i=i: logprobs.reference_report(values, tokens, count, None)[i], tolerance=1e-4)
+        for found in exchanged(run, len(starts))
+        for i, each in enumerate(found)
+    ]  # fmt: skip
+
+
+def trained_on_parts(given: Given, options: dict[str, Any]) -> list[Outcome]:
+    """Log-probabilities of targets and entropies, as three ranks would exchange them."""
+    values, targets = given.values(), given.integers(0, given.V, given.B)
+    targets[1::4] = -100
+    kept = None
+    if options.get("kept"):
+        sets = given.sets(given.B)
+        kept = fl.KeptTokens(given.V, bits=sets)
+        if options["kept"] == "ids":
+            with forced(False):
+                kept = fl.KeptTokens(given.V, *ids_of_bits(sets, given.V, given.V))
+    named = {name: value for name, value in options.items() if name != "kept"}
+    rules = fl.SamplingParams(**named).rules
+    if rules and not given.B:  # such a call isn't made
+        return []
+    of_kept = None if kept is None else kept.to(given.device).flat(given.B)
+    task = Task(given.put(targets), given.put(torch.tensor(0.8)), rules, of_kept, -100)
+    scores = given.scores(values)
+    starts, sizes = _parts_of(given)
+
+    def run(rank: int, gather: Exchange, add: Exchange) -> trainer.Rows:
+        part, place = scores[:, starts[rank] : starts[rank] + sizes[rank]], Place.of(starts, sizes, rank)
+        step = fixed_number_of(part, task, place, min(sizes)) if rules else None
+        if step is None:
+            assert not rules
+            return logprobs_of_part(part, task, place, True, gather, add)
+        return ruled_logprobs_of_part(part, task, place, step, True, gather, add)
+
+    def reference(i: int) -> torch.Tensor:
+        with forced(False):
+            return fl.logprobs(values, targets, temperature=0.8, entropy=True, kept=kept, **named)[i]
+
+    # Rounding at the cut-off may leave another token in, which weighs little.
+    return [
+        Outcome(found[i], lambda i=i: reference(i), tolerance=2e-3)
+        for found in exchanged(run, len(starts))
+        for i in range(2)
+    ]  # fmt: skip
 
 
 def trained(given: Given, options: dict[str, Any]) -> list[Outcome]:
@@ -569,6 +676,11 @@ OPERATIONS: dict[str, Operation] = {
         f"train_{kind}": Operation(lambda given, options=options: trained(given, options), 2)
         for kind, options in _TRAINED.items()
     },
+    "parts_report": Operation(reported_by_parts, 32),
+    **{
+        f"train_parts_{kind}": Operation(lambda given, options=_TRAINED[kind]: trained_on_parts(given, options), least)
+        for kind, least in (("whole", 32), ("rules", 1000), ("bits", 32), ("ids", 32))
+    },
 }
 _FAR_OPERATIONS = ("mask_tokens", "bitmask", "fold", "select")
 
@@ -658,6 +770,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="guard allocations, and compare results with torch")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many no other case begins")
     given = parser.parse_args(arguments)
+    if given.device == "cpu":
+        interpreter.speed_up()
     start, failed = time.perf_counter(), False
     for case in chosen(given.cases):
         if time.perf_counter() - start > given.seconds:

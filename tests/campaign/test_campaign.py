@@ -82,8 +82,9 @@ def test_every_kernel_has_a_case_and_stays_within_its_guards(device, monkeypatch
 
     monkeypatch.setattr(Launcher, "__call__", noted)
     for operation in sanitizer_cases.OPERATIONS:
-        names = [f"{operation}-0x1000", f"{operation}-3x32"]
-        for case in sanitizer_cases.chosen(names):
+        of_it = [case for case in sanitizer_cases.chosen([operation]) if not case.far]
+        smallest = next(case for case in of_it if case.B == 3 and case.V >= 32)
+        for case in (next(case for case in of_it if not case.B), smallest):
             sanitizer_cases.run_case(case, torch.device(device), check=True)
     modules = [module for name, module in sys.modules.items() if name.startswith("fastlogits_kernels.")]
     of_package = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
