@@ -74,6 +74,9 @@ class Shards(NamedTuple):
 class Group:
     """The ranks of a process group whose logits are parts of one vocabulary, and what they exchange.
 
+    The ranks tell each other once how many columns they have, and each knows the others' by its own from then on. So
+    ``logprobs`` and ``process`` need a ``Group`` for each vocabulary, where ranks have logits of two.
+
     Args:
         process_group: of ``torch.distributed``, with NCCL for GPUs or gloo for CPUs; None for all ranks. Or a
             one-dimensional ``DeviceMesh``.
@@ -156,12 +159,14 @@ class Group:
 
     # -- What ranks agree on ---------------------------------------------------------------------------------------
 
-    def shards(self, width: int) -> Shards:
+    def shards(self, width: int, anew: bool = False) -> Shards:
         """Which tokens each rank has, where this one's logits have ``width`` columns.
 
-        The ranks tell each other once for each width, by way of the host: not while a graph is captured.
+        The ranks tell each other once for each width, by way of the host: not while a graph is captured. So a group is
+        of one vocabulary: where a rank has as many columns of two, it would take the parts of one for those of the
+        other. With ``anew`` they tell each other again, where all ranks ask at the same place.
         """
-        found = self._shards.get(width)
+        found = None if anew else self._shards.get(width)
         if found is None:
             told = self.told({"width": width, "vocab_start": self._start, "vocab_size": self._vocab_size})
             self.check_refused(told)

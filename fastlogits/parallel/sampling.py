@@ -209,7 +209,8 @@ class SplitSampler:
 
     def _new_way(self, call: SplitCall, plan: Any) -> _Way:
         """Compare the arguments with those of the other ranks, and choose a way."""
-        shards = self.group.shards(call.logits.shape[1])
+        # The sampler before this one may have had another vocabulary, of which this rank had as many columns.
+        shards = self.group.shards(call.logits.shape[1], anew=not self._ways)
         B = len(call.logits)
         members = [] if plan is None else plan.members
         self._agree((

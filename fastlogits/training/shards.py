@@ -55,12 +55,11 @@ def local_logits(logits: Any, group: Any) -> tuple[Any, Any]:
         return logits.to_local(), logits.device_mesh.get_group(split[0])
     if group is None:
         return logits, None
-    if hasattr(group, "shards"):  # a fastlogits.parallel.Group, which knows which columns are padding
-        sizes = group.shards(logits.shape[-1]).sizes
-        if not all(sizes):  # as all ranks see it
-            raise ValueError(f"group must leave each rank at least one token, got parts of {sizes} tokens")
-        logits = logits[..., : sizes[group.rank]]
-        group = group.process_group
+    if isinstance(group, Group):  # which knows which columns are padding
+        shards = group.shards(logits.shape[-1])
+        if not all(shards.sizes):  # as all ranks see it
+            raise ValueError(f"group must leave each rank at least one token, got parts of {shards.sizes} tokens")
+        return logits[..., : shards.sizes[group.rank]], Ranks(group, shards._replace(widths=shards.sizes))
     if hasattr(group, "get_group"):  # a DeviceMesh
         group = group.get_group()
     if not dist.is_initialized() or not isinstance(group, dist.ProcessGroup):
@@ -88,7 +87,9 @@ class Ranks:
 
     @classmethod
     def of(cls, group: Any, logits: torch.Tensor) -> Ranks:
-        """The ranks of a process group, of which this one has such logits ``[..., width]``."""
+        """``group`` itself, or the ranks of a process group, of which this one has such logits ``[..., width]``."""
+        if isinstance(group, Ranks):
+            return group
         ranks = Group.of(group)
         return cls(ranks, ranks.shards(logits.shape[-1]))
 

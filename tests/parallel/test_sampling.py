@@ -141,6 +141,25 @@ def test_sample_takes_a_group(ranks):
     assert ranks.alike(with_sample, 2)
 
 
+def of_two_vocabularies(process_group):
+    """Of which the first rank has as many columns."""
+    found = []
+    for V in (20, 19):
+        logits = torch.randn(3, V, generator=torch.Generator().manual_seed(V))
+        part = part_of(logits, process_group.rank(), process_group.size())
+        for _ in range(2):
+            sampler = fl.Sampler(top_k=5, group=process_group)
+            found += [same(sampler(part, seed, 4), fl.Sampler(top_k=5)(logits, seed, 4)) for seed in range(3)]
+        group = fl.Group(process_group)
+        targets = torch.tensor([1, 18, 7])
+        found += [same(fl.logprobs(part, targets, group=group), fl.logprobs(logits, targets))]
+    return all(found)
+
+
+def test_samplers_of_two_vocabularies(ranks):
+    assert ranks.alike(of_two_vocabularies, 2)
+
+
 def with_padding(process_group):
     logits = some_logits(1, 6)
     rank, size = process_group.rank(), process_group.size()
