@@ -125,9 +125,10 @@ def logprobs(
         group: a process group of ``torch.distributed`` over whose ranks the vocabulary is split, in the order of the
             ranks; the logits are this rank's part ``[..., V / n]``, and targets count over all. A ``DTensor`` that is
             split over its last dimension needs none. Or a ``Group``, one for each vocabulary. All ranks make the same
-            calls, and get the same results. Where all tokens or those of ``kept`` count, some 100 bytes a row are exchanged; on GPUs some 1100 where ``top_k`` is
-            a number, say 50, and stands before what adds up probabilities. Where other truncations are applied, or
-            logits are float64, the logits of other ranks' rows are. The backward pass exchanges nothing.
+            calls, and get the same results. Where all tokens or those of ``kept`` count, some 100 bytes a row are
+            exchanged; on GPUs some 1100 where ``top_k`` is a number, say 50, and stands before what adds up
+            probabilities. Where other truncations are applied, or logits are float64, the logits of other ranks' rows
+            are. The backward pass exchanges nothing.
         options: fields of ``SamplingParams``, which replace those of ``params``.
 
     Returns:
