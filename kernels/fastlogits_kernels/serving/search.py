@@ -393,7 +393,7 @@ def _rank_edits(edits, cursor_ptr, span_ptr, any_edits, words, ROOM: tl.constexp
         before += tl.sum(count)
         left = held.to(tl.uint32, bitcast=True)
         for _ in range(tl.max(count)):  # nothing but stores, which nobody waits for
-            token = word * 32 + popcount((left & (~left + 1)) - 1).to(tl.int32)
+            token = word * 32 + popcount((left ^ (left - 1)) >> 1).to(tl.int32)  # how many bits lie below the lowest
             tl.store(edits.listed_ptr + (rank & (ROOM - 1)), token, mask=left != 0)
             left &= left - 1
             rank += 1
