@@ -33,11 +33,11 @@ test-matrix: test $(OLD_VENV)/ready
 test-engines: $(ENGINES_VENV)/ready
 	PYTHONPATH=.:kernels $(ENGINES_VENV)/bin/python -m pytest tests/engines $(ARGS)
 
-# New examples for the property tests, which take the same ones in `make test`; it ends at the first that fails.
-MINUTES ?= 10
 test-real: $(REAL_VENV)/ready
 	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(REAL_VENV)/bin/python -m pytest -n 2 --dist loadgroup tests/test_real_*.py $(ARGS)
 
+# New examples for the property tests, which take the same ones in `make test`; it ends at the first that fails.
+MINUTES ?= 10
 fuzz: $(VENV)/ready
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(RUN) tests/campaign/fuzz.py $(MINUTES) $(ARGS)
 

@@ -231,7 +231,7 @@ class Sampler:
         self._split = None if group is None else self._splitting(group)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_") and (name != "params" or "params" in self.__dict__):
+        if name in SamplingParams.__dataclass_fields__ or (name == "params" and name in self.__dict__):
             raise AttributeError(
                 f"a Sampler doesn't change, got {name} = {value!r}: make another one, and call that. For a parameter "
                 "that changes from step to step give a tensor of one value for each row, and write to it"

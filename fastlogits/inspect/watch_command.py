@@ -52,10 +52,11 @@ def generate(model: Any, tokenizer: Any, options: Namespace, processors: Sequenc
     Raises:
         ValueError: what ``generate``, a processor or a pattern refuses.
     """
-    if options.num_return_sequences > 1 and not options.num_beams and not any(vars(options)[name] for name in _SAMPLES):
+    samples = any(vars(options)[name] is not None for name in _SAMPLES)
+    if options.num_return_sequences > (options.num_beams or 1) and not samples:
         raise ValueError(
-            f"--num-return-sequences must be 1 where the likeliest token is always taken, got "
-            f"{options.num_return_sequences}: sample, with --temperature 1, or search with --num-beams"
+            f"--num-return-sequences must be 1, or at most --num-beams, where nothing is sampled, got "
+            f"{options.num_return_sequences}: sample, with --temperature 1, or search with more beams"
         )
     if options.not_first is not None:
         processors = [*processors, SuppressFirstTokens(TokenMask.matching(tokenizer, options.not_first))]

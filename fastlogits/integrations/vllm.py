@@ -270,7 +270,7 @@ class _Tables:
     """What the newer runner's slots ask for."""
 
     def __init__(self, states: Any, max_rows: int) -> None:
-        from fastlogits.integrations.requests import MAX_LISTED, TruncationFilter, has_room_for_index
+        from fastlogits.integrations.requests import MAX_LISTED, TruncationFilter
         from fastlogits.serving.batch import BatchProcessor
 
         self.max_rows = max_rows
@@ -280,7 +280,7 @@ class _Tables:
         self._prompts = torch.zeros(S, dtype=torch.int32, device=device)
         self._batch: BatchProcessor = BatchProcessor(
             S, V, device, semantics="vllm", max_rows=max_rows, max_listed=MAX_LISTED,
-            history=(tokens, self._prompts, lengths), history_grows=has_room_for_index(tokens, V),
+            history=(tokens, self._prompts, lengths),
         )  # fmt: skip
         self._filter = TruncationFilter(S, V, device, max_rows, "vllm")
         # Of each slot its own number where it asks for something, else -1.

@@ -99,7 +99,10 @@ class StepOfSlots:
         # The engine's own prompt lengths are in another buffer at every step.
         self._prompts = torch.zeros(len(lengths), dtype=torch.int32, device=tokens.device)
         self._listed = MAX_LISTED
-        self._whole = self._batch(max_logprobs=max_logprobs)
+        # The engine appends to a slot's tokens until it adds another request to it. One index is made, before the
+        # engine has given away the memory.
+        self._has_index = has_room_for_index(tokens, vocab_size)
+        self._whole = self._batch(max_logprobs=max_logprobs, history_grows=self._has_index)
         self._edits: BatchProcessor | None = None
         self._draws: BatchProcessor | None = None
         self._end_table: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -145,10 +148,11 @@ class StepOfSlots:
 
     def warm_up(self, dtype: torch.dtype, logprobs: Sequence[Distribution], drafts: bool) -> None:
         """Compile now what steps with logits of a dtype launch, without drafts and with them if there will be any."""
-        common: Any = {"logprobs": logprobs, "bitmask": False, "cache_position": torch.int64}
+        common: Any = {"logprobs": logprobs, "bitmask": False}
         self._whole.warm_up(dtype, calls="sample", **common)
         if drafts:
-            self._whole.warm_up(dtype, calls=("sample", "accept"), draft_ids=torch.int32, **common)
+            common |= {"cache_position": torch.int64, "draft_ids": torch.int32}
+            self._whole.warm_up(dtype, calls=("sample", "accept"), **common)
 
     def _known(self, rows: Rows) -> Rows:
         """The rows, those of empty slots marked where the host would refuse them."""
@@ -199,8 +203,7 @@ class StepOfSlots:
     def _edited(self, logits: torch.Tensor, rows: Rows, foreign: Foreign) -> tuple[torch.Tensor, BatchProcessor]:
         """Logits after penalties, bans and what others do, and the batch that draws from them."""
         if self._edits is None or self._draws is None:
-            self._edits = self._batch()
-            self._draws = self._batch(max_listed=0, max_logprobs=self.max_logprobs, history_grows=False)
+            self._edits, self._draws = self._batch(), self._batch(max_listed=0, max_logprobs=self.max_logprobs)
             for slot, params in self._params.items():
                 self._edits.add(_edits_of(params), slot=slot)
                 self._draws.add(_draws_of(params), slot=slot)
@@ -236,8 +239,6 @@ class StepOfSlots:
     def _batch(self, **sizes: Any) -> BatchProcessor:
         history: History = (self._tokens, self._prompts, self._lengths)
         given: dict[str, Any] = {"max_rows": self.max_rows, "max_listed": self._listed, "history": history}
-        # The engine appends to a slot's tokens until it adds another request to it.
-        given["history_grows"] = has_room_for_index(self._tokens, self.vocab_size)
         return BatchProcessor(self.slots, self.vocab_size, self._tokens.device, semantics="vllm", **given | sizes)
 
     def _make_room(self, params: RequestParams) -> bool:
@@ -246,7 +247,7 @@ class StepOfSlots:
         if needed <= self._listed:
             return False
         self._listed = 1 << (needed - 1).bit_length()
-        self._whole = self._batch(max_logprobs=self.max_logprobs)
+        self._whole = self._batch(max_logprobs=self.max_logprobs, history_grows=self._has_index)
         for slot, held in self._params.items():
             self._whole.add(held, slot=slot)
         # Made anew where they are needed again.

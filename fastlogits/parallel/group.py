@@ -159,23 +159,26 @@ class Group:
 
     # -- What ranks agree on ---------------------------------------------------------------------------------------
 
-    def shards(self, width: int, anew: bool = False) -> Shards:
+    def shards(self, width: int) -> Shards:
         """Which tokens each rank has, where this one's logits have ``width`` columns.
 
         The ranks tell each other once for each width, by way of the host: not while a graph is captured. So a group is
         of one vocabulary: where a rank has as many columns of two, it would take the parts of one for those of the
-        other. With ``anew`` they tell each other again, where all ranks ask at the same place.
+        other.
         """
-        found = None if anew else self._shards.get(width)
+        found = self._shards.get(width)
         if found is None:
-            told = self.told({"width": width, "vocab_start": self._start, "vocab_size": self._vocab_size})
-            self.check_refused(told)
-            for rank, each in enumerate(told):
-                if each["vocab_size"] != told[0]["vocab_size"]:
-                    raise ValueError(_differs("vocab_size", told, rank))
-            found = Shards.of([e["width"] for e in told], [e["vocab_start"] for e in told], self._vocab_size)
-            self._shards[width] = found
+            found = self._shards[width] = self.told_shards(width)
         return found
+
+    def told_shards(self, width: int) -> Shards:
+        """The same, told by all ranks now, and kept by nobody; all of them ask at the same place."""
+        told = self.told({"width": width, "vocab_start": self._start, "vocab_size": self._vocab_size})
+        self.check_refused(told)
+        for rank, each in enumerate(told):
+            if each["vocab_size"] != told[0]["vocab_size"]:
+                raise ValueError(_differs("vocab_size", told, rank))
+        return Shards.of([e["width"] for e in told], [e["vocab_start"] for e in told], self._vocab_size)
 
     def vocab_start(self, width: int) -> int:
         """The first token of this rank's logits of so many columns."""

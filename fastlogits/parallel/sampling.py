@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 LEAST_DEALT = 1 << 22
 """Bytes of a part of the logits from which on a report from the parts is quicker.
 
-Two exchanges and some nine launches take about 40 us more than none; to deal out so much takes about as long.
+An estimate, by the figures of docs/tensor-parallel.md: two exchanges and eight launches take some 40 us, and to deal
+out so much takes about as long.
 """
 
 
@@ -161,6 +162,7 @@ class SplitSampler:
         self._form = form
         self._plain = draw
         self._agree = Agreement(self.group)
+        self._shards: dict[int, Shards] = {}
         self._ways: dict[Hashable, _Way] = {}
         self._made: dict[Hashable, Parts | None] = {}
 
@@ -207,10 +209,16 @@ class SplitSampler:
         if parts is not None:
             parts.sample(gather(parts.sent(some)), some, gather, lambda sums: sums)
 
+    def _shards_of(self, width: int) -> Shards:
+        """Which tokens each rank has; told once for this sampler, since others may have another vocabulary."""
+        found = self._shards.get(width)
+        if found is None:
+            found = self._shards[width] = self.group.told_shards(width)
+        return found
+
     def _new_way(self, call: SplitCall, plan: Any) -> _Way:
         """Compare the arguments with those of the other ranks, and choose a way."""
-        # The sampler before this one may have had another vocabulary, of which this rank had as many columns.
-        shards = self.group.shards(call.logits.shape[1], anew=not self._ways)
+        shards = self._shards_of(call.logits.shape[1])
         B = len(call.logits)
         members = [] if plan is None else plan.members
         self._agree((

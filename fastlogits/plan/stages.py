@@ -196,6 +196,9 @@ class _OfTokens(Stage):
                 f"{argument} of a stage must be a tuple of token ids, a TokenMask, History, Given or Repeated, got a "
                 f"{type(tokens).__name__}{meant}"
             )
+        wrong = next((t for t in self.tokens if not is_integer(t)), None) if isinstance(self.tokens, tuple) else None
+        if wrong is not None:
+            raise ValueError(f"{getattr(self, 'argument', 'tokens')} of a stage must be token ids, got {wrong!r}")
 
     @property
     def _gate(self) -> When | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, SupportsIndex, overload
 
@@ -306,6 +306,15 @@ class _PlannedList(NamedTuple):
     """Whether all of them are ``StagedProcessor``, and tell themselves of a change."""
 
 
+def _takes(processor: Any, name: str) -> bool:
+    """Whether a processor may have an argument of this name."""
+    try:
+        parameters = signature(processor.__call__).parameters
+    except (TypeError, ValueError):  # written in C, and says nothing
+        return True
+    return name in parameters or any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values())
+
+
 @lru_cache
 def _meant(name: str) -> str | None:
     """The position that somebody may have misspelt; None where the name is another one altogether."""
@@ -414,7 +423,7 @@ class LogitsProcessorList(_Planned, _TransformersList):
         return self.plan(input_ids, scores, run, kwargs)
 
     def _check_asked_for(self, name: str) -> None:
-        if not any(name in signature(each.__call__).parameters for each in self):
+        if not any(_takes(each, name) for each in self):
             raise TypeError(f"there is no argument {name!r}: did you mean {_meant(name)}?")
 
     def apply_(

@@ -405,7 +405,9 @@ def _rule(kind: RuleKind, value: float | torch.Tensor, keep: int, fill: float) -
     """
     if not isinstance(value, torch.Tensor):
         bounds = RULES[kind].range
+        if RULES[kind].integer:
+            value = whole_number(argument_of(kind), value, 1)
         if not is_number(value) or not (bounds.has(value) or value == bounds.off):
             raise ValueError(f"{argument_of(kind)} must be {bounds.words}, got {value!r}")
-        value = int(value) if kind == "top_k" else float(value)
+        value = int(value) if RULES[kind].integer else float(value)
     return Rule(kind, value, int(keep), float(fill))

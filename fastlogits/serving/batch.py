@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
@@ -914,6 +915,8 @@ class BatchProcessor:
         kept: dict[Any, PackedParams] = params.__dict__.setdefault("_packed", {})
         packed = kept.get(key)
         if packed is None:
+            if params.min_tokens and not params.stop_token_ids:
+                warnings.warn("stop_token_ids is empty: min_tokens does nothing", stacklevel=3)
             packed = kept[key] = pack(params, self.vocab_size, STACKS[self.semantics])
         if packed.listed > self.max_listed:
             raise ValueError(

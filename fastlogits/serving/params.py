@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import c_float
 from dataclasses import dataclass, field, fields
@@ -125,8 +124,6 @@ class RequestParams:
                 if isinstance(value, torch.Tensor) and not value.ndim and value.device.type == "cpu":
                     value = value.item()
                 given[name] = check(name, value)
-        if self.min_tokens and not self.stop_token_ids:
-            warnings.warn("stop_token_ids is empty: min_tokens does nothing", stacklevel=4)
 
     def __repr__(self) -> str:
         return f"RequestParams({arguments(set_fields(self))})"

@@ -148,9 +148,17 @@ def _of_part(
     while joins and last and isinstance(members[last - 1].stage, Truncate):
         last -= 1
     rules = tuple(rule for member in members[last:] for rule in member.stage.rules)  # type: ignore[attr-defined]
-    part = None
-    if all(rule.filter_value == -math.inf for rule in rules):
-        part = members_of_part(members[:last], Piece(place.first, place.first + place.width, place.V))
+    if any(rule.filter_value != -math.inf for rule in rules):
+        raise ValueError(
+            "processors that truncate must have filter_value=-inf where the vocabulary is split, got "
+            f"{', '.join(str(rule.filter_value) for rule in rules)}"
+        )
+    part = members_of_part(members[:last], Piece(place.first, place.first + place.width, place.V))
+    if part is None and any(isinstance(member.stage, Truncate) for member in members) and not joins:
+        raise ValueError(
+            "processors must not truncate where the vocabulary is split and temperature, truncations or kept are given "
+            f"beside them, got {', '.join(member.name for member in members)}"
+        )
     if part is None:
         raise ValueError(
             "processors must map each logit by itself where the vocabulary is split, with truncations last if at all, "
@@ -181,15 +189,26 @@ def processed_logprobs(
     if input_ids is None:
         needing = [member.name for member in listed.plan.members if member.stage.needs_history]
         if needing:
-            raise ValueError(f"input_ids must be the tokens that the model has seen, got None: {needing[0]} reads them")
+            raise ValueError(
+                f"input_ids must be the tokens that the model has seen, got None: {needing[0]} reads them, or asks how "
+                "many there are"
+            )
         input_ids = torch.zeros((B, T), dtype=torch.int64, device=logits.device)
     if (
         not isinstance(input_ids, torch.Tensor)
+        or input_ids.dtype not in (torch.int32, torch.int64)
         or input_ids.ndim != 2
         or input_ids.shape[0] != B
         or input_ids.shape[1] < T - 1
     ):
-        raise ValueError(f"input_ids must be integers of shape ({B}, L) with L at least {T}, got {kind(input_ids)}")
+        raise ValueError(
+            f"input_ids must be int32 or int64 of shape ({B}, L), L at least {max(0, T - 1)}, got {kind(input_ids)}"
+        )
+    if input_ids.device != logits.device:
+        raise ValueError(f"input_ids must be on {logits.device}, as logits are, got them on {input_ids.device}")
+    if not T:  # no position, no process
+        nothing = whole.sum(-1).reshape(-1).to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        return nothing, nothing if entropy else None, nothing != nothing
     if task.kept is not None and task.kept.offsets is not None:
         raise ValueError("kept must be ids with counts or bits where processors are given, got ids with offsets")
     joins = not task.rules and task.temperature is None and task.kept is None
@@ -199,10 +218,11 @@ def processed_logprobs(
         plan = Plan(fused_to_logits([*draw.rest, *([] if draw.fold is None else [draw.fold])]))
         rules = draw.rules or ()
     else:
-        from fastlogits.training.shards import Ranks, check_bits
+        from fastlogits.training.shards import Ranks, check_sets
 
         way = ranks = Ranks.of(group, logits)
-        check_bits(task, ranks.place.V)
+        check_sets(task, ranks.place.V)
+        ranks.agree(whole, task)
         plan, input_ids, rules = _of_part(listed.plan.members, input_ids, joins, ranks.place)
     if rules:
         task = task._replace(rules=rules)

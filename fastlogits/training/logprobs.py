@@ -226,8 +226,10 @@ def _checked(
     sets = None
     if kept is not None:
         V = logits.shape[-1]
+        # The size of a vocabulary that is split isn't known here yet: it is compared later.
+        vocab = kept.vocab_size if group is not None and isinstance(kept, KeptTokens) else None
         kept = _checked_kept(kept, None if group is not None else V, logits.device)
-        sets = kept.flat(rows)
+        sets = kept.flat(rows)._replace(vocab=vocab)
     task = Task(targets.reshape(rows), temperature, rules, sets, int(ignore_index))
     return _Given(logits, task, targets.shape, entropy, in_place)
 

@@ -26,15 +26,13 @@ from fastlogits_kernels.training.reference import Task, rows_of, scores_of
 from fastlogits_kernels.training.rows import RANK_AT
 from fastlogits_kernels.training.ruled_shards import fixed_number_of, ruled_logprobs_of_part
 from fastlogits_kernels.training.sets import GivenSets
-from fastlogits_kernels.training.shards import Place, logprobs_of_part
+from fastlogits_kernels.training.shards import NO_TOKEN, Place, logprobs_of_part
 
 from fastlogits.parallel.group import Group, Shards
 
 # What is dealt out at a time takes a small part of the logits' memory; fewer rows than that wait more than they send.
 _SHARE = 32
 _LEAST_ROWS = 64
-_NONE = -(2**62)
-"""The target of a row that is left out, where tokens are counted from a rank's first."""
 _LOWEST = -(2**31)
 
 
@@ -53,8 +51,8 @@ def local_logits(logits: Any, group: Any) -> tuple[Any, Any]:
                 f"{logits.placements}: redistribute it with Shard({logits.ndim - 1})"
             )
         return logits.to_local(), logits.device_mesh.get_group(split[0])
-    if group is None:
-        return logits, None
+    if group is None or not isinstance(logits, torch.Tensor) or not logits.ndim:  # which is refused later
+        return logits, group
     if isinstance(group, Group):  # which knows which columns are padding
         shards = group.shards(logits.shape[-1])
         if not all(shards.sizes):  # as all ranks see it
@@ -92,6 +90,16 @@ class Ranks:
             return group
         ranks = Group.of(group)
         return cls(ranks, ranks.shards(logits.shape[-1]))
+
+    def agree(self, logits: torch.Tensor, task: Task) -> None:
+        """Compare with the other ranks, once, what says how they exchange.
+
+        Raises:
+            ValueError: it is another on one of them.
+        """
+        self.group.agree((
+            ("dtype of logits", str(logits.dtype)), ("kernels", kernels.takes(logits, task, self.place.V)),
+        ))  # fmt: skip
 
     @property
     def place(self) -> Place:
@@ -194,7 +202,7 @@ def _drops(task: Task, V: int) -> bool:
 
 def _own_task(task: Task, place: Place, bits: torch.Tensor | None) -> Task:
     """What is asked of this rank's tokens, counted from its first."""
-    own = place.task(task, _NONE)
+    own = place.task(task, NO_TOKEN)
     return own if bits is None else own._replace(kept=GivenSets(bits=bits), rules=())
 
 
@@ -250,12 +258,14 @@ class _Sharded(torch.autograd.Function):
         return kernels.once_only(out, given), None, None, None, None
 
 
-def check_bits(task: Task, V: int) -> None:
-    """Refuse packed sets of fewer tokens than a vocabulary has.
+def check_sets(task: Task, V: int) -> None:
+    """Refuse sets that are of another vocabulary, or packed ones of fewer tokens.
 
     Raises:
         ValueError: these are such.
     """
+    if task.kept is not None and task.kept.vocab not in (None, V):
+        raise ValueError(f"kept must be of the {V} tokens of the logits, got kept tokens of {task.kept.vocab}")
     if task.kept is not None and task.kept.bits is not None and task.kept.bits.shape[1] < words(V):
         raise ValueError(
             f"kept must have the {words(V)} words of the whole vocabulary, got {task.kept.bits.shape[1]} words"
@@ -268,7 +278,8 @@ def sharded_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Log-probabilities of targets of a vocabulary that is split over a group, entropies, and what is outside."""
     ranks = Ranks.of(group, logits)
-    check_bits(task, ranks.place.V)
+    check_sets(task, ranks.place.V)
+    ranks.agree(logits, task)
     apply: Any = _Sharded.apply
     found, entropies, outside = apply(logits, task, entropy, in_place, ranks)
     return found, entropies if entropy else None, outside

@@ -179,13 +179,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(_row(case, size, device, group, given.draws))
         if is_first:
             print(*rows[-1].values(), flush=True)
+    if not rows:
+        if is_first:
+            print("no set of rules was begun in time")
+        return 1
     fits = all(each["same_on_ranks"] != "False" for each in rows) and min(together([e["p"] for e in rows])) > LEAST
     if is_first:
         _say(rows, left_out, device, fits)
         if not given.no_csv:
             path = RESULTS / f"statistics-{slug(device_name(device))}.csv"
             run = {"device": device_name(device), "ranks": 1 if group is None else group.size()}
-            write_rows(path, [*read_rows(path), *(dated({**run, **each, "p": f"{each['p']:.5f}"}) for each in rows)])
+            write_rows(path, [*read_rows(path), *(dated({**run, **each, "p": f"{each['p']:.3g}"}) for each in rows)])
     if group is not None:
         dist.destroy_process_group()
     return int(not fits)

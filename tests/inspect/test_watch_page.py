@@ -278,7 +278,10 @@ def test_the_command_says_what_is_wrong(asked, said, capsys):
     ("asked", "said"),
     [
         (["--prompt", ""], "--prompt must be a text of at least one token, got ''"),
-        (["--prompt", "a b", "--num-return-sequences", "3"], "--num-return-sequences must be 1 where the likeliest"),
+        (
+            ["--prompt", "a b", "--num-return-sequences", "3"],
+            "must be 1, or at most --num-beams, where nothing is sampled",
+        ),
     ],
 )
 def test_the_command_says_what_generate_would_fail_on(saved, asked, said, capsys):

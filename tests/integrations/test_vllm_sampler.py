@@ -103,7 +103,7 @@ def test_requests_that_are_served_by_vllm(caplog):
     assert not served(sampler, 0, 1)
 
 
-def test_reports_are_asked_for_where_a_request_wants_them(monkeypatch):
+def test_reports_are_asked_for_where_a_request_wants_them():
     sampler, asked = made(), []
     sampler.get_logprobs_dims = lambda slots, **more: asked.append(slots.tolist()) or (2, 0)
 

@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from fastlogits_kernels.runtime.launcher import HAS_TRITON
+from fastlogits_kernels.runtime.launcher import HAS_TRITON, collected
+from fastlogits_kernels.selection import launch
 from fastlogits_kernels.serving import layout, steps
 
 import fastlogits as fl
+from fastlogits import warm_up as warming
 from fastlogits.integrations.requests import EDITS, TRUNCATIONS, has_room_for_index, read_options
 from fastlogits.integrations.vllm_params import ELSEWHERE, TRANSLATED, end_tokens, translate, unknown_fields
 from fastlogits.integrations.vllm_step import EndTokens, Places, Rows, StepOfSlots
@@ -313,3 +315,27 @@ def test_an_index_has_to_be_small():
     assert has_room_for_index(table(256, 131_072), 128_256)
     assert not has_room_for_index(table(1024, 131_072), 128_256)
     assert has_room_for_index(table(10**6, 4096), 128_256)  # none is made
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are compiled")
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("logprobs", [None, "processed"])
+def test_a_warm_up_compiles_what_steps_launch(monkeypatch, engine, drafts, logprobs):
+    step, tokens, lengths = engine
+    rehearsed = []
+    monkeypatch.setattr(warming, "no_kernels", lambda device: None)
+    monkeypatch.setattr(warming, "prepare", lambda launches: rehearsed.extend(launches) or [])
+    monkeypatch.setattr(steps, "FORCE_KERNEL", True)
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
+    step.warm_up(torch.float32, [logprobs] if logprobs else [], drafts > 0)
+    for slot, params in enumerate(REQUESTS):
+        step.add(slot, dataclasses.replace(params, logprobs=3 if logprobs else None))
+    rows = rows_of([3, 0, 2], lengths, drafts, tokens)
+    if not drafts:
+        rows = Rows(rows.slots)  # as the sampler has them
+    with collected() as launches:
+        step.sample(torch.randn(len(rows.slots), V), rows, None, logprobs)
+    known = {(each.launcher.name, each.key) for each in rehearsed}
+    assert launches
+    assert not {(each.launcher.name, each.key) for each in launches} - known

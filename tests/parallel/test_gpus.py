@@ -1,6 +1,7 @@
 """The same on GPUs, where there are several: NCCL, the kernels, and captured graphs."""
 
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,7 +37,11 @@ def gpus() -> Iterator[Ranks]:
 
 def on_gpus(process_group, case, dtype):
     """Whether the ranks sample what one GPU samples, called and replayed; reports come from the parts."""
-    sampling.LEAST_DEALT = 0
+    with patch.object(sampling, "LEAST_DEALT", 0):
+        return _on_gpus(process_group, case, dtype)
+
+
+def _on_gpus(process_group, case, dtype):
     rank, size, options = process_group.rank(), process_group.size(), CASES[case]
     generator = torch.Generator().manual_seed(3)
     rows = (torch.randn(3, 9, V, generator=generator) * 3).to(dtype).cuda()

@@ -142,17 +142,17 @@ def test_sample_takes_a_group(ranks):
 
 
 def of_two_vocabularies(process_group):
-    """Of which the first rank has as many columns."""
+    """Of which the first rank has as many columns; calls of both take turns, with more and more rows."""
     found = []
-    for V in (20, 19):
-        logits = torch.randn(3, V, generator=torch.Generator().manual_seed(V))
-        part = part_of(logits, process_group.rank(), process_group.size())
-        for _ in range(2):
-            sampler = fl.Sampler(top_k=5, group=process_group)
+    samplers = {V: fl.Sampler(top_k=5, group=process_group) for V in (20, 19)}
+    groups = {V: fl.Group(process_group) for V in samplers}
+    for B in (1, 3, 6):
+        for V, sampler in samplers.items():
+            logits = torch.randn(B, V, generator=torch.Generator().manual_seed(V))
+            part = part_of(logits, process_group.rank(), process_group.size())
             found += [same(sampler(part, seed, 4), fl.Sampler(top_k=5)(logits, seed, 4)) for seed in range(3)]
-        group = fl.Group(process_group)
-        targets = torch.tensor([1, 18, 7])
-        found += [same(fl.logprobs(part, targets, group=group), fl.logprobs(logits, targets))]
+            targets = torch.arange(B) * 3 + 2
+            found += [same(fl.logprobs(part, targets, group=groups[V]), fl.logprobs(logits, targets))]
     return all(found)
 
 

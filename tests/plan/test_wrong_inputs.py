@@ -426,6 +426,7 @@ SCORES = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
         (lambda: Ban((1,), When("step", period=0)), "period must be an integer of at least 1, got 0"),
         (lambda: Ban([1]), r"tokens of a stage must be a tuple of token ids, .* got a list: write tuple\(...\)"),
         (lambda: Ban(1), "tokens of a stage must be .* got a int"),
+        (lambda: Ban((1, 2.5)), "tokens of a stage must be token ids, got 2.5"),
         (lambda: Bias(torch.tensor([1]), 2.0), "tokens of a stage must be .* got a Tensor"),
         (lambda: Ban(Repeated(0)), "size must be an integer of at least 1, got 0"),
         (lambda: Rows("normalise", lambda ids, x: None, "none"), "the function of Own must return scores .* got None"),
@@ -445,6 +446,7 @@ def test_stages_that_mean_nothing(make, message):
     [
         (lambda: fl.TopKLogitsWarper(5), "top_k", -3, "top_k must be .* got -3"),
         (lambda: fl.TopKLogitsWarper(5), "top_k", "x", "top_k must be .* got 'x'"),
+        (lambda: fl.TopKLogitsWarper(5), "top_k", 2.5, "top_k must be an integer .* got 2.5"),
         (lambda: fl.TopPLogitsWarper(0.5), "top_p", 1.5, "top_p must be .* got 1.5"),
         (lambda: fl.MinPLogitsWarper(0.5), "min_p", -0.5, "min_p must be .* got -0.5"),
         (lambda: fl.NoRepeatNGramLogitsProcessor(2), "ngram_size", 0, "ngram_size must be .* got 0"),
@@ -493,7 +495,7 @@ def test_a_misspelt_parameter(call):
 
 def test_a_sampler_does_not_change():
     sampler = fl.Sampler(temperature=0.7)
-    for name in ("temperature", "temprature", "params"):
+    for name in ("temperature", "top_k", "params"):
         with pytest.raises(AttributeError, match=f"a Sampler doesn't change, got {name} = 0"):
             setattr(sampler, name, 0)
     assert sampler.params.temperature == 0.7
@@ -506,7 +508,10 @@ def test_a_group_that_is_none():
 
 
 def test_least_tokens_without_tokens_that_end():
-    with pytest.warns(UserWarning, match="stop_token_ids is empty: min_tokens does nothing"):
-        fl.RequestParams(min_tokens=4)
+    batch, params = fl.BatchProcessor(1, 9, "cpu", max_length=4), fl.RequestParams(min_tokens=4)
+    with pytest.warns(UserWarning, match="stop_token_ids is empty: min_tokens does nothing") as told:
+        batch.add(params)
+    batch.update(0, params)
+    assert [each.filename for each in told] == [__file__]  # once, and of who adds it
     with pytest.warns(UserWarning, match="stop_token_ids is empty: MinTokensLogitsProcessor does nothing"):
         fl.MinTokensLogitsProcessor(3, [])

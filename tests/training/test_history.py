@@ -108,8 +108,20 @@ def test_what_cant_be_done_is_said():
     targets = ids[:, 1:]
     with pytest.raises(ValueError, match="input_ids must be the tokens that the model has seen, got None: Repetition"):
         fl.logprobs(logits, targets, processors=processors())
-    with pytest.raises(ValueError, match=r"input_ids must be integers of shape \(2, L\) with L at least 6, got"):
+    with pytest.raises(ValueError, match=r"input_ids must be int32 or int64 of shape \(2, L\), L at least 5, got"):
         fl.logprobs(logits, targets, processors=processors(), input_ids=ids[:, :3])
     kept = fl.KeptTokens(V, torch.zeros(3, dtype=torch.int32), offsets=torch.zeros(B * L + 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="kept must be ids with counts or bits where processors are given"):
         fl.logprobs(logits, targets, processors=[], kept=kept)
+    with pytest.raises(ValueError, match=r"input_ids must be int32 or int64 of shape .* got torch.float32"):
+        fl.logprobs(logits, targets, processors=processors(), input_ids=ids.float())
+
+
+def test_no_positions_are_no_log_probabilities():
+    nothing = torch.zeros(2, 0, V, requires_grad=True)
+    found = fl.logprobs(
+        nothing, torch.zeros(2, 0, dtype=torch.int64), processors=[fl.TopKLogitsWarper(3)], entropy=True
+    )
+    assert found.logprobs.shape == found.entropy.shape == (2, 0)
+    found.logprobs.sum().backward()
+    assert nothing.grad.shape == nothing.shape

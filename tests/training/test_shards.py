@@ -119,6 +119,22 @@ def compared(group, widths, case, dtype, kernels, more):
     return all(same(*pair) for pair in zip(found, right, strict=True) if pair[0] is not None), len(dealt)
 
 
+def of_other_sets(group, vocab):
+    """What a rank says of kept tokens of another vocabulary."""
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(group.rank()))
+    ids = fl.KeptTokens(vocab, torch.zeros(2, 3).long(), torch.ones(2).long())
+    kept = ids if vocab < 100 else fl.KeptTokens(vocab, bits=torch.zeros(2, 10).int())
+    with pytest.raises(ValueError, match="kept must be") as error:
+        fl.logprobs(logits, torch.tensor([1, 2]), kept=kept, group=group)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("vocab", [7, 300])
+def test_sets_of_another_vocabulary(ranks, vocab):
+    said = f"kept must be of the 100 tokens of the logits, got kept tokens of {vocab}"
+    assert ranks.alike(of_other_sets, 2, vocab) == said
+
+
 def run(ranks, split, *given):
     return ranks.alike(compared, len(SPLITS[split]), SPLITS[split], *given)
 

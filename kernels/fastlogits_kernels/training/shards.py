@@ -539,7 +539,8 @@ _given_sums = Launcher(given_sums_kernel, num_warps=4, enable_fp_fusion=False)
 _finish = Launcher(finish_kernel, num_warps=1, enable_fp_fusion=False)
 
 _tables: dict[Any, torch.Tensor] = {}
-_IGNORED = -(2**62)
+NO_TOKEN = -(2**62)
+"""A target that is none of any vocabulary, and of no part of one."""
 
 
 class View(NamedTuple):
@@ -708,7 +709,7 @@ def _scored(logits: torch.Tensor, task: Task) -> Iterator[tuple[slice, ScoredRow
 
 
 def _reference(logits: torch.Tensor, task: Task, place: Place, gather: Exchange, add: Exchange) -> Rows:
-    N, own_task = len(task.targets), place.task(task, _IGNORED)
+    N, own_task = len(task.targets), place.task(task, NO_TOKEN)
     told = torch.empty((N, 3), dtype=torch.float32, device=logits.device)
     for rows, of in _scored(logits, own_task):
         own = torch.where(of.known, of.own, -math.inf)
