@@ -147,6 +147,8 @@ def test_alone_and_together(drafts, model, installed, alone):
     answer = run(model, [call], "newer", installed, enable_prefix_caching=True, **TIGHT, **drafts)
     assert answer["preemptions"] > 0
     assert set(answer["samplers"]) == {"fastlogits.integrations.vllm_sampler"}
+    assert answer["places"]["rows"] > 10
+    assert answer["places"]["elsewhere"] == 0
     if drafts:
         assert answer["drafted"] > answer["accepted"] > 10
     for index, (request, found, expected) in enumerate(zip(call, answer["results"][0], alone, strict=True)):

@@ -51,6 +51,28 @@ def as_json(steps) -> list | None:
     ]
 
 
+def watched_places() -> dict[str, int]:
+    """Of steps without drafts, the rows whose tokens count, and those of them that aren't at the end of their text.
+
+    Our sampler takes the end for their place, and doesn't read it.
+    """
+    from fastlogits.integrations.vllm_sampler import NewerSampler
+
+    seen, draw = {"rows": 0, "elsewhere": 0}, NewerSampler.draw
+
+    def watched(self, logits, input_batch, *more):
+        if len(logits) == input_batch.num_reqs:
+            lengths = input_batch.positions.index_select(0, input_batch.logits_indices) + 1
+            slots, states = input_batch.expanded_idx_mapping, self.req_states
+            counts = lengths >= states.prefill_len.gpu.index_select(0, slots)
+            seen["rows"] += int(counts.sum())
+            seen["elsewhere"] += int((counts & (lengths != states.total_len.gpu.index_select(0, slots))).sum())
+        return draw(self, logits, input_batch, *more)
+
+    NewerSampler.draw = watched
+    return seen
+
+
 def main() -> None:
     asked = json.load(sys.stdin)
     newer = asked["runner"] == "newer"
@@ -94,6 +116,7 @@ def main() -> None:
         "kv_cache_memory_bytes": 64 << 20,
         "disable_log_stats": False,
     }
+    places = watched_places() if newer else {}
     llm = LLM(**engine | asked["engine"])
     results, working = [], []
     for call in asked["calls"]:
@@ -131,6 +154,7 @@ def main() -> None:
         "loaded": "fastlogits.integrations.vllm" in sys.modules,
         "working": working,
         "samplers": samplers[0],
+        "places": places,
     }
     print("\n" + json.dumps(answer), flush=True)
 
