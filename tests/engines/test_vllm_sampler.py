@@ -147,7 +147,7 @@ def test_alone_and_together(drafts, model, installed, alone):
     answer = run(model, [call], "newer", installed, enable_prefix_caching=True, **TIGHT, **drafts)
     assert answer["preemptions"] > 0
     assert set(answer["samplers"]) == {"fastlogits.integrations.vllm_sampler"}
-    assert answer["places"]["rows"] > 10
+    assert answer["places"]["rows"] > (0 if drafts else 100)
     assert answer["places"]["elsewhere"] == 0
     if drafts:
         assert answer["drafted"] > answer["accepted"] > 10
