@@ -116,7 +116,8 @@ def main() -> None:
         "kv_cache_memory_bytes": 64 << 20,
         "disable_log_stats": False,
     }
-    places = watched_places() if newer else {}
+    ours = newer and os.environ.get("FASTLOGITS_VLLM_SAMPLER") == "1"  # else nothing of ours is imported yet
+    places = watched_places() if ours else {}
     llm = LLM(**engine | asked["engine"])
     results, working = [], []
     for call in asked["calls"]:
