@@ -248,7 +248,7 @@ class Soak:
         start, before = time.perf_counter(), None
         stretch = 0
         while self.steps < steps and not self._anywhere(time.perf_counter() - start > seconds):
-            if before is None and self.steps >= steps // 10:
+            if before is None and (self.steps >= steps // 10 or time.perf_counter() - start > seconds / 10):
                 before = memory_of(self.device)
             self._change()
             self._go()

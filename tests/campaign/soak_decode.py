@@ -97,7 +97,7 @@ def run(device: torch.device, steps: int, seconds: float = float("inf"), seed: i
     fl.decode.clear()
     with patch.object(loop, "FORCE", True):
         while done < steps and time.perf_counter() - start < seconds:
-            if before is None and done >= steps // 3:
+            if before is None and (done >= steps // 3 or time.perf_counter() - start > seconds / 3):
                 before = memory_of(device)
             call = Call.of(rng, device)
             found = call.tokens(model)
