@@ -7,7 +7,6 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +22,7 @@ from benchmarks.peers import PEERS
 from benchmarks.results import append_csv, commit, records_of, slug
 from benchmarks.run import BUDGET_S, SHORT_BUDGET_S, Run
 from benchmarks.tables import print_tables, print_verdicts
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import WORKLOADS, Workload, is_named
 
 _BATCHES, _QUICK_BATCHES = (1, 8, 64, 256), (1, 8)
 _VOCABS, _QUICK_VOCABS = (32000, 128256, 151936), (128256,)
@@ -165,7 +164,7 @@ def _documents(arguments: Sequence[str]) -> int:
 
 def _is_chosen(options: argparse.Namespace, name: str) -> bool:
     if options.workload:
-        return any(fnmatchcase(name, pattern) for pattern in options.workload)
+        return is_named(name, options.workload)
     workload = WORKLOADS[name]
     return (workload.quick or not options.quick) and (workload.main or not options.main)
 
@@ -243,7 +242,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-csv", action="store_true", help="only print: append no rows")
     options = parser.parse_args(arguments)
     for pattern in options.workload or ():
-        if not any(fnmatchcase(name, pattern) for name in WORKLOADS):
+        if not any(is_named(name, [pattern]) for name in WORKLOADS):
             parser.error(f"--workload: nothing is called {pattern!r}; there are {', '.join(map(repr, WORKLOADS))}")
     options.chosen = bool(options.size or options.batch or options.vocab)
     if options.main and not options.chosen:

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ import torch
 from benchmarks.folders import LOCAL
 from benchmarks.inputs import Case, device_name, random_scores
 from benchmarks.results import environment, read_rows, slug, write_rows
-from benchmarks.workloads import OURS, WORKLOADS
+from benchmarks.workloads import OURS, WORKLOADS, is_named
 
 ROOT = Path(__file__).parents[1]
 RESULTS = LOCAL / "compile"
@@ -131,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     names = [
         name
         for name, workload in WORKLOADS.items()
-        if (workload.main if patterns is None else any(fnmatchcase(name, pattern) for pattern in patterns))
+        if (workload.main if patterns is None else is_named(name, patterns))
     ]
     if not names:
         parser.error(f"--workload: nothing is called {patterns}; there are {', '.join(map(repr, WORKLOADS))}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from benchmarks.folders import LOCAL
 from benchmarks.inputs import GAUSS, LOGITS, Case, device_name, random_scores, size_of
 from benchmarks.results import environment, read_rows, slug, write_rows
 from benchmarks.timing import Call, NotCapturableError, ReplayBunch, interleaved
-from benchmarks.workloads import OURS, WORKLOADS
+from benchmarks.workloads import OURS, WORKLOADS, is_named
 
 RESULTS = LOCAL / "phases"
 _CALLS = 20
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--logits", default=GAUSS, choices=list(LOGITS))
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    names = [name for name in WORKLOADS if any(fnmatchcase(name, pattern) for pattern in options.workload)]
+    names = [name for name in WORKLOADS if is_named(name, options.workload)]
     if not names:
         parser.error(f"--workload: nothing is called {options.workload}; there are {', '.join(map(repr, WORKLOADS))}")
     console = Console()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -84,6 +85,11 @@ class Contender:
 
 def _read_and_write(case: Case) -> float:
     return 2 * case.nbytes
+
+
+def is_named(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of some patterns, such as ``chain *``, fits the name of a workload."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 
 from benchmarks.inputs import Case
-from benchmarks.workloads import Contender
+from benchmarks.workloads import Contender, is_named
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Peer:
 
     def takes(self, workload: str, case: Case) -> bool:
         """Whether it does a workload on a device at all."""
-        return case.device.type in self.devices and any(fnmatchcase(workload, each) for each in self.workloads)
+        return case.device.type in self.devices and is_named(workload, self.workloads)
 
     def missing(self) -> str | None:
         """Why it can't be measured here; None where it can."""

@@ -808,7 +808,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a shared tile that is added up twice", f"{KERNELS}/training/shards.py",
-        "there = there & ((tile > 0) | (first_slot < 0)) &", "there = there &",
+        "there = there & ((tile > 0) | (part.first_slot < 0)) &", "there = there &",
         ("training/test_shards.py::test_kernels_have_what_the_whole_has",),
     ),
     Mutation(

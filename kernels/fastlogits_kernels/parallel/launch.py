@@ -52,13 +52,19 @@ def sent_of(rules: Sequence[Rule], V: int, ranks: int) -> int | None:
     first, rest = acting[at], acting[at + 1 :]
     if first.spec.goal != "count" or isinstance(first.value, torch.Tensor):
         return None
-    fewest = max(int(first.value), max(rule.min_tokens_to_keep for rule in acting))
     # A rule that takes some of those that tie leaves others that count for the next one.
     cut = next((i for i, rule in enumerate(rest) if rule.spec.goal == "mass"), len(rest))
     if any(rule.spec.goal == "entropy" for rule in rest) or any(rule.spec.sums for rule in rest[cut + 1 :]):
         return None
-    sent = capacity_of(fewest)
+    sent = capacity_of(fewest_of(rules, V))
     return sent if sent * triton.next_power_of_2(ranks) <= MOST_SENT else None
+
+
+def fewest_of(rules: Sequence[Rule], V: int) -> int:
+    """How many of the most likely tokens rules that ``sent_of`` takes look at."""
+    acting = [rule for rule in rules if not is_idle(rule, V)]
+    count = next(rule for rule in acting if rule.spec.goal == "count")
+    return max(int(count.value), *(rule.min_tokens_to_keep for rule in acting))
 
 
 class TopShards:
@@ -74,11 +80,9 @@ class TopShards:
     """
 
     def __init__(self, rules: Sequence[Rule], sent: int, V: int, own: int, first: int, device: torch.device) -> None:
-        acting = [rule for rule in rules if not is_idle(rule, V)]
-        count = next(rule for rule in acting if rule.spec.goal == "count")
+        count = next(rule for rule in rules if rule.spec.goal == "count" and not is_idle(rule, V))
         # What none of the most likely tokens of the part is, none of those of the vocabulary is.
-        fewest = max(int(count.value), *(rule.min_tokens_to_keep for rule in acting))
-        self._local = Selection((count._replace(value=fewest),), own, device, unrounded=True)
+        self._local = Selection((count._replace(value=fewest_of(rules, V)),), own, device, unrounded=True)
         self._all = Selection(rules, V, device)
         self._sent, self._V, self._first = sent, V, first
 
@@ -124,6 +128,12 @@ class TopShards:
         """Whether of tokens that tie the lowest ids are kept first."""
         return self._all.lowest_ties
 
+    def _size_of_union(self, ranks: int) -> tuple[int, int, tuple[torch.Tensor, ...]]:
+        """Entries of a row that all have sent, the warps for them, and the parameters that rows have of their own."""
+        slots = self._sent * triton.next_power_of_2(ranks)
+        warps = 4 if slots <= 512 else 8 if slots <= 1024 else 16
+        return slots, warps, tuple([row.contiguous() for row in self._all.rows])
+
     def kept(self, sent: torch.Tensor) -> torch.Tensor:
         """What is kept of each row, int32 ``[B, 3]``, from what all have sent, ``[ranks, B, words]``: two launches.
 
@@ -132,9 +142,7 @@ class TopShards:
         ranks, B, _ = sent.shape
         selection = self._all
         kept = torch.empty(B, 3, dtype=torch.int32, device=sent.device)
-        slots = self._sent * triton.next_power_of_2(ranks)
-        warps = 4 if slots <= 512 else 8 if slots <= 1024 else 16
-        rows = tuple([row.contiguous() for row in selection.rows])
+        slots, warps, rows = self._size_of_union(ranks)
         key = (sent.device, slots, self._sent, selection.form, self._V, tuple(row.dtype for row in rows))
         for tied in (False, True):
             _kept[warps]((*key, tied), B, (
@@ -155,9 +163,7 @@ class TopShards:
         ranks, B, _ = sent.shape
         selection = self._all
         tokens = torch.empty(B, dtype=torch.int64, device=sent.device)
-        slots = self._sent * triton.next_power_of_2(ranks)
-        warps = 4 if slots <= 512 else 8 if slots <= 1024 else 16
-        rows = tuple([row.contiguous() for row in selection.rows])
+        slots, warps, rows = self._size_of_union(ranks)
         key = (
             sent.device, slots, self._sent, selection.form, self._V,
             *(None if each is None else each.dtype for each in (temperature, seeds, positions)),

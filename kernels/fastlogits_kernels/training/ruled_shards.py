@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from fastlogits_kernels.parallel.launch import TopShards, sent_of
-from fastlogits_kernels.rules import is_idle
+from fastlogits_kernels.parallel.launch import TopShards, fewest_of, sent_of
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, row_stride, tl, triton
 from fastlogits_kernels.runtime.recent import recent
 from fastlogits_kernels.selection.goals import below_of
-from fastlogits_kernels.selection.masses import BLOCK, Tile, joined
+from fastlogits_kernels.selection.masses import BLOCK, joined
 from fastlogits_kernels.selection.row import (
     HIGHEST,
     Form,
@@ -63,6 +62,7 @@ from fastlogits_kernels.training.shards import (
     View,
     launch_finish,
     launch_told,
+    load_own_tiles,
     load_taken,
     load_told,
     own_of_part,
@@ -144,18 +144,13 @@ def ruled_sums_kernel(
     if BELOW:
         below += tl.where(joins, below_of(own.x, top, joins), 0)
     # Of a greedy row the tiles.
-    tile = tl.arange(0, TILES)
-    here = tiles_ptr + (row * tiles + tile) * TILE_WORDS
-    there = tile < tl.where(reads & whole, tiles, 0)
-    there = there & ((tile > 0) | (first_slot < 0)) & ((tile < tiles - 1) | (last_slot < 0))
-    of = Tile(
-        tl.load(here, mask=there, other=float("-inf")), tl.load(here + 1, mask=there, other=0.0),
-        tl.load(here + 2, mask=there, other=0.0),
-    )  # fmt: skip
+    of = load_own_tiles(row, reads & whole, tiles_ptr, part, TILES)
     more, more_below = joined(of, told.raw_top, inverse_of(row, maps))
     mass += tl.sum(more)
     below += tl.sum(more_below)
     # NaN is kept whatever the rules are, and beside +inf nothing is defined: both show in the tiles.
+    tile = tl.arange(0, TILES)
+    here = tiles_ptr + (row * tiles + tile) * TILE_WORDS
     any_mass = tl.load(here + 1, mask=tile < tl.where(reads, tiles, 0), other=0.0)
     broken = tl.sum((any_mass != any_mass).to(tl.int32))
     store_sums(
@@ -178,8 +173,7 @@ def fixed_number_of(logits: torch.Tensor, task: Task, place: Place, least_width:
     sent = sent_of(rules, place.V, place.ranks)
     if sent is None or not takes(logits, task, place.V) or any(rule.spec.goal == "distance" for rule in rules):
         return None
-    count = next(rule for rule in rules if rule.spec.goal == "count" and not is_idle(rule, place.V))
-    if least_width <= max(int(count.value), *(rule.min_tokens_to_keep for rule in rules)):
+    if least_width <= fewest_of(rules, place.V):
         return None
     made = (sent, place.V, place.width, place.first, logits.device)
     if any(isinstance(rule.value, torch.Tensor) for rule in rules):

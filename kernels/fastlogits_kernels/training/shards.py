@@ -81,6 +81,7 @@ from fastlogits_kernels.training.rows import (
     span_of,
     store_row,
 )
+from fastlogits_kernels.training.sets import GivenSets
 
 # -- What is told of a row, in words of 32 bits ----------------------------------------------------------------------
 
@@ -157,8 +158,11 @@ class Place(NamedTuple):
         """What is asked of the rank's tokens, counted from its first; rows left out have the target ``ignored``."""
         targets = task.targets.long() - self.first
         targets = torch.where(task.targets == task.ignore_index, ignored, targets)
-        kept = None if task.kept is None else task.kept._replace(first=self.first, vocab=self.V)
-        return task._replace(targets=targets, kept=kept, ignore_index=ignored)
+        return task._replace(targets=targets, kept=self.sets(task), ignore_index=ignored)
+
+    def sets(self, task: Task) -> GivenSets | None:
+        """The sets of a task, which are of the whole vocabulary, for the logits of this part."""
+        return None if task.kept is None else task.kept._replace(first=self.first, vocab=self.V)
 
 
 # -- The kernels -----------------------------------------------------------------------------------------------------
@@ -223,6 +227,19 @@ def load_tile(tile, row, reads, part, scores, TILE: tl.constexpr):
     token = tile * TILE + tl.arange(0, TILE) - part.offset
     inside = (token >= 0) & (token < tl.where(reads, scores.V, 0))
     return folded_logits(row, token >> 5, token & 31, token, inside, scores, Form((), 0.0))
+
+
+@triton.jit
+def load_own_tiles(row, reads, tiles_ptr, part, TILES: tl.constexpr):
+    """The sums of the tiles that no other rank has a part of, if it ``reads`` them; nothing for the others."""
+    tile = tl.arange(0, TILES)
+    here = tiles_ptr + (row * part.tiles + tile) * TILE_WORDS
+    there = tile < tl.where(reads, part.tiles, 0)
+    there = there & ((tile > 0) | (part.first_slot < 0)) & ((tile < part.tiles - 1) | (part.last_slot < 0))
+    return Tile(
+        tl.load(here, mask=there, other=float("-inf")), tl.load(here + 1, mask=there, other=0.0),
+        tl.load(here + 2, mask=there, other=0.0),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -330,18 +347,12 @@ def whole_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     reads = tl.load(targets_ptr + row * stride_target).to(tl.int64) != ignore_index
     told = load_told(row, told_ptr, part, all_tokens, RANKS)
-    tile = tl.arange(0, TILES)
-    here = tiles_ptr + (row * tiles + tile) * TILE_WORDS
-    there = tile < tl.where(reads, tiles, 0)
-    there = there & ((tile > 0) | (first_slot < 0)) & ((tile < tiles - 1) | (last_slot < 0))
-    of = Tile(
-        tl.load(here, mask=there, other=float("-inf")), tl.load(here + 1, mask=there, other=0.0),
-        tl.load(here + 2, mask=there, other=0.0),
-    )  # fmt: skip
+    of = load_own_tiles(row, reads, tiles_ptr, part, TILES)
     mass, below = joined(of, told.raw_top, inverse_of(row, maps))
     broken = tl.sum((of.mass != of.mass).to(tl.int32))
     above = tl.zeros_like(broken)
     if above_ptr is not None:
+        tile = tl.arange(0, TILES)
         above = tl.sum(tl.load(above_ptr + row * tiles + tile, mask=tile < tiles, other=0))
     store_sums(
         row, reads, tl.sum(mass), tl.sum(below), broken, above, told, sums_ptr, shared, part, scores,
@@ -674,7 +685,7 @@ def logprobs_of_part(
     if not takes(logits, task, place.V):
         return _reference(logits, task, place, gather, add)
     N, device = len(task.targets), logits.device
-    kept = None if task.kept is None else task.kept._replace(first=place.first, vocab=place.V)
+    kept = place.sets(task)
     task = task._replace(kept=kept)
     told = torch.empty((N, TOLD_WORDS.value), dtype=torch.float32, device=device)
     views = []
