@@ -290,8 +290,7 @@ _RULES = {
 _TRAINED: dict[str, dict[str, Any]] = {
     "whole": {},
     "rules": {"top_k": 20, "top_p": 0.9},
-    "many": {"top_k": 20, "top_p": 0.9, "many": True},
-    "many_nucleus": {"top_p": 0.5, "many": True},
+    "nucleus": {"top_p": 0.5},
     "bits": {"kept": "bits"},
     "ids": {"kept": "ids"},
 }
@@ -590,9 +589,9 @@ def trained(given: Given, options: dict[str, Any]) -> list[Outcome]:
             with forced(False):
                 ids, counts = ids_of_bits(sets, given.V, given.V)
             kept = fl.KeptTokens(given.V, ids=put(ids), counts=put(counts))
-        named = {name: value for name, value in options.items() if name not in ("kept", "many")}
+        named = {name: value for name, value in options.items() if name != "kept"}
         leaf = logits.detach().requires_grad_()
-        with patch.object(trainer, "_MANY_ROWS", 1 if options.get("many") else trainer._MANY_ROWS):
+        with patch.object(trainer, "_LEAST_ROWS", 2), patch.object(trainer, "_SHARE", 0):  # in parts
             found = fl.logprobs(leaf, put(targets), temperature=0.8, entropy=True, kept=kept, **named)
             (put(weights[0]) * found.logprobs + put(weights[1]) * found.entropy).sum().backward()
         return [found.logprobs.detach(), found.entropy.detach(), leaf.grad]

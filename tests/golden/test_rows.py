@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import pytest
+import torch
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch
 
@@ -26,7 +27,7 @@ def test_rows_are_what_they_were(number, device):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(not launcher.HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("number", [1, 2, 3, 9, 24], ids=lambda number: CASES[number].name)
 def test_the_kernels_say_the_same(number, monkeypatch):
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)

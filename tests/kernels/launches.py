@@ -35,7 +35,6 @@ from fastlogits_kernels.runtime import backend, driver, launcher
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, triton
 from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.serving import search
-from fastlogits_kernels.training import logprobs as training
 from fastlogits_kernels.training.reference import Task
 from fastlogits_kernels.training.ruled_shards import fixed_number_of, ruled_logprobs_of_part
 from fastlogits_kernels.training.sets import GivenSets
@@ -166,11 +165,9 @@ def _many_calls() -> None:
 def _train_on(given: torch.Tensor, rows: torch.Tensor, longs: torch.Tensor) -> None:
     """Log-probabilities and their gradients, of what is known in every way."""
     B, V = given.shape
-    for many in (1, 1 << 30):
-        with mock.patch.object(training, "_MANY_ROWS", many):
-            for options in ({"top_k": 50, "top_p": 0.9}, {"top_p": rows[:B]}, {"typical_p": 0.9}):
-                for targets in (longs[:B], longs[1 : B + 1], longs[: 2 * B : 2].int()):
-                    _backward(given, targets, temperature=rows[1 : B + 1], **options)
+    for options in ({"top_k": 50, "top_p": 0.9}, {"top_p": rows[:B]}, {"typical_p": 0.9}):
+        for targets in (longs[:B], longs[1 : B + 1], longs[: 2 * B : 2].int()):
+            _backward(given, targets, temperature=rows[1 : B + 1], **options)
     ids = torch.zeros(41, 9, dtype=torch.int64)
     for kept in (
         fl.KeptTokens(V, ids[:B, :7], longs[:B]), fl.KeptTokens(V, ids[1 : B + 1].int(), longs[: 2 * B : 2]),
@@ -282,10 +279,8 @@ def _train(dtype: torch.dtype) -> None:
     _backward(logits, targets, kept=kept)
     for sets in (None, kept.flat(2), GivenSets(bits=torch.zeros(2, V // 32 + 4, dtype=torch.int32))):
         _in_part(logits, Task(targets, torch.tensor(0.7), (), sets, -100), 48, 4)
-    for many in (1, 3):
-        with mock.patch.object(training, "_MANY_ROWS", many):
-            _backward(logits, targets, top_k=50, top_p=0.9)
-            _backward(logits, targets, top_p=0.9, temperature=0.7)
+    _backward(logits, targets, top_k=50, top_p=0.9)
+    _backward(logits, targets, top_p=0.9, temperature=0.7)
 
 
 def _report_of_part(logits: torch.Tensor, tokens: torch.Tensor, first: int) -> None:

@@ -110,7 +110,8 @@ def test_what_cant_be_done_is_said():
         fl.logprobs(logits, targets, processors=processors())
     with pytest.raises(ValueError, match=r"input_ids must be int32 or int64 of shape \(2, L\), L at least 5, got"):
         fl.logprobs(logits, targets, processors=processors(), input_ids=ids[:, :3])
-    kept = fl.KeptTokens(V, torch.zeros(3, dtype=torch.int32), offsets=torch.zeros(B * L + 1, dtype=torch.int64))
+    offsets = torch.zeros(B * L + 1, dtype=torch.int64)
+    kept = fl.KeptTokens(V, torch.zeros(3, dtype=torch.int32), offsets=offsets).to(logits.device)
     with pytest.raises(ValueError, match="kept must be ids with counts or bits where processors are given"):
         fl.logprobs(logits, targets, processors=[], kept=kept)
     with pytest.raises(ValueError, match=r"input_ids must be int32 or int64 of shape .* got torch.float32"):

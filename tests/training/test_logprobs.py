@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from fastlogits_kernels.runtime import backend as registry
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.selection.row import STATE_AT, UNCUT
 from fastlogits_kernels.training import logprobs as kernels
-from fastlogits_kernels.training.rows import FINISHED
 
 import fastlogits as fl
 from tests.oracle import broken_rows, hard_rows
@@ -26,8 +25,8 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(launch, "FORCE_KERNEL", request.param == "kernel")
     if request.param == "torch" and GPU:
         lost = torch.device("cuda", torch.cuda.current_device())
-        monkeypatch.setitem(kernels._OPERATION.lost, lost, "for this test")
-        monkeypatch.setitem(launch.OPERATION.lost, lost, "for this test")
+        for operation in registry._operations:
+            monkeypatch.setitem(operation.lost, lost, "for this test")
     return request.param
 
 
@@ -181,8 +180,8 @@ def test_long_rows_whose_candidates_are_a_part_of_them(backend):
 @pytest.mark.parametrize(
     "options", [{"top_k": 50, "top_p": 0.9, "temperature": 0.7}, {"top_p": torch.tensor([0.9, 1.0, 0.5, 0.9, 0.3])}]
 )
-def test_many_rows_are_as_few(monkeypatch, options):
-    """One program for all of a row: the same results, and rows that their candidates decide are finished by it."""
+def test_rows_in_parts_are_as_all_at_once(monkeypatch, options):
+    """However many parts there are, and whether they divide the rows or not."""
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
     rows = hard_rows(9000)
     logits = torch.stack([rows[name] for name in ("gauss", "zipf", "masked", "equal", "spike .95")])
@@ -190,25 +189,30 @@ def test_many_rows_are_as_few(monkeypatch, options):
     logits, given = logits.bfloat16().to(DEVICE), on_device(options)
     targets = logits.argmax(-1)
     targets[1], targets[4] = 77, -100
-    states = []
-    finish = kernels._launch_open
+    sizes = []
+    launch_part = kernels._launch_selected
 
-    def noted(logits, task, selection, layout, work, into):
-        states.extend(work[:, STATE_AT.value].tolist())
-        finish(logits, task, selection, layout, work, into)
+    def noted(part, task, selection, into):
+        sizes.append(len(part))
+        launch_part(part, task, selection, into)
 
-    def both(many):
-        monkeypatch.setattr(kernels, "_MANY_ROWS", 1 if many else 1 << 30)
+    monkeypatch.setattr(kernels, "_launch_selected", noted)
+
+    def results(most):
+        monkeypatch.setattr(kernels, "_SHARE", 0)
+        monkeypatch.setattr(kernels, "_LEAST_ROWS", most)
+        sizes.clear()
         leaf = logits.clone().requires_grad_()
         found = fl.logprobs(leaf, targets, outside=True, **given)
         found.logprobs.sum().backward()
-        return found.logprobs, found.outside, leaf.grad
+        return [*sizes], (found.logprobs, found.outside, leaf.grad)
 
-    few = both(False)
-    monkeypatch.setattr(kernels, "_launch_open", noted)
-    assert all(map(torch.equal, both(True), few))
-    assert states[0] == FINISHED.value
-    assert states[4] == UNCUT.value  # left out
+    at_once, expected = results(5)
+    assert at_once == [5]
+    for most, parts in ((4, [2, 2, 1]), (2, [1] * 5)):
+        found, outcome = results(most)
+        assert found == parts
+        assert all(map(torch.equal, outcome, expected))
 
 
 FORMS = ["bits", "ids", 300]

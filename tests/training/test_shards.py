@@ -26,7 +26,10 @@ SPLITS = {
 }
 TARGETS = [5, -100, 1640, 100, 101, 50, 1600, 149, 1, 3]
 N = len(TARGETS)
-in_kernels = pytest.param(True, marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))
+interpreted = pytest.mark.skipif(
+    not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter; on GPUs see parallel/test_gpus.py"
+)
+in_kernels = pytest.param(True, marks=interpreted)
 TEMPERATURES = torch.tensor([0.7, 1.3, 0.0, 1e-31, 1.0, 0.7, 2.0, 0.01, 5.0, 1.0])
 IN_SMALL = ("plain", "T by row", "one T, entropy", "ids", "offsets", "bits")
 DEALT = ("k p", "lowest", "p by row", "kept of a draw")
@@ -145,7 +148,7 @@ def test_two_small_exchanges_have_what_the_whole_has(ranks, split, case):
     assert run(ranks, split, case, torch.float32, False, {}) == (True, 0)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@interpreted
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("case", IN_SMALL)
 def test_kernels_have_what_the_whole_has(ranks, split, case):
@@ -317,7 +320,7 @@ RULES = {
 }
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@interpreted
 @pytest.mark.parametrize("widths", [SPLITS["borders in tiles"], (2057, 2039, 201), SPLITS["one rank"]])
 @pytest.mark.parametrize("case", RULES)
 def test_a_fixed_number_of_the_likeliest_tokens_has_what_the_whole_has(ranks, widths, case):
@@ -352,7 +355,7 @@ def of_ties(group, widths):
     return found
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@interpreted
 @pytest.mark.parametrize("widths", [(1501, 901, 607), (1601, 1303)])
 def test_some_of_many_tokens_that_tie(ranks, widths):
     assert all(ranks.alike(of_ties, len(widths), widths))

@@ -74,7 +74,6 @@ _STEPS = tl.constexpr(256)  # of a histogram
 _GROUPS = tl.constexpr(64)  # of a sample
 _LEAST_SAFE = tl.constexpr(2.0**-6)  # a divisor from which on float16 logits of up to 1023 stay finite
 _LIKELY_ROOM = tl.constexpr(0.7)  # of the room, what a sample is let to fill
-_DEVIATIONS = tl.constexpr(4.5)  # standard deviations by which a sample is trusted
 
 
 class Known(NamedTuple):
@@ -124,7 +123,7 @@ def _bound_of_count(keys, count, BITS: tl.constexpr):
 
 
 @triton.jit
-def _bounds_of_nucleus(x, top, mass, p, share, V):
+def _bounds_of_nucleus(x, top, mass, p, share, V, DEVIATIONS: tl.constexpr):
     """A key below which the nucleus hardly reaches, and one from which on it holds all tokens, nearly always.
 
     The sample is counted in steps of the logit. The mass of a step is between that of its tokens if all were its most
@@ -139,7 +138,7 @@ def _bounds_of_nucleus(x, top, mass, p, share, V):
     likely = exp(-step * j.to(tl.float32))
     least = tl.where(j < _STEPS - 1, likely * exp(-step), 0.0)
     spread = tl.cumsum(counts * likely * likely, 0, reverse=True) * tl.maximum(1 - share, 0.0)
-    unsure = _DEVIATIONS * tl.sqrt(spread) + 5 * likely
+    unsure = DEVIATIONS * tl.sqrt(spread) + 5 * likely
     lost = tl.min(tl.where(tl.cumsum(counts * likely, 0, reverse=True) + unsure <= spare, j, _STEPS))
     low = tl.where(lost < _STEPS, key_of(top - step * lost.to(tl.float32)), KEY_OF_MINUS_INFINITY)
     last = tl.max(tl.where(tl.cumsum(counts * least, 0, reverse=True) - unsure > spare, j, -1))
@@ -147,7 +146,7 @@ def _bounds_of_nucleus(x, top, mass, p, share, V):
 
 
 @triton.jit
-def _bounds_of_band(x, top, centre, mass, p, share, V):
+def _bounds_of_band(x, top, centre, mass, p, share, V, DEVIATIONS: tl.constexpr):
     """Keys of distances from a centre: a band of mass ``p`` hardly reaches below one, and from the other on holds all.
 
     The sample is counted in steps of the distance, on both sides. The mass within a distance is known from the sample
@@ -173,8 +172,8 @@ def _bounds_of_band(x, top, centre, mass, p, share, V):
     beyond, spread_beyond = tl.sum(amount) - within, tl.sum(spread) - spread_within
     # A sample misses some, and steps are a little wide.
     misses = tl.maximum(1 - share, 0.0) + 0.1 * step * step
-    unsure_within = _DEVIATIONS * tl.sqrt(spread_within * misses) + 5 * exp(tl.minimum(reached - above, 0.0))
-    unsure_beyond = _DEVIATIONS * tl.sqrt(tl.maximum(spread_beyond, 0.0) * misses)
+    unsure_within = DEVIATIONS * tl.sqrt(spread_within * misses) + 5 * exp(tl.minimum(reached - above, 0.0))
+    unsure_beyond = DEVIATIONS * tl.sqrt(tl.maximum(spread_beyond, 0.0) * misses)
     unsure_beyond += 5 * tl.where(reached < above, 1.0, exp(-reached - above))
     rest = mass.to(tl.float32) * share - beyond
     least = tl.maximum(within - unsure_within, rest - unsure_beyond)
@@ -186,10 +185,10 @@ def _bounds_of_band(x, top, centre, mass, p, share, V):
 
 
 @triton.jit
-def _in_sample(count, share):
+def _in_sample(count, share, DEVIATIONS: tl.constexpr):
     """At most and at least so many of a sample are among the ``count`` largest of the row, nearly always."""
     expected = (count * share).to(tl.float32)
-    unsure = _DEVIATIONS * tl.sqrt(expected * tl.maximum(1 - share, 0.0)) + 3
+    unsure = DEVIATIONS * tl.sqrt(expected * tl.maximum(1 - share, 0.0)) + 3
     return tl.minimum(count.to(tl.float32), tl.ceil(expected + unsure)), tl.floor(expected - unsure)
 
 
@@ -215,7 +214,8 @@ def _bounds_of_cutoff(value, known, KIND: tl.constexpr, SUMS: tl.constexpr):
 @triton.jit
 def _bounds_of_rule(
     known, shape, value, V,
-    KIND: tl.constexpr, LEAST: tl.constexpr, SUMS: tl.constexpr, BRACKETED: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, LEAST: tl.constexpr, SUMS: tl.constexpr, BRACKETED: tl.constexpr, DEVIATIONS: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """The bounds of what a rule keeps, from a sample and the row's sums."""
     keys = known.keys
@@ -225,27 +225,27 @@ def _bounds_of_rule(
     if GOAL[KIND] == NO_GOAL:
         low, high = _bounds_of_cutoff(value, known, KIND, SUMS)
     elif GOAL[KIND] == COUNT_GOAL:
-        most, fewest = _in_sample(value, share)
+        most, fewest = _in_sample(value, share, DEVIATIONS)
         low = _bound_of_count(keys, most, BITS)
         if BRACKETED:
             if (most > shape.capacity * share) & (fewest >= 1):
                 # Above it are fewer of the sample.
                 _low, high = _key_of_count(keys, fewest, BITS)
     elif GOAL[KIND] == ENTROPY_GOAL:
-        most, fewest = _in_sample(tl.full([], TOP_H_TOKENS, tl.float64), share)
+        most, fewest = _in_sample(tl.full([], TOP_H_TOKENS, tl.float64), share, DEVIATIONS)
         low = _bound_of_count(keys, most, BITS)
     elif GOAL[KIND] == DISTANCE_GOAL:
         centre = top - (sums.below / sums.mass).to(tl.float32)
-        low, high = _bounds_of_band(known.x, top, centre, sums.mass, value, share, V)
+        low, high = _bounds_of_band(known.x, top, centre, sums.mass, value, share, V, DEVIATIONS)
     else:
         tl.static_assert(GOAL[KIND] == MASS_GOAL, "a goal has no branch in _bounds_of_rule()")
-        low, high = _bounds_of_nucleus(known.x, top, sums.mass, value, share, V)
+        low, high = _bounds_of_nucleus(known.x, top, sums.mass, value, share, V, DEVIATIONS)
     low = tl.where(low > KEY_OF_INFINITY, KEY_OF_MINUS_INFINITY, low)  # NaN is no bound
     if LEAST > 1:
         if GOAL[KIND] == DISTANCE_GOAL:
             low = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32)
         else:
-            most, fewest = _in_sample(tl.full([], LEAST, tl.float64), share)
+            most, fewest = _in_sample(tl.full([], LEAST, tl.float64), share, DEVIATIONS)
             low = tl.minimum(low, _bound_of_count(keys, most, BITS))
     return low, high, centre
 
@@ -302,7 +302,7 @@ def _widened(bounds):
 def _bounds(
     row, known, shape, V, values, rules_ptr,
     KINDS: tl.constexpr, LEASTS: tl.constexpr, PLACES: tl.constexpr, SUMS: tl.constexpr, BRACKETED: tl.constexpr,
-    BITS: tl.constexpr,
+    DEVIATIONS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """What a row is, and its bounds; stores the rules' values."""
     low = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32)
@@ -320,7 +320,7 @@ def _bounds(
             sealed = sealed | (active & cut)
         if active & (sealed == 0):
             its_low, its_high, its_centre = _bounds_of_rule(
-                known, shape, value, V, KINDS[i], LEASTS[i], SUMS, BRACKETED, BITS
+                known, shape, value, V, KINDS[i], LEASTS[i], SUMS, BRACKETED, DEVIATIONS, BITS
             )  # fmt: skip
             if GOAL[KINDS[i]] == NO_GOAL and NEEDS_SUMS[KINDS[i]] == 0:
                 # The largest logit is hardly in the sample: the true cut-off is higher.
@@ -487,7 +487,8 @@ def bounds_kernel(
     # constants
     OPS: tl.constexpr, MAX: tl.constexpr, KINDS: tl.constexpr, LEASTS: tl.constexpr, PLACES: tl.constexpr,
     SUMS: tl.constexpr, NORMALISE: tl.constexpr, BRACKETED: tl.constexpr, GREEDY: tl.constexpr,
-    FITS: tl.constexpr, SAMPLE: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    FITS: tl.constexpr, SAMPLE: tl.constexpr, DEVIATIONS: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """What a row is, and the bounds of its candidates."""
     maps = Maps(
@@ -505,7 +506,7 @@ def bounds_kernel(
         row, flat, shape, scores, Form(OPS, MAX), values, work, KINDS, PLACES, SUMS, GREEDY, SAMPLE, TILES, PDL
     )  # fmt: skip
     state, bounds = _bounds(
-        row, known, shape, V, values, work + RULES_AT, KINDS, LEASTS, PLACES, SUMS, BRACKETED, BITS
+        row, known, shape, V, values, work + RULES_AT, KINDS, LEASTS, PLACES, SUMS, BRACKETED, DEVIATIONS, BITS
     )  # fmt: skip
     if GREEDY:
         if is_greedy(temperature_ptr + row * stride_temperature):

@@ -243,7 +243,8 @@ def _bounds_launch(call: _Call) -> Launch:
         given.scores, (selection.numbers, *given.rows), *call.maps, *call.sampling, given.work,
         scores.shape[1], *call.shape, *scores.stride(), call.layout.words_of_row,
         call.chain.flat, call.largest, selection.kinds, selection.leasts, selection.places, selection.sums,
-        selection.normalise, selection.bracketed, call.greedy, fits, SAMPLE, _BITS, call.layout.TILES, call.early,
+        selection.normalise, selection.bracketed, call.greedy, fits, SAMPLE,
+        selection.deviations, _BITS, call.layout.TILES, call.early,
     ))  # fmt: skip
 
 

@@ -25,6 +25,8 @@ BLOCK_BYTES = 4096
 """What a program of the filter reads: as much, whatever the logits are."""
 SAMPLE_BLOCK = 4096
 """Tokens of a part of a row where no rule drops anything."""
+DEVIATIONS, DEVIATIONS_OF_MANY = 4.5, 3.5
+"""Standard deviations by which a sample is trusted; of thousands of rows, a few may have to be processed as a whole."""
 ROOM = 4096
 """Candidates that a search of full rows collects at most."""
 # Batch sizes and layouts whose calls are laid out at a time, a few kilobytes each.
@@ -68,13 +70,13 @@ class Layout(NamedTuple):
     PARTS: int
 
     @classmethod
-    def of(cls, V: int, rules: int, sums: bool, block: int) -> Layout:
-        """That of rows of V logits, of which a program of the filter takes ``block``."""
+    def of(cls, V: int, rules: int, sums: bool, block: int, most: float = math.inf) -> Layout:
+        """That of rows of V logits, of which a program of the filter takes ``block``, with ``most`` candidates."""
         W = words(V)
         tiles, parts = -(-W // TILE_W.value), -(-V // block)
         # Of a flat row a sample leaves open what becomes of a sixteenth. With room for those that a search collects of
         # them again, this is up to a quarter of what the logits of a large vocabulary take.
-        slots = max(SOME, V // 12 // 128 * 128)
+        slots = int(min(most, max(SOME, V // 12 // 128 * 128)))
         few = min(ROOM, max(SOME, V // 50 // 128 * 128))
         sums_at = RULES_AT.value + RULE_WORDS.value * rules
         parts_at = sums_at + SUM_WORDS.value * tiles
@@ -118,10 +120,17 @@ class Selection:
         device: where the logits are.
         normalise: whether what stays is normalised, as ``log_softmax`` does it.
         unrounded: whether logits stay float32 between the maps of a chain, as they do where tokens are sampled.
+        many_rows: whether there are thousands of rows: then each has a small workspace, and guesses are bolder.
     """
 
     def __init__(
-        self, rules: Sequence[Rule], V: int, device: torch.device, normalise: bool = False, unrounded: bool = False
+        self,
+        rules: Sequence[Rule],
+        V: int,
+        device: torch.device,
+        normalise: bool = False,
+        unrounded: bool = False,
+        many_rows: bool = False,
     ) -> None:
         self.given = tuple(rules)
         rules = [rule for rule in rules if not is_idle(rule, V)]
@@ -138,18 +147,20 @@ class Selection:
         self.lowest_ties = any(rule.ties == "lowest" for rule in rules if rule.spec.takes_ties)
         self.banded = any(rule.spec.goal == "distance" for rule in rules)
         self.normalise, self.unrounded = normalise, unrounded
+        self.deviations = DEVIATIONS_OF_MANY if many_rows else DEVIATIONS
         # Whether what is kept for certain has to be weighed.
         self.weighed = any(1 <= rule.spec.sums < 3 for rule in rules)
         counted = [float(rule.value) for rule in rules if _is_number(rule) and rule.spec.goal == "count"]
         fewest = min(counted, default=math.inf)
         self.slots = _slots_for(fewest if rules else 0)
         """How many candidates are refined in registers, launch after launch."""
-        self.layouts = {size: Layout.of(V, len(rules), self.sums > 0, BLOCK_BYTES // size) for size in (2, 4)}
+        most = max(self.slots[-1], SOME) if many_rows else math.inf
+        self.layouts = {size: Layout.of(V, len(rules), self.sums > 0, BLOCK_BYTES // size, most) for size in (2, 4)}
         # Where no rule keeps more than can be collected, nothing has to be kept for certain.
         self.bracketed = not normalise and not fewest <= 0.6 * self.layouts[4].few
         self.form = form_of((
             self.kinds, self.leasts, self.places, self.fill, self.lowest_ties, normalise, self.bracketed, self.slots,
-            unrounded,
+            unrounded, many_rows,
         ))  # fmt: skip
         self.launches = 3 + len(self.slots) + (self.sums > 0)
         """How many kernels a call launches."""

@@ -10,7 +10,8 @@ Rows are processed some at a time, so that a selection's workspace takes at most
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,24 +19,15 @@ import torch
 from fastlogits_kernels.pointwise.fold import Chain
 from fastlogits_kernels.rules import CODES, RULES, TIES, Rule
 from fastlogits_kernels.runtime.backend import Operation
-from fastlogits_kernels.runtime.launcher import Launch, Launcher, launch_key, launch_together, row_stride, triton
+from fastlogits_kernels.runtime.launcher import Launcher, is_collecting, launch_key, row_stride, triton
 from fastlogits_kernels.runtime.library import NAMESPACE, register
 from fastlogits_kernels.runtime.library import _library as library
 from fastlogits_kernels.runtime.recent import recent
-from fastlogits_kernels.selection import launch, launchers
-from fastlogits_kernels.selection.launchers import (
-    _BITS,
-    LARGEST,
-    Tensors,
-    _Call,
-    _rows_launch,
-    _sums_launch,
-)
-from fastlogits_kernels.selection.layout import MANY, SAMPLE, SOME, Layout, Selection, takes_rules
+from fastlogits_kernels.selection import launch
+from fastlogits_kernels.selection.launchers import LARGEST
+from fastlogits_kernels.selection.layout import Selection, takes_rules
 from fastlogits_kernels.selection.masses import BLOCK, weighs_certain
-from fastlogits_kernels.selection.row import LINE, RUN, SUM_WORDS
 from fastlogits_kernels.training.gradient import gradient_kernel, listed_gradient_kernel
-from fastlogits_kernels.training.many_rows import many_rows_kernel
 from fastlogits_kernels.training.reference import Task, reference_gradient_, reference_logprobs
 from fastlogits_kernels.training.rows import (
     LISTED,
@@ -57,29 +49,20 @@ _NAMES = tuple(RULES)
 _NO_CHAIN = Chain()
 _WORDS: int = WORDS.value
 _TILE: int = TILE.value
-# Of the logits' memory, what a workspace takes at most; but room for so many rows in any case.
+# Of the logits' memory, what workspaces take at most; but room for so many rows in any case.
 _SHARE = 0.018
-_LEAST_ROWS = 64
+_LEAST_ROWS = 256
+_LANES = 2
+"""Streams on which parts of the rows take turns: while one of them decides, another one reads."""
 # Tokens of a program of the backward pass: 16 bytes a thread, twice.
 _PART = 2048
 _LIST_BLOCK = 256
-
-# From so many rows on a program does all of a row: each multiprocessor has several at once.
-_MANY_ROWS = 512
-_MOST_TILES = 256
-# What a program of many rows reads at once: as many bytes as keep the memory busy while others decide.
-_BLOCK_BYTES = 8192
 
 _tile_launcher = Launcher(tile_kernel, num_warps=4, enable_fp_fusion=False)
 _join_launcher = Launcher(join_kernel, num_warps=4, enable_fp_fusion=False)
 _selected_launcher = Launcher(selected_kernel, num_warps=4, enable_fp_fusion=False)
 _given_launcher = Launcher(given_kernel, num_warps=4, enable_fp_fusion=False)
 _gradient_launcher = Launcher(gradient_kernel, num_warps=4, enable_fp_fusion=False)
-# By candidates of a row: the launcher, and how many programs a multiprocessor runs at once.
-_many_launchers = {
-    SOME: (Launcher(many_rows_kernel, num_warps=8, enable_fp_fusion=False, maxnreg=80), 3),
-    MANY: (Launcher(many_rows_kernel, num_warps=16, enable_fp_fusion=False, maxnreg=64), 2),
-}
 _listed_launcher = Launcher(listed_gradient_kernel, num_warps=4, enable_fp_fusion=False)
 
 
@@ -151,32 +134,51 @@ _selections: dict[Any, Selection] = {}
 
 
 def _selection_of(rules: Sequence[Rule], V: int, device: torch.device) -> Selection:
-    """The rules as the kernels take them, with a workspace for throughput."""
+    """The rules as the kernels take them."""
+
+    def make() -> Selection:
+        return Selection(rules, V, device, many_rows=True)
+
     if any(isinstance(rule.value, torch.Tensor) for rule in rules):
-        return _slim(Selection(rules, V, device), V)
-    return recent(_selections, (tuple(rules), V, device), lambda: _slim(Selection(rules, V, device), V))
-
-
-def _slim(selection: Selection, V: int) -> Selection:
-    """Rules that keep few have room for few candidates: the more rows are processed at once."""
-    if not selection.bracketed and max(selection.slots) <= SOME:
-        selection.layouts = {size: _slim_layout(layout, V) for size, layout in selection.layouts.items()}
-    return selection
-
-
-def _slim_layout(layout: Layout, V: int) -> Layout:
-    slots = min(2 * SOME, layout.shape.slots)
-    line: int = LINE.value
-    more = 2 * (layout.shape.slots - slots)
-    shape: Any = layout.shape._replace(slots=slots, room=min(layout.shape.room, 0.95 * slots))
-    width = max(layout.shape.pairs_at + 2 * slots, min(layout.words_of_row, layout.words_of_row - more))
-    return layout._replace(shape=shape, words_of_row=-(-width // line) * line)
+        return make()
+    return recent(_selections, (tuple(rules), V, device), make)
 
 
 def _rows_at_once(logits: torch.Tensor, selection: Selection) -> int:
-    """Rows whose workspace takes a small share of the logits' memory."""
+    """Rows of a part: the workspaces of all lanes together take a small share of the logits' memory.
+
+    There are as many parts for each lane, of about as many rows.
+    """
     bytes_of_row = 4 * selection.layouts[logits.element_size()].words_of_row
-    return max(_LEAST_ROWS, int(_SHARE * logits.numel() * logits.element_size() / bytes_of_row))
+    most = max(_LEAST_ROWS, int(_SHARE * logits.numel() * logits.element_size() / bytes_of_row))
+    N = math.prod(logits.shape[:-1])
+    if most >= N:
+        return N
+    each = max(1, most // _LANES)
+    return -(-N // (_LANES * -(-N // (_LANES * each))))
+
+
+_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+
+@contextmanager
+def _lanes(device: torch.device, parts: int) -> Iterator[Callable[[int], AbstractContextManager[Any]]]:
+    """Where each of some parts of the rows is launched, by its number; what follows waits for all of them."""
+    if device.type != "cuda" or parts < 2 or is_collecting():
+        yield lambda _: nullcontext()
+        return
+    here = torch.cuda.current_stream(device)
+    if device not in _streams:
+        _streams[device] = [torch.cuda.Stream(device) for _ in range(_LANES - 1)]
+    beside = _streams[device]
+    for stream in beside:
+        stream.wait_stream(here)
+    streams = [here, *beside]
+    try:
+        yield lambda number: torch.cuda.stream(streams[number % len(streams)])
+    finally:
+        for stream in beside:
+            here.wait_stream(stream)
 
 
 # -- Forward ---------------------------------------------------------------------------------------------------------
@@ -231,13 +233,7 @@ def _index_key(task: Task, targets: torch.Tensor) -> tuple[Any, ...]:
 
 def _launch_selected(logits: torch.Tensor, task: Task, selection: Selection, into: Rows) -> None:
     work = launch.launch_select(logits, selection, temperature=task.temperature)
-    _launch_open(logits, task, selection, selection.layouts[logits.element_size()], work, into)
-
-
-def _launch_open(
-    logits: torch.Tensor, task: Task, selection: Selection, layout: Layout, work: torch.Tensor, into: Rows
-) -> None:
-    """Finish the rows of which ``work`` says what is kept."""
+    layout = selection.layouts[logits.element_size()]
     temperature, targets = task.temperature, task.targets
     entropy = into.entropy is not None
     key = (
@@ -250,63 +246,6 @@ def _launch_open(
         logits.shape[1], *layout.shape, task.ignore_index, *logits.stride(), targets.stride(0), work.stride(0),
         selection.lowest_ties, selection.banded, certain, entropy, layout.PARTS, BLOCK, _TILE,
     ))  # fmt: skip
-
-
-def _takes_many(logits: torch.Tensor, selection: Selection) -> bool:
-    """Whether there are so many rows that one program does all of each.
-
-    Not where what is kept for certain isn't weighed: a row of many candidates would be processed as a whole.
-    """
-    if selection.banded or (selection.bracketed and not selection.weighed):
-        return False
-    return len(logits) >= _MANY_ROWS and selection.layouts[logits.element_size()].TILES <= _MOST_TILES
-
-
-def _many_layout(selection: Selection, V: int, itemsize: int) -> tuple[Layout, int, int]:
-    """A workspace without lists, which programs have; how many candidates a list holds, and tokens of a sample."""
-    few = not selection.bracketed and max(selection.slots) <= SOME
-    slots, sample = (SOME, SAMPLE // 2) if few else (MANY, SAMPLE)
-    plain = selection.layouts[itemsize]
-    line: int = LINE.value
-    size = min(V, sample)
-    shape: Any = plain.shape._replace(
-        slots=slots, capacity=0.6 * slots, room=0.95 * slots, runs=max(V, sample) // RUN.value, sample_size=size,
-        share=size / V,
-    )  # fmt: skip
-    width = shape.sums_at + (SUM_WORDS.value * shape.tiles if selection.sums else 0)
-    return plain._replace(shape=shape, words_of_row=-(-width // line) * line), slots, sample
-
-
-def _launch_many(logits: torch.Tensor, task: Task, selection: Selection, into: Rows) -> None:
-    N, V = logits.shape
-    device, temperature, targets = logits.device, task.temperature, task.targets
-    layout, slots, sample = _many_layout(selection, V, logits.element_size())
-    launcher, programs_of_each = _many_launchers[slots]
-    programs = min(N, programs_of_each * launchers.multiprocessors(device))
-    stride = layout.words_of_row
-    memory = torch.empty(N * stride + programs * 2 * slots, dtype=torch.int32, device=device)
-    work = memory[: N * stride].view(N, stride)
-    tensors = Tensors(logits, work, temperature=temperature, rows=tuple(selection.rows))
-    call = _Call.of(selection, _NO_CHAIN, None, tensors, tensors)
-    # The sums take no sample, and what is left open has no list.
-    bare: Any = layout.shape._replace(slots=0, sample_size=0)
-    call = call._replace(layout=layout, shape=bare)
-    entropy = into.entropy is not None
-    key = (
-        *launch_key(logits), selection.form, *_dtypes(temperature, targets, *selection.rows), entropy, slots,
-        _index_key(task, targets),
-    )  # fmt: skip
-    many = Launch(launcher, key, programs, (
-        logits, (selection.numbers, *selection.rows), temperature, row_stride(temperature), targets, memory,
-        into.logprobs, into.entropy, into.outside, into.record,
-        V, *layout.shape, N, task.ignore_index, *logits.stride(), targets.stride(0), stride, 2 * slots,
-        selection.kinds, selection.leasts, selection.places, selection.sums, selection.bracketed, selection.weighed,
-        selection.lowest_ties, entropy, sample, _BITS, layout.TILES, slots, _BLOCK_BYTES // logits.element_size(),
-        launchers.is_portable(device),
-    ))  # fmt: skip
-    sums = [_sums_launch(call)] if selection.sums else []
-    launch_together([*sums, many, _rows_launch(call, slots)])
-    _launch_open(logits, task, selection, call.layout._replace(shape=bare), work, into)
 
 
 def _sets_of(kept: GivenSets, V: int) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]]:
@@ -341,20 +280,18 @@ def _forward(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
     V = logits.shape[-1]
     selection = None if task.kept is not None else _selection_of(task.rules, V, device)
     acts = selection is not None and bool(selection.kinds)
-    most = None
-    if selection is not None and acts and not _takes_many(_views(logits)[0], selection):
-        most = _rows_at_once(logits, selection)
-    for part, begin, end in _parts(logits, most):
-        its, into = task.rows(begin, end), found.rows(begin, end)
-        if task.kept is not None:
-            _launch_given(part, its, into)
-        elif selection is None or not acts:
-            _launch_whole(part, its, into)
-        else:
-            given = selection
-            if selection.rows:
-                given = _slim(Selection(its.rules, V, device), V)
-            (_launch_many if _takes_many(part, given) else _launch_selected)(part, its, given, into)
+    parts = list(_parts(logits, _rows_at_once(logits, selection) if selection is not None and acts else None))
+    with _lanes(device, len(parts) if acts else 1) as lane:
+        for number, (part, begin, end) in enumerate(parts):
+            its, into = task.rows(begin, end), found.rows(begin, end)
+            with lane(number):
+                if task.kept is not None:
+                    _launch_given(part, its, into)
+                elif selection is None or not acts:
+                    _launch_whole(part, its, into)
+                else:
+                    own = _selection_of(its.rules, V, device) if selection.rows else selection
+                    _launch_selected(part, its, own, into)
     return found
 
 

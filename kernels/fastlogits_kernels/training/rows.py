@@ -34,7 +34,6 @@ from fastlogits_kernels.selection.row import (
     KEY_OF_MINUS_INFINITY,
     LOWEST,
     ONE,
-    STATE_AT,
     STEPWISE,
     UNALIGNED,
     Form,
@@ -71,7 +70,6 @@ WORDS = tl.constexpr(12)
 WHOLE, SELECTED, LISTED, PACKED = (tl.constexpr(i) for i in range(4))
 TILE = tl.constexpr(2048)  # tokens of a tile: as many as where the sampler's report adds them up
 TILE_WORDS = tl.constexpr(3)
-FINISHED = tl.constexpr(9)  # the state of a row that a launch before has finished
 _ROUNDS = tl.constexpr(7)  # of a search among 2 ** 32 keys, each of which leaves a 32nd
 _PER_ONE = tl.constexpr(1 / ONE.value)
 
@@ -312,14 +310,12 @@ def selected_kernel(
     LOWEST_TIES: tl.constexpr, BANDED: tl.constexpr, CERTAIN: tl.constexpr, BELOW: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A row of which a selection says what is kept, where that has not finished it."""
+    """A row of which a selection says what is kept."""
     maps = Maps(temperature_ptr, None, None, None, None, None, stride_temperature, 0, 0, 0, 0)
     scores = Scores(scores_ptr, stride_row, stride_token, V, W, maps)
     shape = Shape(W, tiles, parts, slots, sums_at, parts_at, pairs_at, capacity, room, runs, sample_size, share)
     row = tl.program_id(0).to(tl.int64)
     work = work_ptr + row * stride_work
-    if tl.load(work + STATE_AT) == FINISHED:
-        return
     own = load_own(row, targets_ptr, stride_target, ignore_index, scores, Form((), 0.0))
     kept = load_kept(work + KEPT_AT)
     whole = is_whole(row, kept, maps)
