@@ -547,6 +547,8 @@ class Listed(NamedTuple):
     """int32 ``[B, N, 2]``: where each of N lists begins, and its length."""
     lists: int
     """How many of the N there are."""
+    pieces: int
+    """How many programs share a list."""
 
 
 class TokenSets(NamedTuple):

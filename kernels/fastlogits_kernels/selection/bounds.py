@@ -21,6 +21,7 @@ from fastlogits_kernels.selection.row import (
     FLOAT32_MAX,
     FULL_ROW,
     GOAL,
+    GROUPS,
     HIGHEST,
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
@@ -71,7 +72,6 @@ from fastlogits_kernels.selection.row import (
 from fastlogits_kernels.selection.row_sums import load_sums, sampled, store_row_sums, sums_asked
 
 _STEPS = tl.constexpr(256)  # of a histogram
-_GROUPS = tl.constexpr(64)  # of a sample
 _LEAST_SAFE = tl.constexpr(2.0**-6)  # a divisor from which on float16 logits of up to 1023 stay finite
 _LIKELY_ROOM = tl.constexpr(0.7)  # of the room, what a sample is let to fill
 
@@ -111,8 +111,8 @@ def _key_of_count(keys, count, BITS: tl.constexpr):
 
 @triton.jit
 def _bound_of_count(keys, count, BITS: tl.constexpr):
-    """A key that at least ``count`` of the keys ``[N, _GROUPS]`` reach; in one step where few are counted."""
-    if count <= _GROUPS // 2:
+    """A key that at least ``count`` of the keys ``[N, GROUPS]`` reach; in one step where few are counted."""
+    if count <= GROUPS // 2:
         # The count-th largest of the groups' largest keys is such a bound.
         largest = tl.max(keys, 0)
         above = tl.sum((largest[None, :] > largest[:, None]).to(tl.int32), 1)
@@ -349,12 +349,12 @@ def _least_best(row, x, counts, shape, sampling, SAMPLE: tl.constexpr):
     """At most the best perturbed logit of the tokens of a sample that count, from the first bits of their noise."""
     seed, position = load_seed(row, sampling)
     # A run is some octets.
-    each: tl.constexpr = _GROUPS // OCTET
-    flat = tl.arange(0, SAMPLE // _GROUPS)[:, None] * each + tl.arange(0, each)[None, :]
+    each: tl.constexpr = GROUPS // OCTET
+    flat = tl.arange(0, SAMPLE // GROUPS)[:, None] * each + tl.arange(0, each)[None, :]
     run = flat // (RUN // OCTET) * shape.runs // (SAMPLE // RUN)
     a, b, c, d = coarse_words(run * (RUN // OCTET) + flat % (RUN // OCTET), seed, position)
-    pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [SAMPLE // _GROUPS, _GROUPS // 2])
-    coarse = tl.reshape(tl.join(pairs & 0xFFFF, pairs >> 16), [SAMPLE // _GROUPS, _GROUPS])
+    pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [SAMPLE // GROUPS, GROUPS // 2])
+    coarse = tl.reshape(tl.join(pairs & 0xFFFF, pairs >> 16), [SAMPLE // GROUPS, GROUPS])
     return tl.max(tl.where(counts, least_perturbed(x, coarse), float("-inf")))
 
 
@@ -501,7 +501,7 @@ def bounds_kernel(
     let_next_launch(PDL)
     row = tl.program_id(0).to(tl.int64)
     work = work_ptr + row * stride_work
-    flat = tl.arange(0, SAMPLE // _GROUPS)[:, None] * _GROUPS + tl.arange(0, _GROUPS)[None, :]
+    flat = tl.arange(0, SAMPLE // GROUPS)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
     known = _look_at(
         row, flat, shape, scores, Form(OPS, MAX), values, work, KINDS, PLACES, SUMS, GREEDY, SAMPLE, TILES, PDL
     )  # fmt: skip

@@ -154,8 +154,9 @@ def _filter_list(
     row, index, listed, values_ptr, banned_ptr, sampling, work, shape,
     LIST_ROOM: tl.constexpr, PORTABLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Collect the candidates of a list of edited tokens, which have values in place of their logits."""
-    span_ptr = listed.spans_ptr + row * listed.stride_span + 2 * index
+    """Collect the candidates of a piece of a list of edited tokens, which have values in place of their logits."""
+    piece = index % listed.pieces
+    span_ptr = listed.spans_ptr + row * listed.stride_span + 2 * (index // listed.pieces)
     first, count = tl.load(span_ptr), tl.load(span_ptr + 1)
     wait_for_launch(PDL)
     state = tl.load(work + STATE_AT)
@@ -163,7 +164,7 @@ def _filter_list(
     if sampling.seeds_ptr is not None:
         asks = asks | (state == UNCUT)
     low, up = load_float(work + RAW_RANGE_AT), load_float(work + RAW_RANGE_AT + 1)
-    for start in range(0, tl.where(asks, count, 0), _LISTED):
+    for start in range(piece * _LISTED, tl.where(asks, count, 0), listed.pieces * _LISTED):
         entry = start + tl.arange(0, _LISTED)
         place = row * LIST_ROOM + ((first + entry) & (LIST_ROOM - 1))
         token = tl.load(listed.tokens_ptr + place, mask=entry < count, other=0)
@@ -239,7 +240,7 @@ def filter_kernel(
     temperature_ptr, bits_ptr, planes_ptr, biases_ptr, row_values_ptr, numbers_ptr,
     stride_temperature, stride_set, stride_bits_row, stride_plane, stride_values_row,
     seeds_ptr, positions_ptr, stride_seed, stride_position,
-    listed_ptr, spans_ptr, stride_span, lists, all_lists,
+    listed_ptr, spans_ptr, stride_span, lists, pieces, list_programs,
     # outputs
     out_ptr, work_ptr,
     # shapes
@@ -262,20 +263,21 @@ def filter_kernel(
     )  # fmt: skip
     scores = Scores(scores_ptr, stride_row, stride_token, V, W, maps)
     sampling = Sampling(seeds_ptr, positions_ptr, stride_seed, stride_position)
-    listed = Listed(listed_ptr, spans_ptr, stride_span, lists, all_lists)
+    listed = Listed(listed_ptr, spans_ptr, stride_span, lists, pieces, list_programs)
     out = Output(out_ptr, stride_out, stride_out_token, None, FILL)
     shape = Shape(W, tiles, parts, slots, sums_at, parts_at, pairs_at, capacity, room, runs, sample_size, share)
     let_next_launch(PDL)
     program = tl.program_id(0)
     LISTED: tl.constexpr = listed_ptr is not None
-    if LISTED and (program < all_lists):
-        row = (program // lists).to(tl.int64)
+    if LISTED and (program < list_programs):
+        each = lists * pieces
+        row = (program // each).to(tl.int64)
         _filter_list(
-            row, program % lists, listed, planes_ptr, _set_of_row(row, maps, BANNED), sampling,
+            row, program % each, listed, planes_ptr, _set_of_row(row, maps, BANNED), sampling,
             work_ptr + row * stride_work, shape, LIST_ROOM, PORTABLE, PDL,
         )  # fmt: skip
     else:
-        program -= all_lists
+        program -= list_programs
         row = (program // parts).to(tl.int64)
         _filter_part(
             row, Part(program % parts, BLOCK, HALVES, RAW, EDITED, BANNED), scores, Form(OPS, MAX), sampling, out,

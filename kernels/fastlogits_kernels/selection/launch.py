@@ -79,10 +79,10 @@ def launch_select(
     key, pointers = _signature(scores, work, chain, out, tokens, temperature, seeds, positions)
     sets: tuple[Any, Any, Any, Any, Any] = _NO_TENSORS
     if found is not None:
-        tokens_of, spans, lists = found.listed or (None, None, 0)
+        tokens_of, spans, *lists = found.listed or (None, None, 0, 1)
         sets = (found.bits, found.planes, found.row_values, tokens_of, spans)
         pointers += [each.data_ptr() for each in sets if each is not None]
-        key += (lists, *(None if each is None else (each.shape, each.stride()) for each in sets))
+        key += (*lists, *(None if each is None else (each.shape, each.stride()) for each in sets))
     rows: tuple[torch.Tensor, ...] = ()
     if selection.rows:
         rows = tuple([row.contiguous() for row in selection.rows])

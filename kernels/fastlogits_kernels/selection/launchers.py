@@ -190,10 +190,10 @@ class _Call(NamedTuple):
     def of(cls, selection: Selection, chain: Chain, found: TokenSets | None, tensors: Tensors, given: Tensors) -> _Call:
         """A call with some tensors; ``given`` is what its kernels are given of them."""
         scores, seeds, positions, spans = tensors.scores, tensors.seeds, tensors.positions, tensors.spans
-        lists = 0 if found is None or found.listed is None else found.listed[2]
+        lists, pieces = (0, 1) if found is None or found.listed is None else found.listed[2:]
         stride_span = 0 if spans is None else spans.stride(0)
         sampling: Any = Sampling(given.seeds, given.positions, row_stride(seeds), row_stride(positions))
-        listed: Any = Listed(given.listed, given.spans, stride_span, lists, len(scores) * lists)
+        listed: Any = Listed(given.listed, given.spans, stride_span, lists, pieces, len(scores) * lists * pieces)
         key = (
             *launch_key(scores, tensors.out), chain.form, selection.form,
             *(None if each is None else each.dtype for each in (tensors.temperature, seeds, positions)),
@@ -261,7 +261,7 @@ def _filter_launch(call: _Call) -> Launch:
     # A thread that samples has all tokens of an octet: of float32 logits, and of folded ones, two times 16 bytes.
     samples = call.tensors.tokens is not None and selection.may_be_uncut
     halves = 2 if samples and not (raw and itemsize == 2) else 1
-    return Launch(call.launchers.filter, call.key, len(scores) * (lists + shape.parts), (
+    return Launch(call.launchers.filter, call.key, call.listed.programs + len(scores) * shape.parts, (
         given.scores, *call.maps, *call.sampling, *call.listed, given.out, given.work, scores.shape[1], *shape,
         *scores.stride(), *call.out_strides, call.layout.words_of_row,
         call.chain.flat, call.largest, selection.fill, selection.bracketed, selection.weighed, selection.may_be_uncut,
@@ -275,8 +275,8 @@ def _refine_launches(call: _Call) -> tuple[list[Launch], int]:
     launches: list[Launch] = []
     tried = -1
     for slots in selection.slots:
-        # Logits of 16 bits tie a lot.
-        slots = max(slots, SOME) if scores.dtype != torch.float32 else slots
+        if scores.dtype != torch.float32 and not selection.many_rows:  # logits of 16 bits tie a lot
+            slots = max(slots, SOME)
         launches.append(Launch(call.launchers.refining(slots), (*call.key, slots), len(scores), (
             *call.maps, *call.sampling, given.work, given.out, given.tokens, scores.shape[1], *call.shape,
             *call.out_strides, call.layout.words_of_row,

@@ -14,7 +14,17 @@ from fastlogits_kernels.rules import CODES, Rule, is_idle
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Relaunches, form_of, table_on, triton
 from fastlogits_kernels.runtime.recent import hold, is_capturing, recent
-from fastlogits_kernels.selection.row import LINE, PART_WORDS, RULE_WORDS, RULES_AT, RUN, SUM_WORDS, TILE_W, Shape
+from fastlogits_kernels.selection.row import (
+    GROUPS,
+    LINE,
+    PART_WORDS,
+    RULE_WORDS,
+    RULES_AT,
+    RUN,
+    SUM_WORDS,
+    TILE_W,
+    Shape,
+)
 from fastlogits_kernels.selection.sample_rows import PART_WORDS as SAMPLE_PART_WORDS
 
 # Candidates that are refined in registers: of rules that keep few, of most, of those that keep many.
@@ -103,11 +113,30 @@ def _sums_of(rules: Sequence[Rule]) -> int:
     return sums
 
 
-def _slots_for(fewest: float) -> tuple[int, ...]:
+def _most_candidates(count: float, V: int, deviations: float) -> float:
+    """How many candidates the bounds hardly ever let through where a rule keeps ``count`` tokens.
+
+    As the bounds do it: a key that so many of the sample reach, or the groups of it, by their largest keys.
+    """
+    share = min(V, SAMPLE) / V
+    expected = count * share
+    reach = min(count, math.ceil(expected + deviations * math.sqrt(expected * (1 - share)) + 3))
+    groups: int = GROUPS.value
+    if reach <= groups // 2:
+        reach = groups * math.log(groups / (groups - reach))
+    return (reach + 4 * math.sqrt(reach)) / share
+
+
+def _slots_for(fewest: float, V: int, deviations: float, many_rows: bool) -> tuple[int, ...]:
     """How many candidates are refined in registers, where a rule keeps ``fewest``: launch after launch."""
-    if fewest <= 0.6 * SOME:
-        # A sample lets through some four times as many as a rule keeps, where these are few.
-        return (FEW if fewest and fewest <= FEW // 6 else SOME,)
+    if not fewest:
+        return (SOME,)
+    most = _most_candidates(fewest, V, deviations) if fewest <= MANY else math.inf
+    if most <= SOME and many_rows:  # nearly all rows have few, which more programs at once refine
+        return (FEW, SOME)
+    fits = [slots for slots in (FEW, SOME, MANY) if most <= slots]
+    if fits:
+        return (fits[0],)
     return (MANY,) if fewest <= MANY else (SOME, MANY)
 
 
@@ -147,12 +176,13 @@ class Selection:
         self.lowest_ties = any(rule.ties == "lowest" for rule in rules if rule.spec.takes_ties)
         self.banded = any(rule.spec.goal == "distance" for rule in rules)
         self.normalise, self.unrounded = normalise, unrounded
-        self.deviations = DEVIATIONS_OF_MANY if many_rows else DEVIATIONS
         # Whether what is kept for certain has to be weighed.
         self.weighed = any(1 <= rule.spec.sums < 3 for rule in rules)
         counted = [float(rule.value) for rule in rules if _is_number(rule) and rule.spec.goal == "count"]
         fewest = min(counted, default=math.inf)
-        self.slots = _slots_for(fewest if rules else 0)
+        self.many_rows = many_rows
+        self.deviations = DEVIATIONS_OF_MANY if many_rows else DEVIATIONS
+        self.slots = _slots_for(fewest if rules else 0, V, self.deviations, many_rows)
         """How many candidates are refined in registers, launch after launch."""
         most = max(self.slots[-1], SOME) if many_rows else math.inf
         self.layouts = {size: Layout.of(V, len(rules), self.sums > 0, BLOCK_BYTES // size, most) for size in (2, 4)}

@@ -91,6 +91,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 TINY_TEMPERATURE = tl.constexpr(_TINY_TEMPERATURE)
 TILE_W = tl.constexpr(64)  # mask words of a tile, 32 logits each
 OCTET = tl.constexpr(8)  # tokens that have their noise together
+GROUPS = tl.constexpr(64)  # of a sample, whose largest keys are a bound
 RUN = tl.constexpr(16)  # tokens of a sample that stand together: as many bytes as memory reads at once
 ONE = tl.constexpr(float(2**37))  # the largest probability of a row, as an integer
 
@@ -196,13 +197,17 @@ class Shape(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """Lists of edited tokens, which have values in place of their logits: so many a row, and over all rows."""
+    """Lists of edited tokens, which have values in place of their logits.
+
+    So many a row, each shared by so many programs; and programs over all rows.
+    """
 
     tokens_ptr: tl.tensor
     spans_ptr: tl.tensor
     stride_span: tl.tensor
     lists: tl.tensor
-    all_lists: tl.tensor
+    pieces: tl.tensor
+    programs: tl.tensor
 
 
 class RowSums(NamedTuple):
@@ -466,7 +471,7 @@ MAPS = [
 MAP_STRIDES = [name for name in MAPS if name.startswith("stride")]
 UNALIGNED = [*MAPS, "work_ptr", "tokens_ptr", "seeds_ptr", "positions_ptr", "listed_ptr", "spans_ptr"]
 STEPWISE = [
-    *MAP_STRIDES, "stride_work", "stride_seed", "stride_position", "stride_span", "lists", "all_lists",
+    *MAP_STRIDES, "stride_work", "stride_seed", "stride_position", "stride_span", "lists", "pieces", "list_programs",
     "W", "tiles", "parts", "slots", "sums_at", "parts_at", "pairs_at", "capacity", "room", "runs", "sample_size",
     "share",
 ]  # fmt: skip

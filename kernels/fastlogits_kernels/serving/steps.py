@@ -39,7 +39,7 @@ from fastlogits_kernels.serving.reference import (
     reference_slots,
     reference_swap,
 )
-from fastlogits_kernels.serving.search import BANNED, EDITED, RANKS, Sizes, slot_sets_launch
+from fastlogits_kernels.serving.search import BANNED, EDITED, RANKS, Sizes, slot_sets_launches
 
 _OPERATION = Operation("slots")
 FORCE_KERNEL = False
@@ -220,16 +220,16 @@ def _launches(made: _Workspace, step: StepTensors, given: StepTensors) -> list[L
     selection, chain, numbers = made.selection, made.chain, made.numbers
     scores, draws, found = step.scores, step.tokens is not None, made.found(len(step.scores))
     longs: tuple[Any, Any] = (numbers.longs[0], numbers.longs[1]) if draws else (None, None)
-    listed, spans, _ = cast("Listed", found.listed)
+    listed = cast("Listed", found.listed)
     tensors = Tensors(
-        scores, step.work, step.out, step.tokens, numbers.temperature, *longs, found.bits, found.planes, None, listed,
-        spans, tuple(selection.rows),
+        scores, step.work, step.out, step.tokens, numbers.temperature, *longs, found.bits, found.planes, None,
+        listed.tokens, listed.spans, tuple(selection.rows),
     )  # fmt: skip
     brought = tensors._replace(scores=given.scores, work=given.work, out=given.out, tokens=given.tokens)
     covers = [cover_launch(made.tables, step.rows.slots, given.rows.slots)] if made.tables.indices.by_step else []
     launches = [
         *covers,
-        slot_sets_launch(made, scores, step.rows, draws, given.scores, given.rows),
+        *slot_sets_launches(made, scores, step.rows, draws, given.scores, given.rows),
         *launches_of(selection, chain, found, tensors, brought),
     ]
     if step.kept is not None:
