@@ -32,9 +32,9 @@ from fastlogits_kernels.history import (
 from fastlogits_kernels.pointwise.fold import popcount
 from fastlogits_kernels.pointwise.search import Listed, TokenSets
 from fastlogits_kernels.runtime.bits import words as words_of
-from fastlogits_kernels.runtime.launcher import Launch, Launcher, launch_together, tl, triton
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, tl, triton
 from fastlogits_kernels.selection.launchers import overlaps
-from fastlogits_kernels.selection.row import TINY_TEMPERATURE, let_next_launch, wait_for_launch
+from fastlogits_kernels.selection.row import TINY_TEMPERATURE, let_next_launch
 from fastlogits_kernels.serving.index import counts_in, covered_of, spans_of
 from fastlogits_kernels.serving.layout import (
     ACTIVE,
@@ -94,9 +94,7 @@ _DRY_BITS = tl.constexpr(63)
 _COUNT_BITS = tl.constexpr(2**24 - 1)
 _REPEATED = tl.constexpr(2**30)
 
-# What a launch writes of a row: all, or only its sets, tallies and numbers, or only the values of its edits.
-_ALL, _SETS, _VALUES = (tl.constexpr(i) for i in range(3))
-_TURN = tl.constexpr(2048)  # tokens of a text that are looked at at a time, where it is searched for what it ends with
+_TURN = tl.constexpr(2048)  # places of a text that are looked at at a time: what takes time is each turn
 _LONGEST = tl.constexpr(LONGEST)
 _OFF = tl.constexpr(tuple(value if INTEGERS[i] else bits_of(value) for i, value in enumerate(OFF.values())))
 """As bits."""
@@ -110,19 +108,7 @@ _BREAKER_PLANE = tl.constexpr(BREAKER_PLANE)
 _UNALIGNED = ["scores_ptr", "slots_ptr", "cache_position_ptr", "local_ptr", "drafts_ptr", "bitmask_ptr", "records_ptr"]
 _UNALIGNED += ["masks_ptr", "history_ptr", "lengths_ptr", "prompts_ptr", "bits_ptr", "cursors_ptr", "tallies_ptr"]
 _UNALIGNED += ["values_ptr", "listed_ptr", "spans_ptr", "index_ptr", "of_rows_ptr", "counts_ptr", "longs_ptr"]
-_STEPWISE = [
-    "W",
-    "S",
-    "L",
-    "M",
-    "splits",
-    "pieces",
-    "stride_row",
-    "stride_slot",
-    "stride_cache",
-    "stride_local",
-    "stride_draft",
-]
+_STEPWISE = ["W", "S", "L", "M", "splits", "stride_row", "stride_slot", "stride_cache", "stride_local", "stride_draft"]
 _STEPWISE += ["stride_bitmask", "stride_record", "stride_history", "stride_length", "stride_prompt", "stride_set"]
 _STEPWISE += ["stride_span", "stride_numbers", "planes_at", "shift", "index_span"]
 
@@ -350,47 +336,33 @@ def _mark_bans(
 
 
 @triton.jit
-def _turns(covered, indexed, first, stop):
-    """What is read of a text that is searched for what it ends with, from ``first`` to before ``stop``.
+def _turn(covered, spans, within, rest, stop, BLOCK: tl.constexpr):
+    """One turn over a text: of the spans that are left, or what the index doesn't cover from ``rest`` to ``stop``.
 
-    Where that is ``indexed``, the places of the spans, and then those that the index doesn't cover. Returns how many
-    places of spans there are, where the rest begins, and how many places there are together.
+    Returns the places of the turn, which of them count, and where the next turn is.
     """
-    of_spans = tl.where(indexed & (stop > first), popcount(covered.spans).to(tl.int32) * covered.span, 0)
-    rest = tl.where(indexed, tl.maximum(first, covered.tokens), first)
-    return of_spans, rest, of_spans + tl.maximum(stop - rest, 0)
-
-
-@triton.jit
-def _turn(start, of_spans, rest, covered, stop, BLOCK: tl.constexpr):
-    """The places of a turn, and which of them there are."""
-    index = start + tl.arange(0, BLOCK)
-    at = rest + index - of_spans
-    inside = at < stop
-    if covered.seen_ptr is not None:
-        if start < of_spans:
-            which = index // covered.span
-            # The number of a span is how many of the 32 bits up to it are fewer than are asked for.
-            number = index * 0
-            for bit in tl.static_range(32):
-                upto = popcount(covered.spans & tl.full([], 0xFFFFFFFF >> (31 - bit), tl.uint32)).to(tl.int32)
-                number += (upto <= which).to(tl.int32)
-            here = number * covered.span + index % covered.span
-            in_span = index < of_spans
-            inside = tl.where(in_span, here < tl.minimum(stop, covered.tokens), inside)
-            at = tl.where(in_span, here, at)
-    return at, inside
+    in_span = spans != 0
+    number = popcount((spans & (~spans + 1)) - 1).to(tl.int32)
+    begin = number * covered.span + within
+    end = tl.minimum((number + 1) * covered.span, covered.tokens)
+    at = tl.where(in_span, begin, rest) + tl.arange(0, BLOCK)
+    inside = at < tl.where(in_span, tl.minimum(end, stop), stop)
+    ends = begin + BLOCK >= end
+    next_spans = tl.where(in_span & ends, spans & (spans - 1), spans)
+    next_within = tl.where(in_span, tl.where(ends, 0, within + BLOCK), within)
+    return at, inside, next_spans, next_within, tl.where(in_span, rest, rest + BLOCK)
 
 
 @triton.jit
 def _ban_repeated(banned_ptr, text, size, covered, words, BLOCK: tl.constexpr):
     """Ban the tokens that would complete an n-gram of ``size`` tokens which the text holds; none where size is 0."""
     # Places are those of the last token before one that is banned.
+    spans = tl.where(size > 1, covered.spans, covered.spans * 0)
+    rest = tl.where(size > 1, tl.maximum(size - 2, covered.tokens), size - 2)
     stop = tl.where((size > 0) & (text.length >= size - 1), text.length - 1, size - 2)
-    # Of size 1 all that stands anywhere is banned.
-    of_spans, rest, places = _turns(covered, size > 1, size - 2, stop)
-    for start in range(0, places, BLOCK):
-        at, inside = _turn(start, of_spans, rest, covered, stop, BLOCK)
+    within = rest * 0
+    while (spans != 0) | (rest < stop):
+        at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
         found = inside & (at >= size - 2)
         for j in range(1, size):
             found &= token_at(text, at + 1 - j, found) == token_at(text, text.length - j, text.length >= j)
@@ -456,9 +428,11 @@ def _follower_of(request, text, at, inside, words, W):
 def _mark_repetitions(edits, request, text, penalties, covered, words, W, BLOCK: tl.constexpr):
     """Mark as edited the tokens that follow what the text ends with."""
     stop = tl.where(penalties.dry_count > 0, text.length - 1, 0)
-    of_spans, rest, places = _turns(covered, True, 0, stop)
-    for start in range(0, places, BLOCK):
-        at, inside = _turn(start, of_spans, rest, covered, stop, BLOCK)
+    spans = tl.where(penalties.dry_count > 0, covered.spans, covered.spans * 0)
+    rest = covered.tokens
+    within = rest * 0
+    while (spans != 0) | (rest < stop):
+        at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
         follower, _matched, found = _follower_of(request, text, at, inside, words, W)
         mark(edits.edited_ptr, follower, found)
 
@@ -469,9 +443,11 @@ def _tally_repetitions(
 ):  # fmt: skip
     """Tally, of each of these tokens, how long the longest such match is."""
     stop = tl.where(penalties.dry_count > 0, text.length - 1, 0)
-    of_spans, rest, places = _turns(covered, True, 0, stop)
-    for start in range(0, places, BLOCK):
-        at, inside = _turn(start, of_spans, rest, covered, stop, BLOCK)
+    spans = tl.where(penalties.dry_count > 0, covered.spans, covered.spans * 0)
+    rest = covered.tokens
+    within = rest * 0
+    while (spans != 0) | (rest < stop):
+        at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
         follower, matched, found = _follower_of(request, text, at, inside, words, W)
         place = _place_of(edits, follower, found, ROOM)
         tl.atomic_max(edits.tallies_ptr + place, matched << _DRY_AT, mask=found, sem="relaxed")
@@ -536,11 +512,11 @@ def _edited(x, tally, bias, lowered, penalties, BIAS_LAST: tl.constexpr):
 
 @triton.jit
 def _edit(
-    edits, base, total, piece, pieces, scores_ptr, stride_token, penalties, covered,
+    edits, base, total, scores_ptr, stride_token, penalties, covered,
     BIAS_LAST: tl.constexpr, DRAWS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Work out the logits of the edited tokens, or of one of some pieces of them."""
-    for i in range(piece * BLOCK, total, pieces * BLOCK):
+    """Work out the logits of the edited tokens."""
+    for i in range(0, total, BLOCK):
         rank = i + tl.arange(0, BLOCK)
         inside = rank < total
         place = (base + rank) & (ROOM - 1)
@@ -587,20 +563,18 @@ def _slot_sets_kernel(
     # outputs
     bits_ptr, cursors_ptr, tallies_ptr, values_ptr, listed_ptr, spans_ptr, of_rows_ptr, counts_ptr, longs_ptr,
     # shapes
-    V, W, S, L, M, splits, pieces, planes_at, shift, index_span,
+    V, W, S, L, M, splits, planes_at, shift, index_span,
     # strides
     stride_row, stride_token, stride_slot, stride_cache, stride_local, stride_draft, stride_bitmask,
     stride_record, stride_history, stride_length, stride_prompt, stride_set, stride_span, stride_numbers,
     # constants
     DRAWS: tl.constexpr, BIAS_LAST: tl.constexpr, WORDS_IN_OUTPUT: tl.constexpr, COUNTS: tl.constexpr,
-    WHAT: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ROOM: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A range of the sets of a row, and the values of its edits; or one of the two, values in some ``pieces``."""
     let_next_launch(PDL)
     program = tl.program_id(0)
-    piece = program % pieces
-    split = program // pieces % splits
-    row = (program // pieces // splits).to(tl.int64)
+    split = program % splits
+    row = (program // splits).to(tl.int64)
     range_words = (W + splits - 1) // splits
     first = split * range_words
     words = WordRange(first, tl.minimum(first + range_words, W), V)
@@ -639,40 +613,33 @@ def _slot_sets_kernel(
         bits_ptr + EDITED * stride_set + row * W, bits_ptr + RANKS * stride_set + row * W,
         tallies_ptr + row * ROOM, values_ptr + row * ROOM, listed_ptr + row * ROOM,
     )  # fmt: skip
+    row_bitmask_ptr = None if bitmask_ptr is None else bitmask_ptr + row * stride_bitmask
+    _begin_sets(
+        banned_ptr, edits.edited_ptr, request, row_bitmask_ptr, penalties, covered, words, W, M, DRAWS, BLOCK
+    )  # fmt: skip
+    tl.debug_barrier()
+    _mark_bans(banned_ptr, request, text, place, covered, words, WORDS_IN_OUTPUT, LIST_BLOCK)
+    mark_text(edits.edited_ptr, biases, 0, biases.length, words, LIST_BLOCK)
+    mark_text(edits.edited_ptr, text, penalties.first, text.length, words, BLOCK)
+    if carries_ptr is not None:
+        carries = Text(carries_ptr + 1, 1, _carried(penalties, covered))
+        mark_text(edits.edited_ptr, carries, 0, carries.length, words, BLOCK)
+    _mark_repetitions(edits, request, text, penalties, covered, words, W, _TURN)
+    tl.debug_barrier()
+
     span_ptr = spans_ptr + row * stride_span + 2 * split
-    if WHAT == _VALUES:
-        wait_for_launch(PDL)
-        base, total = tl.load(span_ptr), tl.load(span_ptr + 1)
-    else:
-        row_bitmask_ptr = None if bitmask_ptr is None else bitmask_ptr + row * stride_bitmask
-        _begin_sets(
-            banned_ptr, edits.edited_ptr, request, row_bitmask_ptr, penalties, covered, words, W, M, DRAWS, BLOCK
-        )  # fmt: skip
-        tl.debug_barrier()
-        _mark_bans(banned_ptr, request, text, place, covered, words, WORDS_IN_OUTPUT, LIST_BLOCK)
-        mark_text(edits.edited_ptr, biases, 0, biases.length, words, LIST_BLOCK)
-        mark_text(edits.edited_ptr, text, penalties.first, text.length, words, BLOCK)
-        if carries_ptr is not None:
-            carries = Text(carries_ptr + 1, 1, _carried(penalties, covered))
-            mark_text(edits.edited_ptr, carries, 0, carries.length, words, BLOCK)
-        _mark_repetitions(edits, request, text, penalties, covered, words, W, _TURN)
-        tl.debug_barrier()
-        any_edits = request.is_forced | (biases.length > 0) | (penalties.first < text.length)
-        any_edits = any_edits | (penalties.dry_count > 0) | penalties.repeats | penalties.counts
-        base, total = _rank_edits(edits, cursors_ptr + row, span_ptr, any_edits, words, ROOM, BLOCK)
-        tl.debug_barrier()
-        _tally(edits, request, text, penalties, biases, covered, words, W, ROOM, BLOCK, LIST_BLOCK)
-        if split == 0:
-            _write_numbers(request, row, place.length, of_rows_ptr, counts_ptr, longs_ptr, stride_numbers, DRAWS)
-    if WHAT != _SETS:
-        tl.debug_barrier()
-        # A forced token has 0, as its value is cleared.
-        total = tl.where(request.is_forced, 0, total)
-        scores_ptr += row * stride_row
-        _edit(
-            edits, base, total, piece, pieces, scores_ptr, stride_token, penalties, covered,
-            BIAS_LAST, DRAWS, ROOM, BLOCK,
-        )  # fmt: skip
+    any_edits = request.is_forced | (biases.length > 0) | (penalties.first < text.length) | (penalties.dry_count > 0)
+    any_edits = any_edits | penalties.repeats | penalties.counts
+    base, total = _rank_edits(edits, cursors_ptr + row, span_ptr, any_edits, words, ROOM, BLOCK)
+    tl.debug_barrier()
+    _tally(edits, request, text, penalties, biases, covered, words, W, ROOM, BLOCK, LIST_BLOCK)
+    tl.debug_barrier()
+    # A forced token has 0, as its value is cleared.
+    total = tl.where(request.is_forced, 0, total)
+    scores_ptr += row * stride_row
+    _edit(edits, base, total, scores_ptr, stride_token, penalties, covered, BIAS_LAST, DRAWS, ROOM, BLOCK)
+    if split == 0:
+        _write_numbers(request, row, place.length, of_rows_ptr, counts_ptr, longs_ptr, stride_numbers, DRAWS)
 
 
 # Words of a set and positions of a history are taken in blocks of this many, entries of lists in smaller ones.
@@ -680,15 +647,11 @@ _BLOCK = 1024
 _LIST_BLOCK = 128
 # As many fit on a GPU at once, with the registers that they take; more for a row would only read its history again.
 _PROGRAMS = 264
-# A list of edits longer than this is processed by several programs: its values, and its candidates.
+# The candidates of a list of edits that may be longer than this are found by several programs.
 _PIECE = 2048
 _MOST_PIECES = 16
 
 _slot_sets_launcher = Launcher(_slot_sets_kernel, num_warps=8, enable_fp_fusion=False)
-_values_launchers = {
-    early: Launcher(_slot_sets_kernel, num_warps=8, enable_fp_fusion=False, **({"launch_pdl": True} if early else {}))
-    for early in (False, True)
-}
 
 
 class Sizes(NamedTuple):
@@ -736,7 +699,7 @@ class Workspace:
         return max(1, min(self.sizes.lists, _PROGRAMS // max(1, B)))
 
     def pieces(self, B: int) -> int:
-        """Programs that share a list of edits: so many where a row may have many, one where it can't."""
+        """Programs that share a list of edits: frequent tokens have neighbouring ids, so that one list has most."""
         return max(1, min(_MOST_PIECES, self.sizes.room // (self.splits(B) * _PIECE)))
 
     def found(self, B: int) -> TokenSets:
@@ -746,7 +709,7 @@ class Workspace:
 
 
 def launch_slot_sets(made: Workspace, scores: torch.Tensor, rows: StepRows, draws: bool) -> TokenSets:
-    """Find what the requests of the rows ask for: one launch, two where histories are long.
+    """Find what the requests of the rows ask for: one launch.
 
     Args:
         made: what it reads and writes.
@@ -754,21 +717,18 @@ def launch_slot_sets(made: Workspace, scores: torch.Tensor, rows: StepRows, draw
         rows: the slot of each, and what the rows of drafts see.
         draws: whether a token is drawn; then rows of no request are banned whole, and edits are not rounded.
     """
-    launch_together(slot_sets_launches(made, scores, rows, draws, scores, rows))
+    launcher, key, programs, args = slot_sets_launch(made, scores, rows, draws, scores, rows)
+    launcher(key, programs, args)
     return made.found(len(scores))
 
 
-def slot_sets_launches(
+def slot_sets_launch(
     made: Workspace, scores: torch.Tensor, rows: StepRows, draws: bool, given_scores: Any, given: StepRows
-) -> list[Launch]:
-    """The launches of ``launch_slot_sets``; kernels are given ``given_scores`` and ``given`` of scores and rows.
-
-    A program of the search owns a range of tokens. Where many of them may be edited, their values are worked out by
-    more programs in a launch of its own: frequent tokens have neighbouring ids, so that one range has most edits.
-    """
+) -> Launch:
+    """The launch of ``launch_slot_sets``; the kernel is given ``given_scores`` and ``given`` of scores and rows."""
     tables, (_, W, room, _), semantics = made.tables, made.sizes, made.semantics
     B, V = scores.shape
-    splits, pieces = made.splits(B), made.pieces(B)
+    splits = made.splits(B)
     numbers, indices = made.numbers, (rows.cache_position, rows.local_position, rows.draft_ids)
     key = (
         scores.device, scores.dtype, V, semantics, draws, room, scores.stride(1),
@@ -778,24 +738,18 @@ def slot_sets_launches(
     )  # fmt: skip
     cache, local, drafts = (0 if each is None else each.stride(0) for each in indices)
     bitmask = rows.bitmask
-    early = overlaps(scores.device)
-
-    def launch(launcher: Launcher, what: int, pieces: int) -> Launch:
-        return Launch(launcher, (*key, what), B * splits * pieces, (
-            given_scores, given.slots, given.cache_position, given.local_position, given.draft_ids, given.bitmask,
-            tables.records, tables.masks, tables.history, tables.lengths, tables.prompts, tables.indices.memory,
-            made.bits, made.cursors, made.tallies, made.values, made.listed, made.spans, numbers.values,
-            numbers.counts, numbers.longs,
-            V, W, tables.records.shape[0], tables.history.shape[1], 0 if bitmask is None else bitmask.shape[1],
-            splits, pieces, *tables.indices.arguments[:3],
-            scores.stride(0), scores.stride(1), rows.slots.stride(0), cache, local, drafts,
-            0 if bitmask is None else bitmask.stride(0),
-            tables.records.stride(0), tables.history.stride(0), tables.lengths.stride(0), tables.prompts.stride(0),
-            made.bits.stride(0), made.spans.stride(0), numbers.values.stride(0),
-            draws, semantics.bias_last, semantics.words_in_output, tables.indices.sizes.carries > 0,
-            what, room, _BLOCK, _LIST_BLOCK, early,
-        ))  # fmt: skip
-
-    if pieces == 1:
-        return [launch(_slot_sets_launcher, _ALL.value, 1)]
-    return [launch(_slot_sets_launcher, _SETS.value, 1), launch(_values_launchers[early], _VALUES.value, pieces)]
+    return Launch(_slot_sets_launcher, key, B * splits, (
+        given_scores, given.slots, given.cache_position, given.local_position, given.draft_ids, given.bitmask,
+        tables.records, tables.masks, tables.history, tables.lengths, tables.prompts, tables.indices.memory,
+        made.bits, made.cursors, made.tallies, made.values, made.listed, made.spans, numbers.values,
+        numbers.counts, numbers.longs,
+        V, W, tables.records.shape[0], tables.history.shape[1], 0 if bitmask is None else bitmask.shape[1], splits,
+        *tables.indices.arguments[:3],
+        scores.stride(0), scores.stride(1), rows.slots.stride(0), cache, local, drafts,
+        0 if bitmask is None else bitmask.stride(0),
+        tables.records.stride(0), tables.history.stride(0), tables.lengths.stride(0), tables.prompts.stride(0),
+        made.bits.stride(0), made.spans.stride(0), numbers.values.stride(0),
+        draws, semantics.bias_last, semantics.words_in_output, tables.indices.sizes.carries > 0,
+        room, _BLOCK, _LIST_BLOCK,
+        overlaps(scores.device),
+    ))  # fmt: skip

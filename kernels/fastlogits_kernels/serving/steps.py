@@ -39,7 +39,7 @@ from fastlogits_kernels.serving.reference import (
     reference_slots,
     reference_swap,
 )
-from fastlogits_kernels.serving.search import BANNED, EDITED, RANKS, Sizes, slot_sets_launches
+from fastlogits_kernels.serving.search import BANNED, EDITED, RANKS, Sizes, slot_sets_launch
 
 _OPERATION = Operation("slots")
 FORCE_KERNEL = False
@@ -229,7 +229,7 @@ def _launches(made: _Workspace, step: StepTensors, given: StepTensors) -> list[L
     covers = [cover_launch(made.tables, step.rows.slots, given.rows.slots)] if made.tables.indices.by_step else []
     launches = [
         *covers,
-        *slot_sets_launches(made, scores, step.rows, draws, given.scores, given.rows),
+        slot_sets_launch(made, scores, step.rows, draws, given.scores, given.rows),
         *launches_of(selection, chain, found, tensors, brought),
     ]
     if step.kept is not None:
