@@ -490,6 +490,11 @@ MUTATIONS = [
         "normalise = self._after is not None", "normalise = False",
         ("kernels/selection/test_selection.py::test_steps_that_share_a_pass_are_the_steps_one_by_one",),
     ),
+    Mutation(
+        "as much room in registers whatever the vocabulary", f"{SELECTION}/layout.py",
+        "if most <= slots]", "if fewest <= slots // 6]",
+        ("kernels/selection/test_selection.py::test_what_bounds_let_through_has_room_in_registers",),
+    ),
     # -- draws and reports --
     Mutation(
         "a Philox constant", f"{KERNELS}/draw.py",
@@ -574,6 +579,22 @@ MUTATIONS = [
         ("transformers/test_continuous.py::test_seeds_that_requests_are_given",),
     ),
     # -- serving --
+    Mutation(
+        "the first piece of a list left out", f"{SELECTION}/filter.py",
+        "range(piece * _LISTED, tl.where(asks, count, 0)", "range((piece + 1) * _LISTED, tl.where(asks, count, 0)",
+        ("serving/test_batch.py::test_edited_tokens_among_the_candidates",),
+    ),
+    Mutation(
+        "pieces of a list that overlap", f"{SELECTION}/filter.py",
+        "tl.where(asks, count, 0), listed.pieces * _LISTED)", "tl.where(asks, count, 0), _LISTED)",
+        ("serving/test_batch.py::test_edited_tokens_among_the_candidates",),
+    ),
+    Mutation(
+        "the end of a span left out", f"{KERNELS}/serving/search.py",
+        "next_spans = tl.where(in_span & ends, spans & (spans - 1), spans)",
+        "next_spans = tl.where(in_span, spans & (spans - 1), spans)",
+        ("serving/test_history_index.py::test_an_index_of_the_sizes_of_real_batches",),
+    ),
     Mutation(
         "a removed request acts on", f"{PACKAGE}/serving/batch.py",
         "        self._flags[slot].zero_()\n", "",

@@ -10,7 +10,7 @@ import torch
 from fastlogits_kernels.pointwise.fold import launch_fold
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.runtime.bits import pack_bits
-from fastlogits_kernels.serving import steps
+from fastlogits_kernels.serving import search, steps
 from fastlogits_kernels.serving.layout import StepRows
 from fastlogits_kernels.serving.reference import reference_slots
 from fastlogits_kernels.serving.search import launch_slot_sets
@@ -303,11 +303,12 @@ def test_kernels_find_in_many_ranges_what_torch_finds(draws, device):
         assert torch.equal(mine.cpu()[..., :count], theirs.cpu()[..., :count])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_edited_tokens_among_the_candidates(dtype, device, monkeypatch):
-    """Where a biased or penalised token decides which tokens stay, or is the one that stays."""
+@pytest.mark.parametrize(("dtype", "piece"), [(torch.float32, 2048), (torch.float16, 2048), (torch.float32, 1)])
+def test_edited_tokens_among_the_candidates(dtype, piece, device, monkeypatch):
+    """Where a biased or penalised token decides which tokens stay, or is the one that stays; also in shared lists."""
+    monkeypatch.setattr(search, "_PIECE", piece)
     vocab, history = 3001, list(range(100, 160))
-    logits = torch.randn(10, vocab, generator=torch.Generator().manual_seed(5)) * 2
+    logits = torch.randn(11, vocab, generator=torch.Generator().manual_seed(5)) * 2
     logits[:, 100:103] = 9.5  # what the history has lies above all
     logits = logits.to(dtype)
     asked = [
@@ -321,10 +322,11 @@ def test_edited_tokens_among_the_candidates(dtype, device, monkeypatch):
         {"temperature": 1.3, "typical_p": 0.6, "repetition_penalty": 1.2},
         {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1, "no_repeat_ngram_size": 2},
         {"temperature": 0.5, "top_p": 0.7, "logit_bias": dict.fromkeys(range(500, 520), 5.0)},
+        {"temperature": 0.8, "top_k": 40, "logit_bias": {token: token * 37 % 100 / 10 for token in range(1500, 2700)}},
     ]
 
     def made(on):
-        batch = BatchProcessor(len(asked), vocab, on, max_length=100)
+        batch = BatchProcessor(len(asked), vocab, on, max_length=100, max_listed=2500)
         for i, each in enumerate(asked):
             batch.add(RequestParams(**each, seed=i), history, [3])
         return batch

@@ -243,18 +243,19 @@ def test_an_index_takes_no_more_memory_than_the_history(vocab):
     assert IndexSizes.of(vocab, 131_072).carries
 
 
-def test_an_index_of_the_sizes_of_real_batches(device, monkeypatch):
+@pytest.mark.parametrize(("longest", "again"), [(24_576, 100), (70_000, 2500)])
+def test_an_index_of_the_sizes_of_real_batches(device, monkeypatch, longest, again):
     """Real spans and hashes, a vocabulary of several ranges, and a history of several blocks."""
     monkeypatch.setattr(slot_sets, "FORCE_KERNEL", True)
     vocab = 70_001
-    batch = BatchProcessor(1, vocab, device, max_length=24_576)
+    batch = BatchProcessor(1, vocab, device, max_length=longest)
     assert batch._slots.indices.sizes.carries
     text = (torch.rand(5000, generator=torch.Generator().manual_seed(0)) ** 4 * vocab).long().tolist()
-    text += text[100:160]
+    text += text[again : again + 60]
     options = {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "dry_multiplier": 0.5, "no_repeat_ngram_size": 4}
     batch.add(RequestParams(**options, presence_scope="all"), text)
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)).to(device)
-    for token in text[160:162]:
+    for token in text[again + 60 : again + 62]:
         slot_sets.append_tokens(batch._slots, *[torch.tensor([each], device=device) for each in (0, token)])
         rows = StepRows(torch.tensor([0], device=device))
         expected, _ = reference_slots(logits, batch._slots, rows, batch._step.semantics, False)

@@ -327,6 +327,16 @@ def between_bounds(scores, work):
     return ((scores >= low) & (scores <= up) & ~((scores >= first) & (scores <= last))).sum(1)
 
 
+@pytest.mark.parametrize(("k", "V"), [(50, 32_000), (50, 151_936), (50, 262_144), (5, 262_144), (200, 151_936)])
+def test_what_bounds_let_through_has_room_in_registers(k, V):
+    """A row with more candidates takes several times as long: of a larger vocabulary a sample lets more through."""
+    scores = torch.randn(12, V, generator=torch.Generator().manual_seed(k)).to(DEVICE)
+    rules = (Rule("top_k", k), Rule("top_p", 0.9))
+    slots = launch.Selection(rules, V, scores.device).slots
+    assert len(slots) == 1
+    assert (workspace(scores, rules)[:, row.COUNT_AT.value] <= slots[0]).all()
+
+
 @pytest.mark.parametrize("chain", LISTED)
 def test_many_candidates_are_refined_block_by_block(monkeypatch, chain):
     """More than are looked at at once, and no more than can be put by."""
