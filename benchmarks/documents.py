@@ -294,7 +294,7 @@ def _step(steps: Mapping[tuple[str, int], float], contender: str, batch: int) ->
 _ALL = tuple(name for name, workload in WORKLOADS.items() if workload.main)
 REGIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "plot": _plot,
-    "short": _table("gpu_us", _SIZES, ("chain 9", "T k p", "draw T k p")),
+    "short": _table("gpu_us", _SIZES, ("chain 5", "T k p", "draw T k p")),
     "gpu-all": _table("gpu_us", _SIZES, _ALL),
     "host-all": _table("host_us", _SIZES, _ALL),
     "cpu-all": _table("cpu_us", _CPU_SIZES, _ALL),

@@ -176,7 +176,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def compile_all(ranks: Ranks) -> None:
-    """Compile all that checks launch: on the first rank with all cores; the others find it on disk."""
+    """Compile all that checks launch: each rank a share of it, since Python takes long; the others find it on disk."""
     launches: list[Launch] = []
 
     def collect(some: Sequence[Launch]) -> list[Any]:
@@ -191,10 +191,9 @@ def compile_all(ranks: Ranks) -> None:
             _logprobs_of(logits, targets, options)
             _logprobs_of(ranks.part(logits), targets, {**options, "group": ranks.group})
     launches += trained
-    for turn in (ranks.rank == 0, ranks.rank != 0):
-        if turn:
-            ranks.session.compile(launches)
-        dist.barrier()
+    ranks.session.compile(launches[ranks.rank :: ranks.count])
+    dist.barrier()
+    ranks.session.compile(launches)
 
 
 def _warm_up(ranks: Ranks) -> None:

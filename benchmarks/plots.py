@@ -42,7 +42,7 @@ _Key = TypeVar("_Key")
 _VOCAB, _LARGEST, _BATCH = 128256, 151936, 64
 _COLUMNS = 4
 _HEADLINE = {
-    "chain 9": "nine processors: penalties, n-grams, bad words, lengths, temperature, top-k, top-p, min-p",
+    "chain 5": "five processors: repetition penalty, first tokens, temperature, top-k, top-p",
     "T k p": "temperature, top-k, top-p",
     "draw T k p": "temperature, top-k, top-p, and a token drawn",
 }
