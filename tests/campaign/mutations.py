@@ -181,7 +181,7 @@ MUTATIONS = [
         "the phase of a gate ignored", f"{KERNELS}/pointwise/search.py",
         "((index - tl.load(gate_ptr + _PHASE)) % tl.load(gate_ptr + _PERIOD) == 0)",
         "(index % tl.load(gate_ptr + _PERIOD) == 0)",
-        ("plan/test_pointwise.py::test_kernels_equal_torch",),
+        ("plan/test_pointwise.py::test_a_period_counts_from_its_phase",),
     ),
     Mutation(
         "a history read beyond its position", f"{KERNELS}/pointwise/search.py",

@@ -149,6 +149,28 @@ def test_copies(twin):
     assert torch.equal(single.for_run(1)(ids, scores), processors[0].for_run(1)(ids, scores))
 
 
+@pytest.mark.parametrize(
+    "processor",
+    [
+        fl.TopKLogitsWarper(3), fl.TypicalLogitsWarper(0.5), fl.TemperatureLogitsWarper(0.5),
+        fl.RepetitionPenaltyLogitsProcessor(2.0), fl.SuppressTokensLogitsProcessor([3]), fl.LogitNormalization(),
+        fl.XTCLogitsProcessor(0.01, 1.0), fl.WatermarkLogitsProcessor(V, "cpu"), Add(1.0),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)  # fmt: skip
+def test_a_call_leaves_its_input_and_apply_writes_it(processor):
+    """Whatever part of a plan it becomes, alone and behind another one."""
+    ids = torch.randint(0, V, (2, 7))
+    for chain in ([processor], [fl.SuppressTokensLogitsProcessor([5]), processor]):
+        plan, scores = fl.LogitsProcessorList(chain), torch.randn(2, V)
+        before = scores.clone()
+        expected = plan(ids, scores)
+        assert torch.equal(scores, before)
+        assert not torch.equal(expected, before)
+        assert plan.apply_(ids, scores) is scores
+        assert torch.equal(scores, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_in_place_only_the_result_is_rounded(dtype):
     """Behind a processor that returns another dtype all goes on in that."""

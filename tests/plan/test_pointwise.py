@@ -179,6 +179,18 @@ def test_kernels_equal_torch(device, chain, shape, dtype, on_device, in_place, o
         assert found is given_scores
 
 
+@pytest.mark.parametrize("of", ["step", "length"])
+@pytest.mark.parametrize("phase", [0, 1, 2, 5])
+def test_a_period_counts_from_its_phase(kernels, device, of, phase):
+    chain, prompt = [Ban((3,), When(of, period=3, phase=phase))], 2
+    for length in range(prompt, prompt + 7):
+        ids, scores = torch.zeros(1, length, dtype=torch.int64, device=device), torch.zeros(1, 10, device=device)
+        run = Run(torch.full((1,), prompt, device=device), torch.tensor(length - 1, device=device))
+        index = length if of == "length" else length - prompt
+        for found in (kernels.triton(chain, ids, scores, run), kernels.torch(chain, ids, scores, run)):
+            assert bool(found[0, 3] == -INF) == ((index - phase) % 3 == 0), (length, found)
+
+
 def test_positions_on_the_device_differ_by_row(kernels, device):
     """Rows of one buffer stand at different lengths, and what lies beyond a row's length doesn't count."""
     ids = torch.tensor([[1, 2, 3, 1, 9, 9], [1, 2, 1, 2, 1, 9], [5, 5, 5, 5, 5, 5]], device=device)
