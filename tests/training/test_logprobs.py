@@ -407,9 +407,12 @@ def test_a_vocabulary_of_one_token(backend):
 
 
 @gpu
+@pytest.mark.parametrize("most", [256, 4], ids=["at once", "in parts"])
 @pytest.mark.parametrize("options", [{}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}])
-def test_captured_and_without_waiting(options):
-    """One graph serves other logits and targets, forward and backward."""
+def test_captured_and_without_waiting(monkeypatch, options, most):
+    """One graph serves other logits and targets, forward and backward; also with parts on two streams."""
+    monkeypatch.setattr(kernels, "_SHARE", 0)
+    monkeypatch.setattr(kernels, "_LEAST_ROWS", most)
     logits = torch.randn(9, 32000, device=DEVICE).bfloat16().requires_grad_()
     targets = torch.randint(32000, (9,), device=DEVICE)
 
