@@ -426,8 +426,9 @@ def _follower_of(request, text, at, inside, words, W):
 
 @triton.jit
 def _mark_repetitions(edits, request, text, penalties, covered, words, W, BLOCK: tl.constexpr):
-    """Mark as edited the tokens that follow what the text ends with."""
+    """Mark as edited the tokens that follow what the text ends with; returns whether there are any."""
     stop = tl.where(penalties.dry_count > 0, text.length - 1, 0)
+    marked = tl.zeros([BLOCK], tl.int32)
     spans = tl.where(penalties.dry_count > 0, covered.spans, covered.spans * 0)
     rest = covered.tokens
     within = rest * 0
@@ -435,15 +436,17 @@ def _mark_repetitions(edits, request, text, penalties, covered, words, W, BLOCK:
         at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
         follower, _matched, found = _follower_of(request, text, at, inside, words, W)
         mark(edits.edited_ptr, follower, found)
+        marked |= found.to(tl.int32)
+    return tl.max(marked) > 0
 
 
 @triton.jit
 def _tally_repetitions(
-    edits, request, text, penalties, covered, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr
+    edits, request, text, repeats, covered, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Tally, of each of these tokens, how long the longest such match is."""
-    stop = tl.where(penalties.dry_count > 0, text.length - 1, 0)
-    spans = tl.where(penalties.dry_count > 0, covered.spans, covered.spans * 0)
+    """Tally, of each of these tokens, how long the longest such match is; ``repeats`` is whether there are any."""
+    stop = tl.where(repeats, text.length - 1, 0)
+    spans = tl.where(repeats, covered.spans, covered.spans * 0)
     rest = covered.tokens
     within = rest * 0
     while (spans != 0) | (rest < stop):
@@ -455,11 +458,11 @@ def _tally_repetitions(
 
 @triton.jit
 def _tally(
-    edits, request, text, penalties, biases, covered, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    edits, request, text, penalties, repeats, biases, covered, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tally what is penalised, and put the biases of edited tokens where their values will be."""
-    _tally_repetitions(edits, request, text, penalties, covered, words, W, ROOM, _TURN)
+    _tally_repetitions(edits, request, text, repeats, covered, words, W, ROOM, _TURN)
     tl.debug_barrier()
     for i in range(penalties.first, text.length, BLOCK):
         at = i + tl.arange(0, BLOCK)
@@ -624,7 +627,7 @@ def _slot_sets_kernel(
     if carries_ptr is not None:
         carries = Text(carries_ptr + 1, 1, _carried(penalties, covered))
         mark_text(edits.edited_ptr, carries, 0, carries.length, words, BLOCK)
-    _mark_repetitions(edits, request, text, penalties, covered, words, W, _TURN)
+    repeats = _mark_repetitions(edits, request, text, penalties, covered, words, W, _TURN)
     tl.debug_barrier()
 
     span_ptr = spans_ptr + row * stride_span + 2 * split
@@ -632,7 +635,7 @@ def _slot_sets_kernel(
     any_edits = any_edits | penalties.repeats | penalties.counts
     base, total = _rank_edits(edits, cursors_ptr + row, span_ptr, any_edits, words, ROOM, BLOCK)
     tl.debug_barrier()
-    _tally(edits, request, text, penalties, biases, covered, words, W, ROOM, BLOCK, LIST_BLOCK)
+    _tally(edits, request, text, penalties, repeats, biases, covered, words, W, ROOM, BLOCK, LIST_BLOCK)
     tl.debug_barrier()
     # A forced token has 0, as its value is cleared.
     total = tl.where(request.is_forced, 0, total)
