@@ -124,7 +124,7 @@ class Ranks:
         if came.record.dtype == torch.int32:
             gradient = kernels._launch_gradient
             came = came._replace(record=_own_record(came.record, task.rules, place.first))
-        pairs = zip(kernels._parts(local), kernels._views_like(out, local), strict=True)
+        pairs = zip(kernels.rows_in_parts(local), kernels._views_like(out, local), strict=True)
         for (part, begin, end), into in pairs:
             gradient(part, own.rows(begin, end), came.rows(begin, end), into, place.V)
 
@@ -167,7 +167,7 @@ def _forward_of_dealt(
     most = max(_LEAST_ROWS, len(task.targets) // _SHARE)
     found = [
         _forward_of_some(part, task.rows(begin, end), entropy, ranks)
-        for part, begin, end in kernels._parts(local, most)
+        for part, begin, end in kernels.rows_in_parts(local, most)
     ]
     if not found:
         found = [_forward_of_some(local.flatten(0, -2), task, entropy, ranks)]
@@ -177,7 +177,7 @@ def _forward_of_dealt(
     return logprobs, entropies, outside, Numbers(torch.cat([each.record for each in numbers]), bits)
 
 
-@kernels._OPERATION.falls_back
+@kernels.OPERATION.falls_back
 def _forward(
     local: torch.Tensor, task: Task, entropy: bool, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Numbers]:

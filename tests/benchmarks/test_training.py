@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from fastlogits_kernels.training.logprobs import _OPERATION
+from fastlogits_kernels.training.logprobs import OPERATION
 
 import fastlogits as fl
 from benchmarks import training
@@ -58,7 +58,7 @@ def test_wrong_results_errors_and_lost_kernels_are_no_success(tiny_run, capsys, 
     for part in ("time_rules", "time_kept", "time_peers"):
         monkeypatch.setattr(training, part, lambda *arguments: None)
     if broken == "no kernels":
-        monkeypatch.setitem(_OPERATION.lost, torch.device("cpu"), "no compiler")
+        monkeypatch.setitem(OPERATION.lost, torch.device("cpu"), "no compiler")
     else:
         monkeypatch.setattr(fl, "logprobs", wrong)
     assert tiny_run() == 1

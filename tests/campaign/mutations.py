@@ -492,7 +492,7 @@ MUTATIONS = [
     ),
     Mutation(
         "as much room in registers whatever the vocabulary", f"{SELECTION}/layout.py",
-        "if most <= slots]", "if fewest <= slots // 6]",
+        "if fewest <= slots and _most_candidates(fewest, V, deviations, margin) <= slots:", "if fewest <= slots // 6:",
         ("kernels/selection/test_selection.py::test_what_bounds_let_through_has_room_in_registers",),
     ),
     # -- draws and reports --

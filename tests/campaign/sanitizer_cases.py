@@ -591,7 +591,7 @@ def trained(given: Given, options: dict[str, Any]) -> list[Outcome]:
             kept = fl.KeptTokens(given.V, ids=put(ids), counts=put(counts))
         named = {name: value for name, value in options.items() if name != "kept"}
         leaf = logits.detach().requires_grad_()
-        with patch.object(trainer, "_LEAST_ROWS", 2), patch.object(trainer, "_SHARE", 0):  # in parts
+        with patch.object(trainer, "_LEAST_ROWS", 2), patch.object(trainer, "SHARE", 0):  # in parts
             found = fl.logprobs(leaf, put(targets), temperature=0.8, entropy=True, kept=kept, **named)
             (put(weights[0]) * found.logprobs + put(weights[1]) * found.entropy).sum().backward()
         return [found.logprobs.detach(), found.entropy.detach(), leaf.grad]

@@ -131,8 +131,10 @@ print(json.dumps([found, (pairs if capability == 90 else brief)(capability)]))
 SEARCHES = ("token_sets fp32", "token_sets bf16")
 STEPS = ("slot_sets plain fp32", "slot_sets plain bf16")
 SPILLED = {
-    # What a serving step looks for spills where its compiler gives a program 80 registers, of 255 that it may.
-    (3, 9): dict.fromkeys(SEARCHES, 4) | {"synthid wraps": 4} | dict.fromkeys(STEPS, 28),
+    # What a serving step looks for spills where its compiler gives a program 80 or 128 registers, of 255 that it may.
+    (3, 9): dict.fromkeys(SEARCHES, 4)
+    | {"synthid wraps": 4, "slot_sets fp32": 4, "slot_sets bf16": 28}
+    | dict.fromkeys(STEPS, 28),
     # The last for sm_100 alone, where its compiler gives a program of 16-bit logits 80 registers, of 255 that it may.
     (3, 6): dict.fromkeys(SEARCHES, 12)
     | {"synthid wraps": 4, "synthid first": 60, "slot_sets bf16": 36}

@@ -199,7 +199,7 @@ def test_rows_in_parts_are_as_all_at_once(monkeypatch, options):
     monkeypatch.setattr(kernels, "_launch_selected", noted)
 
     def results(most):
-        monkeypatch.setattr(kernels, "_SHARE", 0)
+        monkeypatch.setattr(kernels, "SHARE", 0)
         monkeypatch.setattr(kernels, "_LEAST_ROWS", most)
         sizes.clear()
         leaf = logits.clone().requires_grad_()
@@ -411,7 +411,7 @@ def test_a_vocabulary_of_one_token(backend):
 @pytest.mark.parametrize("options", [{}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}])
 def test_captured_and_without_waiting(monkeypatch, options, most):
     """One graph serves other logits and targets, forward and backward; also with parts on two streams."""
-    monkeypatch.setattr(kernels, "_SHARE", 0)
+    monkeypatch.setattr(kernels, "SHARE", 0)
     monkeypatch.setattr(kernels, "_LEAST_ROWS", most)
     logits = torch.randn(9, 32000, device=DEVICE).bfloat16().requires_grad_()
     targets = torch.randint(32000, (9,), device=DEVICE)

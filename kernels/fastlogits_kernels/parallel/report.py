@@ -17,7 +17,7 @@ import torch
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, tl, triton
 from fastlogits_kernels.selection.logprobs import Report, launch_report
 from fastlogits_kernels.selection.row import Maps, Scores, key_of, number_of, raw_scores
-from fastlogits_kernels.training.logprobs import _launch_tiles
+from fastlogits_kernels.training.logprobs import launch_tiles
 from fastlogits_kernels.training.reference import Task
 from fastlogits_kernels.training.rows import TILE, TILE_WORDS
 from fastlogits_kernels.training.shards import (
@@ -167,7 +167,7 @@ def report_of_part(
     B, device = len(logits), logits.device
     ranks, slots = triton.next_power_of_2(place.ranks), triton.next_power_of_2(count) if count else 0
     task = Task(tokens, None, (), None, NO_TOKEN)
-    tiles = _launch_tiles(logits, task, False, place.offset)
+    tiles = launch_tiles(logits, task, False, place.offset)
     view = View(logits, task, slice(0, B), tiles)
     sent = torch.empty((B, _HEAD + count), dtype=torch.int64, device=device)
     launch_told(view, place, _told_of(sent))

@@ -9,12 +9,12 @@ import torch
 
 NAMESPACE = "fastlogits"
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register an operation that picks its backend itself: what it does, and what it returns for fake tensors."""
     name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    library.define(schema)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)

@@ -29,6 +29,11 @@ from fastlogits_kernels.selection.sample_rows import PART_WORDS as SAMPLE_PART_W
 
 # Candidates that are refined in registers: of rules that keep few, of most, of those that keep many.
 FEW, SOME, MANY = 512, 1024, 4096
+_MARGINS = {FEW: 4.0, SOME: 3.0}
+"""By how many standard deviations so much room has to be more than candidates take on average.
+
+Some rows have more: they take several times as long. More room takes a little longer for all rows, the most room more.
+"""
 SAMPLE = 8192
 """Tokens of a row's sample."""
 BLOCK_BYTES = 4096
@@ -113,8 +118,8 @@ def _sums_of(rules: Sequence[Rule]) -> int:
     return sums
 
 
-def _most_candidates(count: float, V: int, deviations: float) -> float:
-    """How many candidates the bounds hardly ever let through where a rule keeps ``count`` tokens.
+def _most_candidates(count: float, V: int, deviations: float, margin: float) -> float:
+    """How many candidates the bounds let through where a rule keeps ``count`` tokens, and a margin.
 
     As the bounds do it: a key that so many of the sample reach, or the groups of it, by their largest keys.
     """
@@ -124,19 +129,17 @@ def _most_candidates(count: float, V: int, deviations: float) -> float:
     groups: int = GROUPS.value
     if reach <= groups // 2:
         reach = groups * math.log(groups / (groups - reach))
-    return (reach + 4 * math.sqrt(reach)) / share
+    return (reach + margin * math.sqrt(reach)) / share
 
 
 def _slots_for(fewest: float, V: int, deviations: float, many_rows: bool) -> tuple[int, ...]:
     """How many candidates are refined in registers, where a rule keeps ``fewest``: launch after launch."""
     if not fewest:
         return (SOME,)
-    most = _most_candidates(fewest, V, deviations) if fewest <= MANY else math.inf
-    if most <= SOME and many_rows:  # nearly all rows have few, which more programs at once refine
-        return (FEW, SOME)
-    fits = [slots for slots in (FEW, SOME, MANY) if most <= slots]
-    if fits:
-        return (fits[0],)
+    for slots, margin in _MARGINS.items():
+        if fewest <= slots and _most_candidates(fewest, V, deviations, margin) <= slots:
+            # Of many rows nearly all have few, which more programs at once refine.
+            return (FEW, SOME) if many_rows else (slots,)
     return (MANY,) if fewest <= MANY else (SOME, MANY)
 
 

@@ -20,8 +20,7 @@ from fastlogits_kernels.pointwise.fold import Chain
 from fastlogits_kernels.rules import CODES, RULES, TIES, Rule
 from fastlogits_kernels.runtime.backend import Operation
 from fastlogits_kernels.runtime.launcher import Launcher, is_collecting, launch_key, row_stride, triton
-from fastlogits_kernels.runtime.library import NAMESPACE, register
-from fastlogits_kernels.runtime.library import _library as library
+from fastlogits_kernels.runtime.library import NAMESPACE, library, register
 from fastlogits_kernels.runtime.recent import recent
 from fastlogits_kernels.selection import launch
 from fastlogits_kernels.selection.launchers import LARGEST
@@ -44,13 +43,13 @@ from fastlogits_kernels.training.rows import (
 )
 from fastlogits_kernels.training.sets import GivenSets
 
-_OPERATION = Operation("logprobs")
+OPERATION = Operation("logprobs")
 _NAMES = tuple(RULES)
 _NO_CHAIN = Chain()
 _WORDS: int = WORDS.value
 _TILE: int = TILE.value
 # Of the logits' memory, what workspaces take at most; but room for so many rows in any case.
-_SHARE = 0.018
+SHARE = 0.018
 _LEAST_ROWS = 256
 _LANES = 2
 """Streams on which parts of the rows take turns: while one of them decides, another one reads."""
@@ -96,7 +95,7 @@ class Rows(NamedTuple):
 def takes(logits: torch.Tensor, task: Task, V: int | None = None) -> bool:
     """Whether the kernels do what is asked of these logits, or of a vocabulary of ``V`` of which they are a part."""
     return (
-        _OPERATION.takes(logits, launch.FORCE_KERNEL)
+        OPERATION.takes(logits, launch.FORCE_KERNEL)
         and logits.dtype in LARGEST
         and (logits.shape[-1] if V is None else V) > 1
         and (task.kept is not None or takes_rules(task.rules))
@@ -116,7 +115,7 @@ def _views(logits: torch.Tensor) -> list[torch.Tensor]:
         return [view for part in logits.unbind(0) for view in _views(part)]
 
 
-def _parts(logits: torch.Tensor, most: int | None = None) -> Iterator[tuple[torch.Tensor, int, int]]:
+def rows_in_parts(logits: torch.Tensor, most: int | None = None) -> Iterator[tuple[torch.Tensor, int, int]]:
     """Some rows of ``logits`` at a time, ``most`` at most, with the numbers of their first and of the next."""
     at = 0
     for view in _views(logits):
@@ -150,7 +149,7 @@ def _rows_at_once(logits: torch.Tensor, selection: Selection) -> int:
     There are as many parts for each lane, of about as many rows.
     """
     bytes_of_row = 4 * selection.layouts[logits.element_size()].words_of_row
-    most = max(_LEAST_ROWS, int(_SHARE * logits.numel() * logits.element_size() / bytes_of_row))
+    most = max(_LEAST_ROWS, int(SHARE * logits.numel() * logits.element_size() / bytes_of_row))
     N = math.prod(logits.shape[:-1])
     if most >= N:
         return N
@@ -189,17 +188,24 @@ def _part_of(per_row: torch.Tensor | None, begin: int, end: int) -> torch.Tensor
     return per_row[begin:end] if per_row is not None and per_row.ndim else per_row
 
 
-def _dtypes(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+def dtypes_of(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The dtypes of tensors, None for those that are none."""
     return tuple([None if each is None else each.dtype for each in tensors])
 
 
-def _launch_tiles(logits: torch.Tensor, task: Task, entropy: bool, offset: int = 0) -> torch.Tensor:
+def launch_tiles(logits: torch.Tensor, task: Task, entropy: bool, offset: int = 0) -> torch.Tensor:
     """What the tiles of each row come to, float32 ``[N, tiles, 3]``; the first begins ``offset`` tokens before it."""
     N, V = logits.shape
     tiles = triton.cdiv(offset + V, _TILE)
     sums = torch.empty((N, tiles, TILE_WORDS.value), dtype=torch.float32, device=logits.device)
     temperature, targets = task.temperature, task.targets
-    key = (*launch_key(logits), *_dtypes(temperature, targets), entropy, _index_key(task, targets), *_known(offset))
+    key = (
+        *launch_key(logits),
+        *dtypes_of(temperature, targets),
+        entropy,
+        index_key(task, targets),
+        *integer_key(offset),
+    )
     _tile_launcher(key, N * tiles, (
         logits, temperature, row_stride(temperature), targets, sums, V, tiles, offset, task.ignore_index,
         *logits.stride(), targets.stride(0), entropy, _TILE,
@@ -207,7 +213,7 @@ def _launch_tiles(logits: torch.Tensor, task: Task, entropy: bool, offset: int =
     return sums
 
 
-def _known(number: int) -> tuple[bool, bool]:
+def integer_key(number: int) -> tuple[bool, bool]:
     """What Triton knows of an integer below 2 ** 31."""
     return number == 1, number % 16 == 0
 
@@ -215,10 +221,10 @@ def _known(number: int) -> tuple[bool, bool]:
 def _launch_whole(logits: torch.Tensor, task: Task, into: Rows) -> None:
     N, V = logits.shape
     entropy = into.entropy is not None
-    sums = _launch_tiles(logits, task, entropy)
+    sums = launch_tiles(logits, task, entropy)
     tiles = sums.shape[1]
     temperature, targets = task.temperature, task.targets
-    key = (*launch_key(logits), *_dtypes(temperature, targets), entropy, _index_key(task, targets))
+    key = (*launch_key(logits), *dtypes_of(temperature, targets), entropy, index_key(task, targets))
     _join_launcher(key, N, (
         logits, temperature, row_stride(temperature), targets, sums,
         into.logprobs, into.entropy, into.outside, into.record,
@@ -226,7 +232,7 @@ def _launch_whole(logits: torch.Tensor, task: Task, into: Rows) -> None:
     ))  # fmt: skip
 
 
-def _index_key(task: Task, targets: torch.Tensor) -> tuple[Any, ...]:
+def index_key(task: Task, targets: torch.Tensor) -> tuple[Any, ...]:
     """What Triton specialises of what isn't in ``launch_key``."""
     index = task.ignore_index
     return index == 1, index % 16 == 0, -(2**31) <= index < 2**31, targets.data_ptr() % 16, targets.stride(0) == 1
@@ -238,7 +244,7 @@ def _launch_selected(logits: torch.Tensor, task: Task, selection: Selection, int
     temperature, targets = task.temperature, task.targets
     entropy = into.entropy is not None
     key = (
-        *launch_key(logits), selection.form, *_dtypes(temperature, targets), entropy, _index_key(task, targets),
+        *launch_key(logits), selection.form, *dtypes_of(temperature, targets), entropy, index_key(task, targets),
     )  # fmt: skip
     certain = weighs_certain(selection) and not entropy
     _selected_launcher(key, len(logits), (
@@ -249,7 +255,7 @@ def _launch_selected(logits: torch.Tensor, task: Task, selection: Selection, int
     ))  # fmt: skip
 
 
-def _sets_of(kept: GivenSets, V: int) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]]:
+def sets_of(kept: GivenSets, V: int) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]]:
     """Pointers of given sets, their strides, and their shape: how many ids at most, and of which tokens."""
     ids, counts, offsets, bits, first, vocab = kept
     most = ids.shape[1] if ids is not None and ids.ndim == 2 else 0
@@ -260,9 +266,9 @@ def _sets_of(kept: GivenSets, V: int) -> tuple[tuple[Any, ...], tuple[int, ...],
 def _launch_given(logits: torch.Tensor, task: Task, into: Rows) -> None:
     assert task.kept is not None
     temperature, targets = task.temperature, task.targets
-    sets, strides, shape = _sets_of(task.kept, logits.shape[1])
+    sets, strides, shape = sets_of(task.kept, logits.shape[1])
     entropy = into.entropy is not None
-    key = (*launch_key(logits), *_dtypes(temperature, targets, *sets), entropy, _index_key(task, targets))
+    key = (*launch_key(logits), *dtypes_of(temperature, targets, *sets), entropy, index_key(task, targets))
     _given_launcher(key, len(logits), (
         logits, temperature, row_stride(temperature), targets, *sets,
         into.logprobs, into.entropy, into.outside, into.record,
@@ -271,7 +277,7 @@ def _launch_given(logits: torch.Tensor, task: Task, into: Rows) -> None:
     ))  # fmt: skip
 
 
-@_OPERATION.falls_back
+@OPERATION.falls_back
 def _forward(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
     N = len(task.targets)
     if not takes(logits, task):
@@ -281,7 +287,7 @@ def _forward(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
     V = logits.shape[-1]
     selection = None if task.kept is not None else _selection_of(task.rules, V, device)
     acts = selection is not None and bool(selection.kinds)
-    parts = list(_parts(logits, _rows_at_once(logits, selection) if selection is not None and acts else None))
+    parts = list(rows_in_parts(logits, _rows_at_once(logits, selection) if selection is not None and acts else None))
     with _lanes(device, len(parts) if acts else 1) as lane:
         for number, (part, begin, end) in enumerate(parts):
             its, into = task.rows(begin, end), found.rows(begin, end)
@@ -298,7 +304,7 @@ def _forward(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
 
 def _reference(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
     found: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
-    for part, begin, end in _parts(logits):
+    for part, begin, end in rows_in_parts(logits):
         found.append(reference_logprobs(part, task.rows(begin, end), entropy))
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     empty = torch.empty(0, dtype=dtype, device=logits.device)
@@ -330,12 +336,12 @@ def _launch_gradient(
     N, V = logits.shape
     temperature, targets = task.temperature, task.targets
     kept = task.kept or GivenSets()
-    sets, strides, shape = _sets_of(kept, V)
+    sets, strides, shape = sets_of(kept, V)
     source, lowest_ties, banded = _source(task, vocab or V)
     grads, entropy_grads, record = came
     key = (
-        *launch_key(logits, out), *_dtypes(temperature, targets, grads, entropy_grads, *sets), source, lowest_ties,
-        banded, _index_key(task, targets), grads.stride(0) == 1,
+        *launch_key(logits, out), *dtypes_of(temperature, targets, grads, entropy_grads, *sets), source, lowest_ties,
+        banded, index_key(task, targets), grads.stride(0) == 1,
     )  # fmt: skip
     entropy_stride = row_stride(entropy_grads)
     values = own_values = None
@@ -377,11 +383,11 @@ def _is_idle(rule: Rule, V: int) -> bool:
     return is_idle(rule, V)
 
 
-@_OPERATION.falls_back
+@OPERATION.falls_back
 def _backward_(logits: torch.Tensor, task: Task, came: Incoming, out: torch.Tensor) -> None:
     """Write the gradient of ``logits`` ``[..., V]`` to ``out``, which may be these."""
     kernels = takes(logits, task)
-    for (part, begin, end), into in zip(_parts(logits), _views_like(out, logits), strict=True):
+    for (part, begin, end), into in zip(rows_in_parts(logits), _views_like(out, logits), strict=True):
         its, given = task.rows(begin, end), came.rows(begin, end)
         if kernels:
             _launch_gradient(part, its, given, into)
@@ -390,11 +396,11 @@ def _backward_(logits: torch.Tensor, task: Task, came: Incoming, out: torch.Tens
 
 
 def _views_like(out: torch.Tensor, logits: torch.Tensor) -> list[torch.Tensor]:
-    """``out`` as tensors of as many rows as ``_parts`` has of the logits."""
+    """``out`` as tensors of as many rows as ``rows_in_parts`` has of the logits."""
     if out is logits:
-        return [part for part, _, _ in _parts(logits)]
+        return [part for part, _, _ in rows_in_parts(logits)]
     flat = out.view(-1, out.shape[-1])
-    return [flat[begin:end] for _, begin, end in _parts(logits)]
+    return [flat[begin:end] for _, begin, end in rows_in_parts(logits)]
 
 
 # -- Operations ------------------------------------------------------------------------------------------------------

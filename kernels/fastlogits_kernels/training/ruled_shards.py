@@ -40,13 +40,13 @@ from fastlogits_kernels.selection.row import (
     weight_of,
 )
 from fastlogits_kernels.training.logprobs import (
-    _SHARE,
+    SHARE,
     Rows,
-    _dtypes,
-    _index_key,
-    _known,
-    _launch_tiles,
-    _parts,
+    dtypes_of,
+    index_key,
+    integer_key,
+    launch_tiles,
+    rows_in_parts,
     takes,
 )
 from fastlogits_kernels.training.reference import Task
@@ -189,8 +189,8 @@ def _launch_sums(
     ranks, shared = triton.next_power_of_2(place.ranks), place.shared and triton.next_power_of_2(place.shared)
     tiles = triton.next_power_of_2(place.tiles)
     key = (
-        *launch_key(logits), *_dtypes(temperature, targets), entropy, _index_key(task, targets), *_known(place.offset),
-        tiles, ranks, shared, step.lowest_ties,
+        *launch_key(logits), *dtypes_of(temperature, targets), entropy, index_key(task, targets),
+        *integer_key(place.offset), tiles, ranks, shared, step.lowest_ties,
     )  # fmt: skip
     _sums(key, len(logits), (
         logits, temperature, row_stride(temperature), targets, view.tiles, told, slots_on(place, logits.device),
@@ -221,18 +221,18 @@ def ruled_logprobs_of_part(
         add: the sum of the tensors of all ranks.
     """
     N, device = len(task.targets), logits.device
-    room = int(_SHARE * logits.numel() * logits.element_size())
+    room = int(SHARE * logits.numel() * logits.element_size())
     most = max(64, step.rows_at_once(logits.element_size(), room))
     no_seeds = torch.zeros((), dtype=torch.int64, device=device)
     likeliest = []
-    for part, begin, end in _parts(logits, most):
+    for part, begin, end in rows_in_parts(logits, most):
         its = task._replace(rules=()).rows(begin, end)
         likeliest.append(step.sent(part, no_seeds, no_seeds, its.temperature, samples=False))
     told = torch.empty((N, _TOLD), dtype=torch.float32, device=device)
     views = []
-    for part, begin, end in _parts(logits):
+    for part, begin, end in rows_in_parts(logits):
         its = task._replace(rules=()).rows(begin, end)
-        views.append(View(part, its, slice(begin, end), _launch_tiles(part, its, entropy, place.offset)))
+        views.append(View(part, its, slice(begin, end), launch_tiles(part, its, entropy, place.offset)))
         launch_told(views[-1], place, told[begin:end])
     sent = gather(torch.cat((torch.cat(likeliest), told.view(torch.int32)), 1))
     told = sent.view(torch.float32)[..., -_TOLD:]

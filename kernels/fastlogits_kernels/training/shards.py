@@ -55,14 +55,14 @@ from fastlogits_kernels.selection.row import (
     weight_of,
 )
 from fastlogits_kernels.training.logprobs import (
-    _OPERATION,
+    OPERATION,
     Rows,
-    _dtypes,
-    _index_key,
-    _known,
-    _launch_tiles,
-    _parts,
-    _sets_of,
+    dtypes_of,
+    index_key,
+    integer_key,
+    launch_tiles,
+    rows_in_parts,
+    sets_of,
     takes,
 )
 from fastlogits_kernels.training.reference import ScoredRows, Task, chunks, reference_entropy, scores_of
@@ -582,10 +582,10 @@ def _arguments(view: View, place: Place, entropy: bool) -> tuple[tuple[Any, ...]
     """The key of a launch, its inputs, and what it is told of kept sets."""
     logits, task = view.logits, view.task
     temperature, targets = task.temperature, task.targets
-    sets: tuple[Any, ...] = () if task.kept is None else _sets_of(task.kept, place.V)[0]
+    sets: tuple[Any, ...] = () if task.kept is None else sets_of(task.kept, place.V)[0]
     key = (
-        *launch_key(logits), *_dtypes(temperature, targets, *sets), task.kept is None, entropy,
-        _index_key(task, targets), *_known(place.offset), triton.next_power_of_2(place.tiles),
+        *launch_key(logits), *dtypes_of(temperature, targets, *sets), task.kept is None, entropy,
+        index_key(task, targets), *integer_key(place.offset), triton.next_power_of_2(place.tiles),
     )  # fmt: skip
     return key, (logits, temperature, row_stride(temperature), targets), sets
 
@@ -602,7 +602,7 @@ def launch_told(view: View, place: Place, told: torch.Tensor) -> None:
             task.ignore_index, *strides, told.stride(0), triton.next_power_of_2(place.tiles),
         ))  # fmt: skip
         return
-    _, set_strides, shape = _sets_of(task.kept, place.V)
+    _, set_strides, shape = sets_of(task.kept, place.V)
     _given_told(key, len(logits), (
         *inputs, *sets, told, place.width, *shape, place.tiles, place.offset, first_slot, last_slot,
         task.ignore_index, *strides, *set_strides, told.stride(0), BLOCK, _TILE,
@@ -635,7 +635,7 @@ def launch_sums(
             entropy, triton.next_power_of_2(place.tiles), ranks, shared, _TILE,
         ))  # fmt: skip
         return
-    _, set_strides, shape = _sets_of(task.kept, place.V)
+    _, set_strides, shape = sets_of(task.kept, place.V)
     _given_sums(key, len(logits), (
         *inputs, *sets, told, slots, sums, place.width, *shape, place.tiles, place.offset,
         *place.slots[place.rank], place.ranks, place.shared, task.ignore_index, *strides, *set_strides,
@@ -655,7 +655,7 @@ def launch_finish(
     temperature, targets = task.temperature, task.targets
     ranks = triton.next_power_of_2(place.ranks)
     key = (
-        targets.device, ranks, *_dtypes(temperature, targets), into.entropy is None, _index_key(task, targets),
+        targets.device, ranks, *dtypes_of(temperature, targets), into.entropy is None, index_key(task, targets),
         kept is None,
     )  # fmt: skip
     _finish(key, len(targets), (
@@ -665,7 +665,7 @@ def launch_finish(
     ))  # fmt: skip
 
 
-@_OPERATION.falls_back
+@OPERATION.falls_back
 def logprobs_of_part(
     logits: torch.Tensor, task: Task, place: Place, entropy: bool, gather: Exchange, add: Exchange
 ) -> Rows:
@@ -689,9 +689,9 @@ def logprobs_of_part(
     task = task._replace(kept=kept)
     told = torch.empty((N, TOLD_WORDS.value), dtype=torch.float32, device=device)
     views = []
-    for part, begin, end in _parts(logits):
+    for part, begin, end in rows_in_parts(logits):
         its = task.rows(begin, end)
-        tiles = _launch_tiles(part, its, entropy, place.offset) if kept is None else None
+        tiles = launch_tiles(part, its, entropy, place.offset) if kept is None else None
         views.append(View(part, its, slice(begin, end), tiles))
         launch_told(views[-1], place, told[begin:end])
     told = gather(told)
@@ -713,7 +713,7 @@ SENT_IN_TORCH = 28
 
 def _scored(logits: torch.Tensor, task: Task) -> Iterator[tuple[slice, ScoredRows]]:
     """Some rows of a part at a time."""
-    for part, first, stop in _parts(logits):
+    for part, first, stop in rows_in_parts(logits):
         its = task.rows(first, stop)
         for begin, end in chunks(part):
             yield slice(first + begin, first + end), scores_of(part[begin:end], its.rows(begin, end))
