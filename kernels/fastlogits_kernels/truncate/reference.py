@@ -15,13 +15,16 @@ Also the path of CUDA where the kernels don't take a list: no host sync. A rule'
                    of the row's finite scores, with N - 1 as in the paper's code; where their squares overflow float32
                    all stay
 
+Where the value of min_p, top_a or epsilon is below the smallest normal float32 number, logits are compared, as kernels
+do; transformers keeps there what float32 can't tell from 0.
+
 Where transformers refuses a row (NaN or nothing but -inf, for eta and top_h), the row stays as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from fastlogits_kernels.rules import Rule
 
 _MINUS_INFINITY = float("-inf")
+_TINY = torch.finfo(torch.float32).tiny
 TOP_H_TOKENS = 100
 """Of how many tokens, the most likely ones, top-h takes the entropy."""
 
@@ -85,9 +89,24 @@ def drop_top_p(scores: torch.Tensor, value: Value, rule: Rule) -> torch.Tensor:
     return first_of_tied(scores, drop) if rule.ties == "lowest" else drop
 
 
+def _or_below(
+    drop: torch.Tensor, scores: torch.Tensor, value: Value, limit: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """``drop``, but what is below a limit where ``value`` is no probability that the dtype holds.
+
+    Probabilities as small are 0, and none of them is below a cut-off of 0: logits can tell them apart.
+    """
+    if scores.dtype not in (torch.float32, torch.bfloat16):
+        return drop
+    if isinstance(value, torch.Tensor):
+        return torch.where((value > 0) & (value < _TINY), scores < limit(scores.float(), value), drop)
+    return scores < limit(scores.float(), value) if 0 < value < _TINY else drop
+
+
 def drop_min_p(scores: torch.Tensor, value: Value, rule: Rule) -> torch.Tensor:
     p = scores.softmax(-1)
     drop: torch.Tensor = p < (value * p.amax(-1, keepdim=True)).to(p.dtype)
+    drop = _or_below(drop, scores, value, limit_min_p)
     if rule.min_tokens_to_keep > 1:  # the likeliest is never below
         drop.scatter_(1, p.topk(min(rule.min_tokens_to_keep, p.shape[-1])).indices, False)
     return drop
@@ -97,6 +116,7 @@ def drop_top_a(scores: torch.Tensor, value: Value, rule: Rule) -> torch.Tensor:
     """Tokens of less than ``value`` times the square of the largest probability (text-generation-webui's ``top_a``)."""
     p = scores.softmax(-1)
     unlikely: torch.Tensor = p < (value * p.amax(-1, keepdim=True).square()).to(p.dtype)
+    unlikely = _or_below(unlikely, scores, value, limit_top_a)
     return unlikely & (scores < _smallest_of_top(scores, rule.min_tokens_to_keep))
 
 
@@ -113,6 +133,7 @@ def drop_typical(scores: torch.Tensor, value: Value, rule: Rule) -> torch.Tensor
 
 def drop_epsilon(scores: torch.Tensor, value: Value, rule: Rule) -> torch.Tensor:
     unlikely: torch.Tensor = scores.softmax(-1) < _rounded(value, scores)
+    unlikely = _or_below(unlikely, scores, value, limit_epsilon)
     return unlikely & (scores < _smallest_of_top(scores, rule.min_tokens_to_keep))
 
 
@@ -202,20 +223,27 @@ def row_of(scores: torch.Tensor, apart: torch.Tensor | None = None) -> Row:
     return Row(p, mass, top, mass / p.amax(-1, keepdim=True), mean)
 
 
-def limit_min_p(scores: torch.Tensor, value: float) -> torch.Tensor:
+def _logarithm(value: Value) -> Any:
+    return value.double().log().float() if isinstance(value, torch.Tensor) else math.log(value)
+
+
+def limit_min_p(scores: torch.Tensor, value: Value) -> torch.Tensor:
     top: torch.Tensor = scores.amax(-1, keepdim=True)
-    return top + (top - top + math.log(value))  # NaN under an infinity, where probabilities are
+    limit: torch.Tensor = top + (top - top + _logarithm(value))  # NaN under an infinity, where probabilities are
+    return limit
 
 
-def limit_top_a(scores: torch.Tensor, value: float) -> torch.Tensor:
+def limit_top_a(scores: torch.Tensor, value: Value) -> torch.Tensor:
     """Scores below which top-a drops: the largest probability is one over the total."""
     row = row_of(scores)
-    return row.top + (math.log(value) - row.total.log())
+    limit: torch.Tensor = row.top + (_logarithm(value) - row.total.log())
+    return limit
 
 
-def limit_epsilon(scores: torch.Tensor, value: float) -> torch.Tensor:
+def limit_epsilon(scores: torch.Tensor, value: Value) -> torch.Tensor:
     row = row_of(scores)
-    return row.top + (math.log(value) + row.total.log())
+    limit: torch.Tensor = row.top + (_logarithm(value) + row.total.log())
+    return limit
 
 
 def limit_eta(scores: torch.Tensor, value: float) -> torch.Tensor:

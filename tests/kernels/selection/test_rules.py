@@ -14,6 +14,7 @@ from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch, launchers
 from fastlogits_kernels.serving import steps
 from fastlogits_kernels.serving.layout import OFF
+from fastlogits_kernels.truncate.dispatch import truncate
 from fastlogits_kernels.truncate.reference import reference_truncate
 
 import fastlogits as fl
@@ -85,6 +86,25 @@ def test_kernels_keep_what_the_oracle_keeps(monkeypatch, kind, path):
         seeds = torch.arange(3, device=DEVICE)
         tokens = launch.select_tokens(given, selection(rules, path), seeds, seeds)
         assert torch.equal(tokens, draw.reference_draw(found, seeds, seeds))
+
+
+@needs_triton
+@pytest.mark.parametrize("by_row", [False, True], ids=["", "by row"])
+@pytest.mark.parametrize("kind", ["min_p", "top_a", "epsilon"])
+@pytest.mark.parametrize("value", [2e-47, 1e-44, 3e-39])
+def test_values_that_float32_can_t_tell_from_nothing(monkeypatch, kind, value, by_row):
+    """Tokens beside them are told apart by their logits, on each path; as a row's number, if float32 has it."""
+    if by_row and not torch.tensor(value).item():
+        pytest.skip("a row's value is 0, which is off")
+    rows = torch.full((3, 300), -500.0)
+    rows[:, 0] = 40.0
+    rows[:, 1:200] = 40.0 - torch.linspace(80.0, 119.0, 199)
+    rules = [Rule(kind, torch.full((3,), value) if by_row else value)]
+    check_truncation(rows, rules, reference_truncate(rows, rules))
+    check_truncation(rows, rules, truncate(rows, rules))
+    monkeypatch.setattr(launch, "FORCE_KERNEL", True)
+    rows, rules = rows.to(DEVICE), [rules[0]._replace(value=rules[0].value.to(DEVICE))] if by_row else rules
+    check_truncation(rows, rules, launch.select(rows, launch.Selection(rules, 300, rows.device)))
 
 
 @needs_triton
