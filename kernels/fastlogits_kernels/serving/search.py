@@ -342,7 +342,7 @@ def _turn(covered, spans, within, rest, stop, BLOCK: tl.constexpr):
     Returns the places of the turn, which of them count, and where the next turn is.
     """
     in_span = spans != 0
-    number = popcount((spans & (~spans + 1)) - 1).to(tl.int32)
+    number = popcount((spans ^ (spans - 1)) >> 1).to(tl.int32)  # how many bits lie below the lowest
     begin = number * covered.span + within
     end = tl.minimum((number + 1) * covered.span, covered.tokens)
     at = tl.where(in_span, begin, rest) + tl.arange(0, BLOCK)
