@@ -129,15 +129,13 @@ print(json.dumps([found, (pairs if capability == 90 else brief)(capability)]))
 # form: nine hashes of 64 bits are in flight there, where a table's size is no power of two. Registers are the
 # compiler's choice: each version has the limits that it was seen to keep, and another is only asked to compile.
 SEARCHES = ("token_sets fp32", "token_sets bf16")
-STEPS = ("slot_sets plain fp32", "slot_sets plain bf16")
+STEPS = ("slot_sets fp32", "slot_sets bf16", "slot_sets plain fp32", "slot_sets plain bf16")
 SPILLED = {
     # What a serving step looks for spills where its compiler gives a program 80 or 128 registers, of 255 that it may.
-    (3, 9): dict.fromkeys(SEARCHES, 4)
-    | {"synthid wraps": 4, "slot_sets fp32": 4, "slot_sets bf16": 28}
-    | dict.fromkeys(STEPS, 28),
+    (3, 9): dict.fromkeys(SEARCHES, 4) | {"synthid wraps": 4} | dict.fromkeys(STEPS, 28),
     # The last for sm_100 alone, where its compiler gives a program of 16-bit logits 80 registers, of 255 that it may.
     (3, 6): dict.fromkeys(SEARCHES, 12)
-    | {"synthid wraps": 4, "synthid first": 60, "slot_sets bf16": 36}
+    | {"synthid wraps": 4, "synthid first": 60}
     | dict.fromkeys(STEPS, 36)
     | {"accept": 8},
 }
