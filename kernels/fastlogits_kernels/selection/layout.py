@@ -187,7 +187,7 @@ class Selection:
         self.deviations = DEVIATIONS_OF_MANY if many_rows else DEVIATIONS
         self.slots = _slots_for(fewest if rules else 0, V, self.deviations, many_rows)
         """How many candidates are refined in registers, launch after launch."""
-        most = max(self.slots[-1], SOME) if many_rows else math.inf
+        most = self.slots[-1] if many_rows else math.inf
         self.layouts = {size: Layout.of(V, len(rules), self.sums > 0, BLOCK_BYTES // size, most) for size in (2, 4)}
         # Where no rule keeps more than can be collected, nothing has to be kept for certain.
         self.bracketed = not normalise and not fewest <= 0.6 * self.layouts[4].few

@@ -336,13 +336,19 @@ def _mark_bans(
 
 
 @triton.jit
+def _bits_below_lowest(word):
+    """How many bits lie below the lowest one that is set, of unsigned words."""
+    return popcount((word ^ (word - 1)) >> 1).to(tl.int32)
+
+
+@triton.jit
 def _turn(covered, spans, within, rest, stop, BLOCK: tl.constexpr):
     """One turn over a text: of the spans that are left, or what the index doesn't cover from ``rest`` to ``stop``.
 
     Returns the places of the turn, which of them count, and where the next turn is.
     """
     in_span = spans != 0
-    number = popcount((spans ^ (spans - 1)) >> 1).to(tl.int32)  # how many bits lie below the lowest
+    number = _bits_below_lowest(spans)
     begin = number * covered.span + within
     end = tl.minimum((number + 1) * covered.span, covered.tokens)
     at = tl.where(in_span, begin, rest) + tl.arange(0, BLOCK)
@@ -393,7 +399,7 @@ def _rank_edits(edits, cursor_ptr, span_ptr, any_edits, words, ROOM: tl.constexp
         before += tl.sum(count)
         left = held.to(tl.uint32, bitcast=True)
         for _ in range(tl.max(count)):  # nothing but stores, which nobody waits for
-            token = word * 32 + popcount((left ^ (left - 1)) >> 1).to(tl.int32)  # how many bits lie below the lowest
+            token = word * 32 + _bits_below_lowest(left)
             tl.store(edits.listed_ptr + (rank & (ROOM - 1)), token, mask=left != 0)
             left &= left - 1
             rank += 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastlogits_kernels.pointwise.fold import popcount
 from fastlogits_kernels.runtime.backend import Operation
 from fastlogits_kernels.runtime.bits import unpack_bits
 from fastlogits_kernels.runtime.launcher import Launcher, tl, triton
@@ -16,14 +17,6 @@ from fastlogits_kernels.runtime.library import register
 from fastlogits_kernels.selection import launch
 
 _OPERATION = Operation("kept")
-
-
-@triton.jit
-def _bits_in(word):
-    """How many bits of words are set."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    return (((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
 
 
 @triton.jit(do_not_specialize=["W", "most"], do_not_specialize_on_alignment=["kept_bits_ptr", "offsets_ptr"])
@@ -47,13 +40,13 @@ def kept_ids_kernel(
     for start in range(0, W, BLOCK_W):
         index = start + tl.arange(0, BLOCK_W)
         word = tl.load(kept_bits_ptr + row * W + index, mask=index < W, other=0)
-        number = _bits_in(word)
+        number = popcount(word)
         place = total + tl.cumsum(number, 0) - number
         total += tl.sum(number)
         for _ in range(tl.max(number)):
             # The lowest bit of each word that has any left.
             lowest = word & -word
-            token = index * 32 + _bits_in(lowest - 1)
+            token = index * 32 + popcount(lowest - 1)
             tl.store(ids_ptr + begin + place, token, mask=(word != 0) & (place < room))
             place += 1
             word = word & (word - 1)

@@ -153,8 +153,8 @@ def _rows_at_once(logits: torch.Tensor, selection: Selection) -> int:
     N = math.prod(logits.shape[:-1])
     if most >= N:
         return N
-    each = max(1, most // _LANES)
-    return -(-N // (_LANES * -(-N // (_LANES * each))))
+    turns = triton.cdiv(N, _LANES * max(1, most // _LANES))
+    return int(triton.cdiv(N, _LANES * turns))
 
 
 _streams: dict[torch.device, list[torch.cuda.Stream]] = {}
@@ -286,15 +286,16 @@ def _forward(logits: torch.Tensor, task: Task, entropy: bool) -> Rows:
     found = Rows.empty(N, entropy, device)
     V = logits.shape[-1]
     selection = None if task.kept is not None else _selection_of(task.rules, V, device)
-    acts = selection is not None and bool(selection.kinds)
-    parts = list(rows_in_parts(logits, _rows_at_once(logits, selection) if selection is not None and acts else None))
-    with _lanes(device, len(parts) if acts else 1) as lane:
+    if selection is not None and not selection.kinds:  # no rule drops anything
+        selection = None
+    parts = list(rows_in_parts(logits, None if selection is None else _rows_at_once(logits, selection)))
+    with _lanes(device, 1 if selection is None else len(parts)) as lane:
         for number, (part, begin, end) in enumerate(parts):
             its, into = task.rows(begin, end), found.rows(begin, end)
             with lane(number):
                 if task.kept is not None:
                     _launch_given(part, its, into)
-                elif selection is None or not acts:
+                elif selection is None:
                     _launch_whole(part, its, into)
                 else:
                     own = _selection_of(its.rules, V, device) if selection.rows else selection
