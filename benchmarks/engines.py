@@ -1,23 +1,29 @@
 """vLLM's newer sampler against ours, through its own interface: ``python -m benchmarks.engines``, where vLLM is.
 
 Both are called as vLLM's runner calls them, with the same requests, tokens and logits. What they keep of each row is
-compared first: a sampler that keeps other tokens gets no time.
+compared first, and stands beside the times: of tied tokens at the cut-off of top-k, vLLM's kernel keeps some.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from benchmarks.folders import LOCAL
+from benchmarks.inputs import device_name
+from benchmarks.results import environment, slug, write_rows
 from benchmarks.timing import Bunch, Call, NotCapturableError, ReplayBunch, WallBunch, interleaved
 from fastlogits.integrations.vllm_sampler import newer_rejection_sampler, newer_sampler
 from fastlogits.integrations.vllm_step import Places, Rows
@@ -177,39 +183,39 @@ class Engine:
 class Agreement(NamedTuple):
     """How far two samplers agree."""
 
-    greedy: tuple[int, int]
-    """Greedy rows with the same token, of so many."""
-    sets: tuple[int, int]
-    """Other rows that keep the same tokens, of so many."""
-    kept: tuple[float, float]
-    """Tokens that they keep on average: vLLM's, ours."""
+    rows: int
+    """All rows of logits; with drafts a request has several."""
+    same_sets: int
+    """Rows that keep the same tokens; of a greedy one its token is asked for instead."""
+    kept_theirs: float
+    kept_ours: float
+    """Tokens that a row keeps on average; NaN where all are greedy."""
     difference: float
     """The largest between logits that both keep."""
     inside: bool
     """Whether our tokens are among those that we keep."""
     logprobs: float | None
-    """The largest difference between the reported likeliest ones."""
+    """The largest difference between the reported likeliest ones; None where none are reported."""
 
 
 def compare(theirs: Engine, ours: Engine, logits: torch.Tensor) -> Agreement:
-    """One step of both, without drafts."""
+    """One step of both."""
     a, b = theirs(logits), ours(logits)
     greedy = theirs.greedy.to(logits.device)
-    same = a.sampled_token_ids[:, 0] == b.sampled_token_ids[:, 0]
     x, y = theirs.processed(logits), ours.processed(logits)
     kept, mine = x > float("-inf"), y > float("-inf")
-    others = ~greedy
+    same = torch.where(greedy, x.argmax(1) == y.argmax(1), (kept == mine).all(1))
     reported = None
     if a.logprobs_tensors is not None:
         reported = float((a.logprobs_tensors.logprobs[:, 1:] - b.logprobs_tensors.logprobs[:, 1:]).abs().max())
+    kept_theirs, kept_ours = (float(each[~greedy].sum(1).float().mean()) for each in (kept, mine))
+    first = mine[:: 1 + ours.drafts]  # the row that the first token of each request is drawn from
     return Agreement(
-        (int(same[greedy].sum()), int(greedy.sum())),
-        (int((kept == mine).all(1)[others].sum()), int(others.sum())),
-        (float(kept[others].sum(1).float().mean()), float(mine[others].sum(1).float().mean())),
-        float((x - y)[kept & mine].abs().max()) if bool(others.any()) else 0.0,
-        bool(mine.gather(1, b.sampled_token_ids[:, :1]).all()),
+        len(logits), int(same.sum()), kept_theirs, kept_ours,
+        float((x - y)[kept & mine].abs().max()) if bool((~greedy).any()) else 0.0,
+        bool(first.gather(1, b.sampled_token_ids[:, :1]).all()),
         reported,
-    )
+    )  # fmt: skip
 
 
 def _tokens(engine: Engine, logits: torch.Tensor) -> torch.Tensor:
@@ -217,56 +223,85 @@ def _tokens(engine: Engine, logits: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def timed(engines: dict[str, Engine], logits: torch.Tensor, budget_s: float = 0.6) -> dict[str, float]:
-    """Microseconds of a step: of the GPU, and beside each name with `` host`` those of the host."""
+def timed(engines: dict[str, Engine], logits: torch.Tensor, budget_s: float = 0.6) -> dict[str, Any]:
+    """Microseconds of a step, of the GPU and of the host, and whose steps no graph can hold."""
     device = logits.device
     cold = [logits, *[logits.clone() for _ in range(int(_COLD_BYTES // logits.nbytes))]]
     bunches: dict[str, Bunch] = {}
     host: dict[str, Bunch] = {}
+    eager: list[str] = []
     for name, engine in engines.items():
         calls: list[Call] = [partial(_tokens, engine, each) for each in cold]
         try:
             bunches[name] = ReplayBunch(calls)
         except NotCapturableError:
-            bunches[f"{name}, not captured"] = WallBunch(calls[0], device, wait=True)
-        host[f"{name} host"] = WallBunch(calls[0], device)
+            eager.append(name)
+            bunches[name] = WallBunch(calls[0], device, wait=True)
+        host[name] = WallBunch(calls[0], device)
     out = torch.empty_like(logits)
-    bunches["copy_"] = ReplayBunch([partial(out.copy_, each) for each in cold])
-    bunches["max"] = ReplayBunch([partial(torch.amax, each, -1) for each in cold])
-    found = {name: timing.median for name, timing in interleaved(bunches, budget_s).items()}
-    return found | {name: timing.median for name, timing in interleaved(host, budget_s / 2).items()}
+    bunches["copy"] = ReplayBunch([partial(out.copy_, each) for each in cold])
+    bunches["read"] = ReplayBunch([partial(torch.amax, each, -1) for each in cold])
+    on_gpu = {f"{name}_us": round(timing.median, 1) for name, timing in interleaved(bunches, budget_s).items()}
+    on_host = {f"{name}_host_us": round(timing.median, 1) for name, timing in interleaved(host, budget_s / 2).items()}
+    return on_gpu | on_host | {"not_captured": " ".join(eager)}
 
 
-def measured(
-    device: torch.device, sizes: Any = SIZES, kinds: Any = KINDS, dtype: torch.dtype = torch.bfloat16
-) -> Iterator[tuple[str, Agreement, dict[str, float]]]:
-    """For each kind of batch and each size: its name, how far the samplers agree, and the times."""
-    for batch, vocab in sizes:
-        for kind in kinds:
-            engines = {name: Engine(name == "ours", kind, batch, vocab, dtype, device) for name in ("vLLM", "ours")}
-            torch.manual_seed(batch)
-            logits = (torch.randn(batch, vocab, device=device) * 3).to(dtype)
-            agreement = compare(engines["vLLM"], engines["ours"], logits)
-            times = timed(engines, logits) if device.type == "cuda" else {}
-            added = {f"{name} add": engine.add_us for name, engine in engines.items()}
-            yield f"{kind} {batch} x {vocab}", agreement, times | added
+class Batch(NamedTuple):
+    """What is measured: see ``Engine``."""
+
+    kind: str
+    requests: int
+    vocab: int
+    dtype: torch.dtype = torch.bfloat16
+    drafts: int = 0
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line for each batch."""
-    argparse.ArgumentParser(
+BATCHES = (
+    *(Batch(kind, *size) for size in SIZES for kind in KINDS),
+    *(Batch(kind, *size, torch.float32) for size in SIZES for kind in ("plain", "mixed")),
+    Batch("mixed", *SIZES[0], drafts=3),
+)
+"""What the command line measures."""
+
+
+def measured(device: torch.device, batches: Sequence[Batch] = BATCHES) -> Iterator[dict[str, Any]]:
+    """For each batch: how far the samplers agree, and on a GPU the microseconds of a step."""
+    for batch in batches:
+        kind, requests, vocab, dtype, drafts = batch
+        engines = {
+            name: Engine(name == "ours", kind, requests, vocab, dtype, device, drafts) for name in ("vLLM", "ours")
+        }
+        torch.manual_seed(requests)
+        logits = (torch.randn(requests * (1 + drafts), vocab, device=device) * 3).to(dtype)
+        agreement = compare(engines["vLLM"], engines["ours"], logits)
+        added = {f"{name}_add_us": round(engine.add_us, 1) for name, engine in engines.items()}
+        about = batch._asdict() | {"dtype": str(dtype).removeprefix("torch.")}
+        yield about | agreement._asdict() | added | (timed(engines, logits) if device.type == "cuda" else {})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line for each batch, and write all of them to the file of the device; the exit status."""
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engines",
         description="Compare vLLM's newer sampler with ours through its own interface, on a GPU with vLLM: what they "
         "keep, then microseconds of the GPU and of the host, a line for each batch. Without either it says what is "
         "missing.",
-    ).parse_args(arguments)
+    )
+    parser.add_argument("--out", type=Path, default=LOCAL / "engines", metavar="DIR", help="default: %(default)s")
+    options = parser.parse_args(arguments)
     reason = missing() or (None if torch.cuda.is_available() else "a GPU is needed")
     if reason is not None:
         print(reason)
-        return
-    for name, agreement, times in measured(torch.device("cuda")):
-        print(name, agreement, {what: round(us, 1) for what, us in times.items()}, flush=True)
+        return 2
+    device = torch.device("cuda")
+    about = {"timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"), **environment()}
+    rows = []
+    for found in measured(device):
+        rows.append(about | {"device": device_name(device)} | found)
+        print(*(f"{name}={value}" for name, value in found.items()), flush=True)
+        write_rows(options.out / f"{slug(device_name(device))}.csv", rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -126,8 +126,9 @@ def pytest_collection_modifyitems(config, items) -> None:
         part, count = config.getoption("--part")
         weights: Counter[str] = Counter(name.partition("::")[0] for name in names)
         files = {file: _A_TEST_S * tests for file, tests in weights.items()}
-        for name in set(names) & set(table):
-            files[name.partition("::")[0]] += table[name].seconds
+        for name in dict.fromkeys(names):  # in one order, so that each process adds up to the same
+            if name in table:
+                files[name.partition("::")[0]] += table[name].seconds
         of = dealt(files, count)
         chosen = [of[name.partition("::")[0]] == part for name in names]
         config.hook.pytest_deselected(items=[item for item, is_in in zip(items, chosen, strict=True) if not is_in])

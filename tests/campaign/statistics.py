@@ -108,13 +108,24 @@ def _prompt(vocab: int) -> torch.Tensor:
 
 
 def probabilities(case: Case, row: torch.Tensor) -> torch.Tensor:
-    """What the draws of a case have to follow, float64 ``[V]``."""
-    params = fl.SamplingParams(**case.options)
-    x = row.float()[None]
+    """What the draws of a case have to follow, float64 ``[V]`` on the CPU.
+
+    The tokens that stay are those of the row's device: which of several tied ones top-h keeps may differ from the CPU.
+
+    Raises:
+        AssertionError: on the row's device other logits stay than on the CPU.
+    """
+    rules = fl.SamplingParams(**case.options).rules
+    temperature = case.options.get("temperature", 1.0)
+    x = row.float().cpu()[None]
     if case.how == "processors":
         x = _processors(len(row))(_prompt(len(row)), x)
-    temperature = case.options.get("temperature", 1.0)
-    kept = truncate(x / temperature, params.rules)[0] > -math.inf if params.rules else x[0] > -math.inf
+    kept = x[0] > -math.inf
+    if rules:
+        scaled = x / temperature  # not on a GPU, where torch multiplies by what it has rounded
+        here, there = (truncate(scaled.to(device), rules)[0].cpu() for device in ("cpu", row.device))
+        assert torch.equal(there.sort().values, here.sort().values), "other logits stay than on the CPU"
+        kept = there > -math.inf
     return torch.where(kept, x[0].double() / temperature, -math.inf).softmax(-1)
 
 
@@ -213,7 +224,7 @@ def _row(case: Case, size: Size, device: torch.device, group: Any, draws: int) -
     return {
         "rules": case.name, "logits": case.logits, "dtype": str(case.dtype).removeprefix("torch."), "how": case.how,
         "vocab": size.vocab, "draws": turns * size.rows,
-        "p": chi_square(counts, probabilities(case, row.cpu())), "same_on_ranks": same,
+        "p": chi_square(counts, probabilities(case, row)), "same_on_ranks": same,
     }  # fmt: skip
 
 

@@ -187,11 +187,11 @@ def test_decode_says_that_it_takes_the_ordinary_loop(caplog):
     assert "decode takes transformers' own loop, without a CUDA graph: fastlogits.watch notes" in caplog.text
 
 
-def test_decode_calls_the_list_where_a_kernel_would_draw(monkeypatch):
+def test_decode_calls_the_list_where_a_kernel_would_draw(monkeypatch, device):
     monkeypatch.setattr(launch, "FORCE_KERNEL", True)
-    model = tiny_llama()
+    model, prompt = tiny_llama().to(device), PROMPTS[:1].to(device)
     with fl.watch(model) as watched:
-        found = generate(model, PROMPTS[:1], custom_generate=fl.decode, max_new_tokens=2, do_sample=True, top_k=5)
+        found = generate(model, prompt, custom_generate=fl.decode, max_new_tokens=2, do_sample=True, top_k=5)
     assert [step.token for step in watched.steps] == found[0, LENGTH:].tolist()[: len(watched.steps)] != []
 
 

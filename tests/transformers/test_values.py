@@ -10,6 +10,7 @@ from fastlogits.plan.run import Run
 from fastlogits.transformers.accelerate import RunList
 from fastlogits.transformers.loop import plan_of
 from fastlogits.transformers.step import Chooser
+from tests.installed import TAKES_LENGTHS_OF_ROWS
 from tests.models import VOCAB_SIZE
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -39,9 +40,6 @@ SAME = {
     ],
     "decay": [[fl.ExponentialDecayLengthPenalty((s, f), [2, 5], PROMPT_LENGTH)] for s, f in ((1, 1.5), (4, 3.0))],
     "forced": [[fl.ForcedEOSTokenLogitsProcessor(n, 5)] for n in (L, L + 1, L + 2)],
-    "padding": [
-        [fl.RepetitionPenaltyLogitsProcessor(0.01, prompt_ignore_length=ignored)] for ignored in (IGNORED, IGNORED + 5)
-    ],
     "sources": [
         [fl.EncoderRepetitionPenaltyLogitsProcessor(50.0, ids), fl.EncoderNoRepeatNGramLogitsProcessor(1, ids + 1)]
         for ids in (torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([[50, 60, 7], [80, 90, 9]]))
@@ -58,11 +56,15 @@ OTHER = {
     "other penalties of repetitions": ([fl.DRYLogitsProcessor(0.8)], [fl.DRYLogitsProcessor(0.9)]),
     "another part that is looked at": ([fl.DRYLogitsProcessor(0.8)], [fl.DRYLogitsProcessor(0.8, range_=5)]),
     "many kept": ([fl.TopKLogitsWarper(5)], [fl.TopKLogitsWarper(3000)]),
-    "by row or not": (
+}
+if TAKES_LENGTHS_OF_ROWS:
+    SAME["padding"] = [
+        [fl.RepetitionPenaltyLogitsProcessor(0.01, prompt_ignore_length=ignored)] for ignored in (IGNORED, IGNORED + 5)
+    ]
+    OTHER["by row or not"] = (
         [fl.RepetitionPenaltyLogitsProcessor(3.0, prompt_ignore_length=IGNORED)],
         [fl.RepetitionPenaltyLogitsProcessor(3.0)],
-    ),
-}
+    )
 
 
 @pytest.fixture(autouse=True)
