@@ -45,8 +45,8 @@ _IGNORED = -100
 _ORDERS = 4
 _PERMUTED = 64
 _FEWEST_TURNS, _MOST_TURNS, _TURNS_S = 3, 9, 0.4
-_SLEEP = 400_000
-"""Cycles that the GPU waits, so that the host is ahead of it."""
+_CYCLES_OF_US, _AHEAD_US = 2000, 200.0
+"""A GPU waits so long that the host has launched all: two calls' host time and a little."""
 _READ_BLOCK = 8192
 _OF_PEERS = 8
 """Packages that need much memory get one row in so many, and so does fastlogits beside them."""
@@ -298,8 +298,8 @@ def _read(x: torch.Tensor) -> Callable[[], object]:
     return lambda: _read_kernel[(N * parts,)](x, out, V, parts, x.stride(0), BLOCK=_READ_BLOCK, num_warps=8)
 
 
-def _once_us(call: Callable[[], object], device: torch.device) -> float:
-    """Microseconds of two calls in a row, each: by events on a GPU, else by the clock."""
+def _once_us(call: Callable[[], object], device: torch.device, host_us: float) -> float:
+    """Microseconds of two calls in a row, each: by events on a GPU whose host is ahead, else by the clock."""
     if device.type != "cuda":
         start = time.perf_counter_ns()
         call()
@@ -307,7 +307,7 @@ def _once_us(call: Callable[[], object], device: torch.device) -> float:
         return (time.perf_counter_ns() - start) / 2e3
     begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(_SLEEP)  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(int(_CYCLES_OF_US * (_AHEAD_US + 2 * host_us)))  # type: ignore[no-untyped-call]
     begin.record()
     call()
     call()
@@ -317,11 +317,23 @@ def _once_us(call: Callable[[], object], device: torch.device) -> float:
     return elapsed_ms * 1e3 / 2
 
 
-def _times_us(call: Callable[[], object], device: torch.device) -> list[float]:
+def _host_us(call: Callable[[], object], device: torch.device) -> float:
+    """Microseconds for which a call keeps the host busy, which launches on a GPU and doesn't wait for it."""
+    found = []
+    for _ in range(_FEWEST_TURNS):
+        start = time.perf_counter_ns()
+        call()
+        found.append((time.perf_counter_ns() - start) / 1e3)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return statistics.median(found)
+
+
+def _times_us(call: Callable[[], object], device: torch.device, host_us: float) -> list[float]:
     found: list[float] = []
     start = time.perf_counter()
     while len(found) < _FEWEST_TURNS or (len(found) < _MOST_TURNS and time.perf_counter() - start < _TURNS_S):
-        found.append(_once_us(call, device))
+        found.append(_once_us(call, device, host_us))
     return found
 
 
@@ -331,13 +343,14 @@ def _time(run: Training, what: str, logits: torch.Tensor, kind: str, call: Calla
     if run.is_cuda:
         torch.cuda.synchronize()
     peak = peak_bytes(call, run.device)  # type: ignore[arg-type]
-    found = _times_us(call, run.device)
+    host_us = _host_us(call, run.device)
+    found = _times_us(call, run.device, host_us)
     deciles = statistics.quantiles(found, n=10, method="inclusive")
     us = statistics.median(found)
     share = None if peak is None else peak / logits.nbytes
     run.session.rows.append({
         "logits": kind, "what": what, "rows": len(logits), "vocab": logits.shape[1], "dtype": "bfloat16",
-        "us": f"{us:.1f}", "p10": f"{deciles[0]:.1f}", "p90": f"{deciles[-1]:.1f}",
+        "us": f"{us:.1f}", "p10": f"{deciles[0]:.1f}", "p90": f"{deciles[-1]:.1f}", "host_us": f"{host_us:.1f}",
         "peak_bytes": "" if peak is None else peak, "peak_share": "" if share is None else f"{share:.4f}",
     })  # fmt: skip
     run.session.say(f"{kind:5} {len(logits):5} {what:42} {us:10.0f} us{_in_reads(run, len(logits), us)}{_shown(share)}")

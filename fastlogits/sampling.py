@@ -483,7 +483,11 @@ class Sampler:
             return launch.reference_distribution(plain, temperature, self._rules)
         if temperature == 0:
             return plain, torch.ones(len(plain), dtype=torch.bool, device=plain.device)
-        return self._truncated(plain if temperature is None else plain / temperature), None
+        if temperature is None:
+            return self._truncated(plain), None
+        # Of a number, torch would multiply by its rounded reciprocal on a GPU; the kernels divide.
+        divisor = torch.full((), temperature, dtype=plain.dtype, device=plain.device)
+        return self._truncated(plain / divisor), None
 
     def _truncated(self, scores: torch.Tensor) -> torch.Tensor:
         return truncate(scores, self._rules) if self._rules else scores

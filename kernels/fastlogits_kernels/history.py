@@ -1,8 +1,8 @@
 """Device functions over the text of a row: which tokens it holds, repeats and ends with.
 
 A text is a history of any strides whose length may be known on the device only, with or without draft tokens behind it;
-or another row of token ids. A set is a row of packed words (see ``bits``), of which each program fills a range of its
-own, so that no program waits for another. The searches of lists and of serving steps are made of these functions.
+or another row of token ids. A set is a row of packed words (see ``bits``), of which each program fills some of its own,
+so that no program waits for another. The searches of lists and of serving steps are made of these functions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ LONGEST = 50
 
 # n-grams of up to so many tokens are compared without a loop; longer ones are rare, and would compile for ever.
 UNROLLED = tl.constexpr(16)
+
+WORDS_EACH = 1024
+"""With fewer words a program of its own isn't worth it: each program reads the whole text."""
 
 
 class Text(NamedTuple):
@@ -34,12 +37,22 @@ class Text(NamedTuple):
     narrow: tl.constexpr = None
 
 
-class WordRange(NamedTuple):
-    """The words of a set that a program fills, from ``first`` to before ``last``; V tokens have bits."""
+class OwnWords(NamedTuple):
+    """The words of a set that a program fills: of groups of 8, the ``split``-th and every ``splits``-th after it.
 
-    first: tl.tensor
-    last: tl.tensor
+    Tokens that occur often have neighbouring ids: dealt like this, no program has most of them. ``splits`` is a power
+    of two. The set has ``W`` words, and V tokens have bits.
+    """
+
+    split: tl.tensor
+    splits: tl.tensor
+    W: tl.tensor
     V: tl.tensor
+
+
+def splits_of(W: int, most: int) -> int:
+    """Into how many programs' words a set of so many is split; ``most`` where each has enough."""
+    return 1 << (max(1, min(-(-W // WORDS_EACH), most)).bit_length() - 1)
 
 
 @triton.jit
@@ -73,14 +86,27 @@ def token_at(text, i, inside):
 
 
 @triton.jit
+def own_count(words):
+    """How many places the words of a program have; behind the last word of the set some may be empty."""
+    groups = (words.W + 7) >> 3
+    return (groups - words.split + words.splits - 1) // words.splits * 8
+
+
+@triton.jit
+def word_at(words, place):
+    """The word of each place."""
+    return ((place >> 3) * words.splits + words.split) * 8 + (place & 7)
+
+
+@triton.jit
 def is_mine(token, words):
-    """Whether ids are tokens of the vocabulary that have bits in a range of words."""
-    return (token >= words.first * 32) & (token < tl.minimum(words.last * 32, words.V))
+    """Whether ids are tokens of the vocabulary that have bits in a program's words."""
+    return (token >= 0) & (token < words.V) & (((token >> 8) & (words.splits - 1)) == words.split)
 
 
 @triton.jit
 def mark(set_ptr, token, found):
-    """Set the bits of the found tokens, which are of this program's range."""
+    """Set the bits of the found tokens, which are in this program's words."""
     bit = tl.full(token.shape, 1, tl.int32) << (token & 31).to(tl.int32)
     tl.atomic_or(set_ptr + (token >> 5), bit, mask=found, sem="relaxed")
 
@@ -158,15 +184,15 @@ def mark_endings(set_ptr, text, least, table_ptr, count, width, words, BLOCK: tl
 
 
 @triton.jit
-def match_length(text, at, starts, breakers_ptr, limit, MOST: tl.constexpr):
+def match_length(text, at, starts, known, breakers_ptr, limit, MOST: tl.constexpr):
     """How many tokens up to some places equal those that the text ends with, at most ``MOST``.
 
-    Asked of the places where ``starts`` is true, which lie before the last token; 0 elsewhere. A match holds no
-    breaker, and ids from the limit on are none.
+    Asked of the places where ``starts`` is true, which lie before the last token; 0 elsewhere. There ``known`` tokens
+    match for certain. A match holds no breaker, and ids from the limit on are none.
     """
     matches = starts
-    matched = tl.zeros(at.shape, tl.int32)
-    n = tl.full([], 0, tl.int32)
+    matched = tl.where(starts, known, 0)
+    n = tl.full([], 0, tl.int32) + known
     while (n < MOST) & (tl.max(matches.to(tl.int32)) > 0):
         wanted = token_at(text, text.length - 1 - n, text.length > n)
         matches &= tl.where(holds(breakers_ptr, wanted, limit), at < 0, at >= n)

@@ -28,6 +28,9 @@ drawing = pytest.importorskip("fastlogits.transformers.continuous_draw")
 from transformers.generation import ContinuousBatchingConfig  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+interpreted = pytest.mark.skipif(
+    not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter; a GPU captures graphs instead"
+)
 
 # More than fit into a batch, of different lengths, one of a single token.
 PROMPTS = [[1, 5, 6], [1, 7, 8, 9, 10], [4], [1, 30, 31, 32, 33, 34, 35, 36], [1, 9, 9, 9], [1, 60]]
@@ -159,9 +162,7 @@ def test_sampling_is_that_of_transformers(llama, name):
     assert found == expected
 
 
-@pytest.mark.skipif(
-    not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter; a GPU captures graphs instead"
-)
+@interpreted
 def test_sampling_in_kernels(llama, monkeypatch):
     """Values of each request, temperature first: the same draws from scores that kernels have truncated in one pass."""
     flags = {"do_sample": True, "max_new_tokens": 4, **WARPERS["three"]}
@@ -330,7 +331,7 @@ def test_log_probabilities_of_seeded_requests(llama):
         assert all(-9 < value <= 0 for value in output.logprobs)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@interpreted
 def test_seeded_in_kernels(llama, monkeypatch):
     flags, own = SEEDED | {"max_new_tokens": 3}, [{"seed": i} for i in range(3)]
     expected = managed(llama, flags, own)

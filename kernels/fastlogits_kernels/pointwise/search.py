@@ -4,8 +4,7 @@ Each set is a row of packed words (see ``bits``), and is the union of what its t
 well, into a plane of float32 that is written at the tokens of its set only, or give the row a single value.
 
 Bytes moved: the sets are written once, 1/32 of a float32 ``[B, V]`` each; the history is read once a task and split.
-A program owns a range of words of one set of one row, which it clears and then fills. The same in torch is in
-``places``.
+A program owns some words of one set of one row, which it clears and then fills. The same in torch is in ``places``.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import torch
 from fastlogits_kernels.history import (
     LONGEST,
     UNROLLED,
+    OwnWords,
     Text,
-    WordRange,
     ends_with,
     holds,
     holds_all,
@@ -31,7 +30,10 @@ from fastlogits_kernels.history import (
     mark_repeated,
     mark_text,
     match_length,
+    own_count,
+    splits_of,
     token_at,
+    word_at,
 )
 from fastlogits_kernels.runtime.bits import pack_bits
 from fastlogits_kernels.runtime.bits import words as words_of
@@ -182,10 +184,10 @@ def _first_bits(count):
 
 @triton.jit
 def _begin_set(set_ptr, text, reads, here, words, s: tl.constexpr, TASKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Clear the range of a set, or begin with the masks that hold for it."""
-    for start in range(words.first, words.last, BLOCK):
-        word = start + tl.arange(0, BLOCK)
-        inside = word < words.last
+    """Clear the words of a program, or begin with the masks that hold for them."""
+    for start in range(0, own_count(words), BLOCK):
+        word = word_at(words, start + tl.arange(0, BLOCK))
+        inside = word < words.W
         value = tl.zeros([BLOCK], tl.int32)
         for t in tl.static_range(0, len(TASKS), TASK_SIZE):
             if TASKS[t + TASK_SET] == s:
@@ -241,7 +243,7 @@ def _lower_repetitions(set_ptr, plane_ptr, text, breakers_ptr, penalties_ptr, wo
         at = i + tl.arange(0, BLOCK)
         token = token_at(text, at + 1, at + 1 < text.length)
         mine = is_mine(token, words)
-        matched = match_length(text, at, mine, breakers_ptr, words.V, _LONGEST)
+        matched = match_length(text, at, mine, 0, breakers_ptr, words.V, _LONGEST)
         penalty = tl.load(penalties_ptr + matched, mask=mine, other=0.0).to(tl.float32)
         found = mine & (penalty > 0) & (holds(breakers_ptr, token, words.V) == 0)
         mark(set_ptr, token, found)
@@ -275,7 +277,7 @@ def _run_task(
     set_ptr, plane_ptr, text, reads, here, words,
     t: tl.constexpr, TASKS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add to a range of a set what one task finds in the text."""
+    """Add to the words of a program what one task finds in the text."""
     kind: tl.constexpr = TASKS[t + TASK_KIND]
     a: tl.constexpr = TASKS[t + TASK_A]
     b: tl.constexpr = TASKS[t + TASK_B]
@@ -307,7 +309,7 @@ def _run_task(
         count, width = tl.load(table_ptr), tl.load(table_ptr + 1)
         mark_endings(set_ptr, text, 0, table_ptr + 2, count, width, words, BLOCK)
     if kind == SUMS:
-        if words.first == 0:
+        if words.split == 0:
             _write_sums(plane_ptr, reads.table_ptr + a, reads.numbers_ptr + b, text, DTYPE, BLOCK)
     if kind == REPETITIONS:
         seen = tl.maximum(text.length, 0)
@@ -374,9 +376,7 @@ def _token_sets_kernel(
     ids_row_ptr = None if ids_ptr is None else ids_ptr + row * stride_ids_row
     seen = tl.minimum(length, L)  # of what is in the history
     text = Text(ids_row_ptr, stride_id, seen)
-    range_words = (W + splits - 1) // splits
-    first = split * range_words
-    words = WordRange(first, tl.minimum(first + range_words, W), V)
+    words = OwnWords(split, splits, W, V)
     reads = _Reads(
         masks_ptr, rows_ptr, sources_ptr, starts_ptr, gates_ptr, table_ptr, numbers_ptr,
         None if allowed_ptr is None else allowed_ptr + row * stride_allowed,
@@ -634,7 +634,7 @@ def launch_token_sets(scores: torch.Tensor, search: Search, call: Call) -> Token
     if allowed is not None and allowed.dtype == torch.bool:
         allowed = pack_bits(allowed)
     masks, rows, sources, starts, gates, table, numbers = search.operands
-    splits = max(1, min(W // _BLOCK, _PROGRAMS // (B * sets)))
+    splits = splits_of(W, _PROGRAMS // (B * sets))
     key = (
         device, scores.dtype, V, search.form, ids_dtype, allowed is None,
         cache_position is None or cache_position.dtype, prompt_length is None or prompt_length.dtype,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastlogits_kernels.history import Text, WordRange, is_mine, mark, token_at
+from fastlogits_kernels.history import OwnWords, Text, is_mine, mark, token_at
 from fastlogits_kernels.runtime.launcher import tl, triton
 from fastlogits_kernels.serving.layout import (
     COUNT_PLANES,
@@ -130,7 +130,7 @@ def catch_up(
     tl.debug_barrier()
     # Ids as a step sees them, so that their hashes are the same.
     text = Text(text_ptr, 1, length, None, None, None, True)
-    every = WordRange(0, W, V)
+    every = OwnWords(0, 1, W, V)
     for start in range(begin, tl.where(asks, length, begin), BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < length

@@ -7,8 +7,8 @@ For each row, of the tables in ``layout``:
     numbers  what a sample takes per row: temperature, parameters of the rules, seed and position
 
 Bytes moved: three bits a logit (bans, edits, and a rank for each word of them), the masks that are in use, some 30
-bytes for each token of the history that no index covers, and some 40 for each edited token. A program owns a range of
-words of a row, and no program waits for another. The README of this folder says how edits are stored.
+bytes for each token of the history that no index covers, and some 40 for each edited token. A program owns some words
+of a row, and no program waits for another. The README of this folder says how edits are stored.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ import torch
 
 from fastlogits_kernels.history import (
     LONGEST,
+    OwnWords,
     Text,
-    WordRange,
     holds,
     is_mine,
     mark,
     mark_endings,
     mark_text,
     match_length,
+    own_count,
+    splits_of,
     token_at,
+    word_at,
 )
 from fastlogits_kernels.pointwise.fold import popcount
 from fastlogits_kernels.pointwise.search import Listed, TokenSets
@@ -55,6 +58,7 @@ from fastlogits_kernels.serving.layout import (
     FLAGS,
     FORCED,
     FREQUENCY,
+    GRAM,
     INTEGERS,
     LISTS,
     LOGPROBS,
@@ -94,7 +98,7 @@ _DRY_BITS = tl.constexpr(63)
 _COUNT_BITS = tl.constexpr(2**24 - 1)
 _REPEATED = tl.constexpr(2**30)
 
-_TURN = tl.constexpr(2048)  # places of a text that are looked at at a time: what takes time is each turn
+_TURN = tl.constexpr(1024)  # places of a text that are looked at at a time: more of them take too many registers
 _LONGEST = tl.constexpr(LONGEST)
 _OFF = tl.constexpr(tuple(value if INTEGERS[i] else bits_of(value) for i, value in enumerate(OFF.values())))
 """As bits."""
@@ -179,6 +183,22 @@ class _Covered(NamedTuple):
     spans: tl.tensor
     span: tl.tensor
     W: tl.tensor
+
+
+class _End(NamedTuple):
+    """How the text of a row ends: its last two tokens, of which the first ``known`` count, 0 to 2.
+
+    A place is like the end if those tokens stand there, too. ``size`` is that of the n-grams that may not repeat, 0 for
+    none; ``lowers`` whether DRY acts, whose breakers are the tokens of a set below ``limit``.
+    """
+
+    size: tl.tensor
+    known: tl.tensor
+    last: tl.tensor
+    before: tl.tensor
+    lowers: tl.tensor
+    breakers_ptr: tl.tensor
+    limit: tl.tensor
 
 
 class _Edits(NamedTuple):
@@ -281,22 +301,20 @@ def _begin_sets(
     banned_ptr, edited_ptr, request, bitmask_ptr, penalties, covered, words, W, M,
     DRAWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Begin the bans of a range with its masks, as far as each holds, and the edits with what is known to be edited."""
-    flags, first, last = request.flags, words.first, words.last
-    last_banned = tl.where(request.asks & ((flags & BAN_MASK) != 0), last, first)
-    last_first = tl.where(request.in_window & ((flags & FIRST_MASK) != 0), last, first)
-    last_obeyed = tl.where(request.asks & ((flags & BITMASK) != 0), last, first)
+    """Begin the bans of a program's words with its masks, as far as each holds, and the edits with what is known."""
+    flags = request.flags
+    has_bans, has_first = request.asks & ((flags & BAN_MASK) != 0), request.in_window & ((flags & FIRST_MASK) != 0)
+    obeys = request.asks & ((flags & BITMASK) != 0)
     needs_bitmask = request.asks & ((flags & NEEDS_BITMASK) != 0)
-    last_seen, last_counted = tl.where(penalties.repeats, last, first), tl.where(penalties.counts, last, first)
     forced_word = tl.where(request.is_forced, request.forced >> 5, -1)
-    for start in range(first, last, BLOCK):
-        word = start + tl.arange(0, BLOCK)
-        inside = word < last
-        banned = tl.load(request.masks_ptr + _BAN_PLANE * W + word, mask=word < last_banned, other=0)
-        banned |= tl.load(request.masks_ptr + _FIRST_PLANE * W + word, mask=word < last_first, other=0)
+    for start in range(0, own_count(words), BLOCK):
+        word = word_at(words, start + tl.arange(0, BLOCK))
+        inside = word < W
+        banned = tl.load(request.masks_ptr + _BAN_PLANE * W + word, mask=inside & has_bans, other=0)
+        banned |= tl.load(request.masks_ptr + _FIRST_PLANE * W + word, mask=inside & has_first, other=0)
         if bitmask_ptr is not None:
-            allowed = tl.load(bitmask_ptr + word, mask=word < tl.minimum(last_obeyed, M), other=0)
-            banned |= tl.where(word < last_obeyed, ~allowed, 0)
+            allowed = tl.load(bitmask_ptr + word, mask=obeys & (word < tl.minimum(W, M)), other=0)
+            banned |= tl.where(obeys, ~allowed, 0)
         else:
             banned = tl.where(needs_bitmask, -1, banned)
         own = tl.where(word == forced_word, tl.full([BLOCK], 1, tl.int32) << (request.forced & 31), 0)
@@ -306,18 +324,18 @@ def _begin_sets(
         tl.store(banned_ptr + word, banned, mask=inside)
         edited = own
         if covered.seen_ptr is not None:
-            edited |= tl.load(covered.seen_ptr + word, mask=inside & (word < last_seen), other=0)
+            edited |= tl.load(covered.seen_ptr + word, mask=inside & penalties.repeats, other=0)
         if covered.planes_ptr is not None:
             for plane in tl.static_range(COUNT_PLANES):
-                edited |= tl.load(covered.planes_ptr + plane * W + word, mask=inside & (word < last_counted), other=0)
+                edited |= tl.load(covered.planes_ptr + plane * W + word, mask=inside & penalties.counts, other=0)
         tl.store(edited_ptr + word, edited, mask=inside)
 
 
 @triton.jit
 def _mark_bans(
-    banned_ptr, request, text, place, covered, words, WORDS_IN_OUTPUT: tl.constexpr, LIST_BLOCK: tl.constexpr
+    banned_ptr, request, text, place, words, WORDS_IN_OUTPUT: tl.constexpr, LIST_BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Ban listed tokens, and those that would complete a sequence or an n-gram."""
+    """Ban listed tokens, and those that would complete a sequence."""
     record_ptr = request.record_ptr
     bans_ptr, bans = _list(record_ptr, request.asks, BANS)
     mark_text(banned_ptr, Text(bans_ptr, 1, bans), 0, bans, words, LIST_BLOCK)
@@ -332,7 +350,6 @@ def _mark_bans(
     _no_tokens_ptr, width = _list(record_ptr, request.asks, SEQUENCE_WIDTH)
     count = numbers // tl.maximum(width, 1)
     mark_endings(banned_ptr, text, least, sequences_ptr, count, width, words, LIST_BLOCK)
-    _ban_repeated(banned_ptr, text, tl.load(record_ptr + NGRAM), covered, words, _TURN)
 
 
 @triton.jit
@@ -360,42 +377,83 @@ def _turn(covered, spans, within, rest, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _ban_repeated(banned_ptr, text, size, covered, words, BLOCK: tl.constexpr):
-    """Ban the tokens that would complete an n-gram of ``size`` tokens which the text holds; none where size is 0."""
-    # Places are those of the last token before one that is banned.
-    spans = tl.where(size > 1, covered.spans, covered.spans * 0)
-    rest = tl.where(size > 1, tl.maximum(size - 2, covered.tokens), size - 2)
-    stop = tl.where((size > 0) & (text.length >= size - 1), text.length - 1, size - 2)
-    within = rest * 0
+def _end_of(request, text, penalties, words, W):
+    """How a text ends, and what is asked of the places that are like its end."""
+    size = tl.load(request.record_ptr + NGRAM)
+    known = tl.minimum(tl.load(request.record_ptr + GRAM), 2)
+    last = token_at(text, text.length - 1, text.length > 0)
+    before = token_at(text, text.length - 2, text.length > 1)
+    breakers_ptr = request.masks_ptr + _BREAKER_PLANE * W
+    limit = tl.where((request.flags & BREAKER_MASK) != 0, words.V, 0)
+    broken = holds(breakers_ptr, last, limit) | ((known > 1) & holds(breakers_ptr, before, limit))
+    lowers = (penalties.dry_count > 0) & (broken == 0)
+    return _End(tl.where(text.length >= size - 1, size, 0), known, last, before, lowers, breakers_ptr, limit)
+
+
+@triton.jit
+def _is_like_end(text, at, inside, end, words):
+    """The token behind each place, whether it is a program's, and whether the text up to there ends like all of it."""
+    token = token_at(text, at, inside & (at >= 0))
+    previous = token_at(text, at - 1, inside & (at >= 1) & (end.known > 1))
+    follower = token_at(text, at + 1, inside)
+    is_like = (at >= end.known - 1) & ((end.known < 1) | (token == end.last))
+    is_like = is_like & ((end.known < 2) | (previous == end.before))
+    return follower, inside & is_mine(follower, words), is_like
+
+
+@triton.jit
+def _mark_repeated(banned_ptr, edited_ptr, text, end, covered, words, BLOCK: tl.constexpr):
+    """Ban the tokens that would complete an n-gram, and mark as edited those that DRY may lower.
+
+    Returns the spans that have any of the latter, and whether what no span covers has.
+    """
+    every = end.size == 1  # no token may come twice
+    walks = (end.size > 0) | end.lowers
+    spans = tl.where(walks & (every == 0), covered.spans, covered.spans * 0)
+    rest = tl.where(every, -1, covered.tokens)
+    stop = tl.where(walks, text.length - 1, -1)
+    within, rest_lowers = covered.tokens * 0, covered.tokens * 0
+    lowering = spans * 0
     while (spans != 0) | (rest < stop):
+        span = spans ^ (spans & (spans - 1))
+        # Places are those of the last token before one that is banned or lowered.
         at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
-        found = inside & (at >= size - 2)
-        for j in range(1, size):
-            found &= token_at(text, at + 1 - j, found) == token_at(text, text.length - j, text.length >= j)
-        token = token_at(text, at + 1, found)
-        mark(banned_ptr, token, found & is_mine(token, words))
+        follower, mine, is_like = _is_like_end(text, at, inside, end, words)
+        found = mine & (is_like | every)
+        if tl.max(found.to(tl.int32)) > 0:
+            banned = found & (end.size > 0) & (at >= end.size - 2)
+            for j in range(end.known + 1, end.size):
+                banned &= token_at(text, at + 1 - j, banned) == token_at(text, text.length - j, text.length >= j)
+            mark(banned_ptr, follower, banned)
+            lowered = found & is_like & end.lowers
+            lowered = lowered & (holds(end.breakers_ptr, follower, tl.where(end.lowers, end.limit, 0)) == 0)
+            mark(edited_ptr, follower, lowered)
+            any_lowered = tl.max(lowered.to(tl.int32))
+            lowering |= tl.where(any_lowered > 0, span, span * 0)
+            rest_lowers = tl.maximum(rest_lowers, tl.where(span == 0, any_lowered, 0))
+    return lowering, rest_lowers > 0
 
 
 @triton.jit
 def _rank_edits(edits, cursor_ptr, span_ptr, any_edits, words, ROOM: tl.constexpr, BLOCK: tl.constexpr):
-    """Give each edited token of a range a place in the row's ring, list it there, and clear what else is there.
+    """Give each edited token of a program a place in the row's ring, list it there, and clear what else is there.
 
     Returns where the places begin, and how many there are.
     """
     total = tl.full([], 0, tl.int32)
-    for start in range(words.first, tl.where(any_edits, words.last, words.first), BLOCK):
-        word = start + tl.arange(0, BLOCK)
-        total += tl.sum(popcount(tl.load(edits.edited_ptr + word, mask=word < words.last, other=0)))
+    for start in range(0, tl.where(any_edits, own_count(words), 0), BLOCK):
+        word = word_at(words, start + tl.arange(0, BLOCK))
+        total += tl.sum(popcount(tl.load(edits.edited_ptr + word, mask=word < words.W, other=0)))
     base = tl.atomic_add(cursor_ptr, total, sem="relaxed")
     tl.store(span_ptr, base)
     tl.store(span_ptr + 1, total)
     before = base
-    for start in range(words.first, tl.where(total > 0, words.last, words.first), BLOCK):
-        word = start + tl.arange(0, BLOCK)
-        held = tl.load(edits.edited_ptr + word, mask=word < words.last, other=0)
+    for start in range(0, tl.where(total > 0, own_count(words), 0), BLOCK):
+        word = word_at(words, start + tl.arange(0, BLOCK))
+        held = tl.load(edits.edited_ptr + word, mask=word < words.W, other=0)
         count = popcount(held)
         rank = before + tl.cumsum(count) - count
-        tl.store(edits.ranks_ptr + word, rank, mask=word < words.last)
+        tl.store(edits.ranks_ptr + word, rank, mask=word < words.W)
         before += tl.sum(count)
         left = held.to(tl.uint32, bitcast=True)
         for _ in range(tl.max(count)):  # nothing but stores, which nobody waits for
@@ -420,56 +478,29 @@ def _place_of(edits, token, mine, ROOM: tl.constexpr):
 
 
 @triton.jit
-def _follower_of(request, text, at, inside, words, W):
-    """The token behind each place, how long the match that ends there is, and whether the token would extend one."""
-    breakers_ptr = request.masks_ptr + _BREAKER_PLANE * W
-    limit = tl.where((request.flags & BREAKER_MASK) != 0, words.V, 0)
-    follower = token_at(text, at + 1, inside)
-    mine = inside & is_mine(follower, words)
-    matched = match_length(text, at, mine, breakers_ptr, limit, _LONGEST)
-    return follower, matched, mine & (matched > 0) & (holds(breakers_ptr, follower, limit) == 0)
-
-
-@triton.jit
-def _mark_repetitions(edits, request, text, penalties, covered, words, W, BLOCK: tl.constexpr):
-    """Mark as edited the tokens that follow what the text ends with; returns whether there are any."""
-    stop = tl.where(penalties.dry_count > 0, text.length - 1, 0)
-    marked = tl.zeros([BLOCK], tl.int32)
-    spans = tl.where(penalties.dry_count > 0, covered.spans, covered.spans * 0)
-    rest = covered.tokens
-    within = rest * 0
-    while (spans != 0) | (rest < stop):
-        at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
-        follower, _matched, found = _follower_of(request, text, at, inside, words, W)
-        mark(edits.edited_ptr, follower, found)
-        marked |= found.to(tl.int32)
-    return tl.max(marked) > 0
-
-
-@triton.jit
 def _tally_repetitions(
-    edits, request, text, repeats, covered, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr
+    edits, text, end, spans, rest_lowers, covered, words, ROOM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Tally, of each of these tokens, how long the longest such match is; ``repeats`` is whether there are any."""
-    stop = tl.where(repeats, text.length - 1, 0)
-    spans = tl.where(repeats, covered.spans, covered.spans * 0)
-    rest = covered.tokens
-    within = rest * 0
+    """Tally how long the longest repetition is that each token would extend, in the places where there are any."""
+    stop = text.length - 1
+    rest = tl.where(end.size == 1, 0, covered.tokens)
+    rest = tl.where(rest_lowers, rest, tl.maximum(rest, stop))
+    within = covered.tokens * 0
     while (spans != 0) | (rest < stop):
         at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
-        follower, matched, found = _follower_of(request, text, at, inside, words, W)
+        follower, mine, is_like = _is_like_end(text, at, inside, end, words)
+        found = mine & is_like
+        found = found & (holds(end.breakers_ptr, follower, tl.where(found, end.limit, 0)) == 0)
+        matched = match_length(text, at, found, end.known, end.breakers_ptr, end.limit, _LONGEST)
         place = _place_of(edits, follower, found, ROOM)
         tl.atomic_max(edits.tallies_ptr + place, matched << _DRY_AT, mask=found, sem="relaxed")
 
 
 @triton.jit
 def _tally(
-    edits, request, text, penalties, repeats, biases, covered, words, W, ROOM: tl.constexpr, BLOCK: tl.constexpr,
-    LIST_BLOCK: tl.constexpr,
+    edits, text, penalties, biases, covered, words, ROOM: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr
 ):  # fmt: skip
     """Tally what is penalised, and put the biases of edited tokens where their values will be."""
-    _tally_repetitions(edits, request, text, repeats, covered, words, W, ROOM, _TURN)
-    tl.debug_barrier()
     for i in range(penalties.first, text.length, BLOCK):
         at = i + tl.arange(0, BLOCK)
         token = token_at(text, at, at < text.length)
@@ -584,9 +615,7 @@ def _slot_sets_kernel(
     program = tl.program_id(0)
     split = program % splits
     row = (program // splits).to(tl.int64)
-    range_words = (W + splits - 1) // splits
-    first = split * range_words
-    words = WordRange(first, tl.minimum(first + range_words, W), V)
+    words = OwnWords(split, splits, W, V)
 
     # A row of no slot is one of a request that asks for nothing.
     slot = tl.load(slots_ptr + row * stride_slot).to(tl.int64)
@@ -627,13 +656,14 @@ def _slot_sets_kernel(
         banned_ptr, edits.edited_ptr, request, row_bitmask_ptr, penalties, covered, words, W, M, DRAWS, BLOCK
     )  # fmt: skip
     tl.debug_barrier()
-    _mark_bans(banned_ptr, request, text, place, covered, words, WORDS_IN_OUTPUT, LIST_BLOCK)
+    _mark_bans(banned_ptr, request, text, place, words, WORDS_IN_OUTPUT, LIST_BLOCK)
+    end = _end_of(request, text, penalties, words, W)
+    lowering, rest_lowers = _mark_repeated(banned_ptr, edits.edited_ptr, text, end, covered, words, _TURN)
     mark_text(edits.edited_ptr, biases, 0, biases.length, words, LIST_BLOCK)
     mark_text(edits.edited_ptr, text, penalties.first, text.length, words, BLOCK)
     if carries_ptr is not None:
         carries = Text(carries_ptr + 1, 1, _carried(penalties, covered))
         mark_text(edits.edited_ptr, carries, 0, carries.length, words, BLOCK)
-    repeats = _mark_repetitions(edits, request, text, penalties, covered, words, W, _TURN)
     tl.debug_barrier()
 
     span_ptr = spans_ptr + row * stride_span + 2 * split
@@ -641,7 +671,8 @@ def _slot_sets_kernel(
     any_edits = any_edits | penalties.repeats | penalties.counts
     base, total = _rank_edits(edits, cursors_ptr + row, span_ptr, any_edits, words, ROOM, BLOCK)
     tl.debug_barrier()
-    _tally(edits, request, text, penalties, repeats, biases, covered, words, W, ROOM, BLOCK, LIST_BLOCK)
+    _tally_repetitions(edits, text, end, lowering, rest_lowers, covered, words, ROOM, _TURN)
+    _tally(edits, text, penalties, biases, covered, words, ROOM, BLOCK, LIST_BLOCK)
     tl.debug_barrier()
     # A forced token has 0, as its value is cleared.
     total = tl.where(request.is_forced, 0, total)
@@ -673,7 +704,7 @@ class Sizes(NamedTuple):
     room: int
     """Places of a row's ring of edits, a power of two."""
     lists: int
-    """Lists of the edits of a row: one for each program of the search, which has no fewer words than a block."""
+    """Lists of the edits of a row: one for each program of the search."""
 
     @classmethod
     def of(cls, tables: Slots, rows: int, V: int, listed: int) -> Sizes:
@@ -681,7 +712,7 @@ class Sizes(NamedTuple):
         # As many places as a row may edit tokens: those it sees, and those with a bias.
         most = min(V, tables.history.shape[1] + rows + listed)
         W = words_of(V)
-        return cls(rows, W, 1 << max(0, most - 1).bit_length(), -(-W // _BLOCK))
+        return cls(rows, W, 1 << max(0, most - 1).bit_length(), splits_of(W, _PROGRAMS))
 
     @property
     def bytes_per_row(self) -> int:
@@ -705,10 +736,10 @@ class Workspace:
 
     def splits(self, B: int) -> int:
         """Programs that share the search of each of so many rows."""
-        return max(1, min(self.sizes.lists, _PROGRAMS // max(1, B)))
+        return splits_of(self.sizes.W, _PROGRAMS // max(1, B))
 
     def pieces(self, B: int) -> int:
-        """Programs that share a list of edits: frequent tokens have neighbouring ids, so that one list has most."""
+        """Programs that share a list of edits."""
         return max(1, min(_MOST_PIECES, self.sizes.room // (self.splits(B) * _PIECE)))
 
     def found(self, B: int) -> TokenSets:
