@@ -672,6 +672,7 @@ def _slot_sets_kernel(
     base, total = _rank_edits(edits, cursors_ptr + row, span_ptr, any_edits, words, ROOM, BLOCK)
     tl.debug_barrier()
     _tally_repetitions(edits, text, end, lowering, rest_lowers, covered, words, ROOM, _TURN)
+    tl.debug_barrier()  # counts are added to these
     _tally(edits, text, penalties, biases, covered, words, ROOM, BLOCK, LIST_BLOCK)
     tl.debug_barrier()
     # A forced token has 0, as its value is cleared.
