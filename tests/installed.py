@@ -51,6 +51,10 @@ PENALISES_COPIES = _does(_penalises_copies)
 """A row of an encoder's input stands for several rows of the scores."""
 COMPLETES_FROM_ALL_OF_A_TEXT = _does(_completes_from_all_of_a_text)
 """A biased sequence is a token longer than the text; biases of one token are added by the length of the sequences."""
+TAKES_ONE_TEXT_FOR_ALL_ROWS = _does(
+    lambda: reference.SequenceBiasLogitsProcessor({(1, 1): 3.0})(_ids([1, 1]), torch.zeros(2, 4)).any()
+)
+"""Biases of sequences take a single row of ids, for as many rows of the scores as there are."""
 DECAYS_NO_BAN = _does(_decays_no_ban)
 """A token at -inf stays there, however late it is."""
 FORCES_WHAT_IS_BANNED = _does(_forces_what_is_banned)

@@ -516,8 +516,7 @@ MUTATIONS = [
     ),
     Mutation(
         "temperature after the truncations", f"{PACKAGE}/sampling.py",
-        "return self._truncated(plain if temperature is None else plain / temperature), None",
-        "return self._truncated(plain) / (temperature or 1.0), None",
+        "return self._truncated(plain / divisor), None", "return self._truncated(plain) / divisor, None",
         ("test_sampling.py",),
     ),
     Mutation(
@@ -660,9 +659,39 @@ MUTATIONS = [
         ("serving/test_history_index.py::test_a_token_whose_count_was_carried_whole_is_penalised",),
     ),
     Mutation(
+        "an empty batch launched as the one before", f"{KERNELS}/runtime/launcher.py",
+        "        if not programs:\n            return\n", "",
+        ("kernels/runtime/test_driver.py::test_nothing_is_launched_for_no_rows",),
+    ),
+    Mutation(
         "the token behind the index unread", f"{KERNELS}/serving/search.py",
-        "tl.maximum(size - 2, covered.tokens)", "tl.maximum(size - 2, covered.tokens + 1)",
-        ("serving/test_history_index.py::test_what_an_index_doesn_t_cover_yet_is_read",),
+        "rest = tl.where(every, -1, covered.tokens)", "rest = tl.where(every, -1, covered.tokens + 1)",
+        ("serving/test_history_index.py",),
+    ),
+    Mutation(
+        "repetitions in spans alone", f"{KERNELS}/serving/search.py",
+        "rest = tl.where(rest_lowers, rest, tl.maximum(rest, stop))", "rest = tl.maximum(rest, stop)",
+        ("serving/test_history_index.py", "serving/test_batch.py"),
+    ),
+    Mutation(
+        "repetitions in the last span alone", f"{KERNELS}/serving/search.py",
+        "lowering |= tl.where(any_lowered > 0, span, span * 0)", "lowering = tl.where(any_lowered > 0, span, span * 0)",
+        ("serving/test_history_index.py",),
+    ),
+    Mutation(
+        "the token before the last one unread", f"{KERNELS}/serving/search.py",
+        "(previous == end.before)", "(previous == previous)",
+        ("serving/test_history_index.py", "serving/test_batch.py"),
+    ),
+    Mutation(
+        "known tokens of a match counted twice", f"{KERNELS}/history.py",
+        "tl.full([], 0, tl.int32) + known", "tl.full([], 0, tl.int32)",
+        ("serving/test_history_index.py", "serving/test_batch.py"),
+    ),
+    Mutation(
+        "a word of two programs", f"{KERNELS}/history.py",
+        "* words.splits + words.split) * 8", "* words.splits + words.split // 2 * 2) * 8",
+        ("serving/test_batch.py", "plan/test_pointwise.py", "serving/test_history_index.py"),
     ),
     Mutation(
         "a step's addresses in another order", f"{KERNELS}/serving/prepared.py",

@@ -32,7 +32,7 @@ def vllm(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
-    for folder in [tmp_path / "vllm", *(tmp_path / "vllm").rglob("*/")]:
+    for folder in {parent for name in sources for parent in (tmp_path / name).parents if tmp_path in parent.parents}:
         (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     finders = list(sys.meta_path)

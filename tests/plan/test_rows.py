@@ -17,7 +17,13 @@ from fastlogits.plan.stages import Ban, Member, Repeated
 from fastlogits.processors import nvidia_zoo as zoo
 from fastlogits.processors.dry import DRYLogitsProcessor
 from tests import entries
-from tests.installed import COMPLETES_FROM_ALL_OF_A_TEXT, IS_4, PENALISES_COPIES, TAKES_LENGTHS_OF_ROWS
+from tests.installed import (
+    COMPLETES_FROM_ALL_OF_A_TEXT,
+    IS_4,
+    PENALISES_COPIES,
+    TAKES_LENGTHS_OF_ROWS,
+    TAKES_ONE_TEXT_FOR_ALL_ROWS,
+)
 from tests.parity.test_processors import undecided
 from tests.processors.test_nvidia_zoo import JOBS, TEXT
 from tests.processors.toy import EOS, TOKENIZER, A, C, V, same
@@ -224,7 +230,7 @@ def goes_on_by_chance(name, arguments, ids):
     if isinstance(ignored, int) and ignored >= ids.shape[1]:
         return True  # nothing is read
     names = ["PrefixConstrainedLogitsProcessor", "WhisperTimeStampLogitsProcessor"]
-    if not COMPLETES_FROM_ALL_OF_A_TEXT:
+    if TAKES_ONE_TEXT_FOR_ALL_ROWS or not COMPLETES_FROM_ALL_OF_A_TEXT:
         names += ["SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"]
     if not PENALISES_COPIES:
         names += ["EncoderRepetitionPenaltyLogitsProcessor"]

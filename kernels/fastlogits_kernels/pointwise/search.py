@@ -121,7 +121,7 @@ _STEPWISE = ["B", "W", "L", "source_length", "splits", "stride_ids_row", "stride
 _STEPWISE += ["stride_prompt", "cache_offset", "prompt_offset"]
 _UNALIGNED = ["ids_ptr", "masks_ptr", "rows_ptr", "sources_ptr", "starts_ptr", "gates_ptr", "table_ptr", "numbers_ptr"]
 _UNALIGNED += ["allowed_ptr", "cache_position_ptr", "prompt_length_ptr", "values_ptr"]
-_UNALIGNED += ["bits_ptr", "planes_ptr", "row_values_ptr"]
+_UNALIGNED += ["bits_ptr", "planes_ptr", "row_values_ptr", "rounds_like_ptr"]
 
 # Where the fields of a task stand in the flat tuple that the kernel is compiled for, and those of a gate in the table.
 TASK_KIND, TASK_SET, TASK_GATE, TASK_A, TASK_B, TASK_PLANE = (tl.constexpr(i) for i in range(len(Task._fields)))

@@ -257,14 +257,14 @@ class Call:
         self._constants = end, b"".join(constants)
         self._free: list[_Block] = []
 
-    def __call__(self, index: int, stream: int, values: Sequence[float], programs: int = 0) -> None:
+    def __call__(self, index: int, stream: int, values: Sequence[float], programs: int | None = None) -> None:
         """Launch the kernels.
 
         Args:
             index: of the device, which is the current one.
             stream: where to.
             values: what the call brings.
-            programs: another number of programs of the only kernel; 0 for those that were said.
+            programs: another number of programs of the only kernel, above 0; None for those that were said.
 
         Raises:
             DriverError: the driver refuses one of them; those before it have been launched.
@@ -278,7 +278,7 @@ class Call:
         self._values.pack_into(block.memory, 0, *values)
         if stream != block.stream:
             block.go_to(stream)
-        if programs != block.programs and programs:
+        if programs is not None and programs != block.programs:
             block.spread_over(programs)
         for launch in block.launches:
             if launch():

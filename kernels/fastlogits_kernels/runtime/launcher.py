@@ -115,13 +115,15 @@ class Launcher:
         return getattr(self.kernel, "__name__", type(self.kernel).__name__)
 
     def __call__(self, key: tuple[Any, ...], programs: int, args: tuple[Any, ...]) -> None:
-        """Launch ``programs`` programs on the device that ``key`` begins with.
+        """Launch ``programs`` programs on the device that ``key`` begins with; none for an empty batch.
 
         The rest of ``key`` is all of ``args`` that a variant of the kernel depends on: constants, dtypes, absent
         arguments, alignments, specialised integers.
         """
         if _collectors and _collection.launches is not None and not self._fills_tables:
             _collection.launches.append(Launch(self, key, programs, args))
+            return
+        if not programs:
             return
         device = key[0]
         if _MANY_DEVICES and device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -331,11 +333,12 @@ class Relaunches:
     def of(cls, launches: Sequence[Launch], given: int) -> Relaunches | None:
         """Those of some launches, whose arguments hold a ``Given`` in place of each tensor that a call brings.
 
-        None where one of them has to be made by Triton, or isn't compiled yet.
+        None where one of them has to be made by Triton, or isn't compiled yet, and where an empty batch needs none.
         """
+        launches = [each for each in launches if each.programs]
         entries = [each.launcher.entry(each.key) for each in launches]
         found = [entry for entry in entries if entry is not None]
-        if len(found) < len(entries):
+        if not entries or len(found) < len(entries):
             return None
         arguments = [entry.arguments(launch.args) for entry, launch in zip(found, launches, strict=True)]
         try:

@@ -276,6 +276,23 @@ def test_a_launcher_relaunches_through_the_driver(library, one_device):
 
 
 @needs_relaunches
+def test_nothing_is_launched_for_no_rows(library, one_device):
+    """Neither at first, nor where a kernel is relaunched; in a call that was laid out the others are."""
+    kernel = Kernel()
+    launcher = launcher_of(kernel)
+    for programs in (0, 5, 0, 5, 0, 3):
+        launcher(KEY, programs, ARGS)
+    assert not kernel.by_triton
+    assert [made[1] for made in library.made] == [(5, 1, 1), (5, 1, 1), (3, 1, 1)]
+    library.made.clear()
+    args = Given(0), 0, 2, Given(1), 0.5, 4, True, 0
+    none, some = Launch(launcher, KEY, 0, args), Launch(launcher, KEY, 6, args)
+    assert Relaunches.of([none, none], 2) is None
+    assert Relaunches.of([none, some], 2)(0, [16, 32])
+    assert [made[1] for made in library.made] == [(6, 1, 1)]
+
+
+@needs_relaunches
 @pytest.mark.parametrize("why", ["objection", "unfit", "tuple"])
 def test_a_launcher_launches_by_triton_what_is_triton_s(library, one_device, monkeypatch, why):
     changes = {"unfit": {"kinds": ("fp16",)}, "tuple": {"kinds": (("*fp32",), *KINDS[1:])}}.get(why, {})
