@@ -107,7 +107,7 @@ if TYPE_CHECKING:
     from fastlogits.transformers.decode import decode as decode
     from fastlogits.warm_up import WarmUp as WarmUp
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives. They are imported on first use: importing fastlogits must not import transformers.
 # What type checkers read is above; `python -m tests.public_names` writes it from this table.

@@ -275,7 +275,7 @@ def _refine_launches(call: _Call) -> tuple[list[Launch], int]:
     launches: list[Launch] = []
     tried = -1
     for slots in selection.slots:
-        if scores.dtype != torch.float32 and not selection.many_rows:  # logits of 16 bits tie a lot
+        if scores.dtype != torch.float32:  # logits of 16 bits tie a lot
             slots = max(slots, SOME)
         launches.append(Launch(call.launchers.refining(slots), (*call.key, slots), len(scores), (
             *call.maps, *call.sampling, given.work, given.out, given.tokens, scores.shape[1], *call.shape,

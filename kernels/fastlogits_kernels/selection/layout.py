@@ -132,14 +132,13 @@ def _most_candidates(count: float, V: int, deviations: float, margin: float) -> 
     return (reach + margin * math.sqrt(reach)) / share
 
 
-def _slots_for(fewest: float, V: int, deviations: float, many_rows: bool) -> tuple[int, ...]:
+def _slots_for(fewest: float, V: int, deviations: float) -> tuple[int, ...]:
     """How many candidates are refined in registers, where a rule keeps ``fewest``: launch after launch."""
     if not fewest:
         return (SOME,)
     for slots, margin in _MARGINS.items():
         if fewest <= slots and _most_candidates(fewest, V, deviations, margin) <= slots:
-            # Of many rows nearly all have few, which more programs at once refine.
-            return (FEW, SOME) if many_rows else (slots,)
+            return (slots,)
     return (MANY,) if fewest <= MANY else (SOME, MANY)
 
 
@@ -183,11 +182,10 @@ class Selection:
         self.weighed = any(1 <= rule.spec.sums < 3 for rule in rules)
         counted = [float(rule.value) for rule in rules if _is_number(rule) and rule.spec.goal == "count"]
         fewest = min(counted, default=math.inf)
-        self.many_rows = many_rows
         self.deviations = DEVIATIONS_OF_MANY if many_rows else DEVIATIONS
-        self.slots = _slots_for(fewest if rules else 0, V, self.deviations, many_rows)
+        self.slots = _slots_for(fewest if rules else 0, V, self.deviations)
         """How many candidates are refined in registers, launch after launch."""
-        most = self.slots[-1] if many_rows else math.inf
+        most = max(self.slots[-1], SOME) if many_rows else math.inf
         self.layouts = {size: Layout.of(V, len(rules), self.sums > 0, BLOCK_BYTES // size, most) for size in (2, 4)}
         # Where no rule keeps more than can be collected, nothing has to be kept for certain.
         self.bracketed = not normalise and not fewest <= 0.6 * self.layouts[4].few

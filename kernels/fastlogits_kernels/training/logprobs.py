@@ -168,8 +168,7 @@ def _lanes(device: torch.device, parts: int) -> Iterator[Callable[[int], Abstrac
         return
     here = torch.cuda.current_stream(device)
     if device not in _streams:
-        # Of two launches one has its programs placed first, and those of the other one fill the gaps.
-        _streams[device] = [torch.cuda.Stream(device, priority=-1) for _ in range(_LANES - 1)]
+        _streams[device] = [torch.cuda.Stream(device) for _ in range(_LANES - 1)]
     beside = _streams[device]
     for stream in beside:
         stream.wait_stream(here)
