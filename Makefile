@@ -39,7 +39,7 @@ test-real: $(REAL_VENV)/ready
 # New examples for the property tests, which take the same ones in `make test`; it ends at the first that fails.
 MINUTES ?= 10
 fuzz: $(VENV)/ready
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(RUN) tests/campaign/fuzz.py $(MINUTES) $(ARGS)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(RUN) -m tests.campaign.fuzz $(MINUTES) $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -72,7 +72,8 @@ publish: $(VENV)/ready
 export: $(VENV)/ready
 	$(RUN) -m fastlogits_kernels.export build/hub
 
-$(VENV)/ready: pyproject.toml constraints.txt
+# fastlogits/__init__.py has the version that the installation says.
+$(VENV)/ready: pyproject.toml constraints.txt fastlogits/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,docs]'
 	touch $@

@@ -7,6 +7,7 @@ compared first, and stands beside the times: of tied tokens at the cut-off of to
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -240,7 +241,7 @@ def timed(engines: dict[str, Engine], logits: torch.Tensor, budget_s: float = 0.
         host[name] = WallBunch(calls[0], device)
     out = torch.empty_like(logits)
     bunches["copy"] = ReplayBunch([partial(out.copy_, each) for each in cold])
-    bunches["read"] = ReplayBunch([partial(torch.amax, each, -1) for each in cold])
+    bunches["amax"] = ReplayBunch([partial(torch.amax, each, -1) for each in cold])
     on_gpu = {f"{name}_us": round(timing.median, 1) for name, timing in interleaved(bunches, budget_s).items()}
     on_host = {f"{name}_host_us": round(timing.median, 1) for name, timing in interleaved(host, budget_s / 2).items()}
     return on_gpu | on_host | {"not_captured": " ".join(eager)}
@@ -294,7 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason)
         return 2
     device = torch.device("cuda")
-    about = {"timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"), **environment()}
+    about = {
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"), **environment(),
+        "vllm": import_module("vllm").__version__,
+        "flashinfer_sampler": os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", ""),
+    }  # fmt: skip
     rows = []
     for found in measured(device):
         rows.append(about | {"device": device_name(device)} | found)

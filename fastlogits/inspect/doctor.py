@@ -13,7 +13,7 @@ import torch
 from fastlogits_kernels.draw import draw
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import driver as cuda_driver
-from fastlogits_kernels.runtime.backend import BACKEND, absence, lost_on, unsupported
+from fastlogits_kernels.runtime.backend import BACKEND, INTERPRETED, absence, lost_on, unsupported
 from fastlogits_kernels.runtime.launcher import triton
 from fastlogits_kernels.truncate.reference import reference_truncate
 
@@ -78,6 +78,8 @@ def _hooks() -> Iterator[Finding]:
 def path(device: torch.device) -> str:
     """Which code a call with scores on the device runs, and why."""
     if device.type != "cuda":
+        if BACKEND == "triton" and INTERPRETED:
+            return "Triton's interpreter, which is slow: FASTLOGITS_BACKEND is triton; auto runs torch"
         if BACKEND == "triton":
             return f"none: FASTLOGITS_BACKEND is triton, and scores on {device.type} have no kernels; auto runs torch"
         return f"torch: the kernels are for CUDA; scores on {device.type} take the reference code in torch"

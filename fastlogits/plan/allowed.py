@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from fastlogits_kernels.pointwise.mask import takes_bits
 from fastlogits_kernels.pointwise.pack_ids import pack_ids
 from fastlogits_kernels.runtime.bits import unpack_bits
 from fastlogits_kernels.runtime.recent import hold, is_capturing, recent
@@ -82,7 +83,7 @@ class AllowedRows:
             rows = tables[0].rows(input_ids, scores, V, prompt_length)
             for table in tables[1:]:
                 rows = rows & table.rows(input_ids, scores, V, prompt_length)
-            return unpack_bits(rows, V) if device.type == "cpu" else rows
+            return rows if takes_bits(device) else unpack_bits(rows, V)
 
         key = (B, V, device)
         rows = kept.get(key)

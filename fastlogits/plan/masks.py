@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from fastlogits_kernels.pointwise.mask import Bans, mask_tokens, mask_tokens_
+from fastlogits_kernels.pointwise.mask import Bans, mask_tokens, mask_tokens_, takes_bits
 from fastlogits_kernels.runtime.recent import hold, is_capturing, recent
 
 from fastlogits.checks import check_rows
@@ -87,7 +87,8 @@ class _MaskTables:
         return Bans(self._sets(masks), masks[0].ids(self.device) if few and len(masks) == 1 else None)
 
     def _sets(self, masks: list[TokenMask]) -> torch.Tensor:
-        return torch.stack([mask.row() if self.device.type == "cpu" else mask.bits() for mask in masks]).to(self.device)
+        packed = takes_bits(self.device)
+        return torch.stack([mask.bits() if packed else mask.row() for mask in masks]).to(self.device)
 
 
 class Masks:

@@ -18,7 +18,7 @@ LONGEST = 50
 UNROLLED = tl.constexpr(16)
 
 WORDS_EACH = 1024
-"""With fewer words a program of its own isn't worth it: each program reads the whole text."""
+"""Words of a program, about: each program reads the whole text, so that more of them don't get done sooner."""
 
 
 class Text(NamedTuple):
@@ -38,10 +38,10 @@ class Text(NamedTuple):
 
 
 class OwnWords(NamedTuple):
-    """The words of a set that a program fills: of groups of 8, the ``split``-th and every ``splits``-th after it.
+    """The words of a set that a program fills: they are dealt to ``splits`` programs in turn, 8 at a time.
 
-    Tokens that occur often have neighbouring ids: dealt like this, no program has most of them. ``splits`` is a power
-    of two. The set has ``W`` words, and V tokens have bits.
+    Tokens that occur often have neighbouring ids: a range of them would give one program most of the work. ``splits``
+    is a power of two, and ``split`` the program's number. The set has ``W`` words, and V tokens have bits.
     """
 
     split: tl.tensor
@@ -51,7 +51,7 @@ class OwnWords(NamedTuple):
 
 
 def splits_of(W: int, most: int) -> int:
-    """Into how many programs' words a set of so many is split; ``most`` where each has enough."""
+    """How many programs share a set of W words: a power of two, at most ``most``, with some ``WORDS_EACH`` each."""
     return 1 << (max(1, min(-(-W // WORDS_EACH), most)).bit_length() - 1)
 
 

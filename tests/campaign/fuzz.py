@@ -1,6 +1,6 @@
 """New examples for all property tests, for as long as is wanted.
 
-    python tests/campaign/fuzz.py MINUTES [pytest's arguments]
+    python -m tests.campaign.fuzz MINUTES [pytest's arguments]
 
 Each round runs them with a seed of its own. Without other arguments half of the time goes to the machines of
 ``test_machines.py``, which look farthest. It ends at the first failure, and says how to see that again.
@@ -81,7 +81,7 @@ def main(minutes: str, *arguments: str, least: int = 1) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python tests/campaign/fuzz.py",
+        prog="python -m tests.campaign.fuzz",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

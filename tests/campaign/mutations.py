@@ -669,8 +669,19 @@ MUTATIONS = [
         ("serving/test_history_index.py",),
     ),
     Mutation(
+        "the first token may come twice", f"{KERNELS}/serving/search.py",
+        "rest = tl.where(every, -1, covered.tokens)", "rest = tl.where(every, 0, covered.tokens)",
+        ("serving/test_batch.py::test_no_token_twice",),
+    ),
+    Mutation(
+        "biases before repetitions", f"{KERNELS}/serving/reference.py",
+        "(_count, _penalize, _lower_repetitions, _bias)", "(_count, _penalize, _bias, _lower_repetitions)",
+        ("serving/test_batch.py::test_biases_come_last_where_the_engine_adds_them_last",),
+    ),
+    Mutation(
         "repetitions in spans alone", f"{KERNELS}/serving/search.py",
-        "rest = tl.where(rest_lowers, rest, tl.maximum(rest, stop))", "rest = tl.maximum(rest, stop)",
+        "rest = tl.where(rest_lowers, covered.tokens, tl.maximum(covered.tokens, stop))",
+        "rest = tl.maximum(covered.tokens, stop)",
         ("serving/test_history_index.py", "serving/test_batch.py"),
     ),
     Mutation(

@@ -238,6 +238,24 @@ def test_a_request_does_not_depend_on_who_shares_the_batch(semantics, device, pa
     assert tokens[count:].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("also", [{}, {"dry_multiplier": 0.8, "dry_allowed_length": 1}])
+def test_no_token_twice(also, device, path):
+    batch = BatchProcessor(1, V, device, max_length=64)
+    batch.add(RequestParams(no_repeat_ngram_size=1, **also), [9, 3, 9, 5], [7])
+    found = batch.apply(torch.zeros(1, V, device=device), [0])
+    assert torch.isneginf(found[0]).nonzero().flatten().tolist() == [3, 5, 7, 9]
+
+
+def test_biases_come_last_where_the_engine_adds_them_last(device, path):
+    """Rounded in that order: repetitions are lowered before."""
+    batch = BatchProcessor(1, V, device, max_length=64, semantics="sglang")
+    batch.add(RequestParams(logit_bias={3: 0.5}, dry_multiplier=0.7, dry_allowed_length=1), [5, 3, 5])
+    given = torch.tensor(0.45151636)
+    assert (given + 0.5) - 0.7 != (given - 0.7) + 0.5
+    found = batch.apply(torch.full((1, V), float(given), device=device), [0])
+    assert found[0, 3].cpu() == (given - 0.7) + 0.5
+
+
 def test_draft_rows_see_the_history_and_their_own_prefix(device, path):
     rng = random.Random(2)
     count = 2 if path == "kernels" and device == "cpu" else 12

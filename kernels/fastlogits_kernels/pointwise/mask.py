@@ -19,7 +19,7 @@ import torch
 
 from fastlogits_kernels.history import Text, holds_all, index_at
 from fastlogits_kernels.pointwise.columns import fill_columns
-from fastlogits_kernels.runtime.backend import Operation, has_gradient
+from fastlogits_kernels.runtime.backend import Operation, has_gradient, wanted_on
 from fastlogits_kernels.runtime.bits import unpack_bits, words
 from fastlogits_kernels.runtime.launcher import Launcher, empty_out, row_stride, tl, triton
 from fastlogits_kernels.runtime.library import register
@@ -178,6 +178,11 @@ _COPY_BLOCK_W, IN_PLACE_BLOCK_W = 32, 64
 
 _mask_tokens_launcher = Launcher(_mask_tokens_kernel, num_warps=4)
 _mask_listed_tokens_launcher = Launcher(_mask_listed_tokens_kernel, num_warps=4)
+
+
+def takes_bits(device: torch.device) -> bool:
+    """Whether sets have to be packed on a device: kernels read no others; on a CPU, torch is faster with Booleans."""
+    return device.type != "cpu" or wanted_on(device)
 
 
 def launch_mask_tokens(scores: torch.Tensor, out: torch.Tensor, bans: Bans) -> None:

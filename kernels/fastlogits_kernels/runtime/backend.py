@@ -36,7 +36,7 @@ def _chosen() -> str:
 
 
 BACKEND = _chosen()
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 _absence: str | None = None
 
 
@@ -76,7 +76,7 @@ def wanted_on(device: torch.device) -> bool:
     """
     if BACKEND != "triton":
         return False
-    if not _INTERPRETED:
+    if not INTERPRETED:
         raise KernelError(
             f"FASTLOGITS_BACKEND must be auto or torch for tensors on {device}, got 'triton': the kernels need a GPU. "
             "Move the tensors to one, set the variable to auto, or set TRITON_INTERPRET=1 for Triton's interpreter"

@@ -311,7 +311,7 @@ def is_collecting() -> bool:
 
 def launch_together(launches: Sequence[Launch]) -> None:
     """Make some launches in their order; those of them that have to be compiled are compiled at once."""
-    missing = [each for each in launches if each.key not in each.launcher.compiled]
+    missing = [each for each in launches if each.programs and each.key not in each.launcher.compiled]
     if len(missing) > 1 and not is_collecting():
         compile_together(missing)
     for launcher, key, programs, args in launches:

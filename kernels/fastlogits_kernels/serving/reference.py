@@ -176,9 +176,9 @@ def _apply(x: torch.Tensor, request: _Request, semantics: Semantics, bitmask: to
         x.fill_(float("-inf"))
         x[forced[request.step].long()] = 0.0
         return
-    for change in (_count, _penalize, _bias) if semantics.bias_last else (_bias, _penalize, _count):
+    in_order = (_bias, _penalize, _count, _lower_repetitions)
+    for change in (_count, _penalize, _lower_repetitions, _bias) if semantics.bias_last else in_order:
         change(x, request)
-    _lower_repetitions(x, request)
     _ban_sets(x, request, bitmask)
     _ban_repeated(x, request)
     _ban_endings(x, request, semantics)

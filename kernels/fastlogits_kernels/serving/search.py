@@ -186,10 +186,10 @@ class _Covered(NamedTuple):
 
 
 class _End(NamedTuple):
-    """How the text of a row ends: its last two tokens, of which the first ``known`` count, 0 to 2.
+    """How the text of a row ends: the ``last`` token, and the one ``before`` it.
 
-    A place is like the end if those tokens stand there, too. ``size`` is that of the n-grams that may not repeat, 0 for
-    none; ``lowers`` whether DRY acts, whose breakers are the tokens of a set below ``limit``.
+    A place is like the end where the last ``known`` tokens are the same, 0 to 2. ``size`` is that of the n-grams that
+    may not repeat, 0 for none; ``lowers`` whether DRY acts, whose breakers are the tokens of a set below ``limit``.
     """
 
     size: tl.tensor
@@ -386,19 +386,22 @@ def _end_of(request, text, penalties, words, W):
     breakers_ptr = request.masks_ptr + _BREAKER_PLANE * W
     limit = tl.where((request.flags & BREAKER_MASK) != 0, words.V, 0)
     broken = holds(breakers_ptr, last, limit) | ((known > 1) & holds(breakers_ptr, before, limit))
-    lowers = (penalties.dry_count > 0) & (broken == 0)
+    # Where no token may come twice, all that DRY could lower is banned.
+    lowers = (penalties.dry_count > 0) & (broken == 0) & (size != 1)
     return _End(tl.where(text.length >= size - 1, size, 0), known, last, before, lowers, breakers_ptr, limit)
 
 
 @triton.jit
-def _is_like_end(text, at, inside, end, words):
-    """The token behind each place, whether it is a program's, and whether the text up to there ends like all of it."""
+def _places_like_end(text, at, inside, every, end, words):
+    """Which places end like the text, or ``every`` one, and the token behind those; of this program's tokens alone."""
     token = token_at(text, at, inside & (at >= 0))
-    previous = token_at(text, at - 1, inside & (at >= 1) & (end.known > 1))
-    follower = token_at(text, at + 1, inside)
-    is_like = (at >= end.known - 1) & ((end.known < 1) | (token == end.last))
+    is_like = inside & (at >= end.known - 1) & ((end.known < 1) | (token == end.last))
+    # What follows is loaded where it counts, which is nearly nowhere.
+    previous = token_at(text, at - 1, is_like & (at >= 1) & (end.known > 1))
     is_like = is_like & ((end.known < 2) | (previous == end.before))
-    return follower, inside & is_mine(follower, words), is_like
+    found = (is_like | every) & inside
+    follower = token_at(text, at + 1, found)
+    return follower, found & is_mine(follower, words)
 
 
 @triton.jit
@@ -418,14 +421,13 @@ def _mark_repeated(banned_ptr, edited_ptr, text, end, covered, words, BLOCK: tl.
         span = spans ^ (spans & (spans - 1))
         # Places are those of the last token before one that is banned or lowered.
         at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
-        follower, mine, is_like = _is_like_end(text, at, inside, end, words)
-        found = mine & (is_like | every)
+        follower, found = _places_like_end(text, at, inside, every, end, words)
         if tl.max(found.to(tl.int32)) > 0:
             banned = found & (end.size > 0) & (at >= end.size - 2)
             for j in range(end.known + 1, end.size):
                 banned &= token_at(text, at + 1 - j, banned) == token_at(text, text.length - j, text.length >= j)
             mark(banned_ptr, follower, banned)
-            lowered = found & is_like & end.lowers
+            lowered = found & end.lowers
             lowered = lowered & (holds(end.breakers_ptr, follower, tl.where(end.lowers, end.limit, 0)) == 0)
             mark(edited_ptr, follower, lowered)
             any_lowered = tl.max(lowered.to(tl.int32))
@@ -483,13 +485,12 @@ def _tally_repetitions(
 ):  # fmt: skip
     """Tally how long the longest repetition is that each token would extend, in the places where there are any."""
     stop = text.length - 1
-    rest = tl.where(end.size == 1, 0, covered.tokens)
-    rest = tl.where(rest_lowers, rest, tl.maximum(rest, stop))
+    rest = tl.where(rest_lowers, covered.tokens, tl.maximum(covered.tokens, stop))
     within = covered.tokens * 0
+    no = tl.full([], 0, tl.int1)
     while (spans != 0) | (rest < stop):
         at, inside, spans, within, rest = _turn(covered, spans, within, rest, stop, BLOCK)
-        follower, mine, is_like = _is_like_end(text, at, inside, end, words)
-        found = mine & is_like
+        follower, found = _places_like_end(text, at, inside, no, end, words)
         found = found & (holds(end.breakers_ptr, follower, tl.where(found, end.limit, 0)) == 0)
         matched = match_length(text, at, found, end.known, end.breakers_ptr, end.limit, _LONGEST)
         place = _place_of(edits, follower, found, ROOM)
@@ -672,7 +673,7 @@ def _slot_sets_kernel(
     base, total = _rank_edits(edits, cursors_ptr + row, span_ptr, any_edits, words, ROOM, BLOCK)
     tl.debug_barrier()
     _tally_repetitions(edits, text, end, lowering, rest_lowers, covered, words, ROOM, _TURN)
-    tl.debug_barrier()  # counts are added to these
+    tl.debug_barrier()  # then counts are added to the same words
     _tally(edits, text, penalties, biases, covered, words, ROOM, BLOCK, LIST_BLOCK)
     tl.debug_barrier()
     # A forced token has 0, as its value is cleared.
