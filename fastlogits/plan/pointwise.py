@@ -33,6 +33,7 @@ from fastlogits_kernels.runtime.rows import HOW_TO_REPEAT
 from fastlogits.checks import check_rows
 from fastlogits.compilers import constant
 from fastlogits.plan.allowed import AllowedRows
+from fastlogits.plan.causes import kind
 from fastlogits.plan.masks import Masks, is_plain_mask
 from fastlogits.plan.part import NO_ARGUMENTS, Cost, Merge, Part
 from fastlogits.plan.position import split
@@ -70,6 +71,7 @@ FOLDED = (
 )  # fmt: skip
 """The stages that map each logit by itself."""
 
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _MASKS_MERGE = "mask . mask = mask (or)"
 
 
@@ -167,6 +169,9 @@ class Pointwise(Part):
             raise ValueError(f"input_ids is on {input_ids.device}, but scores are on {scores.device}")
         ids = None
         if self._readers:
+            if input_ids.dtype not in _ID_DTYPES:
+                name = self._readers[0].name
+                raise ValueError(f"input_ids must be int32 or int64, since {name} reads tokens, got {kind(input_ids)}")
             ids = input_ids if input_ids.shape[0] == scores.shape[0] else self._of_all_rows(input_ids, scores)
         for ignore in self._ignored:
             if ignore.shape[0] != input_ids.shape[0]:

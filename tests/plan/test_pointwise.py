@@ -408,6 +408,17 @@ def test_a_tensor_of_another_batch_size_is_refused():
         processor(torch.zeros(3, 4).long(), torch.zeros(3, V))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool])
+def test_ids_that_are_no_integers_are_refused(dtype):
+    """They would be cut to integers, and tokens be banned that were never there."""
+    ids = torch.tensor([[1.9, 2.2, 1.1]]).to(dtype)
+    for processors in ([fl.NoRepeatNGramLogitsProcessor(2)], [fl.PresencePenaltyLogitsProcessor(1.5)]):
+        with pytest.raises(ValueError, match=f"input_ids must be int32 or int64.*got {dtype}"):
+            fl.LogitsProcessorList(processors)(ids, torch.zeros(1, V))
+        with pytest.raises(ValueError, match=f"input_ids must be int32 or int64.*got {dtype}"):
+            fl.sample(torch.zeros(1, V), processors, seeds=1, positions=0, input_ids=ids)
+
+
 def test_one_operation_for_a_compiler(device):
     processors = fl.LogitsProcessorList(
         [fl.RepetitionPenaltyLogitsProcessor(1.3), fl.NoRepeatNGramLogitsProcessor(2), fl.TemperatureLogitsWarper(0.7)]

@@ -241,7 +241,7 @@ def test_a_request_does_not_depend_on_who_shares_the_batch(semantics, device, pa
 @pytest.mark.parametrize("also", [{}, {"dry_multiplier": 0.8, "dry_allowed_length": 1}])
 def test_no_token_twice(also, device, path):
     batch = BatchProcessor(1, V, device, max_length=64)
-    batch.add(RequestParams(no_repeat_ngram_size=1, **also), [9, 3, 9, 5], [7])
+    batch.add(RequestParams(no_repeat_ngram_size=1, **also), [9, 3, 5, 3], [7])
     found = batch.apply(torch.zeros(1, V, device=device), [0])
     assert torch.isneginf(found[0]).nonzero().flatten().tolist() == [3, 5, 7, 9]
 
