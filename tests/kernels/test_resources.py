@@ -137,7 +137,7 @@ SPILLED = {
     (3, 6): dict.fromkeys(SEARCHES, 12)
     | {"synthid wraps": 4, "synthid first": 60}
     | dict.fromkeys(STEPS, 36)
-    | {"accept": 8},
+    | {"append": 8, "accept": 8},
 }
 REGISTERS = {"synthid wraps": 192}
 # Of the selection, by call and kernel. Bounds and the filter are held to fewer registers, so that more programs run at
