@@ -145,7 +145,7 @@ REGISTERS = {"synthid wraps": 192}
 LIMITS = {
     "refine_rows": (128, 768), "bounds typical": (64, 256), "bounds serving": (64, 256), "filter serving": (48, 256),
     "bounds": (64, 40), "filter": (48, 8), "refine": (128, 0), "report": (192, 8), "tiles": (136, 8),
-    "slot_sets": (136, 28), "masses": (136, 4), "selected": (136, 16), "given": (136, 12),
+    "slot_sets": (136, 28), "masses": (136, 4), "selected": (136, 16), "given": (136, 12), "given_sums": (136, 8),
 }  # fmt: skip
 VERSION = tuple(int(n) for n in launcher.triton.__version__.split(".")[:2]) if launcher.HAS_TRITON else ()
 

@@ -1,5 +1,6 @@
 """Truncations: against transformers' warpers one by one, against them in float64, and on rows made to trip them."""
 
+import itertools
 import math
 from functools import partial
 from unittest.mock import patch
@@ -77,8 +78,9 @@ def is_decided(scores: torch.Tensor, rules) -> bool:
     """Whether rounding can't change what is kept: not in float64, with values and scores moved, ties staying ties."""
     wide = scores.double()
     kept = [transformers_chain(wide, rules) == wide]
-    for moved in (5e-6, -5e-6):
-        shaken = wide + moved / 2 * (1 + wide.abs() / 10) * torch.sin(wide * 1e4)
+    # The shorter wave moves scores apart that float32 may take for equal.
+    for moved, wave in itertools.product((5e-6, -5e-6), (1e4, 1e9)):
+        shaken = wide + moved / 2 * (1 + wide.abs() / 10) * torch.sin(wide * wave)
         shaken = torch.where(wide.isfinite(), shaken, wide)
         kept.append(transformers_chain(shaken, rules, moved) == shaken)
     return all(torch.equal(each, kept[0]) for each in kept[1:])
