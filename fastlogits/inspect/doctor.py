@@ -86,8 +86,7 @@ def path(device: torch.device) -> str:
     reason = absence() or unsupported(device)
     if reason is not None:
         return f"torch, with some operations for each stage: {reason}"
-    interpreted = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
-    if interpreted:
+    if INTERPRETED:
         return "Triton's interpreter, a thousand times slower than a GPU: TRITON_INTERPRET is set, unset it"
     return f"kernels: CUDA, and Triton {triton.__version__}; torch runs what they don't take (gradients, other shapes)"
 
