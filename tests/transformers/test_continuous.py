@@ -63,6 +63,12 @@ FLAGS = {
 }
 
 
+@pytest.fixture
+def llama():
+    """One of this test alone: transformers changes a model's attention, and an error leaves it changed."""
+    return tiny_llama()
+
+
 def config(**flags):
     return GenerationConfig(**{"max_new_tokens": 9, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0, **flags})
 
