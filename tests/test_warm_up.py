@@ -461,6 +461,7 @@ class Slow:
 
     def __init__(self, name, error=None, meeting=None):
         self.__name__, self.error, self.threads, self.launched, self.meeting = name, error, [], 0, meeting
+        self.run = None
 
     def warmup(self, *args, grid, **options):
         if self.meeting is not None:

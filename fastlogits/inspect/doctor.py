@@ -92,7 +92,7 @@ def path(device: torch.device) -> str:
 
 
 def launcher(device: torch.device) -> str:
-    """What launches the kernels on the device, from the second launch on, and why."""
+    """What launches the kernels on the device, and why."""
     if device.type != "cuda" or absence() or unsupported(device):
         return "none: no kernel is launched"
     reason = cuda_driver.objection(device)

@@ -664,6 +664,33 @@ MUTATIONS = [
         ("kernels/runtime/test_driver.py::test_nothing_is_launched_for_no_rows",),
     ),
     Mutation(
+        "Triton's launchers imported at once", f"{KERNELS}/runtime/launcher.py",
+        "    with _importing:\n        return compiled.run\n", "    return compiled.run\n",
+        ("kernels/runtime/test_driver.py::test_threads_ask_for_triton_s_launchers_one_by_one",),
+    ),
+    Mutation(
+        "a profiler's launch imports a launcher by itself", f"{KERNELS}/runtime/launcher.py",
+        "                _triton_s_launcher(loaded.compiled)\n", "",
+        ("kernels/runtime/test_driver.py::test_threads_ask_for_triton_s_launchers_one_by_one",),
+    ),
+    Mutation(
+        "Triton's launcher imported for what the driver launches", f"{KERNELS}/runtime/launcher.py",
+        "                if entry is None:\n                    _triton",
+        "                if compiled is not None:\n                    _triton",
+        ("kernels/runtime/test_driver.py::test_with_the_driver_nobody_asks_for_triton_s_launcher",),
+    ),
+    Mutation(
+        "one GPU's function launched on another", f"{KERNELS}/runtime/launcher.py",
+        "loaded = self._loaded.get((device, compiled))",
+        "loaded = next((each for (_, its), each in self._loaded.items() if its is compiled), None)",
+        ("kernels/runtime/test_driver.py::test_a_kernel_is_loaded_once_on_each_device",),
+    ),
+    Mutation(
+        "parameters in tuples counted as arguments", f"{KERNELS}/runtime/driver.py",
+        "flat = all(len(place) == 1 for place in entry.places)", "flat = True",
+        ("kernels/runtime/test_driver.py::test_a_relaunch_takes_what_stands_in_tuples",),
+    ),
+    Mutation(
         "the token behind the index unread", f"{KERNELS}/serving/search.py",
         "rest = tl.where(every, -1, covered.tokens)", "rest = tl.where(every, -1, covered.tokens + 1)",
         ("serving/test_history_index.py",),

@@ -34,7 +34,7 @@ from fastlogits_kernels.serving import search, steps
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import OPERATIONS, Given, forced
-from tests.kernels.launches import captured, compile_source, loaded, source_of
+from tests.kernels.launches import captured, compile_source, loading, source_of
 
 V = 4096
 
@@ -58,15 +58,16 @@ def hollow(made: Launch, shared: int) -> Any:
     return compiled
 
 
-def compile_all(launches: list[Launch], linked: bool = False) -> None:
-    """Compile what some launches need, and put it where relaunches look for it; ``linked`` to Triton's launcher."""
+def compile_all(launches: list[Launch]) -> None:
+    """Compile and load what some launches need, and give Triton's launcher the same function."""
     from triton.backends.nvidia.driver import CudaLauncher
 
     for number, each in enumerate(launches, 1):
         if each.key not in each.launcher.compiled:
             compiled = hollow(each, shared=16 * number)
-            run = CudaLauncher(compiled.src, compiled.metadata) if linked else None
-            each.launcher.compiled[each.key] = loaded(compiled, 4096 * number, run)
+            each.launcher.keep(each.key, compiled)
+            compiled._run = CudaLauncher(compiled.src, compiled.metadata)
+            compiled.function = each.launcher.entry(each.key).function
 
 
 @contextmanager
@@ -97,6 +98,11 @@ static uint64_t functions[4096];
 static uint32_t counts[4096];
 static uint8_t sizes[4096][128];
 static int known;
+static uint64_t loaded;
+int cuModuleLoadData(uint64_t *module, const void *code) { *module = 1; return 0; }
+int cuModuleGetFunction(uint64_t *function, uint64_t module, const char *name) { *function = 16 * ++loaded; return 0; }
+int cuFuncGetAttribute(int *value, int attribute, uint64_t function) { *value = 1024; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = 227 * 1024; return 0; }
 void describe(uint64_t function, uint32_t count, const uint8_t *its) {
     functions[known] = function; counts[known] = count; memcpy(sizes[known++], its, count);
 }
@@ -234,10 +240,6 @@ def calls() -> list[Callable[[], Any]]:
 
 def compare() -> dict[str, Any]:
     """Make calls through both launchers; says how many launches were alike, and what wasn't."""
-    import triton
-    from triton.backends.nvidia.driver import CudaUtils
-
-    triton.runtime.driver.set_active(mock.Mock(utils=CudaUtils()))
     library = Library()
     different: list[str] = []
     alike = {"laid out": 0, "one by one": 0}
@@ -256,22 +258,20 @@ def compare() -> dict[str, Any]:
         for name, operation in OPERATIONS.items():
             if not name.startswith(("select", "draw")):
                 operation.run(Given(2, 1000, torch.device("cpu")))
-    compile_all(made, linked=True)
-    for compiled in {id(x): x for each in made for x in [each.launcher.compiled[each.key]]}.values():
+    with standing_in(library.library):
+        compile_all(made)
+    for compiled in {each.launcher.compiled[each.key].compiled for each in made}:
         library.describe(compiled)
 
     # One by one: what a launch is given, on a GPU as it would seem.
     for launcher, key, programs, args in made:
-        compiled = launcher.compiled[key]
+        compiled, _, relaunch = launcher.compiled[key]
         on_gpu = _on_gpu(args)
         compiled.run(programs, 1, 1, 7, compiled.function, compiled.packed_metadata, None, None, None, *on_gpu)
         theirs = library.taken()
-        entry = cuda_driver.entry_of(compiled)
-        relaunch = cuda_driver.Relaunch.of(entry)
-        if relaunch is not None:
-            with mock.patch.object(cuda_driver, "library", return_value=library.library):
-                assert relaunch(0, 7, programs, on_gpu)
-            hold("one by one", library.taken(), theirs)
+        with mock.patch.object(cuda_driver, "library", return_value=library.library):
+            assert relaunch(0, 7, programs, on_gpu)
+        hold("one by one", library.taken(), theirs)
 
     # Together, as calls make them from the third time on; then by Triton's launcher, with the same tensors.
     ours: list[Made] = []
@@ -344,7 +344,13 @@ def main() -> None:
     commands.add_parser("build").add_argument("folder")
     commands.add_parser("compare")
     options = parser.parse_args()
-    print(json.dumps(build(options.folder) if options.command == "build" else compare()))
+    if options.command == "build":
+        print(json.dumps(build(options.folder)))
+        return
+    from triton.backends.nvidia.driver import CudaUtils
+
+    with loading(CudaUtils()):
+        print(json.dumps(compare()))
 
 
 if __name__ == "__main__":

@@ -342,17 +342,15 @@ def measured() -> Iterator[None]:
         yield
 
 
-def loaded(compiled: Any, function: int, run: Any = None) -> Any:
-    """A compiled kernel as it is once a GPU has it; None for a launcher of Triton's that can't be called."""
+@contextmanager
+def loading(utils: Any) -> Iterator[None]:
+    """Have Triton's driver for NVIDIA's GPUs without one; ``utils`` is what it loads kernels with."""
     from triton.backends.nvidia.driver import CudaLauncher
 
-    if run is None:
-        run, metadata = object.__new__(CudaLauncher), compiled.metadata
-        run.num_ctas = metadata.num_ctas
-        for name in ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl"):
-            setattr(run, name, getattr(metadata, name))
-    compiled._run, compiled.function = run, function
-    return compiled
+    active = mock.Mock(launcher_cls=CudaLauncher, utils=utils)
+    active.get_current_device.return_value = 0
+    with mock.patch.object(triton.runtime.driver, "_active", active):
+        yield
 
 
 def taken(compiled: Any) -> dict[str, Any]:
@@ -361,9 +359,13 @@ def taken(compiled: Any) -> dict[str, Any]:
     And what keeps it from being launched through the CUDA driver.
     """
     said = compiled.asm["cubin"].decode()
+    utils = mock.Mock()
+    utils.get_device_properties.return_value = {"max_shared_mem": compiled.metadata.shared}
+    utils.load_binary.return_value = (1, 1, 0, 0, 1024)
     try:
         unfit = ""
-        driver.entry_of(loaded(compiled, 1))
+        with loading(utils):
+            driver.entry_of(compiled)
     except driver.UnfitError as error:
         unfit = str(error)
     return {

@@ -15,7 +15,7 @@ import ctypes
 import os
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -111,7 +111,7 @@ class Entry(NamedTuple):
     forms: str
     """How each is written."""
     pointers: frozenset[int]
-    """Which arguments are tensors."""
+    """Which parameters are tensors."""
     scratch: int
     """How many pointers to scratch memory, all of them null, follow."""
 
@@ -127,51 +127,76 @@ class Entry(NamedTuple):
 
 
 def entry_of(compiled: Any) -> Entry:
-    """What the driver needs to know of a compiled kernel.
+    """What the driver needs to know of a compiled kernel, which is loaded onto the current device.
 
     Raises:
         UnfitError: it is not what we know how to launch.
+        Exception: the device can't take it.
     """
+    from triton.runtime import driver  # which may be absent
+
     try:
-        run, metadata = compiled.run, compiled.metadata
-        if (type(run).__module__, type(run).__name__) != ("triton.backends.nvidia.driver", "CudaLauncher"):
+        metadata, launcher = compiled.metadata, driver.active.launcher_cls
+        if (launcher.__module__, launcher.__name__) != ("triton.backends.nvidia.driver", "CudaLauncher"):
             raise UnfitError("its launcher is not the one that we know")
-        if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise UnfitError("it takes scratch memory")
-        if run.num_ctas != 1 or metadata.num_ctas != 1 or run.launch_cooperative_grid:
+        if getattr(metadata, "tmem_size", None):
+            raise UnfitError("it takes tensor memory")
+        if getattr(metadata, "instrumentation_mode", ""):
+            raise UnfitError("it is instrumented")
+        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
             raise UnfitError("its blocks are launched in clusters")
         if tuple(compiled.packed_metadata) != (metadata.num_warps, 1, metadata.shared):
             raise UnfitError("how many threads it has is told in a way that we don't know")
         if metadata.shared > _MOST_SHARED:
             raise UnfitError("it takes more shared memory than most GPUs have")
-        kinds = tuple(compiled.src.signature.values())
-        places, forms = _parameters(kinds)
+        parameters = list(_parameters(tuple(compiled.src.signature.values())))
+        forms = "".join(map(_form, (kind for _, kind in parameters)))
         scratch = _trailing(compiled.asm["ptx"], metadata.name, forms)
+        # Where a profiler listens, Triton has loaded it already.
+        function = int(compiled.function or _load(compiled, driver.active))
         return Entry(
-            compiled, int(compiled.function), 32 * metadata.num_warps, metadata.shared, bool(run.launch_pdl), places,
-            forms, frozenset(index for index, kind in enumerate(kinds) if kind[:1] == "*"), scratch,
+            compiled, function, 32 * metadata.num_warps, metadata.shared, bool(metadata.launch_pdl),
+            tuple(place for place, _ in parameters), forms,
+            frozenset(number for number, (_, kind) in enumerate(parameters) if kind[0] == "*"), scratch,
         )  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnfitError(f"what we rely on is missing ({type(error).__name__}: {error})") from error
 
 
-def _parameters(kinds: Sequence[Any], at: tuple[int, ...] = ()) -> tuple[tuple[tuple[int, ...], ...], str]:
-    """Where the parameters stand among the arguments, and their forms; constants are none."""
-    places: list[tuple[int, ...]] = []
-    forms = ""
+def _load(compiled: Any, active: Any) -> int:
+    """The function of a compiled kernel that is loaded as Triton would load it, apart from the launcher.
+
+    It stays loaded as long as the process.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    metadata, utils, device = compiled.metadata, active.utils, active.get_current_device()
+    most = utils.get_device_properties(device)["max_shared_mem"]
+    if metadata.shared > most:
+        raise OutOfResources(metadata.shared, most, "shared memory")
+    _, function, _, _, most = utils.load_binary(compiled.name, compiled.kernel, metadata.shared, device)
+    if 32 * metadata.num_warps > most:
+        raise OutOfResources(32 * metadata.num_warps, most, "threads")
+    return int(function)
+
+
+def _parameters(kinds: Sequence[Any], at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Where the parameters stand among the arguments, and their types; constants are none."""
     for index, kind in enumerate(kinds):
-        here = (*at, index)
         if isinstance(kind, tuple):
-            inner, inner_forms = _parameters(kind, here)
-            places += inner
-            forms += inner_forms
+            yield from _parameters(kind, (*at, index))
         elif kind != "constexpr":
-            form = POINTER if kind[0] == "*" else _FORMS.get(kind)
-            if form is None:
-                raise UnfitError(f"it has a parameter of type {kind}")
-            places.append(here)
-            forms += form
-    return tuple(places), forms
+            yield (*at, index), kind
+
+
+def _form(kind: str) -> str:
+    """How a parameter of a type is written."""
+    form = POINTER if kind[0] == "*" else _FORMS.get(kind)
+    if form is None:
+        raise UnfitError(f"it has a parameter of type {kind}")
+    return form
 
 
 def _trailing(ptx: str, name: str, forms: str) -> int:
@@ -349,40 +374,44 @@ class Relaunch:
     """Another launch of a compiled kernel, whatever its arguments are.
 
     Args:
-        entry: the kernel, of which no parameter stands in a tuple.
+        entry: the kernel.
     """
 
     def __init__(self, entry: Entry) -> None:
-        form_of = {place[0]: form for place, form in zip(entry.places, entry.forms, strict=True)}
-        pointers = [at for at in form_of if at in entry.pointers]
+        numbers = range(len(entry.forms))
+        flat = all(len(place) == 1 for place in entry.places)
+        # The parameters are picked where they stand; those of tuples once all have been brought into one.
+        self._flatten = None if flat else entry.arguments
+        at = [place[0] for place in entry.places] if flat else numbers
+        pointers = [number for number in numbers if number in entry.pointers]
         # Larger ones first, so that each is aligned.
-        numbers = sorted(form_of.keys() - {*pointers}, key=lambda at: (-struct.calcsize(f"={form_of[at]}"), at))
-        order = {at: Given(number) for number, at in enumerate([*pointers, *numbers])}
-        given = "".join(form_of[at] for at in order)
-        self._call = Call([entry], [1], [[order[place[0]] for place in entry.places]], given)
-        self._pointers, self._numbers = _picker(pointers), _picker(numbers)
+        others = sorted(
+            {*numbers} - {*pointers}, key=lambda number: (-struct.calcsize(f"={entry.forms[number]}"), number)
+        )
+        order = {number: Given(place) for place, number in enumerate([*pointers, *others])}
+        given = "".join(entry.forms[number] for number in order)
+        self._call = Call([entry], [1], [[order[number] for number in numbers]], given)
+        self._pointers = _picker([at[number] for number in pointers])
+        self._others = _picker([at[number] for number in others])
 
-    @classmethod
-    def of(cls, entry: Entry) -> Relaunch | None:
-        """That of a kernel; None where parameters of it stand in tuples."""
-        return cls(entry) if all(len(place) == 1 for place in entry.places) else None
-
-    def __call__(self, index: int, stream: int, programs: int, args: tuple[Any, ...]) -> bool:
+    def __call__(self, index: int, stream: int, programs: int, args: Sequence[Any]) -> bool:
         """Launch it on the current device; False where that is Triton's business, and nothing was launched.
 
         Raises:
             DriverError: the driver refuses it.
         """
+        if self._flatten is not None:
+            args = self._flatten(args)
         # What is on the CPU has no address that can be written, so that Triton may say what is wrong.
         addresses = [each.data_ptr() if each.is_cuda else -1 for each in self._pointers(args) if each is not None]
         try:
-            self._call(index, stream, (*addresses, *self._numbers(args)), programs)
+            self._call(index, stream, (*addresses, *self._others(args)), programs)
         except struct.error:  # nor has a number that doesn't fit, and each absent tensor is one value less
             return False
         return True
 
 
-def _picker(places: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that picks what stands at some places."""
     if len(places) > 1:
         return itemgetter(*places)

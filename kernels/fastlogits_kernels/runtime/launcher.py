@@ -93,8 +93,18 @@ def form_of(what: Hashable) -> int:
     return _forms.setdefault(what, next(_numbers))
 
 
+class _Loaded(NamedTuple):
+    """A compiled kernel on a device."""
+
+    compiled: Any
+    """As Triton has it."""
+    entry: driver.Entry | None
+    """What the driver launches; None where Triton does."""
+    relaunch: driver.Relaunch | None
+
+
 class Launcher:
-    """Launches a kernel; from the second time on without the JIT's binding of arguments, which costs more host time.
+    """Launches a kernel; without the JIT's binding of arguments, which costs more host time, once it is compiled.
 
     Args:
         kernel: a ``triton.jit`` function whose last parameters are its constants.
@@ -104,9 +114,8 @@ class Launcher:
 
     def __init__(self, kernel: Any, fills_tables: bool = False, **options: int) -> None:
         self.kernel = kernel
-        self.compiled: dict[tuple[Any, ...], Any] = {}
-        self._entries: dict[tuple[Any, ...], driver.Entry | None] = {}
-        self._relaunches: dict[tuple[Any, ...], driver.Relaunch | None] = {}
+        self.compiled: dict[tuple[Any, ...], _Loaded] = {}
+        self._loaded: dict[tuple[torch.device, Any], _Loaded] = {}  # several keys may be one kernel to Triton
         self._fills_tables, self._options = fills_tables, options
 
     @property
@@ -130,47 +139,29 @@ class Launcher:
             with torch.cuda.device(device):
                 self(key, programs, args)
             return
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            self._compile(device, programs, args)
+        loaded = self.compiled.get(key)
+        if loaded is None:
+            loaded = self._compile(key, programs, args)
         try:
-            if compiled is None:
-                compiled = self.kernel[programs,](*args, **self._options)
-                if _RELAUNCHES and compiled is not None:  # the interpreter returns nothing
-                    self.compiled[key] = compiled
-            elif _has_hooks():
-                compiled[programs, 1, 1](*args)
+            if loaded is None:  # the interpreter, and Triton before 3.4
+                self.kernel[programs,](*args, **self._options)
+            elif _is_heard(_knobs.launch_enter_hook, _knobs.launch_exit_hook):
+                _triton_s_launcher(loaded.compiled)
+                loaded.compiled[programs, 1, 1](*args)
             else:
-                stream = current_stream(device.index)
-                relaunch = self._relaunch(key, compiled)
+                stream, relaunch = current_stream(device.index), loaded.relaunch
                 if relaunch is None or not relaunch(device.index, stream, programs, args):
+                    compiled = loaded.compiled
+                    run = _triton_s_launcher(compiled)
                     # No hooks, so no metadata for them.
-                    run, metadata = compiled.run, compiled.packed_metadata
-                    run(programs, 1, 1, stream, compiled.function, metadata, None, None, None, *args)
+                    run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
         except Exception as error:
             raise self.refused(error) from error
 
     def entry(self, key: tuple[Any, ...]) -> driver.Entry | None:
         """What the driver launches for ``key``; None where that is Triton's business, or nothing is compiled yet."""
-        compiled = self.compiled.get(key)
-        if compiled is None or driver.objection(key[0]) is not None:
-            return None
-        entry = self._entries.get(key)
-        if entry is None and key not in self._entries:
-            try:
-                entry = driver.entry_of(compiled)
-            except driver.UnfitError as error:
-                driver.refused.setdefault(self.name, str(error))
-            self._entries[key] = entry
-        return entry
-
-    def _relaunch(self, key: tuple[Any, ...], compiled: Any) -> driver.Relaunch | None:
-        """What launches ``compiled`` through the driver; None where Triton does."""
-        relaunch = self._relaunches.get(key)
-        if relaunch is None and key not in self._relaunches:
-            entry = self.entry(key)
-            relaunch = self._relaunches[key] = None if entry is None else driver.Relaunch.of(entry)
-        return relaunch
+        loaded = self.compiled.get(key)
+        return None if loaded is None else loaded.entry
 
     def refused(self, error: Exception) -> KernelError:
         """What is raised where a launch fails."""
@@ -190,42 +181,55 @@ class Launcher:
             return None
         try:
             _hash_inside_out(self.kernel)
-            return warmup(*args, grid=(programs,), **self._options)
+            compiled = warmup(*args, grid=(programs,), **self._options)
+            return compiled.result() if hasattr(compiled, "result") else compiled  # of Triton's AsyncCompileMode
         except Exception as error:
             raise self._not_compiled(device, error) from error
 
-    def _compile(self, device: torch.device, programs: int, args: tuple[Any, ...]) -> None:
+    def _compile(self, key: tuple[Any, ...], programs: int, args: tuple[Any, ...]) -> _Loaded | None:
         """Compile and load the kernel, apart from its launch: where that fails, nothing has been written.
 
         Raises:
             CompileError: it can't be had on the device.
         """
         start = time.perf_counter()
-        compiled = self.compile(device, programs, args)
-        _say_slow([self], device, time.perf_counter() - start)
-        self.load(device, compiled)
+        self.keep(key, self.compile(key[0], programs, args))
+        _say_slow([self], key[0], time.perf_counter() - start)
+        return self.compiled.get(key)
 
     def keep(self, key: tuple[Any, ...], compiled: Any) -> None:
-        """Load what ``compile`` has returned, and relaunch it from now on for ``key``.
+        """Load what ``compile`` has returned onto the current device, and launch it from now on for ``key``.
 
         Raises:
             CompileError: the device can't take it.
         """
-        self.load(key[0], compiled)
-        if _RELAUNCHES and compiled is not None:
-            self.compiled.setdefault(key, compiled)
+        if compiled is None:
+            return
+        device = key[0]
+        loaded = self._loaded.get((device, compiled))
+        if loaded is None:
+            try:
+                entry = self._entry(device, compiled)
+                if entry is None:
+                    _triton_s_launcher(compiled)
+            except Exception as error:
+                raise self._not_compiled(device, error) from error
+            loaded = _Loaded(compiled, entry, None if entry is None else driver.Relaunch(entry))
+            self._loaded[device, compiled] = loaded
+        if _RELAUNCHES:
+            self.compiled.setdefault(key, loaded)
 
-    def load(self, device: torch.device, compiled: Any) -> None:
-        """Load a kernel onto the current device.
-
-        Raises:
-            CompileError: the device can't take it.
-        """
+    def _entry(self, device: torch.device, compiled: Any) -> driver.Entry | None:
+        """A kernel loaded for the driver; None where that is Triton's business."""
+        if not _RELAUNCHES or driver.objection(device) is not None:
+            return None
+        if _is_heard(_knobs.kernel_load_start_hook, _knobs.kernel_load_end_hook):
+            _triton_s_launcher(compiled)  # loads it too, and tells who listens
         try:
-            # Loaded when asked for, which fails where it takes more shared memory than there is.
-            getattr(compiled, "run", None)
-        except Exception as error:
-            raise self._not_compiled(device, error) from error
+            return driver.entry_of(compiled)
+        except driver.UnfitError as error:
+            driver.refused.setdefault(self.name, str(error))
+            return None
 
     def _not_compiled(self, device: torch.device, error: Exception) -> CompileError:
         said = self._failed("compiled", error)
@@ -235,6 +239,20 @@ class Launcher:
         while error.__cause__ is not None:  # a compiler says last in which call of which call it was
             error = error.__cause__
         return f"the kernel {self.name} can't be {what} ({type(error).__name__}: {str(error).strip()[-500:]})"
+
+
+_importing = threading.Lock()
+
+
+def _triton_s_launcher(compiled: Any) -> Any:
+    """Triton's launcher of a kernel; the first time it loads both.
+
+    Raises:
+        Exception: the device can't take the kernel, or the launcher can't be compiled.
+    """
+    # Triton 3.6 imports each from a file of its own, all as one module: a thread could take what another imports.
+    with _importing:
+        return compiled.run
 
 
 def _hash_inside_out(kernel: Any) -> None:
@@ -356,7 +374,7 @@ class Relaunches:
         if (
             (_collectors and _collection.launches is not None)
             or (_MANY_DEVICES and index != torch.cuda.current_device())
-            or _has_hooks()
+            or _is_heard(_knobs.launch_enter_hook, _knobs.launch_exit_hook)
         ):
             return False
         try:
@@ -374,9 +392,9 @@ def compile_together(launches: Sequence[Launch]) -> None:
     """
     if launches[0].key[0].type != "cuda" or not _RELAUNCHES:  # interpreted, or compiled by each launch
         return
-    for compiled in _compiled(launches):
-        if isinstance(compiled, CompileError):
-            raise compiled
+    for error in _made_ready(launches):
+        if error is not None:
+            raise error
 
 
 def prepare(launches: Sequence[Launch]) -> list[tuple[Launch, CompileError | None]]:
@@ -390,41 +408,29 @@ def prepare(launches: Sequence[Launch]) -> list[tuple[Launch, CompileError | Non
         if each.key not in each.launcher.compiled:
             missing.setdefault((id(each.launcher), each.key), each)
     found = list(missing.values())
-    outcomes: list[tuple[Launch, CompileError | None]] = []
-    for launch, compiled in zip(found, _compiled(found), strict=True):
-        error = compiled if isinstance(compiled, CompileError) else None
-        if error is None:
-            try:
-                with _current(launch.key[0]):
-                    launch.launcher.keep(launch.key, compiled)
-            except CompileError as refused:
-                error = refused
-        outcomes.append((launch, error))
-    return outcomes
+    return list(zip(found, _made_ready(found), strict=True))
 
 
-def _compiled(launches: Sequence[Launch]) -> list[Any]:
-    """What the launches need, compiled and loaded in threads, since most of it happens outside Python; or why not."""
+def _made_ready(launches: Sequence[Launch]) -> list[CompileError | None]:
+    """Compile and load what launches need, in threads, since most of it happens outside Python; says why not."""
     if not launches:
         return []
-    device = launches[0].key[0]
 
-    def compile_one(launch: Launch) -> Any:
+    def make_ready(launch: Launch) -> CompileError | None:
+        launcher, key, programs, args = launch
         try:
-            with _current(device):
-                compiled = launch.launcher.compile(device, launch.programs, launch.args)
-                # Triton compiles the launcher in C when a kernel is loaded: some tenths of a second for each.
-                launch.launcher.load(device, compiled)
-                return compiled
+            with _current(key[0]):
+                launcher.keep(key, launcher.compile(key[0], programs, args))
         except CompileError as error:
             return error
+        return None
 
     start = time.perf_counter()
     # A call's kernels all at once; of the dozens of a warm-up no more than there are cores for, which all take memory.
     with ThreadPoolExecutor(min(len(launches), max(_CALL, _cores()))) as pool:
-        compiled = list(pool.map(compile_one, launches))
-    _say_slow([launch.launcher for launch in launches], device, time.perf_counter() - start)
-    return compiled
+        errors = list(pool.map(make_ready, launches))
+    _say_slow([launch.launcher for launch in launches], launches[0].key[0], time.perf_counter() - start)
+    return errors
 
 
 _CALL = 8
@@ -480,10 +486,9 @@ def _layout_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _has_hooks() -> bool:
-    """Whether a profiler listens to launches."""
-    enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+def _is_heard(before: Any, after: Any) -> bool:
+    """Whether a profiler listens to one of two hooks of Triton's."""
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 def _current_stream(index: int) -> int:

@@ -9,6 +9,8 @@ import sys
 import sysconfig
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +19,13 @@ import torch
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import driver as cuda_driver
 from fastlogits_kernels.runtime import launcher as runtime
-from fastlogits_kernels.runtime.backend import KernelError
+from fastlogits_kernels.runtime.backend import CompileError, KernelError
 from fastlogits_kernels.runtime.driver import Call, Given, Relaunch, UnfitError, entry_of
-from fastlogits_kernels.runtime.launcher import Launch, Launcher, Relaunches, collected
+from fastlogits_kernels.runtime.launcher import Launch, Launcher, Relaunches, collected, launch_together, prepare
 from fastlogits_kernels.selection import launch, layout
 
 from fastlogits.inspect import doctor
+from tests.kernels.launches import loading
 
 needs_relaunches = pytest.mark.skipif(not runtime._RELAUNCHES, reason="needs a Triton whose kernels are relaunched")
 CPU = torch.device("cpu")
@@ -45,18 +48,52 @@ def ptx(types, name="kernel"):
     )
 
 
-def compiled(kinds=KINDS, code=(*CODE, ".u64", ".u64"), function=4096, overlaps=True, **changes):
-    """What Triton makes of a kernel, as far as we look."""
-    from triton.backends.nvidia.driver import CudaLauncher
+class Compiled:
+    """What Triton makes of a kernel, as far as we look; notes who asks for its launcher, and what that launches."""
 
-    run = object.__new__(CudaLauncher)
-    run.global_scratch_size = run.profile_scratch_size = 0
-    run.num_ctas, run.launch_cooperative_grid, run.launch_pdl = 1, False, overlaps
-    run.__dict__ |= changes.pop("run", {})
-    metadata = SimpleNamespace(num_warps=4, num_ctas=1, shared=1024, name="kernel", **changes.pop("metadata", {}))
-    source = SimpleNamespace(signature=dict(enumerate(kinds)))
-    made = {"run": run, "metadata": metadata, "packed_metadata": (4, 1, 1024), "src": source, "asm": {"ptx": ptx(code)}}
-    return SimpleNamespace(function=function, **made | changes)
+    name = "kernel"
+
+    def __init__(self, kinds=KINDS, code=(*CODE, ".u64", ".u64"), function=4096, overlaps=True, **changes):
+        metadata = {"num_warps": 4, "num_ctas": 1, "shared": 1024, "name": "kernel", "launch_pdl": overlaps}
+        metadata |= {"launch_cooperative_grid": False, "global_scratch_size": 0, "profile_scratch_size": 0}
+        self.metadata = SimpleNamespace(**metadata | changes.pop("metadata", {}))
+        self.packed_metadata, self.src = (4, 1, 1024), SimpleNamespace(signature=dict(enumerate(kinds)))
+        self.asm, self.kernel, self.function = {"ptx": ptx(code)}, function, None
+        self.asked, self.launched = 0, []
+        self.__dict__ |= changes
+
+    @property
+    def run(self):
+        self.asked += 1
+        self.function = self.kernel + 1
+        return lambda *args: self.launched.append(args)
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launched.append(args) if self.function is not None else self.run(*args)
+
+
+class Utils:
+    """What Triton loads kernels with: the code of one stands for its function."""
+
+    def __init__(self):
+        self.loaded, self.most_shared, self.most_threads, self.error = [], 4096, 1024, None
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": self.most_shared}
+
+    def load_binary(self, name, kernel, shared, device):
+        if self.error is not None:
+            raise self.error
+        function = kernel + device
+        self.loaded.append((name, kernel, shared, device))
+        return 1, function, 0, 0, self.most_threads
+
+
+@pytest.fixture(autouse=True)
+def utils():
+    made = Utils()
+    with loading(made) if runtime._RELAUNCHES else nullcontext():
+        yield made
 
 
 class Library:
@@ -119,7 +156,7 @@ def packed(pointer, number, other, share, wide, flag):
 
 @needs_relaunches
 def test_a_relaunch_hands_over_what_it_is_given(library):
-    relaunch = Relaunch.of(entry_of(compiled()))
+    relaunch = Relaunch(entry_of(Compiled()))
     for stream, programs, values in (
         (7, 3, (1 << 40, -5, 1 << 41, 0.1, 1 << 33, True)), (7, 3, (1 << 42, 2**31 - 1, 1, -0.0, -1, False)),
         (9, 70000, (16, 0, 32, float("inf"), 0, True)),
@@ -133,7 +170,7 @@ def test_a_relaunch_hands_over_what_it_is_given(library):
 
 @needs_relaunches
 def test_a_kernel_that_waits_for_the_one_before_says_so(library):
-    assert Relaunch.of(entry_of(compiled(overlaps=False)))(0, 7, 1, (OnGPU(1), 0, 2, OnGPU(3), 0.0, 4, True, 0))
+    assert Relaunch(entry_of(Compiled(overlaps=False)))(0, 7, 1, (OnGPU(1), 0, 2, OnGPU(3), 0.0, 4, True, 0))
     assert library.made[0][4] == ()
 
 
@@ -143,13 +180,28 @@ def test_what_a_relaunch_leaves_to_triton(library, wrong):
     """A tensor on the CPU, one that is absent, numbers that don't fit: Triton says what is wrong with them."""
     is_number = isinstance(wrong, (int, float))
     args = (OnGPU(1) if is_number else wrong, 0, wrong if is_number else 2, OnGPU(3), 0.5, 4, True, 0)
-    assert not Relaunch.of(entry_of(compiled()))(0, 7, 1, args)
+    assert not Relaunch(entry_of(Compiled()))(0, 7, 1, args)
+    assert not library.made
+
+
+IN_TUPLES = ("*fp32", "constexpr", "i32"), "*i64", "constexpr", ("fp32", ("i64", "i1"), "constexpr")
+
+
+@needs_relaunches
+def test_a_relaunch_takes_what_stands_in_tuples(library):
+    relaunch = Relaunch(entry_of(Compiled(IN_TUPLES)))
+    for values in ((1 << 40, -5, 1 << 41, 0.1, 1 << 33, True), (16, 7, 32, -2.0, -1, False)):
+        pointer, number, other, share, wide, flag = values
+        args = (OnGPU(pointer), 9, number), OnGPU(other), 8, (share, (wide, flag), (1, 2))
+        assert relaunch(0, 7, 3, args)
+        assert library.made.pop() == (4096, (3, 1, 1), (128, 1, 1, 1024), 7, (6, 1), packed(*values))
+    assert not relaunch(0, 7, 3, ((torch.zeros(1), *args[0][1:]), *args[1:]))
     assert not library.made
 
 
 @needs_relaunches
 def test_kernels_of_one_call_share_what_they_are_given_alike(library):
-    entries = [entry_of(compiled(function=number)) for number in (1, 2)]
+    entries = [entry_of(Compiled(function=number)) for number in (1, 2)]
     first = (Given(0), 3, Given(1), -0.0, 5, True)
     second = (Given(1), 4, None, 0.0, 5, False)
     call = Call(entries, (10, 20), (first, second), "QQ")
@@ -165,21 +217,22 @@ def test_kernels_of_one_call_share_what_they_are_given_alike(library):
 @needs_relaunches
 def test_a_value_of_another_form_is_no_call():
     with pytest.raises(UnfitError, match="takes a value as i"):
-        Call([entry_of(compiled())], [1], [(Given(0), Given(1), None, 0.0, 0, True)], "QQ")
+        Call([entry_of(Compiled())], [1], [(Given(0), Given(1), None, 0.0, 0, True)], "QQ")
 
 
 @needs_relaunches
 @pytest.mark.parametrize(
     ("reason", "changes"),
     [
-        ("not the one that we know", {"run": SimpleNamespace()}),
-        ("scratch", {"run": {"global_scratch_size": 8}}),
-        ("scratch", {"run": {"profile_scratch_size": 8}}),
-        ("scratch", {"run": {"gsan_enabled": True}}),
-        ("clusters", {"run": {"num_ctas": 2}}),
-        ("clusters", {"run": {"launch_cooperative_grid": True}}),
+        ("scratch", {"metadata": {"global_scratch_size": 8}}),
+        ("scratch", {"metadata": {"profile_scratch_size": 8}}),
+        ("tensor memory", {"metadata": {"tmem_size": 64}}),
+        ("instrumented", {"metadata": {"instrumentation_mode": "gsan"}}),
+        ("clusters", {"metadata": {"num_ctas": 2}}),
+        ("clusters", {"metadata": {"launch_cooperative_grid": True}}),
         ("how many threads", {"packed_metadata": (4, 1, 1024, 1)}),
         ("how many threads", {"packed_metadata": (8, 1, 1024)}),
+        ("shared memory", {"metadata": {"shared": 2**18}, "packed_metadata": (4, 1, 2**18)}),
         ("of type fp16", {"kinds": ("*fp32", "fp16")}),
         ("of type nvTmaDesc", {"kinds": ("nvTmaDesc",)}),
         ("parameters of", {"kinds": KINDS[:-2]}),
@@ -189,17 +242,22 @@ def test_a_value_of_another_form_is_no_call():
         ("no entry", {"asm": {"ptx": ptx(CODE, "another")}}),
         ("is missing", {"asm": {}}),
         ("is missing", {"src": None}),
-        ("is missing", {"function": None}),
+        ("is missing", {"kernel": None}),
+        ("is missing", {"metadata": {"name": None}}),
     ],
 )
-def test_a_kernel_that_is_not_as_we_know_them_is_triton_s(reason, changes):
-    if isinstance(changes.get("run"), SimpleNamespace):
-        made = compiled()
-        made.run = changes["run"]
-    else:
-        made = compiled(**changes)
+def test_a_kernel_that_is_not_as_we_know_them_is_triton_s(utils, reason, changes):
     with pytest.raises(UnfitError, match=reason):
-        entry_of(made)
+        entry_of(Compiled(**changes))
+    assert not utils.loaded
+
+
+@needs_relaunches
+def test_what_another_launcher_launches_is_triton_s(utils):
+    runtime.triton.runtime.driver.active.launcher_cls = type("CudaLauncher", (), {})
+    with pytest.raises(UnfitError, match="not the one that we know"):
+        entry_of(Compiled())
+    assert not utils.loaded
 
 
 @pytest.mark.skipif(
@@ -233,18 +291,15 @@ def test_the_driver_is_asked_for_what_triton_s_launcher_asks_for(tmp_path):
 
 
 class Kernel:
-    """A kernel whose launches by Triton are noted."""
+    """A kernel that Triton has compiled, or compiles when it is asked to; nobody launches it by the JIT."""
 
     __name__ = "_kernel"
 
-    def __init__(self, **changes):
-        self.by_triton = []
-        self.compiled = compiled(**changes)
-        note = type(self.compiled.run)
-        # Of the same name, as what is looked at.
-        run = type("CudaLauncher", (note,), {"__call__": lambda _, *args: self.by_triton.append(args)})
-        run.__module__ = note.__module__
-        self.compiled.run.__class__ = run
+    def __init__(self, made=Compiled, **changes):
+        self.compiled = made(**changes)
+
+    def warmup(self, *args, grid, **options):
+        return self.compiled
 
 
 KEY = (torch.device("cuda", 0), 3)
@@ -252,7 +307,7 @@ KEY = (torch.device("cuda", 0), 3)
 
 def launcher_of(kernel):
     launcher = Launcher(kernel)
-    launcher.compiled[KEY] = kernel.compiled
+    launcher.keep(KEY, kernel.compiled)
     return launcher
 
 
@@ -261,7 +316,10 @@ ARGS = OnGPU(1), 0, 2, OnGPU(3), 0.5, 4, True, 0
 
 @pytest.fixture
 def one_device(monkeypatch):
+    """A GPU that kernels are compiled for, as it seems."""
     monkeypatch.setattr(runtime, "_MANY_DEVICES", False)
+    monkeypatch.setattr(runtime.backend, "unsupported", lambda device: None)
+    monkeypatch.setattr(runtime, "_current", lambda device: nullcontext())
 
 
 @needs_relaunches
@@ -272,7 +330,7 @@ def test_a_launcher_relaunches_through_the_driver(library, one_device):
         launcher(KEY, 5, ARGS)
     assert [made[1] for made in library.made] == [(5, 1, 1)] * 2
     launcher(KEY, 5, (torch.zeros(1), *ARGS[1:]))
-    assert (len(library.made), len(kernel.by_triton)) == (2, 1)
+    assert (len(library.made), len(kernel.compiled.launched)) == (2, 1)
 
 
 @needs_relaunches
@@ -282,7 +340,7 @@ def test_nothing_is_launched_for_no_rows(library, one_device):
     launcher = launcher_of(kernel)
     for programs in (0, 5, 0, 5, 0, 3):
         launcher(KEY, programs, ARGS)
-    assert not kernel.by_triton
+    assert not kernel.compiled.launched
     assert [made[1] for made in library.made] == [(5, 1, 1), (5, 1, 1), (3, 1, 1)]
     library.made.clear()
     args = Given(0), 0, 2, Given(1), 0.5, 4, True, 0
@@ -293,17 +351,126 @@ def test_nothing_is_launched_for_no_rows(library, one_device):
 
 
 @needs_relaunches
-@pytest.mark.parametrize("why", ["objection", "unfit", "tuple"])
+@pytest.mark.parametrize("why", ["objection", "unfit"])
 def test_a_launcher_launches_by_triton_what_is_triton_s(library, one_device, monkeypatch, why):
-    changes = {"unfit": {"kinds": ("fp16",)}, "tuple": {"kinds": (("*fp32",), *KINDS[1:])}}.get(why, {})
     if why == "objection":
         monkeypatch.setattr(cuda_driver, "objection", lambda device: "FASTLOGITS_LAUNCHER is triton")
-    kernel = Kernel(**changes)
-    launcher = launcher_of(kernel)
+    kernel = Kernel(kinds=("fp16",) if why == "unfit" else KINDS)
+    launcher = Launcher(kernel)
     for _ in range(2):
         launcher(KEY, 5, ARGS)
-    assert (len(kernel.by_triton), library.made) == (2, [])
+    assert kernel.compiled.launched == 2 * [(5, 1, 1, 7, 4097, (4, 1, 1024), None, None, None, *ARGS)]
+    assert not library.made
     assert ("_kernel" in cuda_driver.refused) == (why == "unfit")
+
+
+@needs_relaunches
+def test_with_the_driver_nobody_asks_for_triton_s_launcher(library, one_device, utils):
+    """Not even in the first call, which compiles: alone, beside others, in a warm-up, and again."""
+    kernels = [Kernel(function=16 * number) for number in range(1, 6)]
+    launchers = [Launcher(kernel) for kernel in kernels]
+    launches = [Launch(each, KEY, number, ARGS) for number, each in enumerate(launchers, 1)]
+    launchers[0](KEY, 1, ARGS)
+    launch_together(launches[1:3])
+    assert [error for _, error in prepare(launches)] == [None, None]
+    launch_together(launches)
+    given = Given(0), 0, 2, Given(1), 0.5, 4, True, 0
+    assert Relaunches.of([launch._replace(args=given) for launch in launches], 2)(0, [1, 3])
+    assert [(made[0], made[1][0]) for made in library.made] == [
+        (16 * number, number) for number in (1, 2, 3, *range(1, 6), *range(1, 6))
+    ]
+    assert sorted(utils.loaded) == [("kernel", 16 * number, 1024, 0) for number in range(1, 6)]
+    assert not any(kernel.compiled.asked for kernel in kernels)
+
+
+class Importing(Compiled):
+    """One whose launcher takes a while to be had."""
+
+    inside, most = 0, 0
+
+    @property
+    def run(self):
+        kind = type(self)
+        kind.inside += 1
+        kind.most = max(kind.most, kind.inside)
+        time.sleep(0.005)
+        kind.inside -= 1
+        return super().run
+
+
+@needs_relaunches
+@pytest.mark.parametrize("why", ["objection", "unfit", "compiled together", "CPU", "hook", "hook of loads"])
+def test_threads_ask_for_triton_s_launchers_one_by_one(library, one_device, monkeypatch, why):
+    kind = type("Importing", (Importing,), {})
+    kernels = [Kernel(kind, kinds=("fp16",) if why == "unfit" else KINDS) for _ in range(6)]
+    launchers, args = [Launcher(kernel) for kernel in kernels], ARGS
+    if why in ("objection", "compiled together"):
+        monkeypatch.setattr(cuda_driver, "objection", lambda device: "FASTLOGITS_LAUNCHER is triton")
+    elif why == "CPU":
+        args = (torch.zeros(1), *ARGS[1:])
+    elif why == "hook":
+        monkeypatch.setattr(runtime.triton.knobs.runtime, "launch_enter_hook", print)
+    elif why == "hook of loads":
+        monkeypatch.setattr(runtime.triton.knobs.runtime, "kernel_load_end_hook", print)
+    if why == "compiled together":
+        launch_together([Launch(launcher, KEY, 5, args) for launcher in launchers])
+    else:
+        barrier = threading.Barrier(len(launchers), timeout=60)
+
+        def call(launcher):
+            barrier.wait()
+            launcher(KEY, 5, args)
+
+        with ThreadPoolExecutor(len(launchers)) as pool:
+            list(pool.map(call, launchers))
+    assert kind.most == 1
+    by_driver = why == "hook of loads"
+    assert [len(kernel.compiled.launched) for kernel in kernels] == 6 * [0 if by_driver else 1]
+    assert [made[0] for made in library.made] == (6 * [4097] if by_driver else [])  # the function that Triton loaded
+
+
+@needs_relaunches
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        (r"OutOfResources: .*shared memory, Required: 1024, Hardware limit: 512", {"most_shared": 512}),
+        (r"OutOfResources: .*threads, Required: 128, Hardware limit: 64", {"most_threads": 64}),
+        (
+            r"RuntimeError: Triton Error \[CUDA\]: out of memory",
+            {"error": RuntimeError("Triton Error [CUDA]: out of memory")},
+        ),
+    ],
+)
+def test_a_kernel_that_the_device_can_t_take(library, one_device, utils, reason, changes):
+    vars(utils).update(changes)
+    launchers = [Launcher(Kernel()) for _ in range(2)]
+    launches = [Launch(each, KEY, 5, ARGS) for each in launchers]
+    for call in (lambda: launchers[0](KEY, 5, ARGS), lambda: launch_together(launches)):
+        with pytest.raises(CompileError, match=rf"_kernel can't be compiled \({reason}"):
+            call()
+    assert all("_kernel can't be compiled" in str(error) for _, error in prepare(launches))
+    assert not library.made
+    assert not any(each.kernel.compiled.asked for each in launchers)
+
+
+@needs_relaunches
+def test_a_kernel_is_loaded_once_on_each_device(library, one_device, utils):
+    """Several keys may be one kernel to Triton; what is loaded on one GPU is nothing to another."""
+    launcher, active = Launcher(Kernel()), runtime.triton.runtime.driver.active
+    keys = [(torch.device("cuda", index), variant) for index in (0, 1) for variant in (1, 2)]
+    for key in keys * 2:
+        active.get_current_device.return_value = key[0].index
+        launcher(key, 5, ARGS)
+    assert [load[-1] for load in utils.loaded] == [0, 1]
+    assert [made[0] for made in library.made] == [4096, 4096, 4097, 4097] * 2
+
+
+@needs_relaunches
+def test_a_kernel_that_is_still_being_compiled_is_waited_for(library, one_device):
+    kernel = Kernel()
+    kernel.warmup = lambda *args, **options: SimpleNamespace(result=lambda: kernel.compiled)  # in AsyncCompileMode
+    Launcher(kernel)(KEY, 5, ARGS)
+    assert len(library.made) == 1
 
 
 def laid_out(kernel):
