@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from fastlogits_kernels.parallel.launch import FrontShards
 from fastlogits_kernels.parallel.report import bytes_of_report
 from fastlogits_kernels.runtime.launcher import Launch, collected
 from fastlogits_kernels.training.shards import SENT_IN_TORCH, Place
@@ -41,22 +42,24 @@ from fastlogits.parallel import sampling
 
 KPT: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
 RAW = "T, raw logprobs"
+NUCLEUS = "T p"
 TIMED: dict[str, dict[str, Any]] = {
-    "T k p": KPT, "T p": {"temperature": 0.7, "top_p": 0.9}, "T": {"temperature": 0.7},
+    "T k p": KPT, NUCLEUS: {"temperature": 0.7, "top_p": 0.9}, "T": {"temperature": 0.7},
     RAW: {"temperature": 0.7, "logprobs": "raw", "top_logprobs": 5},
 }  # fmt: skip
-"""What is timed: one exchange of candidates, rows dealt out, one exchange of a token, and two more for a report."""
-BY_ROW = "T by row, k"
+"""What is timed: one exchange of candidates, two of records, one of a token, and two more for a report."""
+BY_ROW, NUCLEUS_BY_ROW = "T by row, k", "T by row, p by row, min-p"
 CHECKED: dict[str, dict[str, Any]] = {
     "T k p": KPT, "T": {"temperature": 0.7}, BY_ROW: {"top_k": 50},
     "k p min-p, lowest ties, vllm": {"top_k": 40, "top_p": 0.6, "min_p": 0.02, "ties": "lowest", "order": "vllm"},
-    "greedy": {"temperature": 0.0}, "T p": {"temperature": 0.7, "top_p": 0.9},
+    "greedy": {"temperature": 0.0}, NUCLEUS: TIMED[NUCLEUS],
+    NUCLEUS_BY_ROW: {"min_p": 0.01},
     RAW: TIMED[RAW], "T k p raw logprobs": {**KPT, "logprobs": "raw", "top_logprobs": 5},
     "T p raw logprobs": {"temperature": 0.7, "top_p": 0.9, "logprobs": "raw", "top_logprobs": 5},
     "T k p processed logprobs": {**KPT, "logprobs": "processed", "top_logprobs": 5},
 }  # fmt: skip
 """Samplers that are checked, in bfloat16."""
-IN_FLOAT32 = ("T k p", "T")
+IN_FLOAT32 = ("T k p", "T", NUCLEUS)
 """Those that are checked in float32 too."""
 _ROWS = 9
 _SLOTS, _REQUESTS, _MAX_LENGTH = 16, 12, 64
@@ -151,8 +154,9 @@ class Ranks:
 
     def options(self, name: str) -> dict[str, Any]:
         """Those of a sampler that is checked."""
-        by_row = {"temperature": torch.linspace(0, 2, _ROWS, device=self.device)} if name == BY_ROW else {}
-        return {**CHECKED[name], **by_row}
+        rows = torch.linspace(0, 2, _ROWS, device=self.device)
+        by_row = {BY_ROW: {"temperature": rows}, NUCLEUS_BY_ROW: {"temperature": rows, "top_p": rows / 2}}
+        return {**CHECKED[name], **by_row.get(name, {})}
 
     def processors(self) -> fl.LogitsProcessorList:
         """Processors that map each logit by itself, so that they act on parts."""
@@ -224,7 +228,7 @@ def check_sampler(ranks: Ranks, name: str, dtype: torch.dtype) -> None:
     seeds, positions = ranks.arange(_ROWS) * 3 + 1, ranks.arange(_ROWS)
     one, split = fl.Sampler(**options), fl.Sampler(**options, group=ranks.group)
     part = ranks.part(logits)
-    with patch.object(sampling, "LEAST_DEALT", 0):
+    with patch.multiple(sampling, LEAST_DEALT=0, LEAST_WEIGHED=0):
         same = [is_same(split(part, seeds, positions), one(logits, seeds, positions))]
     if ranks.is_cuda:
         graph, captured = _captured(lambda: split(part, seeds, positions))
@@ -407,17 +411,21 @@ def _sampling(ranks: Ranks, split: Split, name: str) -> Iterator[Step]:
     rows = len(split.logits)
     seeds, positions = ranks.arange(rows), ranks.arange(rows) + 5
     one, parts = fl.Sampler(**TIMED[name]), fl.Sampler(**TIMED[name], group=ranks.group)
-    if name == RAW:
-        with patch.object(sampling, "LEAST_DEALT", 0):
+    both = name in (RAW, NUCLEUS) and ranks.is_cuda  # so few rows or so many, both ways are timed
+    if both:
+        with patch.multiple(sampling, LEAST_DEALT=0, LEAST_WEIGHED=0):
             parts(split.part, seeds, positions)
-    report = rows * bytes_of_report(ranks.place(split.part), 5)
+    place = ranks.place(split.part)
     dealt = split.dealt(ranks.count)
-    sent = {"T k p": _small(split), "T": 8 * rows, "T p": dealt, RAW: 8 * rows + report}[name]
+    sent = {
+        "T k p": _small(split), "T": 8 * rows, NUCLEUS: rows * FrontShards.bytes_sent(place) if both else dealt,
+        RAW: rows * (8 + bytes_of_report(place, 5)),
+    }[name]  # fmt: skip
     yield Step(f"{name}: one GPU alone", lambda: one(split.logits, seeds, positions).tokens)
     yield Step(f"{name}: gather, then one GPU", lambda: one(split.gather(), seeds, positions).tokens, split.gathered)
     yield Step(f"{name}: split", lambda: parts(split.part, seeds, positions).tokens, sent)
-    if name == RAW and ranks.is_cuda:  # so few rows or so many, both ways are timed
-        with patch.object(sampling, "LEAST_DEALT", 1 << 60):
+    if both:
+        with patch.multiple(sampling, LEAST_DEALT=1 << 60, LEAST_WEIGHED=1 << 60):
             dealing = fl.Sampler(**TIMED[name], group=ranks.group)
             dealing(split.part, seeds, positions)
         yield Step(f"{name}: dealt", lambda: dealing(split.part, seeds, positions).tokens, dealt)

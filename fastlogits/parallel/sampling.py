@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from fastlogits_kernels.parallel.launch import BestShards, TopShards, sent_of
+from fastlogits_kernels.parallel.launch import Begun, BestShards, FrontShards, TopShards, keep_the_first, sent_of
 from fastlogits_kernels.parallel.report import report_of_part
 from fastlogits_kernels.rules import Rule, is_idle
 from fastlogits_kernels.runtime.backend import CompileError
@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 
 
 LEAST_DEALT = 1 << 22
-"""Bytes of a part of the logits from which on a report from the parts is quicker.
+"""Bytes of a part of the logits from which on a report from the parts is quicker than whole rows.
 
 An estimate, by the figures of docs/tensor-parallel.md: two exchanges and eight launches take some 40 us, and to deal
 out so much takes about as long.
 """
+LEAST_WEIGHED = 1 << 20
+"""The same of tokens by rules that add up probabilities, and keep any number of tokens."""
 
 
 class SplitCall(NamedTuple):
@@ -61,7 +63,7 @@ class SplitCall(NamedTuple):
 class Parts(NamedTuple):
     """How tokens are sampled from the parts of the logits: each rank sends what its part may keep, and no more."""
 
-    step: TopShards | BestShards
+    step: TopShards | BestShards | FrontShards
     own: int
     """Tokens of this rank's part."""
     temperature: torch.Tensor | None
@@ -74,19 +76,26 @@ class Parts(NamedTuple):
     place: Place
     """Where the part is, for these."""
 
-    def sent(self, call: SplitCall) -> torch.Tensor:
-        """What this rank sends."""
+    def is_quicker(self, logits: torch.Tensor) -> bool:
+        """Whether this takes less time than whole rows do."""
+        least = LEAST_WEIGHED if isinstance(self.step, FrontShards) else 0
+        if self.reported is not None:
+            least = max(least, LEAST_DEALT)
+        return len(logits) * self.place.V * logits.element_size() >= least * self.place.ranks
+
+    def begin(self, call: SplitCall) -> Begun:
+        """What this rank does before the exchange."""
         part = call.logits[:, : self.own]
         inputs: Any = ()
         if self.fold is not None:
             inputs = self.fold.inputs(
                 self.of.ids(call.input_ids), part, Run.of(call.prompt_length, call.cache_position)
             )
-        return self.step.sent(part, call.seeds, call.positions, self.temperature, *inputs)
+        return self.step.begin(part, call.seeds, call.positions, self.temperature, *inputs)
 
-    def sample(self, sent: torch.Tensor, call: SplitCall, gather: Exchange, add: Exchange) -> Sample:
-        """The token of each row, from what all have sent; if wanted a report on it, which takes two exchanges more."""
-        tokens = self.step.tokens(sent, call.seeds, call.positions, self.temperature)
+    def sample(self, begun: Begun, call: SplitCall, gather: Exchange, add: Exchange) -> Sample:
+        """The token of each row; if wanted a report on it, which takes two exchanges more."""
+        tokens = begun.finish(gather(begun.sent), add)
         if self.reported is None:
             return Sample(tokens, None, None, None, None)
         report = report_of_part(call.logits[:, : self.own], tokens, self.reported, self.place, gather, add)
@@ -132,10 +141,11 @@ class SplitSampler:
     There are three ways, of which all give the result of one process, bit for bit. Which one is taken depends on what
     the host knows, and is the same on all ranks.
 
-    - On a GPU, where no rule drops anything or a fixed number of the most likely tokens is taken before anything is
-      added up, and where processors map each logit by itself: each rank sends the few tokens of its part that may be
-      kept, once, and finds the token among all that was sent. For raw log-probabilities two more small exchanges
-      follow, where rows are so many that dealing them out takes longer. Those of processed logits don't come here.
+    - On a GPU, where processors map each logit by itself: each rank sends the few tokens of its part that may win, and
+      finds the token among all that was sent. That is so where no rule drops anything, where a fixed number of the most
+      likely tokens is taken before anything is added up, and, with one more exchange, where rules keep the first tokens
+      by probability. For raw log-probabilities two more small exchanges follow. Where two exchanges take longer than
+      to deal out so few rows, these are dealt out. Log-probabilities of processed logits don't come here.
     - Else the ranks exchange their logits so that each has some whole rows. They sample these, and exchange the
       results.
     - Where there are no more rows than ranks, or a processor has to see all rows, each rank gets all of them.
@@ -187,7 +197,7 @@ class SplitSampler:
             self._ways[key] = way
             return sample
         if way.parts is not None:
-            return self._from_parts(way.parts, way.parts.sent(call), call)
+            return self._from_parts(way.parts, way.parts.begin(call), call)
         return self._shared(way, call, self._own(way, call))
 
     def rehearse(self, call: SplitCall, plan: Any) -> None:
@@ -207,7 +217,7 @@ class SplitSampler:
             return mine.new_empty(size, *mine.shape)
 
         if parts is not None:
-            parts.sample(gather(parts.sent(some)), some, gather, lambda sums: sums)
+            parts.sample(parts.begin(some), some, gather, lambda sums: sums)
 
     def _shards_of(self, width: int) -> Shards:
         """Which tokens each rank has; told once for this sampler, since others may have another vocabulary."""
@@ -231,18 +241,14 @@ class SplitSampler:
         # One for all numbers of rows.
         key = (call.logits.shape[1], call.logits.dtype, call.logits.device, id(plan))
         parts = None
-        if B and self._sends_less(call.logits, shards):
+        if B:
             parts = self._made[key] = self._made[key] if key in self._made else self._parts(call, shards, members)
+        if parts is not None and not parts.is_quicker(call.logits):
+            parts = None
         if not deals:
             return _Way(shards, plan, None, self.sampler, parts)
         rows = self.group.rows_of(self.group.rank, B)
         return _Way(shards, plan, rows, self._of_rows(rows, B), parts)
-
-    def _sends_less(self, logits: torch.Tensor, shards: Shards) -> bool:
-        """Whether tokens from the parts take less time than whole rows: always, without a report on them."""
-        if self._plain is None or self._plain.reported is None:
-            return True
-        return len(logits) * shards.vocab_size * logits.element_size() >= LEAST_DEALT * self.group.size
 
     def _parts(self, call: SplitCall, shards: Shards, members: Sequence[Member]) -> Parts | None:
         """How tokens are sampled from the parts; None where whole rows are needed."""
@@ -259,19 +265,23 @@ class SplitSampler:
         folds = None if of is None else parts_of(of.members)
         if of is None or folds is None or len(folds) > 1 or not all(isinstance(fold, Pointwise) for fold in folds):
             return None
-        step: TopShards | BestShards
+        step: TopShards | BestShards | FrontShards
+        place = Place.of(shards.starts, shards.sizes, rank)
         sent = sent_of(rules, shards.vocab_size, self.group.size)
         if sent is not None:
             step = TopShards(rules, sent, shards.vocab_size, own, first, device)
         elif all(is_idle(rule, shards.vocab_size) for rule in rules) and not any(at % 8 for at in shards.starts):
             step = BestShards(own, first, device)
+        elif keep_the_first(rules, shards.vocab_size) and all(
+            FrontShards.fits(Place.of(shards.starts, shards.sizes, each)) for each in range(self.group.size)
+        ):
+            step = FrontShards(rules, place, device)
         else:
             return None
         if not isinstance(temperature, torch.Tensor) and temperature is not None:
             number = min(temperature, torch.finfo(torch.float32).max)
             temperature = table_on(torch.tensor(number, dtype=torch.float32), device)
         fold: Any = folds[0] if folds else None
-        place = Place.of(shards.starts, shards.sizes, rank)
         return Parts(step, own, temperature, fold, of, self._plain.reported, place)
 
     def _of_rows(self, rows: slice, B: int) -> Sampler:
@@ -287,10 +297,10 @@ class SplitSampler:
     def _first(self, way: _Way, call: SplitCall) -> tuple[_Way, Sample]:
         """A call of a new form. If it fails on one rank, all raise; if kernels are missing there, all do without."""
         if way.parts is not None:
-            sent, failures = self._tried(lambda: way.parts.sent(call))  # type: ignore[union-attr]
+            begun, failures = self._tried(lambda: way.parts.begin(call))  # type: ignore[union-attr]
             if not any(failures):
                 try:
-                    return way, self._from_parts(way.parts, sent, call)
+                    return way, self._from_parts(way.parts, begun, call)
                 except CompileError:  # as on the other ranks
                     return self._first(way._replace(parts=None), call)
             if not all(each is None or each.startswith(CompileError.__name__) for each in failures):
@@ -301,8 +311,8 @@ class SplitSampler:
             raise RuntimeError(_failed(failures))
         return way, self._shared(way, call, own)
 
-    def _from_parts(self, parts: Parts, sent: torch.Tensor, call: SplitCall) -> Sample:
-        return parts.sample(self.group.all_gather(sent), call, self.group.all_gather, self.group.added)
+    def _from_parts(self, parts: Parts, begun: Begun, call: SplitCall) -> Sample:
+        return parts.sample(begun, call, self.group.all_gather, self.group.added)
 
     def _tried(self, run: Callable[[], Any]) -> tuple[Any, list[str | None]]:
         """What a function returns, and how it has failed on each rank. Here it is raised, unless kernels lack."""

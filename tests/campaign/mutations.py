@@ -358,7 +358,8 @@ MUTATIONS = [
     ),
     Mutation(
         "masses of tiles as if all had one largest logit", f"{SELECTION}/row_sums.py",
-        "mass = tl.sum(masses.to(tl.float64) * share)", "mass = tl.sum(masses.to(tl.float64))",
+        "amounts, _below = joined(Tile(tops, masses, masses), raw_top, inverse)",
+        "amounts = (masses.to(tl.float64) * ONE).to(tl.int64)",
         ("kernels/selection/test_selection.py::test_flat_rows_keep_most_unseen",),
     ),
     Mutation(
@@ -875,7 +876,7 @@ MUTATIONS = [
         ("training/test_logprobs.py::test_long_rows_whose_candidates_are_a_part_of_them",),
     ),
     Mutation(
-        "a tile that isn't brought to the largest logit of its row", f"{SELECTION}/masses.py",
+        "a tile that isn't brought to the largest logit of its row", f"{SELECTION}/tiles.py",
         "share = tl.where(there, tl.exp2(-apart * LOG2_E), 0.0)", "share = tl.where(there, 1.0, 0.0)",
         ("kernels/selection/test_logprobs.py::test_is_what_log_softmax_says",),
     ),
@@ -919,6 +920,26 @@ MUTATIONS = [
         "the likeliest tokens by their place in the part", f"{KERNELS}/parallel/report.py",
         "(0x7FFFFFFF - token - first)", "(0x7FFFFFFF - token)",
         ("parallel/test_report.py::test_the_ranks_report_what_one_process_reports",),
+    ),
+    Mutation(
+        "a record that is weighed with what is before it", f"{KERNELS}/parallel/front.py",
+        "(rank > its_rank))", "(rank >= its_rank))",
+        ("parallel/test_front.py::test_each_rank_finds_what_one_process_samples",),
+    ),
+    Mutation(
+        "tokens that tie with a pivot and come before it are ruled out", f"{KERNELS}/parallel/front.py",
+        "((x == its_x) & (rank < (at & _LOW_WORD).to(tl.int32)))", "(x == its_x)",
+        ("parallel/test_front.py::test_rows_that_are_cut_anywhere_among_tokens_that_tie",),
+    ),
+    Mutation(
+        "rules that act beside NaN, on parts", f"{KERNELS}/parallel/front.py",
+        "if request.greedy | (mass != mass):", "if request.greedy:",
+        ("parallel/test_front.py::test_each_rank_finds_what_one_process_samples",),
+    ),
+    Mutation(
+        "sums of what an earlier rule has left, from parts", f"{KERNELS}/parallel/launch.py",
+        "        and not any(rule.spec.sums for rule in acting[1:])\n", "",
+        ("parallel/test_front.py::test_which_rules_keep_the_first",),
     ),
     Mutation(
         "a record that stands for itself alone", f"{KERNELS}/parallel/union.py",

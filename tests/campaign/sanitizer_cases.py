@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from fastlogits_kernels import synthid
 from fastlogits_kernels.draw import reference_draw
-from fastlogits_kernels.parallel.launch import BestShards, TopShards, sent_of
+from fastlogits_kernels.parallel.launch import BestShards, FrontShards, TopShards, keep_the_first, sent_of
 from fastlogits_kernels.parallel.report import report_of_part
 from fastlogits_kernels.pointwise import dense, fold
 from fastlogits_kernels.pointwise.bitmask import launch_bitmask_, reference_bitmask_
@@ -276,6 +276,7 @@ def _drawn(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
 
 
 _KEPT = (Rule("top_k", 20), Rule("top_p", 0.9))
+_FIRST = (Rule("top_p", 0.9), Rule("min_p", 0.01))
 _RULES = {
     "": _KEPT,
     "_nucleus": (Rule("top_p", 0.5), Rule("min_p", 0.001)),
@@ -454,23 +455,29 @@ def parts(given: Given, rules: tuple[Rule, ...]) -> list[Outcome]:
     put = [given.put(each) for each in (seeds, positions, temperature)]
     scores = given.scores(values)
     starts, sizes = _parts_of(given)
-    steps = []
-    for first, own in zip(starts, sizes, strict=True):
-        if rules:
-            sent = sent_of(rules, given.V, len(sizes))
-            assert sent is not None
-            steps.append(TopShards(rules, sent, given.V, own, first, given.device))
-        else:
-            steps.append(BestShards(own, first, given.device))
     columns = scores.split(sizes, 1)
-    sent_by_all = torch.stack([step.sent(part, *put) for step, part in zip(steps, columns, strict=True)])
-    found = torch.stack([step.tokens(sent_by_all, *put) for step in steps])
+
+    def step_of(rank: int) -> TopShards | BestShards | FrontShards:
+        first, own = starts[rank], sizes[rank]
+        sent = sent_of(rules, given.V, len(sizes))
+        if sent is not None:
+            return TopShards(rules, sent, given.V, own, first, given.device)
+        if rules:
+            assert keep_the_first(rules, given.V)
+            return FrontShards(rules, Place.of(starts, sizes, rank), given.device)
+        return BestShards(own, first, given.device)
+
+    def run(rank: int, gather: Exchange, add: Exchange) -> torch.Tensor:
+        begun = step_of(rank).begin(columns[rank], *put)
+        return begun.finish(gather(begun.sent), add)
+
+    found = torch.stack(exchanged(run, len(sizes)))
 
     def reference() -> torch.Tensor:
         with forced(False):
             options = {rule.kind: rule.value for rule in rules}
             drawn = fl.sample(values, seeds=seeds, positions=positions, temperature=temperature, **options)
-        return drawn.tokens.expand(len(steps), -1)
+        return drawn.tokens.expand(len(sizes), -1)
 
     return [Outcome(found, reference)]
 
@@ -669,7 +676,7 @@ OPERATIONS: dict[str, Operation] = {
     "kept": Operation(kept_sets, 2),
     **{
         f"parts{kind}": Operation(lambda given, rules=rules: parts(given, rules), 32)
-        for kind, rules in (("", _KEPT), ("_best", ()))
+        for kind, rules in (("", _KEPT), ("_best", ()), ("_front", _FIRST))
     },
     **{
         f"train_{kind}": Operation(lambda given, options=options: trained(given, options), 2)

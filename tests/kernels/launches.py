@@ -294,9 +294,13 @@ def _parts(dtype: torch.dtype) -> None:
     rules, cpu, own = (Rule("top_k", 50), Rule("top_p", 0.9)), torch.device("cpu"), V // 4
     seeds, logits = torch.arange(2), torch.zeros(2, own, dtype=dtype)
     for temperature in (torch.tensor(0.7), torch.ones(2)):
-        for step in (parallel.TopShards(rules, 128, V, own, own, cpu), parallel.BestShards(own, own, cpu)):
-            sent = step.sent(logits, seeds, seeds, temperature)
-            step.tokens(sent.expand(4, *sent.shape).contiguous(), seeds, seeds, temperature)
+        steps: list[Any] = [parallel.TopShards(rules, 128, V, own, own, cpu), parallel.BestShards(own, own, cpu)]
+        for kept in (("top_p", 0.9), ("top_a", 0.1), ("min_p", 0.1)):
+            place = Place.of([0, own, 2 * own, 3 * own], [own] * 4, 1)
+            steps.append(parallel.FrontShards((Rule(*kept),), place, cpu))
+        for step in steps:
+            begun = step.begin(logits, seeds, seeds, temperature)
+            begun.finish(_of_all(begun.sent, 4), clone)
     _report_of_part(logits, seeds, 48)
 
 

@@ -141,11 +141,13 @@ SPILLED = {
 }
 REGISTERS = {"synthid wraps": 192}
 # Of the selection, by call and kernel. Bounds and the filter are held to fewer registers, so that more programs run at
-# once: where all rules are compiled, the rare branches spill. Rows that take several passes take all that 16 warps may.
+# once: where all rules are compiled, the rare branches spill. So does that of tiles of many survivors. Rows that take
+# several passes take all that 16 warps may.
 LIMITS = {
     "refine_rows": (128, 768), "bounds typical": (64, 256), "bounds serving": (64, 256), "filter serving": (48, 256),
     "bounds": (64, 40), "filter": (48, 8), "refine": (128, 0), "report": (192, 8), "tiles": (136, 8),
     "slot_sets": (136, 28), "masses": (136, 4), "selected": (136, 16), "given": (136, 12), "given_sums": (136, 8),
+    "survivors": (96, 640),
 }  # fmt: skip
 VERSION = tuple(int(n) for n in launcher.triton.__version__.split(".")[:2]) if launcher.HAS_TRITON else ()
 

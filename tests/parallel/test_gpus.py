@@ -37,7 +37,7 @@ def gpus() -> Iterator[Ranks]:
 
 def on_gpus(process_group, case, dtype):
     """Whether the ranks sample what one GPU samples, called and replayed; reports come from the parts."""
-    with patch.object(sampling, "LEAST_DEALT", 0):
+    with patch.multiple(sampling, LEAST_DEALT=0, LEAST_WEIGHED=0):
         return _on_gpus(process_group, case, dtype)
 
 

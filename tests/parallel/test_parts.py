@@ -32,6 +32,9 @@ CASES = [
     ({"temperature": torch.linspace(0, 2, 6), "logprobs": "raw", "top_logprobs": 32}, torch.float32),
     ({"top_k": 400, "logprobs": "raw", "top_logprobs": 1}, torch.float16),
     ({"temperature": 2.0, "logprobs": "raw"}, torch.float32),
+    ({"temperature": 0.7, "top_p": 0.9}, torch.bfloat16),
+    ({"temperature": torch.linspace(0, 2, 6), "top_p": torch.linspace(0.1, 1, 6), "min_p": 0.01}, torch.float32),
+    ({"min_p": 0.1, "logprobs": "raw", "top_logprobs": 2}, torch.float16),
 ]
 
 
@@ -52,9 +55,9 @@ def of_parts(process_group, case):
     """Whether the ranks sample from their parts, and what one process samples."""
     launch.FORCE_KERNEL = True
     taken = []
-    sent, least = sampling.Parts.sent, sampling.LEAST_DEALT
-    sampling.LEAST_DEALT = 0
-    sampling.Parts.sent = lambda self, call: (taken.append(self.step), sent(self, call))[1]
+    sent, least = sampling.Parts.begin, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED)
+    sampling.LEAST_DEALT = sampling.LEAST_WEIGHED = 0
+    sampling.Parts.begin = lambda self, call: (taken.append(self.step), sent(self, call))[1]
     try:
         options, dtype = CASES[case]
         logits = hard_logits(dtype)
@@ -65,7 +68,7 @@ def of_parts(process_group, case):
         return same(found, fl.Sampler(**options)(logits, seeds, 5)), len(taken)
     finally:
         launch.FORCE_KERNEL = False
-        sampling.Parts.sent, sampling.LEAST_DEALT = sent, least
+        sampling.Parts.begin, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED) = sent, least
 
 
 MADE = [
@@ -76,16 +79,21 @@ MADE = [
         lambda: fl.AllowedTokensLogitsProcessor(range(0, V, 3)), lambda: fl.LogitBiasLogitsProcessor({300: 9.0}),
     ],
     [lambda: fl.SuppressFirstTokens([300, 301, 5]), lambda: fl.FrequencyPenaltyLogitsProcessor(0.7)],
+    [
+        lambda: fl.RepetitionPenaltyLogitsProcessor(1.4), lambda: fl.NoBadWordsLogitsProcessor([[3], [4, 500]], 0),
+        lambda: fl.LogitBiasLogitsProcessor({300: 3.0}),
+    ],
 ]  # fmt: skip
-OPTIONS = [{}, {"temperature": 0.8, "top_k": 5, "top_p": 0.8}, {"temperature": 0.9}]
+OPTIONS = [{}, {"temperature": 0.8, "top_k": 5, "top_p": 0.8}, {"temperature": 0.9}, {"temperature": 0.9, "top_p": 0.8}]
 
 
 def of_processors(process_group, case):
     """The same with processors."""
     launch.FORCE_KERNEL = fold.FORCE_KERNEL = True
     taken = []
-    sent = sampling.Parts.sent
-    sampling.Parts.sent = lambda self, call: (taken.append(self.step), sent(self, call))[1]
+    sent, least = sampling.Parts.begin, sampling.LEAST_WEIGHED
+    sampling.LEAST_WEIGHED = 0
+    sampling.Parts.begin = lambda self, call: (taken.append(self.step), sent(self, call))[1]
     try:
         logits = hard_logits(torch.bfloat16)[1:5]
         ids = torch.randint(0, 12, (4, 9), generator=torch.Generator().manual_seed(case))
@@ -98,7 +106,7 @@ def of_processors(process_group, case):
         return same(found, expected), len(taken)
     finally:
         launch.FORCE_KERNEL = fold.FORCE_KERNEL = False
-        sampling.Parts.sent = sent
+        sampling.Parts.begin, sampling.LEAST_WEIGHED = sent, least
 
 
 @pytest.mark.parametrize("case", range(len(MADE)))
@@ -142,7 +150,8 @@ def of_warm_up(process_group, case):
     """The launches of a call that a warm-up has not rehearsed, and how many it has."""
     kept = warming.no_kernels, warming.prepare
     rehearsed = []
-    launch.FORCE_KERNEL, least, sampling.LEAST_DEALT = True, sampling.LEAST_DEALT, 0
+    launch.FORCE_KERNEL, least = True, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED)
+    sampling.LEAST_DEALT = sampling.LEAST_WEIGHED = 0
     warming.no_kernels, warming.prepare = lambda device: None, lambda launches: rehearsed.extend(launches) or []
     try:
         options = [
@@ -158,7 +167,7 @@ def of_warm_up(process_group, case):
         called = {(each.launcher.name, each.key) for each in launches}
         return sorted(name for name, _ in called - known), len(called)
     finally:
-        launch.FORCE_KERNEL, sampling.LEAST_DEALT = False, least
+        launch.FORCE_KERNEL, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED) = False, least
         warming.no_kernels, warming.prepare = kept
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from fastlogits_kernels.parallel.launch import BestShards, FrontShards
 from fastlogits_kernels.parallel.report import report_of_part
+from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch
 from fastlogits_kernels.selection.logprobs import launch_report
@@ -61,13 +63,11 @@ def test_the_ranks_report_what_one_process_reports(ranks, widths, dtype, count, 
 
 
 def test_rows_are_dealt_out_where_they_are_few():
-    class Ranks:
-        size = 4
-
-    sampler = sampling.SplitSampler.__new__(sampling.SplitSampler)
-    sampler.group = Ranks()
-    shards = sampling.Shards.of([32064] * 4, [None] * 4, 128256)
+    place, device = Place.of([0, 32064, 64128, 96192], [32064] * 4, 0), torch.device("cpu")
     few, many = torch.empty(8, 32064, dtype=torch.bfloat16), torch.empty(256, 32064, dtype=torch.bfloat16)
-    for reported, expected in ((None, [True, True]), (0, [False, True])):
-        sampler._plain = sampling.Draw((), None, reported)
-        assert [sampler._sends_less(logits, shards) for logits in (few, many)] == expected
+    best, front = BestShards(32064, 0, device), FrontShards((Rule("top_p", 0.9),), place, device)
+    for step, reported, expected in (
+        (best, None, [True, True]), (best, 0, [False, True]), (front, None, [False, True]), (front, 0, [False, True]),
+    ):  # fmt: skip
+        parts = sampling.Parts(step, 32064, None, None, None, reported, place)
+        assert [parts.is_quicker(logits) for logits in (few, many)] == expected

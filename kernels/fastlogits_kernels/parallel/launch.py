@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from fastlogits_kernels.parallel.best import best_kernel, winner_kernel
-from fastlogits_kernels.parallel.layout import capacity_of, words_of
+from fastlogits_kernels.parallel.front import (
+    FRONT_WORDS,
+    SENT_WORDS,
+    front_kernel,
+    join_fronts_kernel,
+    pick_kernel,
+    pivots_kernel,
+    survivors_kernel,
+    weigh_kernel,
+)
+from fastlogits_kernels.parallel.layout import RECORDS, capacity_of, words_of
 from fastlogits_kernels.parallel.pack import pack_kernel
 from fastlogits_kernels.parallel.union import union_kept_kernel, union_kernel
 from fastlogits_kernels.pointwise.fold import NO_SETS, Chain, find_sets
@@ -19,6 +29,9 @@ from fastlogits_kernels.runtime.launcher import Launch, Launcher, launch_key, la
 from fastlogits_kernels.selection.launch import launch_select
 from fastlogits_kernels.selection.launchers import LARGEST, Tensors, maps_of, overlaps, sample_launches
 from fastlogits_kernels.selection.layout import SAMPLE_BLOCK, Selection, takes_rules
+from fastlogits_kernels.training.logprobs import integer_key
+from fastlogits_kernels.training.rows import TILE, TILE_WORDS
+from fastlogits_kernels.training.shards import SHARED_AT, Exchange, Place, slots_on
 
 MOST_SENT = 4096
 """Entries of a row that all ranks send together, at most: they are refined in registers."""
@@ -37,6 +50,18 @@ _kept = {warps: Launcher(union_kept_kernel, num_warps=warps, enable_fp_fusion=Fa
 _early_union = {
     warps: Launcher(union_kernel, num_warps=warps, enable_fp_fusion=False, launch_pdl=True) for warps in _WARPS
 }
+_pivots = Launcher(pivots_kernel, num_warps=4, enable_fp_fusion=False)
+# The rare branch of many survivors would take three times the registers, and it may spill.
+_survivors = Launcher(survivors_kernel, num_warps=4, maxnreg=96, enable_fp_fusion=False)
+_early_survivors = Launcher(survivors_kernel, num_warps=4, maxnreg=96, enable_fp_fusion=False, launch_pdl=True)
+_front = {warps: Launcher(front_kernel, num_warps=warps, enable_fp_fusion=False) for warps in _WARPS}
+_early_front = {
+    warps: Launcher(front_kernel, num_warps=warps, enable_fp_fusion=False, launch_pdl=True) for warps in _WARPS
+}
+_join_fronts = Launcher(join_fronts_kernel, num_warps=4, enable_fp_fusion=False)
+_weigh = Launcher(weigh_kernel, num_warps=4, enable_fp_fusion=False)
+_early_weigh = Launcher(weigh_kernel, num_warps=4, enable_fp_fusion=False, launch_pdl=True)
+_pick = Launcher(pick_kernel, num_warps=1, enable_fp_fusion=False)
 
 
 def sent_of(rules: Sequence[Rule], V: int, ranks: int) -> int | None:
@@ -67,7 +92,51 @@ def fewest_of(rules: Sequence[Rule], V: int) -> int:
     return max(int(count.value), *(rule.min_tokens_to_keep for rule in acting))
 
 
-class TopShards:
+def keep_the_first(rules: Sequence[Rule], V: int) -> bool:
+    """Whether rules keep the first tokens in the order of their logits, as the largest logit and sums of the row say.
+
+    The sums are those of the whole row, so no rule may come before one that asks for them; and no rule may keep a
+    fixed number of tokens, nor a band.
+    """
+    acting = [rule for rule in rules if not is_idle(rule, V)]
+    return (
+        bool(acting)
+        and takes_rules(rules)
+        and all(rule.spec.goal in ("none", "mass") and rule.min_tokens_to_keep <= 1 for rule in acting)
+        and all(rule.spec.sums <= 1 for rule in acting)
+        and not any(rule.spec.sums for rule in acting[1:])
+    )
+
+
+class Begun(NamedTuple):
+    """A step of which a rank has done its own part."""
+
+    sent: torch.Tensor
+    """What it sends."""
+    finish: Callable[[torch.Tensor, Exchange], torch.Tensor]
+    """The token of each row, from what all ranks have sent; what is handed over adds up tensors of all ranks."""
+
+
+class _OneExchange:
+    """A step whose tokens are found from what all ranks have sent."""
+
+    sent: Callable[..., torch.Tensor]
+    tokens: Callable[..., torch.Tensor]
+
+    def begin(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        temperature: torch.Tensor | None,
+        *inputs: Any,
+    ) -> Begun:
+        """Launch what a rank does before the exchange; the arguments are those of ``sent``."""
+        sent = self.sent(logits, seeds, positions, temperature, *inputs)
+        return Begun(sent, lambda all_sent, _: self.tokens(all_sent, seeds, positions, temperature))
+
+
+class TopShards(_OneExchange):
     """Samples from parts of a vocabulary by rules that keep few tokens of all.
 
     Args:
@@ -182,7 +251,7 @@ class TopShards:
         return tokens
 
 
-class BestShards:
+class BestShards(_OneExchange):
     """Samples from parts of a vocabulary where no rule drops anything.
 
     Args:
@@ -230,3 +299,102 @@ class BestShards:
         most = triton.next_power_of_2(ranks)
         _winner((sent.device, most), B, (sent, tokens, ranks, B, most))
         return tokens
+
+
+class FrontShards:
+    """Samples from parts of a vocabulary by rules that ``keep_the_first`` tokens, however many.
+
+    Args:
+        rules: the rules.
+        place: which tokens the ranks have; ``fits`` says whether there is room for that.
+        device: where the logits are.
+    """
+
+    def __init__(self, rules: Sequence[Rule], place: Place, device: torch.device) -> None:
+        self._selection = Selection(rules, place.V, device)
+        self._place = place
+        self._weighs = any(rule.spec.sums for rule in rules if not is_idle(rule, place.V))
+
+    @staticmethod
+    def bytes_sent(place: Place) -> int:
+        """Bytes that a rank sends of each row, in both exchanges."""
+        first: int = SENT_WORDS.value
+        second: int = SHARED_AT.value + 2 * place.shared + RECORDS
+        return 4 * first + 8 * second
+
+    @staticmethod
+    def fits(place: Place) -> bool:
+        """Whether the records of a part, and those of all parts, are found in registers."""
+        return bool(RECORDS * triton.next_power_of_2(max(place.tiles, place.ranks)) <= MOST_SENT)
+
+    def begin(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        temperature: torch.Tensor | None,
+        chain: Chain | None = None,
+        call: Call = NOTHING,
+    ) -> Begun:
+        """Find the records of this rank's part ``[B, width]``: three launches; as many, and an exchange, to finish."""
+        (B, width), device, place = logits.shape, logits.device, self._place
+        selection, early = self._selection, overlaps(logits.device)
+        found = None if chain is None else find_sets(logits, chain, call)
+        chain = chain or _NO_CHAIN
+        tiles = torch.empty((B, place.tiles, TILE_WORDS.value), dtype=torch.float32, device=device)
+        pivots = torch.empty((B, place.tiles), dtype=torch.int64, device=device)
+        bounds = torch.empty((B, place.tiles), dtype=torch.float32, device=device)
+        survivors = torch.empty((B, place.tiles * RECORDS, 2), dtype=torch.int32, device=device)
+        counts = torch.empty(B, dtype=torch.int32, device=device)
+        sent = torch.empty((B, SENT_WORDS.value), dtype=torch.int32, device=device)
+        request = (seeds, positions, row_stride(seeds), row_stride(positions))
+        inputs = (logits, *maps_of(chain, found, temperature, logits))
+        shape, where = (width, words(width), place.tiles, place.offset), place.slots[place.rank]
+        dtypes = tuple(None if each is None else each.dtype for each in (temperature, seeds, positions))
+        key = (*launch_key(logits), chain.form, selection.lowest_ties, *integer_key(place.offset), *dtypes)
+        constants = (chain.flat, LARGEST[torch.float32], selection.lowest_ties)
+        programs, most = B * place.tiles, triton.next_power_of_2(place.tiles)
+        _pivots(key, programs, (
+            *inputs, *request, tiles, pivots, bounds, counts, *shape, place.first, *logits.stride(),
+            *constants, TILE.value, early,
+        ))  # fmt: skip
+        (_early_survivors if early else _survivors)((*key, most), programs, (
+            *inputs, *request, tiles, pivots, bounds, survivors, counts, *shape, place.first, *logits.stride(),
+            *constants, most, TILE.value, early,
+        ))  # fmt: skip
+        warps = 4 if most <= 16 else 8 if most <= 32 else 16
+        row_temperature = (temperature, row_stride(temperature))
+        (_early_front if early else _front)[warps]((device, selection.lowest_ties, most, *dtypes), B, (
+            *row_temperature, *request, survivors, counts, tiles, sent, place.tiles, *where, sent.stride(0),
+            selection.lowest_ties, most, early,
+        ))  # fmt: skip
+
+        def finish(all_sent: torch.Tensor, add: Exchange) -> torch.Tensor:
+            told, slots = all_sent.view(torch.float32), slots_on(place, device)
+            strides = all_sent.stride()[:2]
+            ranks, shared = triton.next_power_of_2(place.ranks), place.shared and triton.next_power_of_2(place.shared)
+            front = torch.empty((B, FRONT_WORDS.value), dtype=torch.int32, device=device)
+            sums = None
+            if self._weighs:
+                width_of_sums = SHARED_AT.value + 2 * place.shared + RECORDS
+                sums = torch.empty((B, width_of_sums), dtype=torch.int64, device=device)
+            _join_fronts((*key, self._weighs, ranks, most, shared), B, (
+                *inputs, *request, tiles, all_sent, told, slots, front, sums,
+                *shape, *where, place.ranks, place.shared, place.V, *logits.stride(), *strides,
+                *constants, ranks, most, shared, TILE.value, early,
+            ))  # fmt: skip
+            if sums is not None:
+                (_early_weigh if early else _weigh)(key, B * place.tiles, (
+                    *inputs, tiles, front, sums, *shape, place.first, place.shared, *logits.stride(),
+                    *constants, TILE.value, early,
+                ))  # fmt: skip
+                sums = add(sums)
+            tokens = torch.empty(B, dtype=torch.int64, device=device)
+            rows = tuple([row.contiguous() for row in selection.rows])
+            _pick((device, selection.form, self._weighs, ranks, *dtypes, tuple(row.dtype for row in rows)), B, (
+                (selection.numbers, *rows), *row_temperature, *request, told, slots, front, sums, tokens,
+                place.V, place.ranks, place.shared, *strides, selection.kinds, selection.places, ranks,
+            ))  # fmt: skip
+            return tokens
+
+        return Begun(sent, finish)

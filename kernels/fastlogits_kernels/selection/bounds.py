@@ -418,7 +418,7 @@ def _look_at(
         x = x.to(tl.float32, bitcast=True)
         top = tl.max(x)
         if summed:
-            top, sums = load_sums(work + shape.sums_at, shape.tiles, asked, SUMS, TILES)
+            top, sums = load_sums(row, work + shape.sums_at, shape.tiles, asked, scores.maps, SUMS, TILES)
             store_row_sums(work + ROW_SUMS_AT, sums)
             # A NaN among the logits is one in the mass, and would be the largest key.
             top_key = tl.where(top == float("inf"), KEY_OF_INFINITY, HIGHEST)

@@ -31,7 +31,7 @@ from fastlogits_kernels.selection import launch
 from fastlogits_kernels.selection.kept import launch_kept_bits
 from fastlogits_kernels.selection.launch import Selection, kept_in, launch_select
 from fastlogits_kernels.selection.launchers import maps_of
-from fastlogits_kernels.selection.masses import Tile, joined, launch_masses, log_of, reference_log_mass, tile_of
+from fastlogits_kernels.selection.masses import launch_masses, log_of, reference_log_mass
 from fastlogits_kernels.selection.row import (
     LOWEST,
     MAP_STRIDES,
@@ -51,6 +51,7 @@ from fastlogits_kernels.selection.row import (
     scaled,
     store_float,
 )
+from fastlogits_kernels.selection.tiles import Tile, joined, tile_of
 from fastlogits_kernels.truncate.cpu import row_tails
 
 MOST = 32

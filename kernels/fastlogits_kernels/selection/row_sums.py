@@ -7,6 +7,7 @@ from fastlogits_kernels.selection.row import (
     LOG2_E,
     MINUS_INFINITY,
     NEEDS_SUMS,
+    ONE,
     RUN,
     STEPWISE,
     SUM_WORDS,
@@ -28,9 +29,10 @@ from fastlogits_kernels.selection.row import (
     store_float,
     wait_for_launch,
 )
+from fastlogits_kernels.selection.tiles import Tile, joined, tile_of
 
 _CHUNK = tl.constexpr(512)  # tokens of a sample that a program takes
-# The sums of a tile: its largest scaled logit, its mass, mass times distance from there, and of the finite logits their
+# The sums of a tile: its largest logit, its mass, mass times distance from there, and of the finite logits their
 # number, mean and squares of deviations.
 _TILE_TOP_AT, _TILE_MASS_AT, _TILE_BELOW_AT, _TILE_FINITE_AT, _TILE_MEAN_AT, _TILE_SQUARES_AT = (
     tl.constexpr(i) for i in range(6)
@@ -64,21 +66,23 @@ def _load_floats(ptr, mask):
 
 
 @triton.jit
-def load_sums(sums_ptr, tiles, asked, SUMS: tl.constexpr, TILES: tl.constexpr):
-    """The largest logit of a row and its sums, those of the tiles in their order; 0 for what wasn't ``asked`` for."""
+def load_sums(row, sums_ptr, tiles, asked, maps, SUMS: tl.constexpr, TILES: tl.constexpr):
+    """The largest scaled logit of a row and its sums, from those of its tiles; 0 for what wasn't ``asked`` for."""
     tile = tl.arange(0, TILES)
     here = sums_ptr + SUM_WORDS * tile
     there = tile < tiles
     tops = tl.load(here + _TILE_TOP_AT, mask=there, other=MINUS_INFINITY).to(tl.float32, bitcast=True)
     masses = _load_floats(here + _TILE_MASS_AT, there)
-    top = tl.max(tops)
-    apart = tl.where(tops > float("-inf"), top - tops, 0.0)
-    share = tl.where(tops > float("-inf"), exp(-apart), 0.0).to(tl.float64)
-    mass = tl.sum(masses.to(tl.float64) * share)
+    raw_top = tl.max(tops)
+    inverse = inverse_of(row, maps)
+    amounts, _below = joined(Tile(tops, masses, masses), raw_top, inverse)
+    mass = tl.where(tl.sum((masses != masses).to(tl.int32)) > 0, float("nan"), tl.sum(amounts).to(tl.float64) / ONE)
     below, count, squares = (tl.full([], 0.0, tl.float64),) * 3
     if SUMS >= 2:
         if asked >= 2:
             belows = _load_floats(here + _TILE_BELOW_AT, there)
+            apart = tl.where(tops > float("-inf"), (raw_top - tops) * inverse, 0.0)
+            share = tl.where(tops > float("-inf"), exp(-apart), 0.0).to(tl.float64)
             below = tl.sum((belows + apart * masses).to(tl.float64) * share)
     if SUMS >= 3:
         if asked >= 3:
@@ -88,7 +92,7 @@ def load_sums(sums_ptr, tiles, asked, SUMS: tl.constexpr, TILES: tl.constexpr):
             count = tl.sum(counts)
             off = means - tl.sum(counts * means) / tl.maximum(count, 1.0)
             squares = tl.sum(each + counts * off * off)
-    return top, RowSums(mass, below, count, squares)
+    return scaled(raw_top, row, maps), RowSums(mass, below, count, squares)
 
 
 @triton.jit
@@ -126,15 +130,14 @@ def _sum_tile(row, tile, inverse, asked, scores, form, here, SUMS: tl.constexpr)
     lane = tl.arange(0, 32)[None, :]
     token = word * 32 + lane
     x = folded_logits(row, word, lane, token, token < scores.V, scores, form)
-    top = tl.max(x)
-    off = x - tl.where(top > float("-inf"), top, 0.0)
-    p = tl.exp2(off * (inverse * LOG2_E))
-    # A product by the reciprocal serves all but the largest logit.
-    store_float(here + _TILE_TOP_AT, scaled(top, row, scores.maps))
-    store_float(here + _TILE_MASS_AT, tl.sum(p))
+    of = tile_of(x, inverse, BELOW=False)
+    store_float(here + _TILE_TOP_AT, of.top)
+    store_float(here + _TILE_MASS_AT, of.mass)
     if SUMS >= 2:
         if asked >= 2:
-            store_float(here + _TILE_BELOW_AT, tl.sum(tl.where(p > 0, p * -off, 0.0)) * inverse)
+            off = (x - tl.where(of.top > float("-inf"), of.top, 0.0)) * inverse
+            p = tl.exp2(off * LOG2_E)
+            store_float(here + _TILE_BELOW_AT, tl.sum(tl.where(p > 0, p * -off, 0.0)))
     if SUMS >= 3:
         if asked >= 3:
             x = x * inverse

@@ -18,16 +18,7 @@ from typing import NamedTuple
 
 from fastlogits_kernels.runtime.launcher import tl, triton
 from fastlogits_kernels.selection.goals import below_of
-from fastlogits_kernels.selection.masses import (
-    KeptSums,
-    Tile,
-    is_whole,
-    joined,
-    log_of,
-    source_of,
-    sums_of_kept,
-    tile_of,
-)
+from fastlogits_kernels.selection.masses import KeptSums, is_whole, log_of, source_of, sums_of_kept
 from fastlogits_kernels.selection.row import (
     KEPT_AT,
     KEY_OF_INFINITY,
@@ -52,6 +43,7 @@ from fastlogits_kernels.selection.row import (
     store_float,
     weight_of,
 )
+from fastlogits_kernels.selection.tiles import Tile, joined, tile_of
 
 # -- The record of a row, in words of 32 bits ------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from fastlogits_kernels.parallel.launch import TopShards, fewest_of, sent_of
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, row_stride, tl, triton
 from fastlogits_kernels.runtime.recent import recent
 from fastlogits_kernels.selection.goals import below_of
-from fastlogits_kernels.selection.masses import BLOCK, joined
+from fastlogits_kernels.selection.masses import BLOCK
 from fastlogits_kernels.selection.row import (
     HIGHEST,
     Form,
@@ -39,6 +39,7 @@ from fastlogits_kernels.selection.row import (
     scaled,
     weight_of,
 )
+from fastlogits_kernels.selection.tiles import joined
 from fastlogits_kernels.training.logprobs import (
     SHARE,
     Rows,
@@ -55,6 +56,7 @@ from fastlogits_kernels.training.shards import (
     ANYWHERE,
     OF_PART,
     OF_ROW,
+    SHARED_AT,
     TOLD_WORDS,
     Exchange,
     Part,
@@ -154,7 +156,8 @@ def ruled_sums_kernel(
     any_mass = tl.load(here + 1, mask=tile < tl.where(reads, tiles, 0), other=0.0)
     broken = tl.sum((any_mass != any_mass).to(tl.int32))
     store_sums(
-        row, reads & whole, mass, below, broken, joins, told, sums_ptr, shared, part, scores, BELOW, SHARED, TILE
+        row, reads & whole, mass, below, broken, joins, told, sums_ptr + row * (SHARED_AT + 2 * shared),
+        shared, part, scores, Form((), 0.0), BELOW, SHARED, TILE,
     )  # fmt: skip
 
 

@@ -29,15 +29,10 @@ from fastlogits_kernels.selection.goals import below_of
 from fastlogits_kernels.selection.masses import (
     BLOCK,
     KeptSums,
-    Tile,
-    amounts_of,
-    joined,
     log_of,
     reference_below,
     reference_log_of,
     reference_mass,
-    tile_of,
-    tile_with,
 )
 from fastlogits_kernels.selection.row import (
     LOWEST,
@@ -54,6 +49,7 @@ from fastlogits_kernels.selection.row import (
     scaled,
     weight_of,
 )
+from fastlogits_kernels.selection.tiles import Tile, amounts_of, joined, tile_of, tile_with
 from fastlogits_kernels.training.logprobs import (
     OPERATION,
     Rows,
@@ -222,11 +218,12 @@ def shared_top(told, slot):
 
 
 @triton.jit
-def load_tile(tile, row, reads, part, scores, TILE: tl.constexpr):
-    """The raw logits of the rank's part of a tile, if it ``reads`` them."""
+def load_tile(tile, row, reads, part, scores, form, TILE: tl.constexpr):
+    """The folded logits of the rank's part of a tile, if it ``reads`` them."""
     token = tile * TILE + tl.arange(0, TILE) - part.offset
     inside = (token >= 0) & (token < tl.where(reads, scores.V, 0))
-    return folded_logits(row, token >> 5, token & 31, token, inside, scores, Form((), 0.0))
+    word = tl.where(inside, token >> 5, scores.W)  # none, before the part
+    return folded_logits(row, word, token & 31, token, inside, scores, form)
 
 
 @triton.jit
@@ -254,7 +251,8 @@ def own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores):
 
 
 @triton.jit
-def _store_told(here, first_top, last_top, top, own, number):
+def store_told(here, first_top, last_top, top, own, number):
+    """Write what is told of a row."""
     tl.store(here + FIRST_TOP_AT, first_top)
     tl.store(here + LAST_TOP_AT, last_top)
     tl.store(here + TOP_AT, top)
@@ -264,11 +262,10 @@ def _store_told(here, first_top, last_top, top, own, number):
 
 @triton.jit
 def store_sums(
-    row, whole, mass, below, broken, outside, told, sums_ptr, shared, part, scores,
+    row, whole, mass, below, broken, outside, told, here, shared, part, scores, form,
     BELOW: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a part comes to, and its share of the tiles that others have too, where the row is kept as a ``whole``."""
-    here = sums_ptr + row * (SHARED_AT + 2 * shared)
     tl.store(here + MASS_AT, mass)
     tl.store(here + BELOW_AT, below)
     tl.store(here + BROKEN_AT, broken.to(tl.int64))
@@ -280,7 +277,7 @@ def store_sums(
         for side in tl.static_range(2):
             mine = part.first_slot if side == 0 else part.last_slot
             tile = 0 if side == 0 else part.tiles - 1
-            x = load_tile(tile, row, whole & (mine >= 0), part, scores, TILE)
+            x = load_tile(tile, row, whole & (mine >= 0), part, scores, form, TILE)
             amount, more = amounts_of(x, shared_top(told, mine), inverse, BELOW)
             # So far below 0 that nothing makes up for it, and not so far that ranks overflow together.
             amounts = tl.where(slot == mine, tl.maximum(amount, _LEAST), amounts)
@@ -322,7 +319,7 @@ def whole_told_kernel(
     first_top = tl.max(tl.where((tile == 0) & (first_slot >= 0), top, float("-inf")))
     last_top = tl.max(tl.where((tile == tiles - 1) & (last_slot >= 0), top, float("-inf")))
     number = tl.full([], 0, tl.int32) + V
-    _store_told(told_ptr + row * stride_told, first_top, last_top, tl.max(top), own.raw, number)
+    store_told(told_ptr + row * stride_told, first_top, last_top, tl.max(top), own.raw, number)
 
 
 @triton.jit(do_not_specialize=[*OF_ROW, *OF_PART], do_not_specialize_on_alignment=ANYWHERE)
@@ -355,8 +352,8 @@ def whole_sums_kernel(
         tile = tl.arange(0, TILES)
         above = tl.sum(tl.load(above_ptr + row * tiles + tile, mask=tile < tiles, other=0))
     store_sums(
-        row, reads, tl.sum(mass), tl.sum(below), broken, above, told, sums_ptr, shared, part, scores,
-        BELOW, SHARED, TILE,
+        row, reads, tl.sum(mass), tl.sum(below), broken, above, told, sums_ptr + row * (SHARED_AT + 2 * shared),
+        shared, part, scores, Form((), 0.0), BELOW, SHARED, TILE,
     )  # fmt: skip
 
 
@@ -404,12 +401,12 @@ def given_told_kernel(
         number = tl.where(whole, tl.zeros_like(number) + V, 0)
     first_top, last_top = tl.full([], float("-inf"), tl.float32), tl.full([], float("-inf"), tl.float32)
     for tile in range(tl.where(whole & (own.ignored == 0), tiles, 0)):
-        tile_top = tl.max(load_tile(tile, row, whole, part, scores, TILE))
+        tile_top = tl.max(load_tile(tile, row, whole, part, scores, Form((), 0.0), TILE))
         key = tl.maximum(key, key_of(tile_top))
         first_top = tl.where((tile == 0) & (first_slot >= 0), tile_top, first_top)
         last_top = tl.where((tile == tiles - 1) & (last_slot >= 0), tile_top, last_top)
     top = tl.where(key == LOWEST, float("-inf"), number_of(key))
-    _store_told(told_ptr + row * stride_told, first_top, last_top, top, own.raw, number)
+    store_told(told_ptr + row * stride_told, first_top, last_top, top, own.raw, number)
 
 
 @triton.jit(do_not_specialize=[*OF_ROW, *STEPWISE_SETS, *OF_PART], do_not_specialize_on_alignment=[*ANYWHERE, *SETS])
@@ -461,13 +458,14 @@ def given_sums_kernel(
     inverse = inverse_of(row, maps)
     for tile in range(tl.where(reads & told.whole, tiles, 0)):
         shares = ((tile == 0) & (first_slot >= 0)) | ((tile == tiles - 1) & (last_slot >= 0))
-        of = tile_of(load_tile(tile, row, shares == 0, part, scores, TILE), inverse, BELOW)
+        of = tile_of(load_tile(tile, row, shares == 0, part, scores, Form((), 0.0), TILE), inverse, BELOW)
         more, more_below = joined(of, told.raw_top, inverse)
         mass += more
         below += more_below
         broken += (of.mass != of.mass).to(tl.int32)
     store_sums(
-        row, reads & told.whole, mass, below, broken, joins, told, sums_ptr, shared, part, scores, BELOW, SHARED, TILE
+        row, reads & told.whole, mass, below, broken, joins, told, sums_ptr + row * (SHARED_AT + 2 * shared),
+        shared, part, scores, Form((), 0.0), BELOW, SHARED, TILE,
     )  # fmt: skip
 
 
