@@ -37,8 +37,8 @@ LEAST_DEALT = 1 << 22
 An estimate, by the figures of docs/tensor-parallel.md: two exchanges and eight launches take some 40 us, and to deal
 out so much takes about as long.
 """
-LEAST_WEIGHED = 1 << 20
-"""The same of tokens by rules that add up probabilities, and keep any number of tokens."""
+LEAST_WEIGHED = 3 << 18
+"""The same of tokens whose records are weighed: between two and four ranks that have 8 rows of 128256 logits."""
 
 
 class SplitCall(NamedTuple):

@@ -363,6 +363,6 @@ class BatchMachine(RuleBasedStateMachine):
 
 
 # A GPU compiles kernels for most of the examples: some seconds each.
-_SETTINGS = settings(max_examples=60 if DEVICE == "cpu" else 12, stateful_step_count=20, **RELAXED)
+_SETTINGS = settings(max_examples=60 if DEVICE == "cpu" else 4, stateful_step_count=20, **RELAXED)
 TestListMachine, TestBatchMachine = ListMachine.TestCase, BatchMachine.TestCase
 TestListMachine.settings = TestBatchMachine.settings = _SETTINGS
