@@ -207,7 +207,7 @@ def _warm_up(ranks: Ranks) -> None:
         for name, dtype in _samplers():
             sampler = fl.Sampler(**ranks.options(name), **more)
             sampler.warm_up(V, dtype, batch=_ROWS, device=device, seeds=seeds, positions=seeds)
-        for options in (KPT, TIMED["T"]):
+        for options in (KPT, TIMED["T"], TIMED[NUCLEUS]):
             sampler = fl.Sampler(ranks.processors(), **options, **more)
             sampler.warm_up(V, torch.bfloat16, batch=_ROWS, device=device, seeds=seeds)
     batch = fl.BatchProcessor(_SLOTS, V, device, max_length=_MAX_LENGTH, max_logprobs=3)
@@ -264,10 +264,12 @@ def check_processors(ranks: Ranks) -> None:
         ranks.arange(_ROWS),
     )
     part = ranks.part(logits)
-    for name in ("T k p", "T"):
-        split = fl.Sampler(ranks.processors(), **TIMED[name], group=ranks.group)(part, seeds, _HISTORY, ids)
+    for name in ("T k p", "T", NUCLEUS):
+        sampler = fl.Sampler(ranks.processors(), **TIMED[name], group=ranks.group)
+        with patch.object(sampling, "LEAST_WEIGHED", 0):
+            split = sampler(part, seeds, _HISTORY, ids)
         one = fl.Sampler(ranks.processors(), **TIMED[name])(logits, seeds, _HISTORY, ids)
-        ranks.session.check(is_same(split, one), f"processors, {name}")
+        ranks.session.check(is_same(split, one), f"processors, {name}, by {_way_of(sampler)}")
     processed = fl.process(part, ranks.processors(), ids, group=ranks.group)
     ranks.session.check(is_same(processed, ranks.part(ranks.processors()(ids, logits))), "process, on parts")
 
@@ -411,7 +413,7 @@ def _sampling(ranks: Ranks, split: Split, name: str) -> Iterator[Step]:
     rows = len(split.logits)
     seeds, positions = ranks.arange(rows), ranks.arange(rows) + 5
     one, parts = fl.Sampler(**TIMED[name]), fl.Sampler(**TIMED[name], group=ranks.group)
-    both = name in (RAW, NUCLEUS) and ranks.is_cuda  # so few rows or so many, both ways are timed
+    both = name in (RAW, NUCLEUS) and ranks.is_cuda  # both ways are timed, whatever the number of rows
     if both:
         with patch.multiple(sampling, LEAST_DEALT=0, LEAST_WEIGHED=0):
             parts(split.part, seeds, positions)

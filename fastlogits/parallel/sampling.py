@@ -12,7 +12,7 @@ from fastlogits_kernels.parallel.launch import Begun, BestShards, FrontShards, T
 from fastlogits_kernels.parallel.report import report_of_part
 from fastlogits_kernels.rules import Rule, is_idle
 from fastlogits_kernels.runtime.backend import CompileError
-from fastlogits_kernels.runtime.launcher import table_on
+from fastlogits_kernels.runtime.launcher import collected, prepare, table_on
 from fastlogits_kernels.selection import launch
 from fastlogits_kernels.training.shards import Exchange, Place
 
@@ -38,7 +38,10 @@ An estimate, by the figures of docs/tensor-parallel.md: two exchanges and eight 
 out so much takes about as long.
 """
 LEAST_WEIGHED = 3 << 18
-"""The same of tokens whose records are weighed: between two and four ranks that have 8 rows of 128256 logits."""
+"""The same of tokens by rules that keep any number of the first ones.
+
+With 8 rows of 128256 in bfloat16 records were quicker on two ranks (1 MiB a part), and slower on four (0.5 MiB).
+"""
 
 
 class SplitCall(NamedTuple):
@@ -138,8 +141,9 @@ class _Way(NamedTuple):
 class SplitSampler:
     """Samples from logits of which each rank has a part of the vocabulary.
 
-    There are three ways, of which all give the result of one process, bit for bit. Which one is taken depends on what
-    the host knows, and is the same on all ranks.
+    There are three ways, of which all give the result of one process, bit for bit (but where float32 holds no noise
+    beside the logits, see docs/tensor-parallel.md). Which one is taken depends on what the host knows, and is the same
+    on all ranks.
 
     - On a GPU, where processors map each logit by itself: each rank sends the few tokens of its part that may win, and
       finds the token among all that was sent. That is so where no rule drops anything, where a fixed number of the most
@@ -212,12 +216,8 @@ class SplitSampler:
         shards = Shards.of([width] * size, [None] * size, V)
         some = call._replace(logits=call.logits.new_empty(B, width))
         parts = self._parts(some, shards, [] if plan is None else plan.members)
-
-        def gather(mine: torch.Tensor) -> torch.Tensor:
-            return mine.new_empty(size, *mine.shape)
-
         if parts is not None:
-            parts.sample(parts.begin(some), some, gather, lambda sums: sums)
+            self._rehearse_parts(parts, parts.begin(some), some)
 
     def _shards_of(self, width: int) -> Shards:
         """Which tokens each rank has; told once for this sampler, since others may have another vocabulary."""
@@ -297,7 +297,7 @@ class SplitSampler:
     def _first(self, way: _Way, call: SplitCall) -> tuple[_Way, Sample]:
         """A call of a new form. If it fails on one rank, all raise; if kernels are missing there, all do without."""
         if way.parts is not None:
-            begun, failures = self._tried(lambda: way.parts.begin(call))  # type: ignore[union-attr]
+            begun, failures = self._tried(lambda: self._begun(way.parts, call))  # type: ignore[arg-type]
             if not any(failures):
                 try:
                     return way, self._from_parts(way.parts, begun, call)
@@ -310,6 +310,25 @@ class SplitSampler:
         if any(failures):
             raise RuntimeError(_failed(failures))
         return way, self._shared(way, call, own)
+
+    def _begun(self, parts: Parts, call: SplitCall) -> Begun:
+        """A first call's own part; what the exchanges are followed by is compiled, so that it fails before them."""
+        begun = parts.begin(call)
+        with collected() as launches:
+            self._rehearse_parts(parts, begun, call)
+        for _, error in prepare(launches):
+            if error is not None:
+                raise error
+        return begun
+
+    def _rehearse_parts(self, parts: Parts, begun: Begun, call: SplitCall) -> None:
+        """Launch what follows the exchanges, where launches are collected."""
+        size = self.group.size
+
+        def gather(mine: torch.Tensor) -> torch.Tensor:
+            return mine.new_empty(size, *mine.shape)
+
+        parts.sample(begun, call, gather, lambda sums: sums)
 
     def _from_parts(self, parts: Parts, begun: Begun, call: SplitCall) -> Sample:
         return parts.sample(begun, call, self.group.all_gather, self.group.added)

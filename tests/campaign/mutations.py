@@ -932,6 +932,11 @@ MUTATIONS = [
         ("parallel/test_front.py::test_rows_that_are_cut_anywhere_among_tokens_that_tie",),
     ),
     Mutation(
+        "of many survivors only the first ones", f"{KERNELS}/parallel/front.py",
+        "if found <= _FEW:", "if found >= 0:",
+        ("parallel/test_front.py::test_more_survivors_than_are_few",),
+    ),
+    Mutation(
         "rules that act beside NaN, on parts", f"{KERNELS}/parallel/front.py",
         "if request.greedy | (mass != mass):", "if request.greedy:",
         ("parallel/test_front.py::test_each_rank_finds_what_one_process_samples",),

@@ -41,6 +41,10 @@ from fastlogits_kernels.training.sets import GivenSets
 from fastlogits_kernels.training.shards import Place, logprobs_of_part
 
 import fastlogits as fl
+from fastlogits.plan.fusion import parts_of
+from fastlogits.plan.pointwise import Pointwise
+from fastlogits.plan.run import Run
+from fastlogits.processors.base import member_of
 from tests.campaign.sanitizer_cases import CASES, OPERATIONS, Given, forced
 
 V = 128256
@@ -290,6 +294,14 @@ def _report_of_part(logits: torch.Tensor, tokens: torch.Tensor, first: int) -> N
         report_of_part(logits, tokens, count, place, lambda sent: _of_all(sent, 3), clone)
 
 
+def _folded(logits: torch.Tensor) -> Any:
+    """What processors before a sampler bring."""
+    processors = fl.RepetitionPenaltyLogitsProcessor(1.2), fl.LogitBiasLogitsProcessor({5: 1.0, 300: -1.0})
+    (fold,) = parts_of([member_of(each) for each in processors])
+    assert isinstance(fold, Pointwise)
+    return fold.inputs(torch.arange(8).expand(2, -1), logits, Run.of(None, None))
+
+
 def _parts(dtype: torch.dtype) -> None:
     rules, cpu, own = (Rule("top_k", 50), Rule("top_p", 0.9)), torch.device("cpu"), V // 4
     seeds, logits = torch.arange(2), torch.zeros(2, own, dtype=dtype)
@@ -299,8 +311,9 @@ def _parts(dtype: torch.dtype) -> None:
             place = Place.of([0, own, 2 * own, 3 * own], [own] * 4, 1)
             steps.append(parallel.FrontShards((Rule(*kept),), place, cpu))
         for step in steps:
-            begun = step.begin(logits, seeds, seeds, temperature)
-            begun.finish(_of_all(begun.sent, 4), clone)
+            for inputs in ((), _folded(logits)):
+                begun = step.begin(logits, seeds, seeds, temperature, *inputs)
+                begun.finish(_of_all(begun.sent, 4), clone)
     _report_of_part(logits, seeds, 48)
 
 

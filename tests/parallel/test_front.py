@@ -10,7 +10,7 @@ from fastlogits_kernels.training.shards import Place
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import exchanged
-from tests.parallel.test_report import hard_rows
+from tests.parallel.test_report import SPLITS, hard_rows
 
 pytestmark = [
     pytest.mark.skipif(not launcher.HAS_TRITON, reason="needs Triton"),
@@ -30,7 +30,6 @@ OPTIONS = [
     {"epsilon": 0.001},
     {"temperature": 0.0, "top_p": 0.5},
 ]
-SPLITS = [(2056, 40, 3000), (5, 3, 20, 2100), (4096, 2052), (2500,)]
 
 
 def rules_of(temperature=None, ties="all", **values):
@@ -110,6 +109,29 @@ def test_there_are_few_records():
     assert counts.max() <= 24
 
 
+def test_more_survivors_than_are_few():
+    """Beside logits of some millions bounds of the noise say little, and each tile has survivors."""
+    logits, seeds = torch.full((4, 32 * 2048), 1.2e7), torch.arange(4)
+    options = {"top_p": 0.15}
+    expected = fl.Sampler(**options)(logits, seeds, seeds).tokens
+    for found in sampled_apart(logits, [31 * 2048, 2048], seeds, seeds, options):
+        assert torch.equal(found, expected)
+
+
+def test_infinities_that_the_temperature_makes():
+    logits = torch.full((3, 2100), -5.0)
+    logits[0, [3, 2090]] = 3e38
+    logits[0, 20] = float("inf")
+    logits[1] = float("-inf")
+    logits[1, 9] = -3e38
+    logits[2, [7, 2095]] = 3e38
+    seeds, options = torch.arange(3), {"temperature": 0.5, "top_p": 0.5}
+    expected = fl.Sampler(**options)(logits, seeds, seeds).tokens
+    for widths in ([2100], [20, 2080], [2060, 40]):
+        for found in sampled_apart(logits, widths, seeds, seeds, options):
+            assert torch.equal(found, expected)
+
+
 def test_where_float32_holds_no_noise_the_ranks_agree_on_a_token_that_is_kept():
     logits = torch.full((4, 4096), 1e30)
     logits[1, 1000:] = -1e30
@@ -122,6 +144,16 @@ def test_where_float32_holds_no_noise_the_ranks_agree_on_a_token_that_is_kept():
     words = fl.sample(logits, seeds=0, positions=0, return_kept="bits", **options).kept.bits
     kept = words[torch.arange(4), found[0] >> 5] >> (found[0] & 31) & 1
     assert kept.all()
+
+
+def test_what_there_is_room_for():
+    def fits(*sizes):
+        return FrontShards.fits(Place.of([sum(sizes[:i]) for i in range(len(sizes))], sizes, 0))
+
+    assert fits(64 * 2048)
+    assert not fits(64 * 2048 + 1)
+    assert fits(*[100] * 64)
+    assert not fits(*[100] * 65)
 
 
 def test_which_rules_keep_the_first():

@@ -26,6 +26,8 @@ CASES = [
     {"temperature": 0.7, "logprobs": "raw", "top_logprobs": 3},
     {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "logprobs": "raw", "top_logprobs": 20},
 ]
+BY_ROWS = (5, 6)
+"""Cases whose rows are dealt out; the others go by parts."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def gpus() -> Iterator[Ranks]:
 
 
 def on_gpus(process_group, case, dtype):
-    """Whether the ranks sample what one GPU samples, called and replayed; reports come from the parts."""
+    """Whether the ranks sample what one GPU samples, called and replayed, and in the way that is expected."""
     with patch.multiple(sampling, LEAST_DEALT=0, LEAST_WEIGHED=0):
         return _on_gpus(process_group, case, dtype)
 
@@ -50,6 +52,8 @@ def _on_gpus(process_group, case, dtype):
     one, split = fl.Sampler(**options), fl.Sampler(**options, group=process_group)
     part = part_of(rows[0], rank, size)
     found = [same(split(part, seeds, positions), one(rows[0], seeds, positions))]
+    (way,) = split._split._ways.values()
+    found.append((way.parts is None) == (case in BY_ROWS))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         sampled = split(part, seeds, positions)

@@ -55,9 +55,9 @@ def of_parts(process_group, case):
     """Whether the ranks sample from their parts, and what one process samples."""
     launch.FORCE_KERNEL = True
     taken = []
-    sent, least = sampling.Parts.begin, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED)
+    begin, least = sampling.Parts.begin, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED)
     sampling.LEAST_DEALT = sampling.LEAST_WEIGHED = 0
-    sampling.Parts.begin = lambda self, call: (taken.append(self.step), sent(self, call))[1]
+    sampling.Parts.begin = lambda self, call: (taken.append(self.step), begin(self, call))[1]
     try:
         options, dtype = CASES[case]
         logits = hard_logits(dtype)
@@ -68,7 +68,7 @@ def of_parts(process_group, case):
         return same(found, fl.Sampler(**options)(logits, seeds, 5)), len(taken)
     finally:
         launch.FORCE_KERNEL = False
-        sampling.Parts.begin, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED) = sent, least
+        sampling.Parts.begin, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED) = begin, least
 
 
 MADE = [
@@ -91,9 +91,9 @@ def of_processors(process_group, case):
     """The same with processors."""
     launch.FORCE_KERNEL = fold.FORCE_KERNEL = True
     taken = []
-    sent, least = sampling.Parts.begin, sampling.LEAST_WEIGHED
+    begin, least = sampling.Parts.begin, sampling.LEAST_WEIGHED
     sampling.LEAST_WEIGHED = 0
-    sampling.Parts.begin = lambda self, call: (taken.append(self.step), sent(self, call))[1]
+    sampling.Parts.begin = lambda self, call: (taken.append(self.step), begin(self, call))[1]
     try:
         logits = hard_logits(torch.bfloat16)[1:5]
         ids = torch.randint(0, 12, (4, 9), generator=torch.Generator().manual_seed(case))
@@ -106,7 +106,7 @@ def of_processors(process_group, case):
         return same(found, expected), len(taken)
     finally:
         launch.FORCE_KERNEL = fold.FORCE_KERNEL = False
-        sampling.Parts.begin, sampling.LEAST_WEIGHED = sent, least
+        sampling.Parts.begin, sampling.LEAST_WEIGHED = begin, least
 
 
 @pytest.mark.parametrize("case", range(len(MADE)))
@@ -175,7 +175,7 @@ def of_warm_up(process_group, case):
 def test_a_warm_up_compiles_what_calls_launch(ranks, case):
     missing, launched = ranks.alike(of_warm_up, 2, case)
     assert not missing
-    assert launched >= 3
+    assert launched >= (6 if case == 2 else 3)
 
 
 def sampled_apart(logits, rules, temperature, seeds, sizes):

@@ -5,7 +5,8 @@ than all before it in that order: a record. Each rank sends the records of its p
 each record says which of them are kept; the last one that is wins. The README beside says more.
 
 Bytes moved: three reads of the part's logits, of which the third leaves out tiles that have no token before the best
-record. Sent by a rank: 536 bytes of each row; then 544, and 16 for each shared tile, where anything is added up.
+record, and of at most two tiles once more. Sent by a rank: 536 bytes of each row; then 544, and 16 for each shared
+tile, where anything is added up.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ ROOM = tl.constexpr(RECORDS)
 """Records of a row, or of a part of it; and tokens of a tile that may be some."""
 # A row's front: how many records, then a scaled logit and a token each.
 FRONT_WORDS = tl.constexpr(3 + 2 * RECORDS)
-_WEIGHED_AT = tl.constexpr(1)  # of a front: how many of its records have to be weighed, beside which scaled logit
-_TOP_AT = tl.constexpr(2)
+_WEIGHED_AT = tl.constexpr(1)  # of a front: how many of its records have to be weighed
+_TOP_AT = tl.constexpr(2)  # beside which scaled logit
 _FRONT_AT = tl.constexpr(3)
 # What a rank sends of a row: what is told of it (training/shards.py), then its front.
 _COUNT_AT = TOLD_WORDS
@@ -90,12 +91,18 @@ def _ordered(x, rank):
 
 
 @triton.jit
-def _order_of(x, token, LOWEST_TIES: tl.constexpr):
-    """Where tokens stand in the order in which rules keep them: the largest number is the first."""
+def _rank_from_0(token, LOWEST_TIES: tl.constexpr):
+    """The rank of tokens, or of octets, as a number from 0 on: of those that tie the largest comes first."""
     rank = token
     if LOWEST_TIES:
         rank = HIGHEST - token
-    return _ordered(x, rank)
+    return rank
+
+
+@triton.jit
+def _order_of(x, token, LOWEST_TIES: tl.constexpr):
+    """Where tokens stand in the order in which rules keep them: the largest number is the first."""
+    return _ordered(x, _rank_from_0(token, LOWEST_TIES))
 
 
 @triton.jit
@@ -158,15 +165,6 @@ def _octets_of(tile, offset, first, TILE: tl.constexpr):
 
 
 @triton.jit
-def _octet_rank(octet, LOWEST_TIES: tl.constexpr):
-    """In which order tokens of octets come that tie, from 0 on: the largest first."""
-    rank = octet
-    if LOWEST_TIES:
-        rank = HIGHEST - octet
-    return rank
-
-
-@triton.jit
 def _pivots_of(x, octets, words, inverse, LOWEST_TIES: tl.constexpr):
     """Of each octet a token of its largest logit: its place in the order, and a lower bound of its perturbed logit."""
     largest = tl.max(x, 1)
@@ -174,7 +172,7 @@ def _pivots_of(x, octets, words, inverse, LOWEST_TIES: tl.constexpr):
     least = least_perturbed(largest * inverse, coarse_of(octets * OCTET + lane, words))
     # More than what products, logarithms and differences are rounded by.
     least = tl.where(largest > float("-inf"), least - tl.abs(least) * 4e-6 - 1e-3, float("-inf"))
-    return _ordered(largest, _octet_rank(octets, LOWEST_TIES)), least
+    return _ordered(largest, _rank_from_0(octets, LOWEST_TIES)), least
 
 
 @triton.jit
@@ -316,17 +314,18 @@ def survivors_kernel(
     wait_for_launch(PDL)
     mass = tl.load(tiles_ptr + (row * tiles + tile) * TILE_WORDS + 1)
     if request.greedy | (mass != mass):
-        key = key_of(x)
-        top = tl.max(tl.where(inside, key, LOWEST))
-        if top > KEY_OF_MINUS_INFINITY:
-            at = here + 2 * tl.atomic_add(counts_ptr + row, 1, sem="relaxed")
-            tl.store(at, number_of(top).to(tl.int32, bitcast=True))
-            tl.store(at + 1, tl.min(tl.where(inside & (key == top), token, HIGHEST)))
+        key = tl.where(inside, key_of(scaled(x, row, maps)), LOWEST)
+        top = tl.max(key)
+        lowest = tl.min(tl.where(key == top, token, HIGHEST))
+        raw = tl.max(tl.where(token == lowest, key_of(x), LOWEST))
+        at = here + 2 * tl.atomic_add(counts_ptr + row, 1, sem="relaxed")
+        tl.store(at, number_of(raw).to(tl.int32, bitcast=True))
+        tl.store(at + 1, lowest)
     else:
         each = tl.arange(0, TILES)
         order = tl.load(pivots_ptr + row * tiles + each, mask=each < tiles, other=_NOBODY)
         least = tl.load(bounds_ptr + row * tiles + each, mask=each < tiles, other=float("-inf"))
-        rank = _octet_rank(octets, LOWEST_TIES)
+        rank = _rank_from_0(octets, LOWEST_TIES)
         largest = tl.max(x, 1)
         most = _most_perturbed(largest, least_coarse(words), inverse)
         octet_stays = _survive(largest > float("-inf"), largest, most, rank, order, least, inverse)
@@ -355,7 +354,10 @@ def _store_front_of(row, survivors, found, to, request, maps, LOWEST_TIES: tl.co
     slot = tl.arange(0, SLOTS)
     raw = tl.load(survivors + 2 * slot, mask=slot < found, other=0).to(tl.float32, bitcast=True)
     token = tl.load(survivors + 2 * slot + 1, mask=slot < found, other=0)
-    return _store_front(to, scaled(raw, row, maps), slot < found, token, request, LOWEST_TIES)
+    x = scaled(raw, row, maps)
+    # What has no probability is never sampled where there is anything else.
+    valid = (slot < found) & (key_of(x) > KEY_OF_MINUS_INFINITY)
+    return _store_front(to, x, valid, token, request, LOWEST_TIES)
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_ANYWHERE)

@@ -34,7 +34,7 @@ from fastlogits_kernels.training.rows import TILE, TILE_WORDS
 from fastlogits_kernels.training.shards import SHARED_AT, Exchange, Place, slots_on
 
 MOST_SENT = 4096
-"""Entries of a row that all ranks send together, at most: they are refined in registers."""
+"""Entries of a row that all ranks send together, at most, or that may be records of a part: all are in registers."""
 # Candidates that are packed at a time: most rows have no more.
 _BLOCK = 512
 _NO_CHAIN = Chain()
@@ -336,7 +336,10 @@ class FrontShards:
         chain: Chain | None = None,
         call: Call = NOTHING,
     ) -> Begun:
-        """Find the records of this rank's part ``[B, width]``: three launches; as many, and an exchange, to finish."""
+        """Find the records of this rank's part ``[B, width]``: three launches.
+
+        To finish takes as many, and an exchange; two launches where no rule adds up probabilities.
+        """
         (B, width), device, place = logits.shape, logits.device, self._place
         selection, early = self._selection, overlaps(logits.device)
         found = None if chain is None else find_sets(logits, chain, call)

@@ -406,7 +406,7 @@ class Relaunch:
         addresses = [each.data_ptr() if each.is_cuda else -1 for each in self._pointers(args) if each is not None]
         try:
             self._call(index, stream, (*addresses, *self._others(args)), programs)
-        except struct.error:  # nor has a number that doesn't fit, and each absent tensor is one value less
+        except (struct.error, OverflowError):  # nor has a number that doesn't fit; an absent tensor is one value less
             return False
         return True
 

@@ -241,7 +241,7 @@ class Launcher:
         return f"the kernel {self.name} can't be {what} ({type(error).__name__}: {str(error).strip()[-500:]})"
 
 
-_importing = threading.Lock()
+_importing = threading.RLock()  # a hook may launch a kernel
 
 
 def _triton_s_launcher(compiled: Any) -> Any:
@@ -361,7 +361,7 @@ class Relaunches:
         arguments = [entry.arguments(launch.args) for entry, launch in zip(found, launches, strict=True)]
         try:
             call = driver.Call(found, [each.programs for each in launches], arguments, driver.POINTER * given)
-        except (driver.UnfitError, struct.error):
+        except (driver.UnfitError, struct.error, OverflowError):
             return None
         return cls([each.launcher for each in launches], call)
 

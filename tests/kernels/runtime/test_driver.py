@@ -184,6 +184,12 @@ def test_what_a_relaunch_leaves_to_triton(library, wrong):
     assert not library.made
 
 
+@needs_relaunches
+def test_a_number_beyond_float32_is_left_to_triton_too(library):
+    assert not Relaunch(entry_of(Compiled()))(0, 7, 1, (OnGPU(1), 0, 2, OnGPU(3), 1e39, 4, True, 0))
+    assert not library.made
+
+
 IN_TUPLES = ("*fp32", "constexpr", "i32"), "*i64", "constexpr", ("fp32", ("i64", "i1"), "constexpr")
 
 
