@@ -1,5 +1,8 @@
 """Tokens sampled from the parts of the logits by the kernels, in the interpreter, against those of one process."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
 from fastlogits_kernels.parallel.launch import TopShards, capacity_of, sent_of
@@ -51,24 +54,30 @@ def hard_logits(dtype):
     return logits.to(dtype)
 
 
+@contextmanager
+def by_parts():
+    """The kernels run, and parts are taken however few the rows are; the steps that begin are listed."""
+    taken = []
+    begin = sampling.Parts.begin
+    with (
+        patch.multiple(sampling, LEAST_DEALT=0, LEAST_WEIGHED=0),
+        patch.object(sampling.Parts, "begin", lambda self, call: (taken.append(self.step), begin(self, call))[1]),
+        patch.object(launch, "FORCE_KERNEL", True),
+        patch.object(fold, "FORCE_KERNEL", True),
+    ):
+        yield taken
+
+
 def of_parts(process_group, case):
     """Whether the ranks sample from their parts, and what one process samples."""
-    launch.FORCE_KERNEL = True
-    taken = []
-    begin, least = sampling.Parts.begin, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED)
-    sampling.LEAST_DEALT = sampling.LEAST_WEIGHED = 0
-    sampling.Parts.begin = lambda self, call: (taken.append(self.step), begin(self, call))[1]
-    try:
-        options, dtype = CASES[case]
-        logits = hard_logits(dtype)
-        rank, size = process_group.rank(), process_group.size()
-        seeds = torch.arange(6) * 3 + 1
-        part = part_of(logits, rank, size)
+    options, dtype = CASES[case]
+    logits = hard_logits(dtype)
+    rank, size = process_group.rank(), process_group.size()
+    seeds = torch.arange(6) * 3 + 1
+    part = part_of(logits, rank, size)
+    with by_parts() as taken:
         found = fl.Sampler(**options, group=process_group)(part, seeds, 5)
         return same(found, fl.Sampler(**options)(logits, seeds, 5)), len(taken)
-    finally:
-        launch.FORCE_KERNEL = False
-        sampling.Parts.begin, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED) = begin, least
 
 
 MADE = [
@@ -89,24 +98,16 @@ OPTIONS = [{}, {"temperature": 0.8, "top_k": 5, "top_p": 0.8}, {"temperature": 0
 
 def of_processors(process_group, case):
     """The same with processors."""
-    launch.FORCE_KERNEL = fold.FORCE_KERNEL = True
-    taken = []
-    begin, least = sampling.Parts.begin, sampling.LEAST_WEIGHED
-    sampling.LEAST_WEIGHED = 0
-    sampling.Parts.begin = lambda self, call: (taken.append(self.step), begin(self, call))[1]
-    try:
-        logits = hard_logits(torch.bfloat16)[1:5]
-        ids = torch.randint(0, 12, (4, 9), generator=torch.Generator().manual_seed(case))
-        ids[:, 4::3] = torch.tensor([4, 500])
-        made = [make() for make in MADE[case]]
-        part = part_of(logits, process_group.rank(), process_group.size())
-        call = (torch.arange(4), 9, ids)
+    logits = hard_logits(torch.bfloat16)[1:5]
+    ids = torch.randint(0, 12, (4, 9), generator=torch.Generator().manual_seed(case))
+    ids[:, 4::3] = torch.tensor([4, 500])
+    made = [make() for make in MADE[case]]
+    part = part_of(logits, process_group.rank(), process_group.size())
+    call = (torch.arange(4), 9, ids)
+    with by_parts() as taken:
         found = fl.Sampler(made, **OPTIONS[case], group=process_group)(part, *call, prompt_length=9)
         expected = fl.Sampler(made, **OPTIONS[case])(logits, *call, prompt_length=9)
         return same(found, expected), len(taken)
-    finally:
-        launch.FORCE_KERNEL = fold.FORCE_KERNEL = False
-        sampling.Parts.begin, sampling.LEAST_WEIGHED = begin, least
 
 
 @pytest.mark.parametrize("case", range(len(MADE)))
@@ -148,27 +149,21 @@ def test_there_is_room_for_what_is_above_the_cutoff_and_for_records(k):
 
 def of_warm_up(process_group, case):
     """The launches of a call that a warm-up has not rehearsed, and how many it has."""
-    kept = warming.no_kernels, warming.prepare
     rehearsed = []
-    launch.FORCE_KERNEL, least = True, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED)
-    sampling.LEAST_DEALT = sampling.LEAST_WEIGHED = 0
-    warming.no_kernels, warming.prepare = lambda device: None, lambda launches: rehearsed.extend(launches) or []
-    try:
-        options = [
-            {"temperature": 0.7, "top_k": 5}, {"temperature": 0.7}, {"top_p": 0.9},
-            {"temperature": 0.7, "logprobs": "raw", "top_logprobs": 3},
-        ][case]  # fmt: skip
+    options = [
+        {"temperature": 0.7, "top_k": 5}, {"temperature": 0.7}, {"top_p": 0.9},
+        {"temperature": 0.7, "logprobs": "raw", "top_logprobs": 3},
+    ][case]  # fmt: skip
+    prepare = patch.object(warming, "prepare", lambda launches: rehearsed.extend(launches) or [])
+    with by_parts(), prepare, patch.object(warming, "no_kernels", lambda device: None):
         sampler = fl.Sampler(**options, group=process_group)
         sampler.warm_up(V, torch.bfloat16, batch=4, device="cpu")
         part = part_of(hard_logits(torch.bfloat16)[:4], process_group.rank(), process_group.size())
         with launcher.collected() as launches:
             sampler(part, torch.arange(4), torch.arange(4))
-        known = {(each.launcher.name, each.key) for each in rehearsed}
-        called = {(each.launcher.name, each.key) for each in launches}
-        return sorted(name for name, _ in called - known), len(called)
-    finally:
-        launch.FORCE_KERNEL, (sampling.LEAST_DEALT, sampling.LEAST_WEIGHED) = False, least
-        warming.no_kernels, warming.prepare = kept
+    known = {(each.launcher.name, each.key) for each in rehearsed}
+    called = {(each.launcher.name, each.key) for each in launches}
+    return sorted(name for name, _ in called - known), len(called)
 
 
 @pytest.mark.parametrize("case", range(4))

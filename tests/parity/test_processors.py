@@ -216,9 +216,11 @@ def but_for_ties(name, found, expected, scores, right) -> torch.Tensor:
     transformers leaves that to a sort that is not stable, or to ``topk``.
     """
     order = ordered_by(name, scores).double()
-    as_many = same(found, scores).sum(-1) == same(expected, scores).sum(-1)
+    # What is dropped is filled alike; NaN stands for what is kept.
+    fills = [torch.where(same(each, scores), math.nan, each.double()) for each in (found, expected)]
+    alike = same(*(torch.sort(each, -1).values for each in fills)).all(-1)
     low, high = (torch.where(right, fill, order) for fill in (float("inf"), -float("inf")))
-    return (as_many & (low.amin(-1) == high.amax(-1))).unsqueeze(-1)
+    return (alike & (low.amin(-1) == high.amax(-1))).unsqueeze(-1)
 
 
 def splits_ties(name, scores, processed) -> bool:

@@ -8,12 +8,17 @@ Bytes moved: one read of the logits, and 8 bytes a row from each rank.
 
 from __future__ import annotations
 
+from fastlogits_kernels.parallel.layout import NOBODY
 from fastlogits_kernels.runtime.launcher import tl, triton
 from fastlogits_kernels.selection.noise import store_token
-from fastlogits_kernels.selection.row import let_next_launch, wait_for_launch
+from fastlogits_kernels.selection.row import HIGHEST, let_next_launch, wait_for_launch
 from fastlogits_kernels.selection.sample_rows import best_of_parts
 
-_NOBODY = tl.constexpr(-(2**63))
+
+@triton.jit
+def best_number(key, token):
+    """One number for the key of a perturbed logit and its token, ordered as tokens win."""
+    return (key.to(tl.int64) << 32) + (token ^ HIGHEST).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["parts", "stride_work"], do_not_specialize_on_alignment=["work_ptr", "best_ptr"])
@@ -23,7 +28,7 @@ def best_kernel(work_ptr, best_ptr, parts, stride_work, PARTS: tl.constexpr, PDL
     row = tl.program_id(0).to(tl.int64)
     wait_for_launch(PDL)
     key, token = best_of_parts(work_ptr + row * stride_work, parts, PARTS)
-    tl.store(best_ptr + row, (key.to(tl.int64) << 32) + (token ^ 0x7FFFFFFF).to(tl.int64))
+    tl.store(best_ptr + row, best_number(key, token))
 
 
 @triton.jit(do_not_specialize=["ranks", "rows"], do_not_specialize_on_alignment=["best_ptr", "tokens_ptr"])
@@ -31,5 +36,5 @@ def winner_kernel(best_ptr, tokens_ptr, ranks, rows, RANKS: tl.constexpr):
     """The token of a row, the best of those of the ranks."""
     row = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, RANKS)
-    best = tl.max(tl.load(best_ptr + rank * rows + row, mask=rank < ranks, other=_NOBODY))
-    store_token(tokens_ptr + row, (best & 0xFFFFFFFF).to(tl.int32) ^ 0x7FFFFFFF)
+    best = tl.max(tl.load(best_ptr + rank * rows + row, mask=rank < ranks, other=NOBODY))
+    store_token(tokens_ptr + row, (best & 0xFFFFFFFF).to(tl.int32) ^ HIGHEST)

@@ -11,8 +11,10 @@ tile, where anything is added up.
 
 from __future__ import annotations
 
-from fastlogits_kernels.parallel.layout import RECORDS
+from fastlogits_kernels.parallel.best import best_number
+from fastlogits_kernels.parallel.layout import NOBODY, RECORDS
 from fastlogits_kernels.runtime.launcher import tl, triton
+from fastlogits_kernels.selection.collect import load_candidates
 from fastlogits_kernels.selection.goals import can_act, cutoff_key_of, goal_of, stats_of
 from fastlogits_kernels.selection.noise import (
     coarse_of,
@@ -55,11 +57,12 @@ from fastlogits_kernels.selection.row import (
     weight_of,
 )
 from fastlogits_kernels.selection.tiles import joined, tile_of
-from fastlogits_kernels.training.rows import TILE_WORDS
+from fastlogits_kernels.training.rows import TILE_WORDS, store_tile
 from fastlogits_kernels.training.shards import (
     SHARED_AT,
     TOLD_WORDS,
     Part,
+    edge_tops,
     joined_sums,
     load_own_tiles,
     load_told,
@@ -80,7 +83,6 @@ _RECORDS_AT = tl.constexpr(TOLD_WORDS.value + 1)
 SENT_WORDS = tl.constexpr(TOLD_WORDS.value + 1 + 2 * RECORDS)
 
 _FEW = tl.constexpr(256)  # survivors of a row, nearly always
-_NOBODY = tl.constexpr(-(2**63))
 _LOW_WORD = tl.constexpr(0xFFFFFFFF)
 
 
@@ -106,9 +108,16 @@ def _order_of(x, token, LOWEST_TIES: tl.constexpr):
 
 
 @triton.jit
-def _best_number(key, token):
-    """One number for the key of a perturbed logit and its token, ordered as tokens win."""
-    return (key.to(tl.int64) << 32) + (token ^ HIGHEST).to(tl.int64)
+def _ordered_and_best(x, valid, token, request, LOWEST_TIES: tl.constexpr):
+    """Where tokens stand in the order, and how they win; NOBODY where there is none."""
+    best = tl.where(valid, best_number(perturbed_key(x, token, request), token), NOBODY)
+    return _order_of(x, token, LOWEST_TIES), best
+
+
+@triton.jit
+def _first_of(order, which):
+    """The place in the order of the first of some tokens."""
+    return tl.max(tl.where(which, order, NOBODY))
 
 
 @triton.jit
@@ -125,18 +134,17 @@ def _store_front(to, x, valid, token, request, LOWEST_TIES: tl.constexpr):
 
     Of too many, the first token in the order comes last all the same, which is always kept.
     """
-    order = _order_of(x, token, LOWEST_TIES)
-    best = tl.where(valid, _best_number(perturbed_key(x, token, request), token), _NOBODY)
+    order, best = _ordered_and_best(x, valid, token, request, LOWEST_TIES)
     count = tl.full([], 0, tl.int32)
     most = tl.max(best)
-    while (most > _NOBODY) & (count < ROOM):
-        at = tl.max(tl.where(best == most, order, _NOBODY))
+    while (most > NOBODY) & (count < ROOM):
+        at = _first_of(order, best == most)
         _store_record(to, count, at, LOWEST_TIES)
         count += 1
-        best = tl.where(order > at, best, _NOBODY)
+        best = tl.where(order > at, best, NOBODY)
         most = tl.max(best)
-    if most > _NOBODY:
-        _store_record(to, ROOM - 1, tl.max(tl.where(best > _NOBODY, order, _NOBODY)), LOWEST_TIES)
+    if most > NOBODY:
+        _store_record(to, ROOM - 1, _first_of(order, best > NOBODY), LOWEST_TIES)
     return count
 
 
@@ -192,7 +200,7 @@ def _survive(stays, x, most, rank, order, least, inverse):
     y += tl.abs(y) * 2e-6
     best = tl.max(least)
     while best > float("-inf"):
-        at = tl.max(tl.where(least == best, order, _NOBODY))
+        at = _first_of(order, least == best)
         its_x = number_of((at >> 32).to(tl.int32))
         # Logits that differ may be one after the division.
         comes_later = (y < its_x * inverse) | ((x == its_x) & (rank < (at & _LOW_WORD).to(tl.int32)))
@@ -205,18 +213,17 @@ def _survive(stays, x, most, rank, order, least, inverse):
 @triton.jit
 def _records_among(x, stays, token, request, LOWEST_TIES: tl.constexpr):
     """Which of some tokens are records, and how many: of too many the best ones, and the first in the order."""
-    order = _order_of(x, token, LOWEST_TIES)
-    best = tl.where(stays, _best_number(perturbed_key(x, token, request), token), _NOBODY)
-    records = best < _NOBODY
+    order, best = _ordered_and_best(x, stays, token, request, LOWEST_TIES)
+    records = best < NOBODY
     count = tl.full([], 0, tl.int32)
     most = tl.max(best)
-    while most > _NOBODY:
-        leads = best == most
+    while most > NOBODY:
+        at = _first_of(order, best == most)
         if count == ROOM - 1:
-            leads = order == tl.max(tl.where(best > _NOBODY, order, _NOBODY))
-        records = records | leads
+            at = _first_of(order, best > NOBODY)
+        records = records | (order == at)
         count += 1
-        best = tl.where(order > tl.max(tl.where(leads, order, _NOBODY)), best, _NOBODY)
+        best = tl.where(order > at, best, NOBODY)
         most = tl.max(best)
     return records, count
 
@@ -261,15 +268,13 @@ def pivots_kernel(
     request = load_request(row, Sampling(seeds_ptr, positions_ptr, stride_seed, stride_position), maps)
     of = tile_of(x, inverse, BELOW=False)
     at = row * tiles + tile
-    tl.store(tiles_ptr + at * TILE_WORDS, of.top)
-    tl.store(tiles_ptr + at * TILE_WORDS + 1, of.mass)
-    tl.store(tiles_ptr + at * TILE_WORDS + 2, of.below)
+    store_tile(tiles_ptr + at * TILE_WORDS, of)
     octets = _octets_of(tile, offset, first, TILE)
     words = coarse_words(octets, request.seed, request.position)
     order, least = _pivots_of(x, octets, words, inverse, LOWEST_TIES)
     best = tl.max(least)
     tl.store(bounds_ptr + at, best)
-    tl.store(pivots_ptr + at, tl.max(tl.where(least == best, order, _NOBODY)))
+    tl.store(pivots_ptr + at, _first_of(order, least == best))
     if tile == 0:
         tl.store(counts_ptr + row, 0)
 
@@ -323,7 +328,7 @@ def survivors_kernel(
         tl.store(at + 1, lowest)
     else:
         each = tl.arange(0, TILES)
-        order = tl.load(pivots_ptr + row * tiles + each, mask=each < tiles, other=_NOBODY)
+        order = tl.load(pivots_ptr + row * tiles + each, mask=each < tiles, other=NOBODY)
         least = tl.load(bounds_ptr + row * tiles + each, mask=each < tiles, other=float("-inf"))
         rank = _rank_from_0(octets, LOWEST_TIES)
         largest = tl.max(x, 1)
@@ -351,12 +356,10 @@ def survivors_kernel(
 @triton.jit
 def _store_front_of(row, survivors, found, to, request, maps, LOWEST_TIES: tl.constexpr, SLOTS: tl.constexpr):
     """Store the records of a row's survivors."""
-    slot = tl.arange(0, SLOTS)
-    raw = tl.load(survivors + 2 * slot, mask=slot < found, other=0).to(tl.float32, bitcast=True)
-    token = tl.load(survivors + 2 * slot + 1, mask=slot < found, other=0)
+    raw, valid, token = load_candidates(survivors.to(tl.pointer_type(tl.int64)), found, SLOTS)
     x = scaled(raw, row, maps)
     # What has no probability is never sampled where there is anything else.
-    valid = (slot < found) & (key_of(x) > KEY_OF_MINUS_INFINITY)
+    valid = valid & (key_of(x) > KEY_OF_MINUS_INFINITY)
     return _store_front(to, x, valid, token, request, LOWEST_TIES)
 
 
@@ -389,8 +392,7 @@ def front_kernel(
     # A mass is undefined beside NaN, which is above all.
     top = tl.where((top < float("inf")) & (tl.sum((masses != masses).to(tl.int32)) > 0), float("nan"), top)
     nothing = tl.full([], float("-inf"), tl.float32)
-    first_top = tl.max(tl.where((tile == 0) & (first_slot >= 0), tops, float("-inf")))
-    last_top = tl.max(tl.where((tile == tiles - 1) & (last_slot >= 0), tops, float("-inf")))
+    first_top, last_top = edge_tops(tops, tile, tiles, first_slot, last_slot)
     store_told(to.to(tl.pointer_type(tl.float32)), first_top, last_top, top, nothing, tl.full([], 0, tl.int32))
     found = tl.load(counts_ptr + row)
     here = survivors_ptr + row * tiles * (2 * ROOM)

@@ -22,7 +22,7 @@ from fastlogits_kernels.parallel.layout import RECORDS, capacity_of, words_of
 from fastlogits_kernels.parallel.pack import pack_kernel
 from fastlogits_kernels.parallel.union import union_kept_kernel, union_kernel
 from fastlogits_kernels.pointwise.fold import NO_SETS, Chain, find_sets
-from fastlogits_kernels.pointwise.search import NOTHING, Call
+from fastlogits_kernels.pointwise.search import NOTHING, Call, TokenSets
 from fastlogits_kernels.rules import Rule, is_idle
 from fastlogits_kernels.runtime.bits import words
 from fastlogits_kernels.runtime.launcher import Launch, Launcher, launch_key, launch_together, row_stride, triton
@@ -108,6 +108,13 @@ def keep_the_first(rules: Sequence[Rule], V: int) -> bool:
     )
 
 
+def _chain_of(logits: torch.Tensor, chain: Chain | None, call: Call) -> tuple[Chain, TokenSets | None]:
+    """The chain before a step, and the sets that a call of it finds."""
+    if chain is None:
+        return _NO_CHAIN, None
+    return chain, find_sets(logits, chain, call)
+
+
 class Begun(NamedTuple):
     """A step of which a rank has done its own part."""
 
@@ -170,8 +177,7 @@ class TopShards(_OneExchange):
         Where nobody ``samples`` from it, NaN is sent as any other logit.
         """
         B, own = logits.shape
-        found = None if chain is None else find_sets(logits, chain, call)
-        chain = chain or _NO_CHAIN
+        chain, found = _chain_of(logits, chain, call)
         work = launch_select(logits, self._local, chain, found, temperature=temperature)
         packed = torch.empty(B, words_of(self._sent), dtype=torch.int32, device=logits.device)
         layout = self._local.layouts[logits.element_size()]
@@ -275,7 +281,7 @@ class BestShards(_OneExchange):
     ) -> torch.Tensor:
         """What this rank sends of its part ``[B, own]``, int64 ``[B]``: two launches."""
         B, own = logits.shape
-        found = None if chain is None else find_sets(logits, chain, call)
+        chain, found = _chain_of(logits, chain, call)
         bits, planes, row_values, _ = found or NO_SETS
         words_of_row = self._selection.words_to_sample
         work = torch.empty(B, words_of_row, dtype=torch.int32, device=logits.device)
@@ -285,7 +291,7 @@ class BestShards(_OneExchange):
         parts = -(-own // SAMPLE_BLOCK)
         early = overlaps(logits.device)
         most = triton.next_power_of_2(parts)
-        reads, _ = sample_launches(self._selection, chain or _NO_CHAIN, found, tensors, tensors, self._first)
+        reads, _ = sample_launches(self._selection, chain, found, tensors, tensors, self._first)
         find = Launch(_early_best if early else _best, (logits.device, most), B, (
             work, best, parts, words_of_row, most, early,
         ))  # fmt: skip
@@ -342,8 +348,7 @@ class FrontShards:
         """
         (B, width), device, place = logits.shape, logits.device, self._place
         selection, early = self._selection, overlaps(logits.device)
-        found = None if chain is None else find_sets(logits, chain, call)
-        chain = chain or _NO_CHAIN
+        chain, found = _chain_of(logits, chain, call)
         tiles = torch.empty((B, place.tiles, TILE_WORDS.value), dtype=torch.float32, device=device)
         pivots = torch.empty((B, place.tiles), dtype=torch.int64, device=device)
         bounds = torch.empty((B, place.tiles), dtype=torch.float32, device=device)

@@ -14,6 +14,8 @@ RECORDS_AT = tl.constexpr(1)  # how many entries after these are tokens that tie
 TIE_AT = tl.constexpr(2)  # the logit of those
 TIED_AT = tl.constexpr(3)  # how many tie
 
+NOBODY = tl.constexpr(-(2**63))
+"""Below each number of 64 bits that stands for a token."""
 RECORDS = 64
 """Room for tokens that tie. Of a million, more than that are needed once in 10**20 rows."""
 

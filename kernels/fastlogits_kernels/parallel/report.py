@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from fastlogits_kernels.parallel.layout import NOBODY
 from fastlogits_kernels.runtime.launcher import Launcher, launch_key, tl, triton
 from fastlogits_kernels.selection.logprobs import Report, launch_report
 from fastlogits_kernels.selection.row import Maps, Scores, key_of, number_of, raw_scores
@@ -38,7 +39,6 @@ from fastlogits_kernels.training.shards import (
 )
 
 _HEAD = 3  # words of 64 bits before the likeliest tokens: what is told of a row
-_NOBODY = tl.constexpr(-(2**63))
 _TILE: int = TILE.value
 
 
@@ -66,7 +66,7 @@ def pack_likeliest_kernel(
     token = tl.load(tokens_ptr + row * count + slot, mask=slot < count, other=0)
     key = key_of(raw_scores(row, token, slot < count, scores).to(tl.float32))
     packed = (key.to(tl.int64) << 32) + (0x7FFFFFFF - token - first)
-    tl.store(packed_ptr + row * stride_packed + slot, tl.where(slot < count, packed, _NOBODY), mask=slot < wanted)
+    tl.store(packed_ptr + row * stride_packed + slot, tl.where(slot < count, packed, NOBODY), mask=slot < wanted)
 
 
 @triton.jit(
@@ -130,12 +130,12 @@ def report_of_parts_kernel(
         rank = tl.arange(0, RANKS)
         # Words of 64 bits: two of those that are told.
         there = packed_ptr + rank[:, None].to(tl.int64) * (stride_rank // 2) + row * (stride_told // 2) + slot[None, :]
-        packed = tl.load(there, mask=(rank[:, None] < ranks) & (slot[None, :] < wanted), other=_NOBODY)
-        best = tl.full([SLOTS], _NOBODY, tl.int64)
+        packed = tl.load(there, mask=(rank[:, None] < ranks) & (slot[None, :] < wanted), other=NOBODY)
+        best = tl.full([SLOTS], NOBODY, tl.int64)
         for i in range(wanted):
             largest = tl.max(tl.reshape(packed, [RANKS * SLOTS]))
             best = tl.where(slot == i, largest, best)
-            packed = tl.where(packed == largest, _NOBODY, packed)
+            packed = tl.where(packed == largest, NOBODY, packed)
         token = 0x7FFFFFFF - (best & 0x7FFFFFFF)
         logprob = number_of((best >> 32).to(tl.int32)) - sums.top - log_mass
         tl.store(top_tokens_ptr + row * wanted + slot, token, mask=slot < wanted)

@@ -147,6 +147,14 @@ def store_row(row, own, outside, kept_raw, raw_top, top, log_mass, entropy, resu
 # -- Rows that are kept as a whole -----------------------------------------------------------------------------------
 
 
+@triton.jit
+def store_tile(here, tile):
+    """Write what a tile comes to."""
+    tl.store(here, tile.top)
+    tl.store(here + 1, tile.mass)
+    tl.store(here + 2, tile.below)
+
+
 @triton.jit(
     do_not_specialize=["stride_temperature", "stride_target", "tiles"], do_not_specialize_on_alignment=BEGINS_ANYWHERE
 )
@@ -177,10 +185,7 @@ def tile_kernel(
         here = scores_ptr + row * stride_row + token.to(tl.int64) * stride_token
         x = tl.load(here, mask=(token >= 0) & (token < V), other=float("-inf")).to(tl.float32)
         found = tile_of(x, inverse_of(row, maps), BELOW)
-        there = tiles_ptr + (row * tiles + tile) * TILE_WORDS
-        tl.store(there, found.top)
-        tl.store(there + 1, found.mass)
-        tl.store(there + 2, found.below)
+        store_tile(tiles_ptr + (row * tiles + tile) * TILE_WORDS, found)
 
 
 @triton.jit(

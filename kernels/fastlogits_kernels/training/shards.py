@@ -251,6 +251,13 @@ def own_of_part(row, targets_ptr, stride_target, ignore_index, first, scores):
 
 
 @triton.jit
+def edge_tops(tops, tile, tiles, first_slot, last_slot):
+    """The largest logits of a part's first and last tile, of all of its tiles, where others share these."""
+    first = tl.max(tl.where((tile == 0) & (first_slot >= 0), tops, float("-inf")))
+    return first, tl.max(tl.where((tile == tiles - 1) & (last_slot >= 0), tops, float("-inf")))
+
+
+@triton.jit
 def store_told(here, first_top, last_top, top, own, number):
     """Write what is told of a row."""
     tl.store(here + FIRST_TOP_AT, first_top)
@@ -316,8 +323,7 @@ def whole_told_kernel(
     tile = tl.arange(0, TILES)
     there = tile < tl.where(own.ignored, 0, tiles)
     top = tl.load(tiles_ptr + (row * tiles + tile) * TILE_WORDS, mask=there, other=float("-inf"))
-    first_top = tl.max(tl.where((tile == 0) & (first_slot >= 0), top, float("-inf")))
-    last_top = tl.max(tl.where((tile == tiles - 1) & (last_slot >= 0), top, float("-inf")))
+    first_top, last_top = edge_tops(top, tile, tiles, first_slot, last_slot)
     number = tl.full([], 0, tl.int32) + V
     store_told(told_ptr + row * stride_told, first_top, last_top, tl.max(top), own.raw, number)
 
