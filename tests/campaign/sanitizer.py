@@ -3,12 +3,13 @@
     python -m tests.campaign.sanitizer
     python -m tests.campaign.sanitizer --tools memcheck --cases fold select --seconds 60
 
-The cases are dealt to processes, those of an operation to one. First they run without a tool: that compiles the
-kernels, holds results to torch, and looks at guard zones around each allocation. Then each tool runs them, in a process
-with the compiled kernels of the first and an allocation of its own for each tensor; no operation waits for the kernels
-of another. A process that has used up its seconds begins no other case; what it left out is told, and stands in the
-results file. Before all that, each tool is shown a kernel that is wrong on purpose (``sanitizer_control``): where it
-finds nothing there, it is blind, and what it says of the others is worth nothing.
+The cases are dealt to processes, those of an operation to one, and the processes to all GPUs that are visible. First
+they run without a tool: that compiles the kernels, holds results to torch, and looks at guard zones around each
+allocation. Then each tool runs them, in a process with the compiled kernels of the first and an allocation of its own
+for each tensor; no operation waits for the kernels of another. A process that has used up its seconds begins no other
+case; what it left out is told, and stands in the results file. Before all that, each tool is shown a kernel that is
+wrong on purpose (``sanitizer_control``): where it finds nothing there, it is blind, and what it says of the others is
+worth nothing.
 """
 
 import argparse
@@ -107,8 +108,12 @@ def _under(tool: str, setting: Setting, log: Path) -> list[str]:
     return [setting.program, *options]
 
 
-def _environment(tool: str | None) -> dict[str, str]:
+def _environment(tool: str | None, number: int = 0) -> dict[str, str]:
+    """The environment of process ``number``, which sees one of the GPUs that are visible."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    if count := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % count]
     if tool is not None:
         # Each tensor is then an allocation of the driver, with its own bounds, as new as the tensor.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -149,7 +154,7 @@ class Process:
         with self._out.open("w") as out:
             self._process = subprocess.Popen(
                 command_of(tool, setting, self.log, cases, seconds),
-                cwd=ROOT, env=_environment(tool), stdout=out, stderr=out, start_new_session=True,
+                cwd=ROOT, env=_environment(tool, number), stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
 
     def is_over(self) -> bool:
