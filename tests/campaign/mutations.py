@@ -923,8 +923,21 @@ MUTATIONS = [
     ),
     Mutation(
         "a record that is weighed with what is before it", f"{KERNELS}/parallel/front.py",
-        "(rank > its_rank))", "(rank >= its_rank))",
+        "tl.where(rank > its_rank, its_x, above)", "tl.where(rank >= its_rank, its_x, above)",
         ("parallel/test_front.py::test_each_rank_finds_what_one_process_samples",),
+    ),
+    Mutation(
+        "tokens of another tile that tie with a record, on the wrong side", f"{KERNELS}/parallel/front.py",
+        "tl.where(first_rank > its_rank, its_x, above)", "tl.where(first_rank > its_rank, above, its_x)",
+        ("parallel/test_front.py::test_each_rank_finds_what_one_process_samples",),
+    ),
+    Mutation(
+        "what follows the last record is sent as it stood in memory", f"{KERNELS}/parallel/front.py",
+        "mask=word >= 2 * count)", "mask=word > 2 * count)", ("parallel/test_sent.py",),
+    ),
+    Mutation(
+        "what follows the last entry is sent as it stood in memory", f"{KERNELS}/parallel/pack.py",
+        "mask=place >= count + records)", "mask=place > count + records)", ("parallel/test_sent.py",),
     ),
     Mutation(
         "tokens that tie with a pivot and come before it are ruled out", f"{KERNELS}/parallel/front.py",

@@ -486,14 +486,18 @@ class _LaterError(Exception):
     """An exchange waits for what another rank sends."""
 
 
-def exchanged(run: Callable[[int, Exchange, Exchange], _T], ranks: int) -> list[_T]:
+def exchanged(
+    run: Callable[[int, Exchange, Exchange], _T], ranks: int, sent: list[list[torch.Tensor]] | None = None
+) -> list[_T]:
     """What some ranks come to, in one process: they run again and again, each as far as the others have sent.
 
     Args:
         run: what rank does what, with a gathering exchange and an adding one.
         ranks: how many.
+        sent: an empty list, to hold what each rank has sent.
     """
-    sent: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
+    sent = [] if sent is None else sent
+    sent += [[] for _ in range(ranks)]
     found: dict[int, _T] = {}
 
     def exchange(rank: int, numbers: Iterator[int], join: Exchange) -> Exchange:

@@ -6,7 +6,7 @@ from fastlogits_kernels.parallel.launch import FrontShards, keep_the_first
 from fastlogits_kernels.rules import Rule
 from fastlogits_kernels.runtime import launcher
 from fastlogits_kernels.selection import launch
-from fastlogits_kernels.training.shards import Place
+from fastlogits_kernels.training.shards import RECORDS_AT, Place
 
 import fastlogits as fl
 from tests.campaign.sanitizer_cases import exchanged
@@ -102,7 +102,7 @@ def test_there_are_few_records():
     logits[32:] = torch.randn(32, 4096, generator=torch.Generator().manual_seed(1))
     sent = {}
     sampled_apart(logits, [4096], torch.arange(64), torch.zeros(64, dtype=torch.int64), {"top_p": 0.9}, sent)
-    counts = sent[0][:, 5].float()
+    counts = sent[0][:, RECORDS_AT.value].view(torch.float32)
     # The sum of 1 / i to 4096 is 8.9 for tokens that tie.
     assert 8 < counts[:32].mean() < 10
     assert counts[32:].mean() < 10

@@ -291,9 +291,9 @@ def bytes_sent(group, V, kernels):
 
 @pytest.mark.parametrize("kernels", [False, in_kernels])
 def test_what_is_sent_does_not_depend_on_the_vocabulary(ranks, kernels):
-    assert ranks.alike(bytes_sent, 2, 3000, kernels) == ([8 * 20, 8 * 48] if kernels else [8 * 12, 8 * 16])
-    assert Place.of([0, 1500], [1500, 1500], 0).sent == 20 + 48
-    assert ranks.alike(bytes_sent, 2, 9000, kernels) == ([8 * 20, 8 * 48] if kernels else [8 * 12, 8 * 16])
+    assert ranks.alike(bytes_sent, 2, 3000, kernels) == ([8 * 24, 8 * 48] if kernels else [8 * 12, 8 * 16])
+    assert Place.of([0, 1500], [1500, 1500], 0).sent == 24 + 48
+    assert ranks.alike(bytes_sent, 2, 9000, kernels) == ([8 * 24, 8 * 48] if kernels else [8 * 12, 8 * 16])
 
 
 def test_places():

@@ -59,6 +59,7 @@ from fastlogits_kernels.selection.row import (
 from fastlogits_kernels.selection.tiles import joined, tile_of
 from fastlogits_kernels.training.rows import TILE_WORDS, store_tile
 from fastlogits_kernels.training.shards import (
+    RECORDS_AT,
     SHARED_AT,
     TOLD_WORDS,
     Part,
@@ -77,10 +78,8 @@ FRONT_WORDS = tl.constexpr(3 + 2 * RECORDS)
 _WEIGHED_AT = tl.constexpr(1)  # of a front: how many of its records have to be weighed
 _TOP_AT = tl.constexpr(2)  # beside which scaled logit
 _FRONT_AT = tl.constexpr(3)
-# What a rank sends of a row: what is told of it (training/shards.py), then its front.
-_COUNT_AT = TOLD_WORDS
-_RECORDS_AT = tl.constexpr(TOLD_WORDS.value + 1)
-SENT_WORDS = tl.constexpr(TOLD_WORDS.value + 1 + 2 * RECORDS)
+# What a rank sends of a row: what is told of it (training/shards.py), then its records, and zeros after the last.
+SENT_WORDS = tl.constexpr(TOLD_WORDS.value + 2 * RECORDS)
 
 _FEW = tl.constexpr(256)  # survivors of a row, nearly always
 _LOW_WORD = tl.constexpr(0xFFFFFFFF)
@@ -393,14 +392,16 @@ def front_kernel(
     top = tl.where((top < float("inf")) & (tl.sum((masses != masses).to(tl.int32)) > 0), float("nan"), top)
     nothing = tl.full([], float("-inf"), tl.float32)
     first_top, last_top = edge_tops(tops, tile, tiles, first_slot, last_slot)
-    store_told(to.to(tl.pointer_type(tl.float32)), first_top, last_top, top, nothing, tl.full([], 0, tl.int32))
     found = tl.load(counts_ptr + row)
     here = survivors_ptr + row * tiles * (2 * ROOM)
     if found <= _FEW:
-        count = _store_front_of(row, here, found, to + _RECORDS_AT, request, maps, LOWEST_TIES, _FEW)
+        count = _store_front_of(row, here, found, to + TOLD_WORDS, request, maps, LOWEST_TIES, _FEW)
     else:
-        count = _store_front_of(row, here, found, to + _RECORDS_AT, request, maps, LOWEST_TIES, TILES * ROOM)
-    tl.store(to + _COUNT_AT, count)
+        count = _store_front_of(row, here, found, to + TOLD_WORDS, request, maps, LOWEST_TIES, TILES * ROOM)
+    word = tl.arange(0, 2 * ROOM)
+    tl.store(to + TOLD_WORDS + word, tl.zeros_like(word), mask=word >= 2 * count)
+    none = tl.full([], 0, tl.int32)
+    store_told(to.to(tl.pointer_type(tl.float32)), first_top, last_top, top, nothing, none, count)
 
 
 # -- All parts -------------------------------------------------------------------------------------------------------
@@ -438,9 +439,9 @@ def join_fronts_kernel(
     request = load_request(row, Sampling(seeds_ptr, positions_ptr, stride_seed, stride_position), maps)
     slot = tl.arange(0, RANKS * ROOM)
     here = sent_ptr + (slot // ROOM).to(tl.int64) * stride_rank + row * stride_sent
-    found = tl.load(here + _COUNT_AT, mask=slot // ROOM < ranks, other=0)
-    valid = slot % ROOM < found
-    here += _RECORDS_AT + 2 * (slot % ROOM)
+    found = tl.load(here + RECORDS_AT, mask=slot // ROOM < ranks, other=0).to(tl.float32, bitcast=True)
+    valid = slot % ROOM < found.to(tl.int32)
+    here += TOLD_WORDS + 2 * (slot % ROOM)
     x = tl.load(here, mask=valid, other=0).to(tl.float32, bitcast=True)
     token = tl.load(here + 1, mask=valid, other=0)
     to = front_ptr + row * FRONT_WORDS
@@ -460,6 +461,12 @@ def join_fronts_kernel(
             row, acts, tl.sum(mass), no, no, no, told, here, shared, part, scores, Form(OPS, MAX), False, SHARED, TILE
         )  # fmt: skip
         tl.store(here + SHARED_AT + 2 * shared + tl.arange(0, ROOM), tl.zeros([ROOM], tl.int64))
+
+
+@triton.jit
+def _mass_from(x, least, weight):
+    """The mass of what is at least so large."""
+    return tl.sum(tl.where(x >= least, weight, 0))
 
 
 @triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_ANYWHERE)
@@ -499,12 +506,19 @@ def weigh_kernel(
     x = scaled(folded_logits(row, word, place & 31, place, inside, scores, Form(OPS, MAX)), row, maps)
     weight = tl.where(inside, weight_of(x, load_float(front + _TOP_AT)), 0)
     rank = rank_of(token, LOWEST_TIES)
+    start = tile * TILE - offset + first
+    one_rank, other_rank = rank_of(start, LOWEST_TIES), rank_of(start + TILE - 1, LOWEST_TIES)
+    first_rank, last_rank = tl.minimum(one_rank, other_rank), tl.maximum(one_rank, other_rank)
     record = tl.full([], 0, tl.int32)
     while record < count:
         its_x = load_float(front + _FRONT_AT + 2 * record)
         its_rank = rank_of(tl.load(front + _FRONT_AT + 2 * record + 1), LOWEST_TIES)
-        before = (x > its_x) | ((x == its_x) & (rank > its_rank))
-        mass = tl.sum(tl.where(before, weight, 0))
+        above = number_of(key_of(its_x) + 1)
+        if (first_rank <= its_rank) & (its_rank <= last_rank):
+            mass = _mass_from(x, tl.where(rank > its_rank, its_x, above), weight)
+        else:
+            # Of a tile that doesn't have the record, all tokens that tie with it are before it, or none.
+            mass = _mass_from(x, tl.where(first_rank > its_rank, its_x, above), weight)
         if mass > 0:
             tl.atomic_add(to + record, mass, sem="relaxed")
         # Nothing is before those that follow either.

@@ -1,7 +1,7 @@
 """What a rank sends of a row: a head of four words, then entries of two words each.
 
 An entry is a token that the rank's part of the row keeps, with its logit; or one of many tokens that tie, with its
-place among them.
+place among them. After the last entry there are zeros.
 """
 
 from __future__ import annotations

@@ -163,7 +163,11 @@ def pack_kernel(
         tl.store(to + HEAD, _MISSING)
         tl.store(to + HEAD + 1, nan_token + first)
         count = tl.full([], 1, tl.int32)
+    records = tl.minimum(records, CAPACITY - count)
+    place = tl.arange(0, CAPACITY)
+    for i in tl.static_range(2):
+        tl.store(to + HEAD + 2 * place + i, tl.zeros_like(place), mask=place >= count + records)
     tl.store(to + TOKENS_AT, count)
-    tl.store(to + RECORDS_AT, tl.minimum(records, CAPACITY - count))
+    tl.store(to + RECORDS_AT, records)
     store_float(to + TIE_AT, number_of(kept.cutoff))
     tl.store(to + TIED_AT, tied)

@@ -38,7 +38,7 @@ from fastlogits_kernels.training.shards import (
     slots_on,
 )
 
-_HEAD = 3  # words of 64 bits before the likeliest tokens: what is told of a row
+_HEAD: int = TOLD_WORDS.value // 2  # words of 64 bits before the likeliest tokens: what is told of a row
 _TILE: int = TILE.value
 
 

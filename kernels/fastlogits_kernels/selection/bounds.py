@@ -435,10 +435,12 @@ def _store_certain(row, state, bounds, maps, work, BRACKETED: tl.constexpr):
     if BRACKETED:
         first, last, found = _raw_certain(bounds, row, maps)
         state = tl.where((state == BRACKET) & (found == 0), FULL_ROW, state)
-        store_float(work + RAW_CERTAIN_AT, tl.where(state == BRACKET, first, float("nan")))
-        store_float(work + RAW_CERTAIN_AT + 1, last)
+        first = tl.where(state == BRACKET, first, float("nan"))
     else:
-        store_float(work + RAW_CERTAIN_AT, tl.full([], float("nan"), tl.float32))
+        first = tl.full([], float("nan"), tl.float32)
+        last = first
+    store_float(work + RAW_CERTAIN_AT, first)
+    store_float(work + RAW_CERTAIN_AT + 1, last)
     return state
 
 

@@ -12,7 +12,7 @@ largest one of all are integers, which add up to those of one process. The numbe
 Of a kept set that is given, the largest logit is told and its integers are added up.
 
 Bytes moved: one read of the part's logits, and of at most two tiles once more; with token ids, twice the logits of
-these; with packed bits, two reads. Sent by a rank: 20 bytes of each row, and then 32 and 16 for each shared tile.
+these; with packed bits, two reads. Sent by a rank: 24 bytes of each row, and then 32 and 16 for each shared tile.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ LAST_TOP_AT = tl.constexpr(1)  # the same of its last tile
 TOP_AT = tl.constexpr(2)  # the largest raw logit of the part, or of what is kept of it
 OWN_AT = tl.constexpr(3)  # the target's raw logit, where the part has it
 NUMBER_AT = tl.constexpr(4)  # how many tokens of the part are kept, for all that is known; float32 as the others
-TOLD_WORDS = tl.constexpr(5)
+RECORDS_AT = tl.constexpr(5)  # how many records follow (parallel/front.py); float32 too
+TOLD_WORDS = tl.constexpr(6)
 
 # -- What is added up of a row, in words of 64 bits ------------------------------------------------------------------
 
@@ -258,13 +259,14 @@ def edge_tops(tops, tile, tiles, first_slot, last_slot):
 
 
 @triton.jit
-def store_told(here, first_top, last_top, top, own, number):
-    """Write what is told of a row."""
+def store_told(here, first_top, last_top, top, own, number, records):
+    """Write what is told of a row, all of it: no rank is sent what stood in memory."""
     tl.store(here + FIRST_TOP_AT, first_top)
     tl.store(here + LAST_TOP_AT, last_top)
     tl.store(here + TOP_AT, top)
     tl.store(here + OWN_AT, own)
     tl.store(here + NUMBER_AT, number.to(tl.float32))
+    tl.store(here + RECORDS_AT, records.to(tl.float32))
 
 
 @triton.jit
@@ -324,8 +326,8 @@ def whole_told_kernel(
     there = tile < tl.where(own.ignored, 0, tiles)
     top = tl.load(tiles_ptr + (row * tiles + tile) * TILE_WORDS, mask=there, other=float("-inf"))
     first_top, last_top = edge_tops(top, tile, tiles, first_slot, last_slot)
-    number = tl.full([], 0, tl.int32) + V
-    store_told(told_ptr + row * stride_told, first_top, last_top, tl.max(top), own.raw, number)
+    none = tl.full([], 0, tl.int32)
+    store_told(told_ptr + row * stride_told, first_top, last_top, tl.max(top), own.raw, none + V, none)
 
 
 @triton.jit(do_not_specialize=[*OF_ROW, *OF_PART], do_not_specialize_on_alignment=ANYWHERE)
@@ -412,7 +414,8 @@ def given_told_kernel(
         first_top = tl.where((tile == 0) & (first_slot >= 0), tile_top, first_top)
         last_top = tl.where((tile == tiles - 1) & (last_slot >= 0), tile_top, last_top)
     top = tl.where(key == LOWEST, float("-inf"), number_of(key))
-    store_told(told_ptr + row * stride_told, first_top, last_top, top, own.raw, number)
+    none = tl.full([], 0, tl.int32)
+    store_told(told_ptr + row * stride_told, first_top, last_top, top, own.raw, number, none)
 
 
 @triton.jit(do_not_specialize=[*OF_ROW, *STEPWISE_SETS, *OF_PART], do_not_specialize_on_alignment=[*ANYWHERE, *SETS])
