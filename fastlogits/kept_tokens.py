@@ -34,7 +34,8 @@ class KeptTokens:
         counts: int32 or int64 ``[...]``: how many tokens a row keeps. More than K, and fewer than V, means that there
             was no room for them: ``check`` says so, and so does ``logprobs``.
         offsets: int32 or int64 ``[N + 1]``: where the ids of each of N rows begin and end.
-        bits: int32 ``[..., W]``: bit ``i`` of word ``w`` is token ``32 * w + i``.
+        bits: int32 ``[..., W]``: bit ``i`` of word ``w`` is token ``32 * w + i``. There may be more words than V asks
+            for, as engines pad them; bits from V on say nothing, but ``check`` refuses them.
 
     Raises:
         ValueError: not one of the three forms, or tensors whose shapes or dtypes don't fit.
@@ -72,8 +73,8 @@ class KeptTokens:
         ids, counts, offsets, bits = self.ids, self.counts, self.offsets, self.bits
         if bits is not None and (bits.ndim < 1 or bits.shape[-1] < words(self.vocab_size)):
             raise ValueError(
-                f"bits of kept tokens must have {words(self.vocab_size)} words a row for {self.vocab_size} tokens, got "
-                f"shape {tuple(bits.shape)}"
+                f"bits of kept tokens must have at least {words(self.vocab_size)} words a row for {self.vocab_size} "
+                f"tokens, got shape {tuple(bits.shape)}"
             )
         if ids is not None and counts is not None and ids.shape[:-1] != counts.shape:
             raise ValueError(
@@ -137,6 +138,9 @@ class KeptTokens:
                 "steps must all be ids with counts and one room, or all be bits, of one vocabulary: ids with offsets "
                 "can't be stacked"
             )
+        shapes = {each.shape for each in steps}
+        if len(shapes) > 1:
+            raise ValueError(f"steps must all have as many rows, got shapes {', '.join(map(str, map(tuple, shapes)))}")
         if first.bits is not None:
             return cls(first.vocab_size, bits=torch.stack([each.bits for each in steps], dim))  # type: ignore[misc]
         return cls(
@@ -151,11 +155,17 @@ class KeptTokens:
         return self.flat(rows).mask(rows, self.vocab_size)[0].view(*self.shape, self.vocab_size)
 
     def check(self) -> None:
-        """Raise where a row keeps more tokens than there was room for; waits for the GPU.
+        """Raise where a row keeps more tokens than there was room for, or one of another vocabulary; waits for the GPU.
 
         Raises:
-            ValueError: it does; the message says how much room it takes.
+            ValueError: it does; the message says how much room it takes, or which token it is.
         """
+        outside = self._outside()
+        if outside is not None:
+            raise ValueError(
+                f"kept tokens must be in the vocabulary of {self.vocab_size}, got token {outside}: these are another "
+                "model's, or those of a padded vocabulary"
+            )
         if self.counts is None or self.ids is None:
             return
         room = self.ids.shape[-1]
@@ -165,6 +175,26 @@ class KeptTokens:
                 f"kept tokens must have room for {int(most)} ids in a row, got room for {room}: sample with "
                 f"return_kept={int(most)} or more, or 'bits'"
             )
+
+    def _outside(self) -> int | None:
+        """A token that a row keeps, though the vocabulary doesn't have it; None where there is none."""
+        if self.bits is not None:
+            known, rest = divmod(self.vocab_size, 32)
+            beyond = self.bits[..., known:].reshape(-1, self.bits.shape[-1] - known).clone()
+            if rest and beyond.numel():
+                beyond[:, 0] &= -(1 << rest)
+            where = (beyond != 0).any(0).nonzero().flatten().tolist()
+            if not where:
+                return None
+            word = int(beyond[:, where[0]][beyond[:, where[0]] != 0][0])
+            return int(32 * (known + where[0]) + ((word & -word).bit_length() - 1) % 32)
+        assert self.ids is not None
+        ids = self.ids.long()
+        wrong = (ids < 0) | (ids >= self.vocab_size)
+        if self.counts is not None:
+            kept = torch.where(self.counts >= self.vocab_size, 0, self.counts).unsqueeze(-1)
+            wrong &= torch.arange(ids.shape[-1], device=ids.device) < kept
+        return int(ids[wrong][0]) if bool(wrong.any()) else None
 
     def flat(self, rows: int) -> GivenSets:
         """What the kernels take, of rows one after the other.

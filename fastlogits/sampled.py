@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from fastlogits_kernels.selection.logprobs import Report
@@ -53,3 +53,9 @@ class _SampleOfKept(Sample):
     """A sample that says what was kept; as a tuple it has no more fields than others."""
 
     _kept: KeptTokens
+
+    def _replace(self, **changed: Any) -> _SampleOfKept:
+        """The same with other fields; what was kept stays."""
+        sample = _SampleOfKept(*Sample(*self)._replace(**changed))
+        sample._kept = self._kept
+        return sample

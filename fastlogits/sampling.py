@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeGuard, get_args
 
@@ -33,6 +34,7 @@ from fastlogits import warm_up as warming
 from fastlogits.checks import finite_number, is_integer, is_number, one_of, suggests_fields, whole_number
 from fastlogits.kept_tokens import KeptForm, KeptTokens, checked_form, kept_of_bits
 from fastlogits.parallel.dtensor import is_split, local_part
+from fastlogits.plan import chance
 from fastlogits.plan.causes import checked_processors, explain_failure, kind
 from fastlogits.plan.fusion import fused_to_logits, fused_to_token
 from fastlogits.plan.part import NO_ARGUMENTS
@@ -229,6 +231,7 @@ class Sampler:
         self._fuses = launch.takes_rules(self._rules)
         self._fused: FusedDraw | None = None
         self._split = None if group is None else self._splitting(group)
+        self._splits: dict[Any, SplitSampler] = {}  # for the groups that DTensors bring along
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SamplingParams.__dataclass_fields__ or (name == "params" and name in self.__dict__):
@@ -342,10 +345,12 @@ class Sampler:
         """What a call does with this rank's part of the logits."""
         from fastlogits.parallel.sampling import SplitCall
 
+        split = self._split
         if is_split(logits):
             logits, group = local_part(logits)
-            self._split = self._splitting(group) if self._split is None else self._split
-        assert self._split is not None
+            if split is None:
+                split = self._splits[group] = self._splits.get(group) or self._splitting(group)
+        assert split is not None
 
         def check() -> SplitCall:
             if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not logits.is_floating_point():
@@ -358,7 +363,7 @@ class Sampler:
             given = logits.detach() if logits.requires_grad else logits
             return SplitCall(given, *rows, input_ids, prompt_length, cache_position)
 
-        return self._split(logits, check, None if self._processors is None else self._processors.plan)
+        return split(logits, check, None if self._processors is None else self._processors.plan)
 
     def warm_up(
         self,
@@ -464,7 +469,8 @@ class Sampler:
         plain = raw
         if self._processors is not None:
             ids: Any = input_ids
-            plain = self._processors(ids, raw, prompt_length=prompt_length, cache_position=cache_position)
+            with chance.by_seeds(seeds, positions) if self._processors.plan.may_draw else nullcontext():
+                plain = self._processors(ids, raw, prompt_length=prompt_length, cache_position=cache_position)
         scores, greedy = self._distribution(plain)
         tokens = draw(scores, seeds, positions, greedy)
         found = None
@@ -526,6 +532,7 @@ class FusedDraw:
         processors: applied first; None for none.
         temperature: see ``Sampler``.
         rules: truncations after the temperature.
+        seeded: whether processors that take random numbers get them by seeds and positions too.
     """
 
     def __init__(
@@ -533,8 +540,9 @@ class FusedDraw:
         processors: LogitsProcessorList | None,
         temperature: float | torch.Tensor | None = None,
         rules: tuple[Rule, ...] = (),
+        seeded: bool = True,
     ) -> None:
-        self._processors = processors
+        self._processors, self._seeded = processors, seeded
         self._temperature = temperature if isinstance(temperature, torch.Tensor) else None
         # A number is a tensor of no dimensions to the kernels: no pass of its own, and the same tokens as by row.
         self._number = None if isinstance(temperature, torch.Tensor) or temperature in (None, 1) else temperature
@@ -564,7 +572,9 @@ class FusedDraw:
             joined = self._joined = self._join(plan)
         if joined.first is not None:
             ids: Any = input_ids
-            logits = joined.first(ids, logits.float(), run, kwargs)
+            draws = self._seeded and joined.first.may_draw
+            with chance.by_seeds(seeds, positions) if draws else nullcontext():
+                logits = joined.first(ids, logits.float(), run, kwargs)
         selection, temperature = self._selection(joined, logits)
         temperature = self._temperature if temperature is None else temperature
         if joined.by_row:

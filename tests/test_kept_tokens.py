@@ -117,11 +117,51 @@ def test_what_cant_be_is_said():
         r"counts of kept tokens must have the shape of ids \(2, 3\) without its last": (
             lambda: fl.KeptTokens(9, ids, counts[:1])
         ),
-        "bits of kept tokens must have 2 words a row for 40 tokens": lambda: fl.KeptTokens(40, bits=ids[:, :1]),
+        "bits of kept tokens must have at least 2 words a row for 40 tokens": lambda: fl.KeptTokens(
+            40, bits=ids[:, :1]
+        ),
         "return_kept must be an integer of at least 1, 'bits', 'ids' or None, got 0": (
             lambda: fl.Sampler(return_kept=0)
         ),
         "steps must be kept tokens of at least one step, got none": lambda: fl.KeptTokens.stack([]),
+        r"steps must all have as many rows, got shapes \(\d,\), \(\d,\)": lambda: fl.KeptTokens.stack(
+            [fl.KeptTokens(9, ids, counts), fl.KeptTokens(9, ids[:1], counts[:1])]
+        ),
     }.items():
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize("V", [8, 32, 40, 64])
+def test_what_another_vocabulary_has_is_found(V):
+    rows = torch.arange(V).expand(2, V)
+    fl.KeptTokens(V, rows, torch.tensor([V - 1, 2])).check()
+    words = -(-V // 32)
+    full = torch.full((2, words + 2), 0, dtype=torch.int32)
+    full[:, :words] = -1
+    if V % 32:
+        full[:, words - 1] = (1 << V % 32) - 1
+    fl.KeptTokens(V, bits=full).check()
+    for token in (V, V + 1, V + 31, 32 * words + 63):
+        ids = rows.clone()
+        ids[1, 1] = token
+        fl.KeptTokens(V, ids, torch.tensor([2, 1])).check()  # behind the row's count
+        with pytest.raises(ValueError, match=f"in the vocabulary of {V}, got token {token}"):
+            fl.KeptTokens(V, ids, torch.tensor([0, 2])).check()
+        if token < 32 * (words + 2):
+            bits = full.clone()
+            bits[1, token // 32] |= torch.tensor(1, dtype=torch.int32) << token % 32
+            with pytest.raises(ValueError, match=f"in the vocabulary of {V}, got token {token}"):
+                fl.KeptTokens(V, bits=bits).check()
+    kept = fl.KeptTokens(V, torch.tensor([[1, V]]), torch.tensor([2]))
+    with pytest.raises(ValueError, match=f"got token {V}"):
+        fl.logprobs(torch.zeros(1, V), torch.tensor([1]), kept=kept, strict=True)
+
+
+def test_a_sample_with_other_fields_keeps_what_was_kept():
+    drawn = fl.sample(torch.zeros(2, 8), seeds=0, positions=0, top_k=3, return_kept="bits")
+    other = drawn._replace(tokens=drawn.tokens + 1)
+    assert other.kept is drawn.kept
+    assert torch.equal(other.tokens, drawn.tokens + 1)
+    assert torch.equal(other._replace(logprobs=None).tokens, other.tokens)
+    assert fl.sample(torch.zeros(2, 8), seeds=0, positions=0)._replace(tokens=drawn.tokens).kept is None

@@ -16,6 +16,7 @@ from fastlogits.plan.causes import kind
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.position import Index
 from fastlogits.plan.run import Run
+from fastlogits.plan.stages import Rows
 from fastlogits.processors.base import LogitsProcessorList
 
 
@@ -94,6 +95,13 @@ def process(
     try:
         if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or not scores.is_floating_point():
             raise ValueError(f"scores must be a floating-point tensor of shape (B, width), got {kind(scores)}")
+        for member in members:
+            if isinstance(member.stage, Rows) and member.stage.draws and member.stage.generator is None:
+                raise ValueError(
+                    f"processors must not take torch's own random numbers with a group, got {member.name} without a "
+                    "generator: each rank would draw others. Give it a torch.Generator that is seeded alike on all "
+                    "ranks, or give the processors to a Sampler, whose seeds decide"
+                )
     except ValueError as error:
         ranks.agree.refuse(error)
         raise

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastlogits.parallel.dtensor import is_split
 from fastlogits.plan.stages import Member
 
 
@@ -68,6 +69,11 @@ def explain_failure(error: Exception, members: Sequence[Member], input_ids: obje
     """
     if type(error).__module__ not in ("builtins", "torch") or _comes_from_elsewhere(error):
         return
+    if is_split(scores):
+        raise ValueError(
+            "scores must be a torch.Tensor for these processors, got a DTensor: fastlogits.process(scores, processors, "
+            "input_ids) takes one that is split over its last dimension"
+        ) from error
     message = of_call(members, input_ids, scores)
     if message is None and not _says_it(error):
         message = of_shapes(input_ids, scores)

@@ -27,6 +27,8 @@ class Plan(AnyPlan):
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
         self.members = sorted((member for part in parts for member in part.members), key=_place)
+        self.may_draw = any(member.stage.may_draw for member in self.members)
+        """Whether a processor takes random numbers, for all that is known."""
         self._originals = _originals(parts)
         self._pieces: list[Plan | Barrier] | None = None
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from fastlogits_kernels.runtime.launcher import empty_out, is_collecting
 
+from fastlogits.plan import chance
 from fastlogits.plan.causes import kind
 from fastlogits.plan.part import Part
 from fastlogits.plan.run import Run, known
@@ -32,6 +33,9 @@ class RowsPart(Part):
             run = known(run, self.members)
             own = (run,) if self._stage.keeps_notes else ()
             found = self._stage.function(input_ids, scores, *run.locate(input_ids, scores), *own)
+        elif self._stage.draws:
+            drawn = chance.numbers(len(scores), scores.device, self._stage.generator)
+            found = self._stage.function(input_ids, scores, drawn)
         else:
             found = self._stage.function(input_ids, scores)
         # One that mixes rows may return fewer.

@@ -152,6 +152,11 @@ class Stage:
         return False
 
     @property
+    def may_draw(self) -> bool:
+        """Whether it takes random numbers, for all that is known."""
+        return False
+
+    @property
     def needs_history(self) -> bool:
         """Whether it reads ``input_ids``."""
         return False
@@ -579,7 +584,8 @@ class Rows(Stage):
 
     The function takes ``(input_ids, scores)``, and the integers or tensors ``(cache_position, prompt_length)`` too
     where ``positioned``. It returns new scores, never writes what it is given, and never waits for the device.
-    One that carries something from call to call gets the ``run`` too, to which that belongs.
+    One that carries something from call to call gets the ``run`` too, to which that belongs. One that ``draws`` gets
+    ``(input_ids, scores, numbers)``, a random number for each row, and is not ``positioned``.
 
     Args:
         acts_as: the kind of stage that it is.
@@ -590,6 +596,8 @@ class Rows(Stage):
         keeps_notes: whether it carries something from call to call; of functions that are ``positioned``.
         rehearse: what launches the kernels that the function launches for ``scores``, and touches nothing that the
             function carries on; None where it launches none of ours.
+        draws: whether it takes a random number for each row.
+        generator: whose number that is, but where a sampler's seeds decide; None for torch's own.
     """
 
     kind = "normalise"
@@ -600,6 +608,12 @@ class Rows(Stage):
     reads_history: bool = True
     keeps_notes: bool = False
     rehearse: Callable[[torch.Tensor], torch.Tensor] | None = None
+    draws: bool = False
+    generator: torch.Generator | None = None
+
+    @property
+    def may_draw(self) -> bool:
+        return self.draws
 
     @property
     def needs_position(self) -> bool:
@@ -673,6 +687,10 @@ class Opaque(Stage):
 
     kind = "opaque"
     processor: Any
+
+    @property
+    def may_draw(self) -> bool:
+        return True
 
     def describe(self) -> str:
         return "unknown to fastlogits: runs as it is"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
 from inspect import Parameter, signature
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, overload
 
 import torch
 import transformers
@@ -25,7 +26,7 @@ from fastlogits.plan.barrier import Barrier
 from fastlogits.plan.causes import checked_processors
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
-from fastlogits.plan.stages import Member, Opaque, Stage, stages_of
+from fastlogits.plan.stages import Given, Member, Opaque, Stage, stages_of
 from fastlogits.transformers.hooks import assembles
 from fastlogits.warm_up import WarmUp
 
@@ -239,6 +240,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
 
     _plan: Plan | None = None
     _revision = ""  # another after each change; no number, which a compiler might take for one that varies
+    _read: _Versions = ()
 
     def stage(self) -> Stage:
         """What this processor does; asked once, and again after an attribute has been set."""
@@ -247,7 +249,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
     @property
     def plan(self) -> Plan:
         """The compiled plan of this processor alone."""
-        plan = None if torch.compiler.is_compiling() else self._plan
+        plan = None if torch.compiler.is_compiling() or _is_written(self._read) else self._plan
         if plan is None:
             self._make_plan(_revision(self))
             plan = self._plan
@@ -256,8 +258,10 @@ class StagedProcessor(_Planned, LogitsProcessor):
 
     @constant
     def _make_plan(self, revision: str) -> None:
-        if self._plan is None:
-            self.__dict__["_plan"] = Plan.compile([_staged(self)])
+        if self._plan is None or _is_written(self._read):
+            member = _staged(self)
+            self.__dict__["_read"] = _read_once(self, member.stage)
+            self.__dict__["_plan"] = Plan.compile([member])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Process the scores of one step; the input is never written.
@@ -287,7 +291,7 @@ class StagedProcessor(_Planned, LogitsProcessor):
             self.__dict__["_revision"] = str(next(_changes))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_plan", "_read")}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}{_described(self)}>"
@@ -304,6 +308,8 @@ class _PlannedList(NamedTuple):
     values: list[Any]
     staged: bool
     """Whether all of them are ``StagedProcessor``, and tell themselves of a change."""
+    read: _Versions
+    """What was read of their tensors, if so."""
 
 
 def _takes(processor: Any, name: str) -> bool:
@@ -362,7 +368,8 @@ class LogitsProcessorList(_Planned, _TransformersList):
         else:
             planned = self._planned
             # What is asked at each step: whether these are the same processors, and none of them has changed.
-            if planned is not None and planned.staged and len(processors) == len(planned.processors):
+            unwritten = planned is not None and not _is_written(planned.read)
+            if planned is not None and unwritten and planned.staged and len(processors) == len(planned.processors):
                 for processor, known, revision in zip(processors, planned.processors, planned.revisions, strict=True):
                     if processor is not known or processor._revision is not revision:
                         break
@@ -384,12 +391,14 @@ class LogitsProcessorList(_Planned, _TransformersList):
 
     def _make_plan(self, ids: tuple[int, ...], revisions: tuple[Any, ...]) -> None:
         planned = self._planned
-        if planned is None or (planned.ids, planned.revisions) != (ids, revisions):
+        if planned is None or (planned.ids, planned.revisions) != (ids, revisions) or _is_written(planned.read):
             processors = list(super().__iter__())
-            plan = Plan.compile(map(self._member_of, checked_processors(processors)))
+            members = [self._member_of(processor) for processor in checked_processors(processors)]
+            pairs = zip(processors, members, strict=True)
+            read = tuple(each for processor, member in pairs for each in _read_once(processor, member.stage))
             values = [list(getattr(processor, "__dict__", {}).values()) for processor in processors]
             staged = all(isinstance(processor, StagedProcessor) for processor in processors)
-            self._planned = _PlannedList(ids, revisions, plan, processors, values, staged)
+            self._planned = _PlannedList(ids, revisions, Plan.compile(members), processors, values, staged, read)
 
     def __call__(
         self,
@@ -414,17 +423,16 @@ class LogitsProcessorList(_Planned, _TransformersList):
             TypeError: an argument that looks like one of the two above, and that no processor asks for.
         """
         run = None
-        for name in kwargs:
-            if _meant(name) is not None:
-                self._check_asked_for(name)
+        self._check_names(kwargs)
         if prompt_length is not None or cache_position is not None:
             run = Run.of(prompt_length, cache_position)
             kwargs |= positions_for_others(prompt_length, cache_position)
         return self.plan(input_ids, scores, run, kwargs)
 
-    def _check_asked_for(self, name: str) -> None:
-        if not any(_takes(each, name) for each in self):
-            raise TypeError(f"there is no argument {name!r}: did you mean {_meant(name)}?")
+    def _check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if _meant(name) is not None and not any(_takes(each, name) for each in self):
+                raise TypeError(f"there is no argument {name!r}: did you mean {_meant(name)}?")
 
     def apply_(
         self,
@@ -446,8 +454,10 @@ class LogitsProcessorList(_Planned, _TransformersList):
 
         Raises:
             ValueError: see ``__call__``; or the result is of another shape.
+            TypeError: see ``__call__``.
         """
         run = None
+        self._check_names(kwargs)
         if prompt_length is not None or cache_position is not None:
             run = Run.of(prompt_length, cache_position)
             kwargs |= positions_for_others(prompt_length, cache_position)
@@ -565,6 +575,37 @@ def _described(processor: StagedProcessor) -> str:
         return ": " + ", ".join(stage.describe() for stage in stages_of(processor.stage()))
     except Exception:  # a repr never raises, whatever an attribute has been set to
         return ""
+
+
+_Versions: TypeAlias = tuple[tuple[torch.Tensor, int], ...]
+"""Tensors whose numbers a plan has taken over, and their versions then."""
+
+
+def _is_written(read: _Versions) -> bool:
+    """Whether anybody has written to such a tensor since."""
+    return bool(read) and any(tensor._version != version for tensor, version in read)
+
+
+def _read_once(processor: Any, stage: Stage) -> _Versions:
+    """A processor's tensors that are read when a plan is made: token ids, as far as its stage doesn't hold them."""
+    if isinstance(stage, Opaque):
+        return ()
+    held: set[int] = set()
+
+    def hold(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            held.add(id(value))
+        elif isinstance(value, (tuple, list)):
+            for each in value:
+                hold(each)
+        elif is_dataclass(value) and not isinstance(value, (type, Given)):  # whose ids are put into tables
+            for field in fields(value):
+                hold(getattr(value, field.name))
+
+    hold(stage)
+    values = getattr(processor, "__dict__", {}).values()
+    tensors = [each for each in values if isinstance(each, torch.Tensor) and not each.is_floating_point()]
+    return tuple((each, each._version) for each in tensors if id(each) not in held and not each.is_inference())
 
 
 def _revision(processor: Any) -> Any:

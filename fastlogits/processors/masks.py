@@ -20,38 +20,69 @@ class SuppressTokensLogitsProcessor(StagedProcessor, theirs.SuppressTokensLogits
     """Forbid tokens at every step.
 
     Args:
-        suppress_tokens: token ids; those outside the vocabulary are ignored.
+        suppress_tokens: token ids, of which those outside the vocabulary are ignored; or a ``TokenMask``.
         device: device on which the ids are kept.
+
+    Raises:
+        ValueError: on a call, a mask of another vocabulary.
 
     Example:
         >>> SuppressTokensLogitsProcessor([1])(None, torch.zeros(1, 3))
         tensor([[0., -inf, 0.]])
     """
 
+    _vocab_size: int | None = None
+
+    def __init__(self, suppress_tokens: Iterable[int], device: str = "cpu") -> None:
+        super().__init__(suppress_tokens, device)
+        self._vocab_size = _vocab_size_of(suppress_tokens)
+
     def stage(self) -> Ban:
         """A mask."""
-        return Ban(ids_of(self.suppress_tokens), lenient=True)
+        return Ban(_as_given(self, self.suppress_tokens), argument="suppress_tokens", lenient=True)
 
 
 class SuppressTokensAtBeginLogitsProcessor(StagedProcessor, theirs.SuppressTokensAtBeginLogitsProcessor):
     """Forbid tokens at the first step: where the sequence has the length at which generation begins.
 
     Args:
-        begin_suppress_tokens: token ids; those outside the vocabulary are ignored.
+        begin_suppress_tokens: token ids, of which those outside the vocabulary are ignored; or a ``TokenMask``.
         begin_index: the length; ``set_begin_index`` changes it.
         device: device on which the ids are kept.
+
+    Raises:
+        ValueError: on a call, a mask of another vocabulary.
 
     Example:
         >>> SuppressTokensAtBeginLogitsProcessor([1], 2)(torch.tensor([[5, 7]]), torch.zeros(1, 3))
         tensor([[0., -inf, 0.]])
     """
 
+    _vocab_size: int | None = None
+
+    def __init__(self, begin_suppress_tokens: Iterable[int], begin_index: int, device: str = "cpu") -> None:
+        super().__init__(begin_suppress_tokens, begin_index, device)
+        self._vocab_size = _vocab_size_of(begin_suppress_tokens)
+
     def stage(self) -> Ban:
         """A mask at one length."""
         if self.begin_index is None:
             return Ban(())
         begin = int(self.begin_index)
-        return Ban(ids_of(self.begin_suppress_tokens), When("length", begin, begin + 1), lenient=True)
+        when = When("length", begin, begin + 1)
+        tokens = _as_given(self, self.begin_suppress_tokens)
+        return Ban(tokens, when, argument="begin_suppress_tokens", lenient=True)
+
+
+def _vocab_size_of(tokens: object) -> int | None:
+    """The vocabulary of a mask; None of token ids, and of a mask for any."""
+    return tokens.vocab_size if isinstance(tokens, TokenMask) and not tokens._any_width else None
+
+
+def _as_given(processor: object, ids: torch.Tensor) -> TokenMask | tuple[int, ...]:
+    """Token ids of a processor; as a mask of its vocabulary if a mask was given."""
+    vocab_size, found = getattr(processor, "_vocab_size", None), ids_of(ids)
+    return found if vocab_size is None else TokenMask.from_ids(found, vocab_size)
 
 
 class AllowedTokensLogitsProcessor(StagedProcessor):

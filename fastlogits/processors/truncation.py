@@ -318,7 +318,8 @@ class XTCLogitsProcessor(StagedProcessor):
         threshold: a probability, above 0 and at most 1; above 0.5 nothing is ever removed.
         probability: in which share of the steps tokens are removed, 0 to 1.
         special_token_ids: ids of tokens that must not be removed, such as the end of the text and a new line.
-        generator: source of the random numbers, on the device of the scores; None for torch's own.
+        generator: source of the random numbers, on the device of the scores; None for torch's own. A ``Sampler``, and
+            sampling by ``fastlogits.decode``, ask neither: there a row's number depends on its seed and position.
         filter_value: written over the scores of removed tokens.
 
     Raises:
@@ -353,29 +354,28 @@ class XTCLogitsProcessor(StagedProcessor):
     def stage(self) -> Rows:
         """A truncation from above."""
         function = partial(
-            _exclude_top_choices, self.threshold, self.probability, self.special_token_ids, self.generator,
-            self.filter_value,
-        )  # fmt: skip
+            _exclude_top_choices, self.threshold, self.probability, self.special_token_ids, self.filter_value
+        )
         description = f"exclude top choices of at least {self.threshold:g}, {self.probability:.0%} of the time"
-        return Rows("truncate", function, description, reads_history=False)
+        return Rows("truncate", function, description, reads_history=False, draws=True, generator=self.generator)
 
 
 def _exclude_top_choices(
     threshold: float,
     probability: float,
     special: tuple[int, ...],
-    generator: torch.Generator | None,
     filter_value: float,
     input_ids: torch.Tensor,
     scores: torch.Tensor,
+    numbers: torch.Tensor,
 ) -> torch.Tensor:
-    B, V = scores.shape
+    V = scores.shape[1]
     # No more tokens than that can be so likely; one more, for the rounding of their probabilities.
     top, tokens = scores.topk(min(V, int(1 / threshold) + 1))  # [B, T], the likeliest first
     likely = scores.softmax(-1).gather(1, tokens) >= threshold
     drop = torch.zeros_like(likely)
     drop[:, :-1] = likely[:, 1:]  # one that is less likely is likely enough
-    drop &= torch.rand(B, 1, device=scores.device, generator=generator) < probability
+    drop &= numbers < probability
     if special:
         barred = (tokens.unsqueeze(2) == ids_on(scores.device, special)).any(2) & drop
         drop &= ~barred.any(1, keepdim=True)

@@ -27,6 +27,7 @@ from fastlogits_kernels.serving.steps import (
 from fastlogits import warm_up as warming
 from fastlogits.checks import LOGITS_DTYPES, device_of, is_integer, one_of, whole_number
 from fastlogits.kept_tokens import KeptForm, checked_form, kept_of_bits
+from fastlogits.parallel.dtensor import is_split
 from fastlogits.representation import arguments
 from fastlogits.sampled import Distribution, Sample
 from fastlogits.serving.accepted import Accepted
@@ -226,6 +227,12 @@ class BatchProcessor:
     def __repr__(self) -> str:
         given = {name: getattr(self, name) for name in ("vocab_size", "device", "max_length", "semantics")}
         return f"<BatchProcessor: {len(self)} of {self.max_requests} requests, {arguments(given)}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a BatchProcessor can't be copied or pickled, since host and device share what it holds: make another one, "
+            "and add the requests to it"
+        )
 
     # -- Requests --------------------------------------------------------------------------------------------------
 
@@ -780,6 +787,11 @@ class BatchProcessor:
     def _check_logits(self, logits: torch.Tensor) -> None:
         if not isinstance(logits, torch.Tensor):
             raise ValueError(f"logits must be a tensor of shape (rows, {self.vocab_size}), got {type(logits).__name__}")
+        if is_split(logits):
+            raise ValueError(
+                "logits must be a torch.Tensor, got a DTensor: make the batch with group=..., and give this rank's "
+                "part, logits.to_local()"
+            )
         columns = self.vocab_size if self._split is None or logits.ndim != 2 else logits.shape[1]
         if logits.ndim != 2 or logits.shape[1] != columns or logits.dtype not in LOGITS_DTYPES:
             raise ValueError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ctypes import c_float
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -23,6 +23,35 @@ Scope: TypeAlias = Literal["all", "output"]
 
 _LARGEST_BASE = torch.finfo(torch.float64).max ** (1 / layout.LONGEST)
 _LARGEST = torch.finfo(torch.float32).max
+
+
+class Biases(Mapping[int, float]):
+    """Numbers for token ids, which nobody changes.
+
+    Args:
+        of: the numbers.
+    """
+
+    def __init__(self, of: Mapping[int, float]) -> None:
+        self._of = dict(of)
+
+    def __getitem__(self, token: int) -> float:
+        return self._of[token]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._of.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._of)
+
+
+_NO_BIASES = Biases({})
 
 
 @suggests_fields
@@ -102,7 +131,7 @@ class RequestParams:
     dry_base: float = 1.75
     dry_allowed_length: int = 2
     dry_breakers: TokenMask | Sequence[int] = ()
-    logit_bias: Mapping[int, float] | Mapping[str, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] | Mapping[str, float] = _NO_BIASES
     allowed_token_ids: TokenMask | Sequence[int] | None = None
     banned_token_ids: TokenMask | Sequence[int] = ()
     bad_words: Sequence[Sequence[int]] = ()
@@ -216,7 +245,9 @@ def _check_words(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     return sequences
 
 
-def _check_bias(name: str, value: Any) -> dict[int, float]:
+def _check_bias(name: str, value: Any) -> Biases:
+    if isinstance(value, Biases):
+        return value
     if not isinstance(value, (dict, Mapping)):
         raise ValueError(f"{name} must be a mapping from token ids to numbers, got {value!r}")
     ids = _sequence(name, [int(key) if isinstance(key, str) and key.isdecimal() else key for key in value])
@@ -228,7 +259,7 @@ def _check_bias(name: str, value: Any) -> dict[int, float]:
         if token in biases:
             raise ValueError(f"{name} must have each token id once, got {token} as a number and as a text")
         biases[token] = number
-    return biases
+    return Biases(biases)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {

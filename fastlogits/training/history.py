@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -11,6 +12,7 @@ from fastlogits_kernels.training import logprobs as kernels
 from fastlogits_kernels.training.reference import Task
 from fastlogits_kernels.training.sets import GivenSets
 
+from fastlogits.plan import chance
 from fastlogits.plan.causes import kind
 from fastlogits.plan.fusion import fused_to_logits, fused_to_token
 from fastlogits.plan.plan import Plan
@@ -42,6 +44,14 @@ class _Process(NamedTuple):
         elif start is not None:
             start = min(start, seen.shape[1])
         return self.plan(seen, x, None if start is None else Run.of(start, None), {})
+
+    def noted(self, device: torch.device) -> AbstractContextManager[chance.Noted | None]:
+        """Note what the processors draw within it, if they may draw anything."""
+        return chance.noted(device) if self.plan.may_draw else nullcontext()
+
+    def again(self, drawn: chance.Noted | None) -> AbstractContextManager[None]:
+        """Let them draw the same."""
+        return nullcontext() if drawn is None else chance.again(drawn)
 
 
 def _steps(logits: torch.Tensor, task: Task) -> Iterator[tuple[int, torch.Tensor, Task]]:
@@ -93,19 +103,22 @@ class _Whole:
 
 
 class _Processed(torch.autograd.Function):
-    """Log-probabilities behind processors; in the backward pass these run once more, in torch."""
+    """Log-probabilities behind processors; in the backward pass these run once more, in torch, and draw the same."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, task: Task, entropy: bool, process: _Process, way: Way
     ) -> tuple[Any, ...]:
         """Log-probabilities, entropies and what is outside, each ``[B, T]``."""
-        found = []
+        found, drawn = [], []
         for t, each, of_it in _steps(logits.detach(), task):
-            found.append(way.forward(process(each, t), of_it, entropy))
+            with process.noted(each.device) as its:
+                processed = process(each, t)
+            drawn.append(its)
+            found.append(way.forward(processed, of_it, entropy))
         logprobs, entropies, outsides, numbers = zip(*found, strict=True)
         ctx.save_for_backward(logits, *(each for of_position in numbers for each in of_position))
-        ctx.task, ctx.entropy, ctx.process, ctx.way = task, entropy, process, way
+        ctx.task, ctx.entropy, ctx.process, ctx.way, ctx.drawn = task, entropy, process, way, drawn
         outside = torch.stack(outsides, 1)
         ctx.mark_non_differentiable(outside)
         result = torch.stack(logprobs, 1)
@@ -118,12 +131,13 @@ class _Processed(torch.autograd.Function):
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for t, each, of_it in _steps(logits.detach(), ctx.task):
             # As in the forward pass, to the last bit; the pass that torch records may round otherwise.
-            same = ctx.process(each, t)
+            with ctx.process.again(ctx.drawn[t]):
+                same = ctx.process(each, t)
             own = torch.empty(same.shape, dtype=same.dtype, device=same.device)
             entropy_grads = came[1][:, t].contiguous() if ctx.entropy else None
             incoming = kernels.Incoming(came[0][:, t].contiguous(), entropy_grads, numbers[2 * t])
             ctx.way.backward(same, of_it, incoming, numbers[2 * t + 1], own)
-            with torch.enable_grad():
+            with torch.enable_grad(), ctx.process.again(ctx.drawn[t]):
                 leaf = each.detach().clone().requires_grad_()
                 processed = ctx.process(leaf, t)
             if processed.requires_grad:

@@ -13,6 +13,7 @@ from fastlogits_kernels.selection import launch
 from transformers import StaticCache
 
 from fastlogits.checks import is_integer
+from fastlogits.plan import chance
 from fastlogits.plan.plan import Plan
 from fastlogits.sampling import FusedDraw, Sampler
 from fastlogits.transformers import drafters, drafts, loop
@@ -308,7 +309,8 @@ class _Drawing(RunList):
         if self._fused is not None and not kwargs and launch.takes_scores(scores):
             tokens, _ = self._fused(scores, self._seeds, positions, input_ids, self._process.run)
             return with_tokens(scores, tokens)
-        scores = self._process(input_ids, scores, **kwargs)
+        with chance.by_seeds(self._seeds, positions):
+            scores = self._process(input_ids, scores, **kwargs)
         return with_tokens(scores, self._sampler(scores, self._seeds, positions).tokens)
 
 
@@ -317,7 +319,7 @@ class _Choosing(RunList):
 
     def __init__(self, run: RunList, input_ids: torch.Tensor) -> None:
         super().__init__((), input_ids.shape[1])
-        self._process, self._fused = run, FusedDraw(run, temperature=0.0)
+        self._process, self._fused = run, FusedDraw(run, temperature=0.0, seeded=False)
         self._anything = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from fastlogits_kernels.selection import launch
 
+from fastlogits.plan import chance
 from fastlogits.plan.allowed import AllowedRows
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
@@ -43,7 +44,7 @@ class Chooser:
     def __init__(self, plan: Plan, do_sample: bool, keeps_scores: bool) -> None:
         self.plan = plan
         processors: Any = _Processors(plan)
-        self._fused = None if keeps_scores else FusedDraw(processors, None if do_sample else 0.0)
+        self._fused = None if keeps_scores else FusedDraw(processors, None if do_sample else 0.0, seeded=do_sample)
         self._sampler = Sampler() if do_sample else None
 
     def values(self, logits: torch.Tensor) -> Values | None:
@@ -58,9 +59,11 @@ class Chooser:
         """The tokens ``[B]``, and the processed scores ``[B, V]`` where they are written."""
         if self._fused is not None and launch.takes_scores(logits):
             return self._fused(logits, seeds, positions, ids, run)[0], None
-        scores = self.plan(ids, logits, run)
         if self._sampler is None:
+            scores = self.plan(ids, logits, run)
             return scores.argmax(-1), scores
+        with chance.by_seeds(seeds, positions):
+            scores = self.plan(ids, logits, run)
         return self._sampler(scores, seeds, positions).tokens, scores
 
 

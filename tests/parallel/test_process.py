@@ -100,5 +100,46 @@ def test_a_dtensor_brings_its_group(ranks):
     assert ranks.alike(of_dtensor, 3)
 
 
+def of_random_numbers(process_group, seeded):
+    torch.manual_seed(process_group.rank())
+    generator = torch.Generator().manual_seed(5) if seeded else None
+    logits = torch.tensor([[0.5, 0.05, 0.25, 0.2, 0.0, 0.0]]).log().expand(5, 6)
+    part = part_of(logits, process_group.rank(), process_group.size())
+    found = fl.process(part, [fl.XTCLogitsProcessor(0.1, 0.5, generator=generator)], group=process_group)
+    expected = fl.XTCLogitsProcessor(0.1, 0.5, generator=torch.Generator().manual_seed(5))(None, logits)
+    return same(found, part_of(expected, process_group.rank(), process_group.size()))
+
+
+def test_random_numbers_come_from_generators_that_are_seeded_alike(ranks):
+    assert ranks.alike(of_random_numbers, 2, True)
+    for refused in ranks.each(of_random_numbers, 2, False):
+        assert isinstance(refused, ValueError)
+        assert "got XTCLogitsProcessor without a generator: each rank would draw others" in str(refused)
+
+
+def of_a_list(process_group):
+    mesh, logits = DeviceMesh.from_group(process_group, "cpu"), some_logits(3, 2)
+    part = part_of(logits, process_group.rank(), process_group.size())
+    split = DTensor.from_local(part, mesh, [Shard(-1)], shape=logits.shape, stride=(V, 1))
+    said = []
+    for call in (
+        lambda: fl.LogitsProcessorList([fl.RepetitionPenaltyLogitsProcessor(1.3)])(torch.zeros(2, 3).long(), split),
+        lambda: fl.BatchProcessor(2, V, "cpu", max_length=8).apply(split, [-1, -1]),
+        lambda: fl.BatchProcessor(2, V, "cpu", max_length=8, group=process_group).sample(split, [-1, -1]),
+    ):
+        try:
+            said.append(call())
+        except ValueError as error:  # noqa: PERF203
+            said.append(str(error))
+    return said
+
+
+def test_a_dtensor_where_none_is_taken(ranks):
+    for of_list, *of_batches in ranks.each(of_a_list, 2):
+        assert "got a DTensor: fastlogits.process(scores, processors, input_ids) takes one" in of_list
+        for said in of_batches:
+            assert "got a DTensor: make the batch with group=..., and give this rank's part, logits.to_local()" in said
+
+
 def test_one_process_needs_no_group():
     assert same(fl.process(torch.zeros(1, 2), [fl.SuppressTokensLogitsProcessor([1])]), torch.tensor([[0, -torch.inf]]))

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -115,6 +116,36 @@ def of_dtensor(process_group, with_group):
 @pytest.mark.parametrize("with_group", [True, False])
 def test_a_dtensor_brings_its_group(ranks, with_group):
     assert ranks.alike(of_dtensor, 3, with_group)
+
+
+def of_other_calls(process_group):
+    """A sampler that has seen a ``DTensor`` takes plain logits for all of them, and others of another mesh."""
+    mesh, logits = DeviceMesh.from_group(process_group, "cpu"), some_logits(3, 6)
+    part = part_of(logits, process_group.rank(), process_group.size())
+    sampler, expected = fl.Sampler(top_p=0.8), fl.Sampler(top_p=0.8)(logits, 5, 7)
+    split = DTensor.from_local(part, mesh, [Shard(1)], shape=logits.shape, stride=(V, 1))
+    alone = DeviceMesh.from_group(dist.new_group([process_group.rank()], use_local_synchronization=True), "cpu")
+    whole = DTensor.from_local(logits, alone, [Shard(1)])
+    return [same(sampler(each, 5, 7), expected) for each in (logits, split, logits, whole, split, logits)]
+
+
+def test_a_dtensor_binds_no_later_call(ranks):
+    assert all(ranks.alike(of_other_calls, 2))
+
+
+def of_random_numbers(process_group, B):
+    """Ranks whose own generators differ; and what one process samples."""
+    torch.manual_seed(process_group.rank())
+    processors, ids = [fl.XTCLogitsProcessor(0.01, 0.5), fl.TemperatureLogitsWarper(0.7)], torch.zeros(B, 1).long()
+    logits = some_logits(1, B)
+    part = part_of(logits, process_group.rank(), process_group.size())
+    split, one = fl.Sampler(processors, group=process_group), fl.Sampler(processors)
+    return [same(split(part, 3, step, ids), one(logits, 3, step, ids)) for step in range(8)]
+
+
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_random_numbers_of_processors_are_the_same_on_all_ranks(ranks, B):
+    assert all(ranks.alike(of_random_numbers, 2, B))
 
 
 def of_another_split(process_group):

@@ -470,6 +470,8 @@ def test_a_misspelt_position_of_a_list():
     for name, meant in (("promt_length", "prompt_length"), ("cache_postion", "cache_position")):
         with pytest.raises(TypeError, match=f"there is no argument '{name}': did you mean {meant}"):
             processors(IDS, SCORES, **{name: 2})
+        with pytest.raises(TypeError, match=f"there is no argument '{name}': did you mean {meant}"):
+            processors.apply_(IDS, SCORES.clone(), **{name: 2})
     assert processors(IDS, SCORES, encoder_ids=3) is not None  # another processor's, as in transformers
 
     class Asking:

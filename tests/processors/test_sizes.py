@@ -174,3 +174,17 @@ def test_ten_thousand_biases_of_tokens(device):
     batch = BatchProcessor(1, wide, device, max_length=8, max_listed=2 * most)
     batch.add(RequestParams(logit_bias=bias))
     assert torch.equal(batch.apply(scores, [0]), expected)
+
+
+@pytest.mark.parametrize(
+    "make", [fl.SuppressTokensLogitsProcessor, lambda mask: fl.SuppressTokensAtBeginLogitsProcessor(mask, 1)]
+)
+def test_a_mask_of_another_vocabulary_is_refused_where_ids_are_ignored(make):
+    ids, scores = torch.tensor([[1]]), torch.zeros(1, 6)
+    assert torch.equal(make([3, 50])(ids, scores), make(fl.TokenMask.from_ids([3], 6))(ids, scores))
+    for processors in (
+        make(fl.TokenMask.from_ids([50], 64)),
+        fl.LogitsProcessorList([make(fl.TokenMask.from_ids([5], 9))]),
+    ):
+        with pytest.raises(ValueError, match=r"suppress_tokens: the mask has a vocabulary of \d+ tokens, but 6 are"):
+            processors(ids, scores)

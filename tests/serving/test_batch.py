@@ -1,5 +1,6 @@
 """Requests in a batch of their own parameters, beside the processors, and beside each of them alone."""
 
+import copy
 import os
 import pickle
 import random
@@ -766,6 +767,29 @@ def test_parameters_survive_pickling():
     params = RequestParams(temperature=0.5, logit_bias={1: 2.0}, banned_token_ids=TokenMask.from_ids([1], V))
     BatchProcessor(1, V, "cpu", max_length=8).add(params)
     assert pickle.loads(pickle.dumps(params)) == params
+    assert copy.deepcopy(params) == params
+    assert hash(copy.deepcopy(params)) == hash(params)
+    assert replace(params, top_k=3).logit_bias == {1: 2.0}
+
+
+def test_parameters_do_not_change():
+    given = {1: 2.0}
+    params = RequestParams(logit_bias=given)
+    given[3] = 5.0
+    for change in (lambda: params.logit_bias.__setitem__(3, 1.0), lambda: params.logit_bias.update({3: 1.0})):
+        with pytest.raises(AttributeError):
+            change()
+    with pytest.raises(TypeError):
+        params.logit_bias[3] = 1.0
+    assert repr(params) == "RequestParams(logit_bias={1: 2.0})"
+    assert hash(RequestParams()) == hash(RequestParams(logit_bias={}))
+
+
+def test_a_batch_is_not_copied(device):
+    batch = BatchProcessor(2, V, device, max_length=8)
+    for take in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"a BatchProcessor can't be copied or pickled, .* make another one"):
+            take(batch)
 
 
 # -- On a GPU ------------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ def ban_unset_(rows: torch.Tensor, bits: torch.Tensor) -> None:
     CPU; words are read as their bytes, the lowest first.
     """
     spread, nothing = _bytes_spread(rows.dtype, rows.device)
-    of_word = bits.contiguous().view(torch.uint8).flatten().int()
+    # One word a row may be contiguous with any stride.
+    of_word = bits.reshape(-1).contiguous().view(torch.uint8).int()
     keep = spread.index_select(0, of_word).view(len(bits), bits.shape[1] * WORD_BITS)[:, : rows.shape[1]]
     covered = rows.detach()[:, : keep.shape[1]].view(spread.dtype)
     covered.bitwise_and_(keep).bitwise_or_(keep.bitwise_not().bitwise_and_(nothing))

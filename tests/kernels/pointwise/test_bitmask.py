@@ -248,3 +248,12 @@ def test_more_than_two_to_the_31_elements():
     apply_token_bitmask_inplace(logits, bitmask, mask_rows=torch.zeros(B, dtype=torch.int32, device="cuda"))
     assert (logits[:, V - 2] == NEG).all()
     assert logits.isinf().sum() == B
+
+
+@pytest.mark.parametrize("V", [1, 4, 31, 32])
+def test_one_word_a_row_of_any_stride(V, device):
+    words_of_rows = torch.tensor([[5, 3]], dtype=torch.int32, device=device).t()  # contiguous, in torch's words
+    scores = torch.zeros(2, V, device=device)
+    apply_token_bitmask_inplace(scores, words_of_rows)
+    allowed = torch.tensor([[word >> token & 1 for token in range(V)] for word in (5, 3)], device=device).bool()
+    assert torch.equal(scores == 0, allowed)
