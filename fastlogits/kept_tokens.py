@@ -180,14 +180,14 @@ class KeptTokens:
         """A token that a row keeps, though the vocabulary doesn't have it; None where there is none."""
         if self.bits is not None:
             known, rest = divmod(self.vocab_size, 32)
-            beyond = self.bits[..., known:].reshape(-1, self.bits.shape[-1] - known).clone()
-            if rest and beyond.numel():
-                beyond[:, 0] &= -(1 << rest)
-            where = (beyond != 0).any(0).nonzero().flatten().tolist()
-            if not where:
+            beyond = self.bits[..., known:].clone()
+            if rest:
+                beyond[..., 0] &= -(1 << rest)
+            wrong = beyond.nonzero().tolist()
+            if not wrong:
                 return None
-            word = int(beyond[:, where[0]][beyond[:, where[0]] != 0][0])
-            return int(32 * (known + where[0]) + ((word & -word).bit_length() - 1) % 32)
+            word = int(beyond[tuple(wrong[0])])
+            return 32 * (known + wrong[0][-1]) + (word & -word).bit_length() - 1
         assert self.ids is not None
         ids = self.ids.long()
         wrong = (ids < 0) | (ids >= self.vocab_size)

@@ -142,6 +142,8 @@ def test_what_another_vocabulary_has_is_found(V):
     if V % 32:
         full[:, words - 1] = (1 << V % 32) - 1
     fl.KeptTokens(V, bits=full).check()
+    for bits in (full[:, :words], full[0], full[0, :words], full[:0], full[None]):
+        fl.KeptTokens(V, bits=bits).check()
     for token in (V, V + 1, V + 31, 32 * words + 63):
         ids = rows.clone()
         ids[1, 1] = token

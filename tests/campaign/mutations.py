@@ -922,6 +922,37 @@ MUTATIONS = [
         ("parallel/test_report.py::test_the_ranks_report_what_one_process_reports",),
     ),
     Mutation(
+        "two processors of a sampler that take the same random number", f"{PACKAGE}/plan/chance.py",
+        "        taken += 1\n", "        taken += 0\n",
+        ("test_chance.py::test_numbers_by_seeds_are_even_and_of_their_own",),
+    ),
+    Mutation(
+        "a sampler whose processors ask torch's generator", f"{PACKAGE}/sampling.py",
+        "with chance.by_seeds(seeds, positions) if self._processors.plan.may_draw else nullcontext():", "if True:",
+        ("test_chance.py::test_a_sampler_draws_by_seed_and_position_alone",),
+    ),
+    Mutation(
+        "a backward pass that draws anew", f"{PACKAGE}/training/history.py",
+        "return nullcontext() if drawn is None else chance.again(drawn)", "return nullcontext()",
+        ("test_chance.py::test_the_gradient_is_that_of_what_was_drawn",),
+    ),
+    Mutation(
+        "a DTensor that binds its sampler", f"{PACKAGE}/sampling.py",
+        "split = self._splits[group] = self._splits.get(group) or self._splitting(group)",
+        "split = self._split = self._splitting(group)",
+        ("parallel/test_sampling.py::test_a_dtensor_binds_no_later_call",),
+    ),
+    Mutation(
+        "token ids that are read once for all", f"{PACKAGE}/processors/base.py",
+        "return bool(read) and any(", "return False and any(",
+        ("plan/test_written_tensors.py::test_what_is_written_counts_from_the_next_call_on",),
+    ),
+    Mutation(
+        "bits of another vocabulary that nobody finds", f"{PACKAGE}/kept_tokens.py",
+        "beyond[..., 0] &= -(1 << rest)", "beyond[..., 0] = 0",
+        ("test_kept_tokens.py::test_what_another_vocabulary_has_is_found",),
+    ),
+    Mutation(
         "a record that is weighed with what is before it", f"{KERNELS}/parallel/front.py",
         "tl.where(rank > its_rank, its_x, above)", "tl.where(rank >= its_rank, its_x, above)",
         ("parallel/test_front.py::test_each_rank_finds_what_one_process_samples",),
