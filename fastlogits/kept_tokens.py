@@ -34,8 +34,8 @@ class KeptTokens:
         counts: int32 or int64 ``[...]``: how many tokens a row keeps. More than K, and fewer than V, means that there
             was no room for them: ``check`` says so, and so does ``logprobs``.
         offsets: int32 or int64 ``[N + 1]``: where the ids of each of N rows begin and end.
-        bits: int32 ``[..., W]``: bit ``i`` of word ``w`` is token ``32 * w + i``. There may be more words than V asks
-            for, as engines pad them; bits from V on say nothing, but ``check`` refuses them.
+        bits: int32 ``[..., W]``: bit ``i`` of word ``w`` is token ``32 * w + i``. Bits from V on say nothing: there may
+            be more words, and engines fill the last ones.
 
     Raises:
         ValueError: not one of the three forms, or tensors whose shapes or dtypes don't fit.
@@ -178,17 +178,8 @@ class KeptTokens:
 
     def _outside(self) -> int | None:
         """A token that a row keeps, though the vocabulary doesn't have it; None where there is none."""
-        if self.bits is not None:
-            known, rest = divmod(self.vocab_size, 32)
-            beyond = self.bits[..., known:].clone()
-            if rest:
-                beyond[..., 0] &= -(1 << rest)
-            wrong = beyond.nonzero().tolist()
-            if not wrong:
-                return None
-            word = int(beyond[tuple(wrong[0])])
-            return 32 * (known + wrong[0][-1]) + (word & -word).bit_length() - 1
-        assert self.ids is not None
+        if self.ids is None:
+            return None
         ids = self.ids.long()
         wrong = (ids < 0) | (ids >= self.vocab_size)
         if self.counts is not None:

@@ -136,25 +136,13 @@ def test_what_cant_be_is_said():
 def test_what_another_vocabulary_has_is_found(V):
     rows = torch.arange(V).expand(2, V)
     fl.KeptTokens(V, rows, torch.tensor([V - 1, 2])).check()
-    words = -(-V // 32)
-    full = torch.full((2, words + 2), 0, dtype=torch.int32)
-    full[:, :words] = -1
-    if V % 32:
-        full[:, words - 1] = (1 << V % 32) - 1
-    fl.KeptTokens(V, bits=full).check()
-    for bits in (full[:, :words], full[0], full[0, :words], full[:0], full[None]):
-        fl.KeptTokens(V, bits=bits).check()
-    for token in (V, V + 1, V + 31, 32 * words + 63):
+    fl.KeptTokens(V, bits=torch.full((2, 4), -1, dtype=torch.int32)).check()
+    for token in (-1, V, V + 1, V + 31):
         ids = rows.clone()
         ids[1, 1] = token
         fl.KeptTokens(V, ids, torch.tensor([2, 1])).check()  # behind the row's count
         with pytest.raises(ValueError, match=f"in the vocabulary of {V}, got token {token}"):
             fl.KeptTokens(V, ids, torch.tensor([0, 2])).check()
-        if token < 32 * (words + 2):
-            bits = full.clone()
-            bits[1, token // 32] |= torch.tensor(1, dtype=torch.int32) << token % 32
-            with pytest.raises(ValueError, match=f"in the vocabulary of {V}, got token {token}"):
-                fl.KeptTokens(V, bits=bits).check()
     kept = fl.KeptTokens(V, torch.tensor([[1, V]]), torch.tensor([2]))
     with pytest.raises(ValueError, match=f"got token {V}"):
         fl.logprobs(torch.zeros(1, V), torch.tensor([1]), kept=kept, strict=True)

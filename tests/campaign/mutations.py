@@ -948,8 +948,8 @@ MUTATIONS = [
         ("plan/test_written_tensors.py::test_what_is_written_counts_from_the_next_call_on",),
     ),
     Mutation(
-        "bits of another vocabulary that nobody finds", f"{PACKAGE}/kept_tokens.py",
-        "beyond[..., 0] &= -(1 << rest)", "beyond[..., 0] = 0",
+        "ids of another vocabulary that nobody finds", f"{PACKAGE}/kept_tokens.py",
+        "wrong = (ids < 0) | (ids >= self.vocab_size)", "wrong = (ids < 0) | (ids > self.vocab_size)",
         ("test_kept_tokens.py::test_what_another_vocabulary_has_is_found",),
     ),
     Mutation(
