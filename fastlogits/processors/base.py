@@ -26,7 +26,7 @@ from fastlogits.plan.barrier import Barrier
 from fastlogits.plan.causes import checked_processors
 from fastlogits.plan.plan import Plan
 from fastlogits.plan.run import Run
-from fastlogits.plan.stages import Given, Member, Opaque, Stage, stages_of
+from fastlogits.plan.stages import AllowFrom, Given, Member, Opaque, Stage, stages_of
 from fastlogits.transformers.hooks import assembles
 from fastlogits.warm_up import WarmUp
 
@@ -598,7 +598,7 @@ def _read_once(processor: Any, stage: Stage) -> _Versions:
         elif isinstance(value, (tuple, list)):
             for each in value:
                 hold(each)
-        elif is_dataclass(value) and not isinstance(value, (type, Given)):  # whose ids are put into tables
+        elif is_dataclass(value) and not isinstance(value, (type, Given, AllowFrom)):  # whose ids are put into tables
             for field in fields(value):
                 hold(getattr(value, field.name))
 

@@ -34,6 +34,15 @@ def test_what_is_written_counts_from_the_next_call_on(name, of, listed):
         assert torch.equal(call(IDS, SCORES), expected(IDS, scores.clone()))
 
 
+def test_a_source_that_is_written():
+    processor = fl.OnlyTokensFrom(torch.tensor([[5, 6]]), eos_token_id=2)
+    for call in (processor, fl.LogitsProcessorList([processor])):
+        for token in (4, 3):
+            call(IDS, SCORES)
+            processor.source_ids.fill_(token)
+            assert torch.equal(call(IDS, SCORES), fl.OnlyTokensFrom([token], eos_token_id=2)(IDS, SCORES))
+
+
 def test_values_by_row_are_read_at_each_call():
     processor = fl.TopKLogitsWarper(torch.tensor([2]))
     for call in (processor, fl.LogitsProcessorList([processor])):
