@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from inspect import isroutine
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -81,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 _DTYPES = ("float32", "float16", "bfloat16")
+_NOBODY_READS = 128 + 13
+"""The exit status of a command whose reader has left: that of shells for SIGPIPE."""
 _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
@@ -300,7 +304,7 @@ def _explain(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
     if options.html is not None:
         page = f"<!doctype html><meta charset='utf-8'><title>plan</title>{explanation.html}\n"
         try:
-            Path(options.html).write_text(page)
+            Path(options.html).write_text(page, encoding="utf-8")
         except OSError as error:
             parser.error(f"--html must be a file that can be written, got {options.html!r}: {error.strerror}")
     print(explanation)
@@ -515,5 +519,20 @@ def _processors(parser: argparse.ArgumentParser, text: str) -> list[Any]:
         parser.error(str(error))
 
 
+def run_from_shell() -> int:
+    """Run the command of this process: what its terminal can't show is replaced, and nobody has to read to the end."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else Python would fail once more at its end, where it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NOBODY_READS
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_from_shell())

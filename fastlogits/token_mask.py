@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from fastlogits_kernels.runtime.bits import pack_bits, unpack_bits, words
 from fastlogits_kernels.runtime.launcher import table_on
@@ -123,7 +125,7 @@ class TokenMask:
             return cls(torch.tensor(_matched_apart(compiled, how, texts), dtype=torch.bool), any_width=True)
 
         masks: dict[Any, TokenMask] = kept_with(tokenizer).masks
-        return recent(masks, (compiled, how, len(texts)), make, _MOST_MASKS)
+        return recent(masks, (compiled, how), make, _MOST_MASKS)
 
     @classmethod
     def from_predicate(cls, tokenizer: Any, predicate: Callable[[str], bool]) -> TokenMask:
@@ -228,7 +230,13 @@ class TokenMask:
         return iter(self.ids().tolist())
 
     def __contains__(self, token_id: object) -> bool:
-        return isinstance(token_id, int) and 0 <= token_id < self.vocab_size and bool(self._row[token_id])
+        try:
+            number = index(token_id)  # type: ignore[arg-type]
+        except TypeError:
+            if isinstance(token_id, (torch.Tensor, np.ndarray)):
+                raise TypeError(f"one token id at a time, an integer, got {token_id!r}") from None
+            return False
+        return 0 <= number < self.vocab_size and bool(self._row[number])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenMask):
@@ -340,7 +348,7 @@ def fitted(argument: str, tokens: TokenSet, vocab_size: int, *, lenient: bool = 
 def _from_checked(argument: str, ids: Sequence[int], vocab_size: int) -> TokenMask:
     vocab_size = whole_number("vocab_size", vocab_size)
     for token_id in ids:
-        if token_id >= vocab_size:
+        if not 0 <= token_id < vocab_size:
             raise ValueError(
                 f"{argument}: token id {token_id} is outside the vocabulary of {vocab_size} tokens "
                 f"(0 to {vocab_size - 1})"

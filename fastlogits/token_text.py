@@ -14,6 +14,7 @@ class _Known:
 
     def __init__(self) -> None:
         self.texts: list[str | None] | None = None
+        self.special: set[int] = set()
         self.masks: dict[Any, Any] = {}
         """Masks of patterns."""
 
@@ -49,10 +50,12 @@ def token_texts(tokenizer: Any) -> list[str | None]:
         raise TypeError(f"tokenizer must be a tokenizer of transformers, got {tokenizer!r}: {load} loads one")
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     size = 1 + max([*vocabulary.values(), len(tokenizer) - 1 if hasattr(tokenizer, "__len__") else -1])
-    known = kept_with(tokenizer)
+    known, special = kept_with(tokenizer), _special_ids(tokenizer)
     texts = known.texts
-    if texts is None or len(texts) != size:  # new, or tokens were added
-        known.texts = texts = _read(tokenizer, vocabulary, size)
+    if texts is None or len(texts) != size or known.special != special:  # new, or tokens were added or became special
+        known.masks = {}
+        known.texts = texts = _read(tokenizer, vocabulary, size, special)
+        known.special = special
     return texts
 
 
@@ -92,9 +95,9 @@ def kept_with(tokenizer: Any) -> _Known:
         return _Known()
 
 
-def _read(tokenizer: Any, vocabulary: dict[str, int], size: int) -> list[str | None]:
+def _read(tokenizer: Any, vocabulary: dict[str, int], size: int, special: set[int]) -> list[str | None]:
     texts: list[str | None] = [None] * size
-    special, decode = _special_ids(tokenizer), _decoder(tokenizer)
+    decode = _decoder(tokenizer)
     found = _by_id(tokenizer, size, special) if decode is None else _by_name(decode, vocabulary, special)
     for token_id, text in found:
         texts[token_id] = text

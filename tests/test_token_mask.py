@@ -6,11 +6,13 @@ import pickle
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import fastlogits as fl
 from fastlogits import BatchProcessor, RequestParams, TokenMask, token_mask
@@ -280,3 +282,25 @@ def test_a_tokenizer_with_holes_in_its_vocabulary(device):
         batch = BatchProcessor(1, width, device, max_length=8)
         batch.add(RequestParams(banned_token_ids=digits))
         assert torch.equal(batch.apply(scores, [0]), banned)
+
+
+def test_what_is_in_a_mask():
+    mask = TokenMask.from_ids([2, 7], 8)
+    token = torch.tensor([[2, 3]])
+    for number in (2, np.int64(2), np.uint8(7), token[0, 0], torch.tensor(7, dtype=torch.int32)):
+        assert number in mask
+    for other in (3, np.int32(3), token[0, 1], -1, -6, 8, 2**70, "2", None, 2.0):
+        assert other not in mask
+    for wrong in (token, torch.tensor(2.0), np.array([2, 7])):
+        with pytest.raises(TypeError, match="one token id at a time, an integer"):
+            wrong in mask  # noqa: B015
+
+
+def test_a_token_that_becomes_special_has_no_text_from_then_on():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "1": 1, "2": 2, "a": 3}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert list(TokenMask.matching(tokenizer, DIGIT)) == [1, 2]
+    tokenizer.add_special_tokens({"pad_token": "1"})
+    for each in (tokenizer, copy.deepcopy(tokenizer)):
+        assert list(TokenMask.matching(each, DIGIT)) == [2]
+        assert token_texts(each)[1] is None

@@ -633,8 +633,6 @@ class _Builder:
     def _add_bias(self, stage: Bias) -> None:
         source = stage.tokens
         if stage.counted:
-            assert isinstance(source, History)
-            assert not stage.extra
             found, plane = self._set(), self._plane()
             self._find(found, source, None)
             history = self.tasks.pop()
@@ -663,7 +661,7 @@ class _Builder:
         self.ops.append(Op(ops.SUBTRACT.value, found, b=plane))
 
     def _add_sequences(self, stage: SequenceBias) -> None:
-        beyond = sorted({token for ids, _ in stage.sequences for token in ids if token >= self.V})
+        beyond = sorted({token for ids, _ in stage.sequences for token in ids if not 0 <= token < self.V})
         if beyond:
             raise ValueError(
                 f"the vocabulary has {self.V} tokens (0 to {self.V - 1}), but token ids {beyond} were to be biased"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from fastlogits_kernels.rules import Rule
 
-from fastlogits.checks import is_integer, one_of, whole_number
+from fastlogits.checks import is_integer, is_number, one_of, whole_number
 from fastlogits.plan.row_values import RowValue
 from fastlogits.token_mask import TokenMask, TokenSet, fitted
 
@@ -88,6 +88,13 @@ class History:
     span: Literal["all", "prompt", "generated"] = "all"
     ignore: int | torch.Tensor = 0
 
+    def __post_init__(self) -> None:
+        one_of("span", self.span, ("all", "prompt", "generated"))
+        if not isinstance(self.ignore, torch.Tensor) and not is_integer(self.ignore):
+            raise ValueError(
+                f"ignore of a History must be an integer, or a tensor of one for each row, got {self.ignore!r}"
+            )
+
     def describe(self) -> str:
         """In a few words, for ``explain()``."""
         skipped = "" if isinstance(self.ignore, int) and not self.ignore else ", without the first ones"
@@ -103,6 +110,10 @@ class Given:
     """
 
     ids: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ids, torch.Tensor):
+            raise ValueError(f"ids of a Given must be a tensor of integers of shape (R, L), got {self.ids!r}")
 
     def describe(self) -> str:
         """In a few words, for ``explain()``."""
@@ -126,6 +137,9 @@ class Repeated:
 
     def __post_init__(self) -> None:
         whole_number("size", self.size, 1)
+        one_of("span", self.span, ("all", "prompt"))
+        if self.text is not None and not isinstance(self.text, Given):
+            raise ValueError(f"text of a Repeated must be a Given or None, got {self.text!r}")
 
     def describe(self) -> str:
         """In a few words, for ``explain()``."""
@@ -134,6 +148,7 @@ class Repeated:
 
 
 Source: TypeAlias = "TokenMask | tuple[int, ...] | History | Given | Repeated"
+_ALL_SOURCES = (tuple, TokenMask, History, Given, Repeated)
 
 
 # -- Stages -------------------------------------------------------------------------------------------------------
@@ -174,6 +189,12 @@ class Stage:
 class _OfRowValues(Stage):
     """A stage that reads values which torch computes for each row."""
 
+    def _check_value(self, name: str, others: type | tuple[type, ...] = ()) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, (RowValue, *(others if isinstance(others, tuple) else (others,)))):
+            meant = "a RowValue" if not others else "an integer or a RowValue"
+            raise ValueError(f"{name} of a {type(self).__name__} must be {meant}, got {value!r}")
+
     @property
     def values(self) -> tuple[RowValue, ...]:
         """The values that it reads."""
@@ -191,16 +212,21 @@ class _OfRowValues(Stage):
 class _OfTokens(Stage):
     """A stage that speaks of some ``tokens``, and may have a gate ``when`` it acts."""
 
+    sources: ClassVar[tuple[type, ...]]
+    """What its tokens may be."""
     tokens: Any
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, (TokenMask, tuple, History, Given, Repeated)):
-            argument, tokens = getattr(self, "argument", "tokens"), self.tokens
-            meant = ": write tuple(...)" if isinstance(tokens, (list, set, range)) else ""
+        argument, tokens = getattr(self, "argument", "tokens"), self.tokens
+        if not isinstance(tokens, self.sources):
+            names = ["a tuple of token ids" if each is tuple else f"a {each.__name__}" for each in self.sources]
+            meant = ": write tuple(...)" if isinstance(tokens, (list, set, range)) and tuple in self.sources else ""
             raise ValueError(
-                f"{argument} of a stage must be a tuple of token ids, a TokenMask, History, Given or Repeated, got a "
+                f"{argument} of a {type(self).__name__} must be {', '.join(names[:-1])} or {names[-1]}, got a "
                 f"{type(tokens).__name__}{meant}"
             )
+        if self._gate is not None and isinstance(tokens, (History, Given, Repeated)):
+            raise ValueError(f"{argument}: only a mask or token ids can be gated, not {tokens.describe()}")
         wrong = next((t for t in self.tokens if not is_integer(t)), None) if isinstance(self.tokens, tuple) else None
         if wrong is not None:
             raise ValueError(f"{getattr(self, 'argument', 'tokens')} of a stage must be token ids, got {wrong!r}")
@@ -233,6 +259,7 @@ class Ban(_OfTokens):
     """
 
     kind = "mask"
+    sources = _ALL_SOURCES
     tokens: Source
     when: When | None = None
     blank: TokenSet | None = None
@@ -265,6 +292,10 @@ class BanRange(_OfRowValues):
     kind = "mask"
     start: int | RowValue
     stop: int | RowValue | None = None
+
+    def __post_init__(self) -> None:
+        self._check_value("start", int)
+        self._check_value("stop", (int, type(None)))
 
     @property
     def values(self) -> tuple[RowValue, ...]:
@@ -312,8 +343,13 @@ class Penalize(_OfTokens):
     """Scores of some tokens are divided by the penalty where positive or zero, and multiplied by it where negative."""
 
     kind = "penalty"
+    sources = (History, Given)
     tokens: History | Given
     penalty: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number(self, "penalty")
 
     @property
     def keeps_bans(self) -> bool:
@@ -329,6 +365,9 @@ class Scale(Stage):
 
     kind = "scale"
     divisor: float
+
+    def __post_init__(self) -> None:
+        _check_number(self, "divisor")
 
     @property
     def keeps_bans(self) -> bool:
@@ -354,6 +393,7 @@ class Bias(_OfTokens):
     """
 
     kind = "bias"
+    sources = _ALL_SOURCES
     tokens: Source
     value: float
     counted: float = 0.0
@@ -361,6 +401,16 @@ class Bias(_OfTokens):
     argument: str = "tokens"
     extra: tuple[int, ...] = ()
     rounds_once: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("value", "counted"):
+            _check_number(self, name)
+        if self.counted and (not isinstance(self.tokens, History) or self.extra):
+            raise ValueError(
+                f"counted must be 0 where {self.argument} aren't a History alone, got {self.counted!r} for "
+                f"{_words(self.tokens)}"
+            )
 
     @property
     def keeps_bans(self) -> bool:
@@ -387,6 +437,9 @@ class RowBias(_OfRowValues):
     tokens: tuple[int, ...]
     value: RowValue
     argument: str = "tokens"
+
+    def __post_init__(self) -> None:
+        self._check_value("value")
 
     @property
     def values(self) -> tuple[RowValue, ...]:
@@ -485,12 +538,13 @@ class Force(_OfTokens):
     """While its gate is open some tokens get 0 and all others -inf.
 
     Args:
-        tokens: the tokens that get 0.
+        tokens: the tokens that get 0; negative ids count from the end of the vocabulary, as in transformers.
         when: when the gate is open.
         argument: what the processor calls ``tokens``, for error messages.
     """
 
     kind = "force"
+    sources = (tuple, TokenMask)
     tokens: TokenSet
     when: When
     argument: str = "tokens"
@@ -517,6 +571,9 @@ class ForceRows(_OfRowValues):
     tokens: tuple[int, ...]
     condition: RowValue
     argument: str = "tokens"
+
+    def __post_init__(self) -> None:
+        self._check_value("condition")
 
     @property
     def values(self) -> tuple[RowValue, ...]:
@@ -611,6 +668,9 @@ class Rows(Stage):
     draws: bool = False
     generator: torch.Generator | None = None
 
+    def __post_init__(self) -> None:
+        one_of("acts_as", self.acts_as, get_args(Kind))
+
     @property
     def may_draw(self) -> bool:
         return self.draws
@@ -694,6 +754,12 @@ class Opaque(Stage):
 
     def describe(self) -> str:
         return "unknown to fastlogits: runs as it is"
+
+
+def _check_number(stage: Stage, name: str) -> None:
+    value = getattr(stage, name)
+    if not is_number(value):
+        raise ValueError(f"{name} of a {type(stage).__name__} must be a number, got {value!r}")
 
 
 def _keeps_infinity(factor: float) -> bool:

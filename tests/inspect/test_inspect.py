@@ -1,5 +1,6 @@
 """Looking inside: what a plan says of itself, traces, checks, and the command line."""
 
+import os
 import subprocess
 import sys
 
@@ -473,3 +474,34 @@ one_of_theirs = transformers.TopKLogitsWarper(3)
 def test_a_processor_that_a_module_holds(capsys):
     assert main(["explain", f"{__name__}:one_of_theirs"]) == 0
     assert "1 processor, 1 fused part" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["check", "TopKLogitsWarper(5)", "--vocab", "100"], ["doctor"]])
+def test_a_reader_that_leaves_is_no_difference(arguments):
+    command = [sys.executable, "-m", "fastlogits", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), error) == (141, b"")
+
+
+def test_a_terminal_that_lacks_the_letters(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import fastlogits as fl\nclass Überblick(fl.TopKLogitsWarper):\n    pass\nprocessors = [Überblick(3)]\n",
+        "utf-8",
+    )
+    page = tmp_path / "x.html"
+    command = [sys.executable, "-m", "fastlogits", "explain", "mine:processors", "--html", str(page)]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    plain = {
+        "PYTHONPATH": path,
+        "PYTHONIOENCODING": "ascii",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "?berblick" in done.stdout
+    assert "Überblick" in page.read_text("utf-8")

@@ -35,7 +35,7 @@ def test_what_is_written_counts_from_the_next_call_on(name, of, listed):
 
 
 def test_a_source_that_is_written():
-    processor = fl.OnlyTokensFrom(torch.tensor([[5, 6]]), eos_token_id=2)
+    processor = fl.OnlyTokensFrom(torch.tensor([[4, 5]]), eos_token_id=2)
     for call in (processor, fl.LogitsProcessorList([processor])):
         for token in (4, 3):
             call(IDS, SCORES)
