@@ -661,7 +661,9 @@ class _Builder:
         self.ops.append(Op(ops.SUBTRACT.value, found, b=plane))
 
     def _add_sequences(self, stage: SequenceBias) -> None:
-        beyond = sorted({token for ids, _ in stage.sequences for token in ids if not 0 <= token < self.V})
+        # A negative id is one that no history has: of another rank's part, say. Nobody can be biased by it.
+        wrong = {token for ids, _ in stage.sequences for token in ids if token >= self.V}
+        beyond = sorted(wrong | {ids[-1] for ids, _ in stage.sequences if ids[-1] < 0})
         if beyond:
             raise ValueError(
                 f"the vocabulary has {self.V} tokens (0 to {self.V - 1}), but token ids {beyond} were to be biased"

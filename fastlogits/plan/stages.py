@@ -229,7 +229,7 @@ class _OfTokens(Stage):
             raise ValueError(f"{argument}: only a mask or token ids can be gated, not {tokens.describe()}")
         wrong = next((t for t in self.tokens if not is_integer(t)), None) if isinstance(self.tokens, tuple) else None
         if wrong is not None:
-            raise ValueError(f"{getattr(self, 'argument', 'tokens')} of a stage must be token ids, got {wrong!r}")
+            raise ValueError(f"{argument} of a {type(self).__name__} must be token ids, got {wrong!r}")
 
     @property
     def _gate(self) -> When | None:

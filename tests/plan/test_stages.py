@@ -92,7 +92,7 @@ def test_what_no_stage_takes_is_named(message):
     [
         lambda token: Ban((2, token)), lambda token: Ban((token,), inverted=True), lambda token: Bias((token,), 2.0),
         lambda token: SequenceBias((((token,), 1.0),)), lambda token: SequenceBias((((1, token), 1.0),)),
-        lambda token: SequenceBias((((token, 1), -float("inf")),)), lambda token: Bias(History(), 1.0, extra=(token,)),
+        lambda token: SequenceBias((((1, token), -float("inf")),)), lambda token: Bias(History(), 1.0, extra=(token,)),
     ],
 )  # fmt: skip
 def test_a_token_outside_the_vocabulary_is_refused_on_either_side(make, token):
