@@ -7,9 +7,9 @@ The cases are dealt to processes, those of an operation to one, and the processe
 they run without a tool: that compiles the kernels, holds results to torch, and looks at guard zones around each
 allocation. Then each tool runs them, in a process with the compiled kernels of the first and an allocation of its own
 for each tensor; no operation waits for the kernels of another. A process that has used up its seconds begins no other
-case; what it left out is told, and stands in the results file. Before all that, each tool is shown a kernel that is
-wrong on purpose (``sanitizer_control``): where it finds nothing there, it is blind, and what it says of the others is
-worth nothing.
+case; what it left out is told, and stands in the results file. So does it where a tool has crashed and was begun once
+more. Before all that, each tool is shown a kernel that is wrong on purpose (``sanitizer_control``): where it finds
+nothing there, it is blind, and what it says of the others is worth nothing.
 """
 
 import argparse
@@ -151,6 +151,8 @@ class Process:
         self._limit = seconds + _LAUNCH_S + _DEADLINE_S
         self._start = time.perf_counter()
         self.seconds = 0.0
+        self.again = False
+        """Whether it is begun once more, after the tool has crashed."""
         with self._out.open("w") as out:
             self._process = subprocess.Popen(
                 command_of(tool, setting, self.log, cases, seconds),
@@ -172,6 +174,12 @@ class Process:
         return self._process.returncode
 
     @property
+    def crashed(self) -> bool:
+        """Whether the tool has died of itself before it said what it has found."""
+        killed = self.status is not None and self.status < 0 and self.status != -signal.SIGKILL
+        return killed and (not self.log.exists() or read_log(self.log.read_text()).errors is None)
+
+    @property
     def seen(self) -> Seen:
         """What it has said of its cases so far."""
         return read_cases(self._out.read_text())
@@ -190,6 +198,7 @@ def _run(
     waiting: deque[tuple[str | None, int]] = deque((None, number) for number in range(len(dealt)))
     begun: dict[str, list[Process]] = {name: [] for name in (GUARDS, *tools)}
     running: list[tuple[str | None, int, Process]] = []
+    again: set[tuple[str, int]] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         tasks = {name: progress.add_task(name, total=None) for name in begun}
@@ -197,11 +206,17 @@ def _run(
             while waiting and len(running) < at_once:
                 tool, number = waiting.popleft()
                 process = Process(tool, setting, dealt[number], 10 * seconds if tool is None else seconds, number)
+                process.again = (process.tool, number) in again
                 begun[process.tool].append(process)
                 running.append((tool, number, process))
             time.sleep(0.2)
             over = [each for each in running if each[2].is_over()]
             running = [each for each in running if each not in over]
+            for tool, number, process in over:
+                if tool is not None and process.crashed and not process.again:
+                    again.add((tool, number))
+                    begun[tool].remove(process)
+                    waiting.append((tool, number))
             # What is compiled runs before what is not: the longest to compile would otherwise keep all others waiting.
             waiting.extendleft((name, number) for tool, number, _ in over if tool is None for name in tools)
             for name, processes in begun.items():
@@ -237,6 +252,7 @@ def row_of(tool: str, processes: Sequence[Process], setting: Setting, blind: boo
             "left_out": len(missing), "errors": "unknown" if errors is None else errors,
             "outcome": "clean" if clean else "not clean", "seconds": f"{max(each.seconds for each in processes):.1f}",
             "first": first, "cases_left_out": " ".join(missing),
+            "begun_again": sum(each.again for each in processes),
         }
     )  # fmt: skip
 

@@ -141,6 +141,24 @@ def test_a_tool_in_another_process_says_what_becomes_of_the_cases(tmp_path, monk
     assert rows["memcheck"]["sanitizer"] == "2026.1.0.0"
 
 
+@pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="tries the script with Triton's interpreter")
+@pytest.mark.parametrize(("crashes", "outcome"), [(1, "clean"), (2, "not clean")])
+def test_a_tool_that_crashes_is_begun_once_more(crashes, outcome, tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitizer, "RESULTS", tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    crash = f"""elif [ $(cat {tmp_path}/crashed 2> /dev/null | wc -l) -lt {crashes} ]; then
+    echo >> {tmp_path}/crashed; kill -SEGV $$
+elif"""
+    program = tmp_path / "stand-in"
+    program.write_text(STAND_IN.replace("elif", crash, 1))
+    program.chmod(0o755)
+    given = ["--device", "cpu", "--program", str(program), "--logs", str(tmp_path), "--cases", "pack_ids-3x32"]
+    assert sanitizer.main([*given, "--tools", "memcheck"]) == int(outcome != "clean")
+    (written,) = tmp_path.glob("sanitizer-*.csv")
+    row = next(row for row in read_rows(written) if row["tool"] == "memcheck")
+    assert (row["outcome"], row["begun_again"]) == (outcome, "1")
+
+
 def test_guards_see_what_is_written_beside_an_allocation(device):
     guards = sanitizer_cases.Guards(torch.device(device))
     with guards:
