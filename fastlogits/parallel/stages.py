@@ -161,9 +161,7 @@ def _bias(stage: Bias, piece: Piece) -> Bias | None:
 
 
 def _sequence_bias(stage: SequenceBias, piece: Piece) -> SequenceBias | None:
-    if any(token >= piece.V for ids, _ in stage.sequences for token in ids) or any(
-        ids[-1] < 0 for ids, _ in stage.sequences
-    ):
+    if stage.outside(piece.V):
         return None
     ending_here = [(ids, value) for ids, value in stage.sequences if piece.has(ids[-1])]
     return SequenceBias(tuple((tuple(map(piece.id_of, ids)), value) for ids, value in ending_here))

@@ -82,15 +82,17 @@ class Noted(NamedTuple):
 
     numbers: list[torch.Tensor]
     """What was asked for, in its order."""
-    states: list[tuple[torch.device, torch.Tensor]]
-    """Where torch's own generators stood before."""
+    state: torch.Tensor
+    """Where torch's own generator of the CPU stood before."""
+    states: dict[int, torch.Tensor]
+    """The same of the GPU, by its index; nothing where there is none."""
 
 
 @contextmanager
 def noted(device: torch.device) -> Iterator[Noted]:
     """Note what is drawn, with torch's own generators of the CPU and of a device too."""
-    devices = {torch.device("cpu"), device}
-    found = Noted([], [(each, _generator_of(each).get_state()) for each in devices])
+    states = {device.index: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    found = Noted([], torch.get_rng_state(), states)
     source = _current.source or _of_generator
 
     def noting(rows: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
@@ -105,19 +107,9 @@ def noted(device: torch.device) -> Iterator[Noted]:
 def again(noted: Noted) -> Iterator[None]:
     """Draw the same once more; what others draw later doesn't change by that."""
     waiting = iter(noted.numbers)
-    now = [(device, _generator_of(device).get_state()) for device, _ in noted.states]
-    try:
-        for device, state in noted.states:
-            _generator_of(device).set_state(state)
+    with torch.random.fork_rng(list(noted.states)):
+        torch.set_rng_state(noted.state)
+        for index, state in noted.states.items():
+            torch.cuda.set_rng_state(state, index)
         with _from(lambda rows, device, generator: next(waiting)):
             yield
-    finally:
-        for device, state in now:
-            _generator_of(device).set_state(state)
-
-
-def _generator_of(device: torch.device) -> torch.Generator:
-    """Torch's own generator of a device."""
-    if device.type != "cuda":
-        return torch.default_generator
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

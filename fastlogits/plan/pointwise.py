@@ -608,14 +608,11 @@ class _Builder:
         argument: str = "tokens",
     ) -> None:
         """Add to a set the tokens of a source."""
-        gate = self._gate(when)
-        if isinstance(source, (TokenMask, tuple)):
+        if isinstance(source, (TokenMask, tuple)):  # no other source has a gate
             mask = fitted(argument, source, self.V)
-            key = (found, gate, blank)
+            key = (found, self._gate(when), blank)
             self._static[key] = self._static[key] | mask if key in self._static else mask
             return
-        if gate >= 0:
-            raise ValueError(f"{argument}: only a mask or token ids can be gated, not {source.describe()}")
         if isinstance(source, History):
             span = {"all": tasks.ALL, "prompt": tasks.PROMPT, "generated": tasks.GENERATED}[source.span].value
             self.tasks.append(Task(tasks.HISTORY.value, found, -1, span, self._start(source)))
@@ -661,9 +658,7 @@ class _Builder:
         self.ops.append(Op(ops.SUBTRACT.value, found, b=plane))
 
     def _add_sequences(self, stage: SequenceBias) -> None:
-        # A negative id is one that no history has: of another rank's part, say. Nobody can be biased by it.
-        wrong = {token for ids, _ in stage.sequences for token in ids if token >= self.V}
-        beyond = sorted(wrong | {ids[-1] for ids, _ in stage.sequences if ids[-1] < 0})
+        beyond = stage.outside(self.V)
         if beyond:
             raise ValueError(
                 f"the vocabulary has {self.V} tokens (0 to {self.V - 1}), but token ids {beyond} were to be biased"

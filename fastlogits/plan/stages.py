@@ -189,9 +189,9 @@ class Stage:
 class _OfRowValues(Stage):
     """A stage that reads values which torch computes for each row."""
 
-    def _check_value(self, name: str, others: type | tuple[type, ...] = ()) -> None:
+    def _check_value(self, name: str, *others: type) -> None:
         value = getattr(self, name)
-        if not isinstance(value, (RowValue, *(others if isinstance(others, tuple) else (others,)))):
+        if not isinstance(value, (RowValue, *others)):
             meant = "a RowValue" if not others else "an integer or a RowValue"
             raise ValueError(f"{name} of a {type(self).__name__} must be {meant}, got {value!r}")
 
@@ -295,7 +295,7 @@ class BanRange(_OfRowValues):
 
     def __post_init__(self) -> None:
         self._check_value("start", int)
-        self._check_value("stop", (int, type(None)))
+        self._check_value("stop", int, type(None))
 
     @property
     def values(self) -> tuple[RowValue, ...]:
@@ -464,6 +464,14 @@ class SequenceBias(Stage):
 
     kind = "bias"
     sequences: tuple[tuple[tuple[int, ...], float], ...]
+
+    def outside(self, vocab_size: int) -> list[int]:
+        """The token ids that a vocabulary of such a size lacks.
+
+        Before the end of a sequence a negative id is one that no history has, as those of other ranks' parts.
+        """
+        ends = {ids[-1] for ids, _ in self.sequences if ids[-1] < 0}
+        return sorted(ends | {token for ids, _ in self.sequences for token in ids if token >= vocab_size})
 
     @property
     def needs_history(self) -> bool:

@@ -309,7 +309,7 @@ class _PlannedList(NamedTuple):
     staged: bool
     """Whether all of them are ``StagedProcessor``, and tell themselves of a change."""
     read: _Versions
-    """What was read of their tensors, if so."""
+    """What the plan has taken over from their tensors."""
 
 
 def _takes(processor: Any, name: str) -> bool:
@@ -368,8 +368,12 @@ class LogitsProcessorList(_Planned, _TransformersList):
         else:
             planned = self._planned
             # What is asked at each step: whether these are the same processors, and none of them has changed.
-            unwritten = planned is not None and not _is_written(planned.read)
-            if planned is not None and unwritten and planned.staged and len(processors) == len(planned.processors):
+            if (
+                planned is not None
+                and planned.staged
+                and len(processors) == len(planned.processors)
+                and not _is_written(planned.read)
+            ):
                 for processor, known, revision in zip(processors, planned.processors, planned.revisions, strict=True):
                     if processor is not known or processor._revision is not revision:
                         break
